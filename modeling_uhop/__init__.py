@@ -1,0 +1,43 @@
+"""Kernelized modern Hopfield models (U-Hop, arXiv 2404.03827; U-Hop+, arXiv 2410.23126) as Hugging Face models."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .callbacks import SeparationCallback
+from .configuration_uhop_vit import UHopViTConfig
+from .energy import association, energy, retrieve, similarity_scores
+from .feature_map import FeatureMap
+from .hopfield import HopfieldAttention, hopfield_attention
+from .modeling_uhop_vit import UHopViTForImageClassification, UHopViTModel
+from .separation import maximize_separation, separation_loss
+from .simplex import simplex_conjugate, simplex_map
+from .version import __version__
+
+
+
+
+AutoConfig.register("uhop_vit", UHopViTConfig, exist_ok=True)
+AutoModel.register(UHopViTConfig, UHopViTModel, exist_ok=True)
+AutoModelForImageClassification.register(UHopViTConfig, UHopViTForImageClassification, exist_ok=True)
+
+UHopViTConfig.register_for_auto_class()
+UHopViTModel.register_for_auto_class("AutoModel")
+UHopViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+
+__all__ = [
+    "FeatureMap",
+    "HopfieldAttention",
+    "SeparationCallback",
+    "UHopViTConfig",
+    "UHopViTForImageClassification",
+    "UHopViTModel",
+    "__version__",
+    "association",
+    "energy",
+    "hopfield_attention",
+    "maximize_separation",
+    "retrieve",
+    "separation_loss",
+    "similarity_scores",
+    "simplex_conjugate",
+    "simplex_map",
+]

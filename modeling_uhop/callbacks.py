@@ -1,0 +1,357 @@
+"""SeparationCallback: Stage I of U-Hop inside the stock Trainer."""
+
+import hashlib
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, reduce, send_to_device
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .separation import SEPARATION_KINDS, annealed, apply_gradients, separation_loss, separation_optimizer
+
+
+SCHEDULES = ("train_begin", "epoch", "step")
+MOVED = ("feature_maps", "upstream")
+STATE_FILE = "separation.pt"
+
+
+class SeparationCallback(TrainerCallback):
+    """Separates what the Hopfield layers of a model retrieve from, before and between the supervised steps of a `Trainer`.
+
+    The defaults are U-Hop Algorithm 2 (arXiv 2404.03827): before every optimizer step, `steps` SGD steps on the feature maps alone, on the
+    separation loss (3.2) of a sampled batch. The memories are those that the model's `memory_sets` yields, for a vision transformer
+    the tokens of an image as each layer's feature map sees them; the losses of the layers are added up for the gradient, and averaged
+    where they are reported.
+
+    Stage I leaves Stage II alone: it samples its own batches with its own random state, has its own optimizer, leaves no gradient
+    behind and moves nothing but what `parameters` says. With `lr=0` training is bitwise what it would be without the callback.
+    Gradients are averaged over processes. A checkpoint holds what an exact resume needs, in `separation.pt`.
+
+    Args:
+        schedule: "train_begin": one round before training. "epoch": a round before each epoch. "step": a round before each optimizer step.
+        steps: Gradient steps in a round, at least 1 (the papers' N, or N_i of Algorithm 2).
+        parameters: "feature_maps": the maps Phi alone, memories held fixed. "upstream": every trainable parameter that the features
+            depend on (embeddings, lower layers, Phi), as the authors' code does.
+        kind, temperature: The loss; see `separation_loss`.
+        final_temperature: Where the temperature ends after falling geometrically over all rounds (U-Hop+); `None` holds it fixed.
+        lr: Learning rate, at least 0.
+        optimizer: "sgd" or "adam".
+        batch_size: Examples in a step, over all processes together; a multiple of their number.
+        include_class_token: Whether the CLS token counts as a memory.
+        project: Whether the rows of W are scaled to unit norm after every step (the projection of U-Hop+).
+        normalize_rows: Whether they are after every round (U-Hop Algorithm 1).
+        seed: Seed of Stage I; `None` for the Trainer's.
+        resume_from: Checkpoint folder to take Stage I's state from when training resumes; `None` looks where the Trainer saves.
+
+    Each round adds `separation_loss_before` and `separation_loss` (after), measured on the round's first batch, to
+    `state.log_history`; under "step" they join the Trainer's own entries. `history` holds the loss of every step that was measured.
+
+    Raises:
+        ValueError: For an argument outside its choices or range; when training begins, for a model without trainable feature maps.
+        NotImplementedError: When training begins under FSDP, DeepSpeed or another engine that shards parameters.
+    """
+
+    def __init__(
+        self,
+        schedule: str = "step",
+        steps: int = 1,
+        parameters: str = "feature_maps",
+        kind: str = "squared",
+        temperature: float = 0.25,
+        final_temperature: float | None = None,
+        lr: float = 0.1,
+        optimizer: str = "sgd",
+        batch_size: int = 128,
+        include_class_token: bool = False,
+        project: bool = False,
+        normalize_rows: bool = False,
+        seed: int | None = None,
+        resume_from: str | os.PathLike | None = None,
+    ):
+        for name, value, choices in (
+            ("schedule", schedule, SCHEDULES),
+            ("parameters", parameters, MOVED),
+            ("kind", kind, SEPARATION_KINDS),
+            ("optimizer", optimizer, ("sgd", "adam")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        for name, number in (("steps", steps), ("batch_size", batch_size)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        for name, tau in (("temperature", temperature), ("final_temperature", final_temperature)):
+            if tau is not None and not tau > 0:
+                raise ValueError(f"{name} must be positive, got {tau}")
+        if not lr >= 0:
+            raise ValueError(f"lr must be at least 0, got {lr}")
+        self.schedule = schedule
+        self.steps = steps
+        self.parameters = parameters
+        self.kind = kind
+        self.temperature = temperature
+        self.final_temperature = final_temperature
+        self.lr = lr
+        self.optimizer = optimizer
+        self.batch_size = batch_size
+        self.include_class_token = include_class_token
+        self.project = project
+        self.normalize_rows = normalize_rows
+        self.seed = seed
+        self.resume_from = resume_from
+        self.history: list[dict[str, float]] = []
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        maps = _feature_maps(model)
+        self._refuse_sharding(args)
+        world_size = PartialState().num_processes
+        if self.batch_size % world_size != 0:
+            raise ValueError(f"batch_size must be a multiple of the {world_size} processes, got {self.batch_size}")
+        self._maps = maps
+        moved = model.parameters() if self.parameters == "upstream" else (p for phi in maps for p in phi.parameters())
+        self._moved = [parameter for parameter in moved if parameter.requires_grad]
+        self._private_optimizer = separation_optimizer(self.optimizer, self._moved, self.lr)
+        self._sample = _sampler(train_dataloader, self.batch_size)
+        self._steps_done, self._epochs_done, self.history = 0, 0, []
+        self._latest: dict[str, float] = {}
+        resumed = state.global_step > 0 and self._load(args, state)
+        if self.schedule == "train_begin" and not resumed:
+            self._round(args, state, model, record=True)
+
+    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+        # A resume inside an epoch begins that epoch again.
+        epoch = int(state.epoch + 1e-6)
+        if self.schedule == "epoch" and epoch >= self._epochs_done:
+            self._round(args, state, model, record=True)
+            self._epochs_done = epoch + 1
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if self.schedule == "step":
+            due = (state.global_step + 1) % max(state.logging_steps, 1) == 0 or state.global_step == 0
+            self._round(args, state, model, measure=due)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.schedule == "step" and self._latest and logs is not None and "loss" in logs:
+            logs.update(self._latest)
+            state.log_history[-1].update(self._latest)
+
+    def on_save(self, args, state, control, **kwargs):
+        if not args.should_save:
+            return
+        target = _checkpoint(args, state) / STATE_FILE
+        partial = target.with_suffix(".tmp")
+        torch.save(
+            {
+                "steps_done": self._steps_done,
+                "epochs_done": self._epochs_done,
+                "history": self.history,
+                "latest": self._latest,
+                "optimizer": self._private_optimizer.state_dict(),
+                "fingerprint": self._fingerprint(),
+            },
+            partial,
+        )
+        os.replace(partial, target)
+
+    def _round(
+        self, args: TrainingArguments, state: TrainerState, model: nn.Module, record: bool = False, measure: bool = True
+    ) -> None:
+        """`steps` gradient steps; with `measure` also the loss of the first batch before and after, for the log."""
+        first_batch, before = None, 0.0
+        bar = logging.tqdm(
+            range(self.steps),
+            desc="separation",
+            disable=args.disable_tqdm or not state.is_local_process_zero or not record,
+            leave=record,
+        )
+        with _evaluating(model):
+            for inner in bar:
+                index = self._steps_done
+                with _isolated_rng(self._seed(args) + index, args.device):
+                    batch = send_to_device(self._sample(self._seed(args), index), args.device)
+                    loss = self._step(args, model, batch, self._temperature(state, index))
+                self._steps_done += 1
+                if measure:
+                    value = _mean_over_processes(loss)
+                    self.history.append({"step": state.global_step, "inner_step": inner, "separation_loss": value})
+                    bar.set_postfix(loss=f"{value:.4f}")
+                    if first_batch is None:
+                        first_batch, before = batch, value
+            if self.normalize_rows:
+                self._normalize_rows()
+            if not measure:
+                return
+            with torch.no_grad():
+                after = self._loss(args, model, first_batch, self._temperature(state, self._steps_done - self.steps))
+        self._latest = {"separation_loss_before": before, "separation_loss": _mean_over_processes(after)}
+        if record:
+            epoch = 0.0 if state.epoch is None else state.epoch
+            state.log_history.append({**self._latest, "epoch": epoch, "step": state.global_step})
+
+    def _step(self, args: TrainingArguments, model: nn.Module, batch: dict[str, Any], temperature: float) -> torch.Tensor:
+        """One gradient step; the mean loss of the layers before it."""
+        with torch.enable_grad():
+            loss = self._loss(args, model, batch, temperature)
+            gradients = torch.autograd.grad(loss * len(self._maps), self._moved, allow_unused=True)
+        if PartialState().num_processes > 1:
+            gradients = tuple(None if g is None else reduce(g, reduction="mean") for g in gradients)
+        apply_gradients(self._private_optimizer, self._moved, gradients)
+        if self.project:
+            self._normalize_rows()
+        return loss.detach()
+
+    def _loss(self, args: TrainingArguments, model: Any, batch: dict[str, Any], temperature: float) -> torch.Tensor:
+        """Mean separation loss of the layers on one batch."""
+        options = {"include_class_token": True} if self.include_class_token else {}
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(args.device.type, dtype=half, enabled=args.bf16 or args.fp16):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.parameters == "upstream"):
+                sets = list(model.memory_sets(**batch, **options))
+            losses = [
+                separation_loss(phi(memories), kind=self.kind, temperature=temperature, mask=mask)
+                for phi, memories, mask in sets
+            ]
+        return torch.stack(losses).mean()
+
+    def _temperature(self, state: TrainerState, index: int) -> float:
+        if self.final_temperature is None:
+            return self.temperature
+        rounds = {"train_begin": 1, "epoch": state.num_train_epochs, "step": state.max_steps}[self.schedule]
+        return annealed(self.temperature, self.final_temperature, index, rounds * self.steps)
+
+    def _normalize_rows(self) -> None:
+        for phi in self._maps:
+            phi.normalize_rows()
+
+    def _seed(self, args: TrainingArguments) -> int:
+        return args.seed if self.seed is None else self.seed
+
+    def _load(self, args: TrainingArguments, state: TrainerState) -> bool:
+        """Take over Stage I's state from the checkpoint that training resumes from; whether there was one."""
+        given = (self.resume_from, args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
+        folders = [Path(folder) for folder in given if folder] or [_checkpoint(args, state)]
+        path = folders[0] / STATE_FILE
+        if not path.is_file():
+            if any("separation_loss" in entry for entry in state.log_history):
+                raise FileNotFoundError(
+                    f"this run had a separation step, but {path} is missing; pass SeparationCallback(resume_from=checkpoint folder)"
+                )
+            warnings.warn(f"the checkpoint has no {STATE_FILE}: it predates the separation step, which begins now", stacklevel=2)
+            return False
+        saved = torch.load(path, map_location=args.device, weights_only=True)
+        if saved["fingerprint"] != self._fingerprint():
+            raise ValueError(
+                f"{path} belongs to other weights than those that were loaded; "
+                "pass SeparationCallback(resume_from=checkpoint folder)"
+            )
+        self._steps_done, self._epochs_done = saved["steps_done"], saved["epochs_done"]
+        self.history, self._latest = saved["history"], saved["latest"]
+        self._private_optimizer.load_state_dict(saved["optimizer"])
+        return True
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for phi in self._maps:
+            digest.update(phi.weight.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _refuse_sharding(self, args: TrainingArguments) -> None:
+        whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
+        kind = PartialState().distributed_type
+        sharded = next((engine for engine in ("fsdp", "deepspeed") if getattr(args, engine, None)), None)
+        if sharded or kind not in whole:
+            raise NotImplementedError(
+                f"SeparationCallback moves whole parameters and cannot under {sharded or kind.value}, which shards or shadows them; "
+                "train with plain data parallelism (DDP)"
+            )
+
+
+def _feature_maps(model: Any) -> list[Any]:
+    # By name: code loaded from a model folder has classes of its own.
+    maps = [module for module in model.modules() if type(module).__name__ == "FeatureMap"]
+    if not maps or not hasattr(model, "memory_sets"):
+        raise ValueError(
+            f"SeparationCallback needs a model with feature maps (use_feature_map=True) and memory_sets; {type(model).__name__} has none"
+        )
+    if not any(parameter.requires_grad for phi in maps for parameter in phi.parameters()):
+        raise ValueError("SeparationCallback needs feature maps that can move, but all of them are frozen (requires_grad=False)")
+    return maps
+
+
+def _sampler(loader: DataLoader, batch_size: int) -> Callable[[int, int], dict[str, Any]]:
+    """A function of (seed, index) that makes this process's part of Stage I's batch number `index`."""
+    dataset, collate = loader.dataset, loader.collate_fn
+    rank, world_size = PartialState().process_index, PartialState().num_processes
+    share = batch_size // world_size
+    stream: Iterator[Any] = iter(())
+    position = 0
+
+    def from_stream(seed: int, index: int) -> dict[str, Any]:
+        nonlocal stream, position
+        if position > index:
+            stream, position = iter(()), 0
+        while position <= index:
+            examples = []
+            while len(examples) < share:
+                example = next(stream, None)
+                if example is None:
+                    stream = iter(dataset)
+                    example = next(stream)
+                examples.append(example)
+            position += 1
+        return collate(examples)
+
+    def from_indices(seed: int, index: int) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed + index)
+        size = len(dataset)  # type: ignore[arg-type]
+        chosen = torch.cat([torch.randperm(size, generator=generator) for _ in range(-(-batch_size // size))])[:batch_size]
+        return collate([dataset[i] for i in chosen[rank::world_size].tolist()])
+
+    return from_indices if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") else from_stream
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, each module's own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
+    """A random state of its own, so that what Stage I draws (augmentations, say) is not missing from Stage II."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = [torch.device(device)] if device.type in ("cuda", "xpu") else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def _mean_over_processes(loss: torch.Tensor) -> float:
+    return float(reduce(loss, reduction="mean") if PartialState().num_processes > 1 else loss)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

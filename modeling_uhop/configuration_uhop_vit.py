@@ -1,0 +1,114 @@
+"""UHopViT model configuration"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+@strict
+class UHopViTConfig(PreTrainedConfig):
+    r"""
+    Configuration of a vision transformer whose attention is a kernelized Hopfield layer (U-Hop, arXiv 2404.03827, equation 3.1).
+    Fields it shares with `ViTConfig` mean what they mean there.
+
+    Args:
+        hidden_size (`int`, defaults to 768): Width of a token, a multiple of `num_attention_heads`.
+        num_hidden_layers (`int`, defaults to 12): Number of encoder layers.
+        num_attention_heads (`int`, defaults to 12): Number of heads.
+        intermediate_size (`int`, defaults to 3072): Width inside the MLP; not used by the "class_query" encoder.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP, or after the Hopfield layer of the "class_query" encoder (the
+            papers: `"relu"`).
+        hidden_dropout_prob (`float`, defaults to 0): Dropout of embeddings and of each sub-layer's output.
+        attention_probs_dropout_prob (`float`, defaults to 0): Dropout of association weights.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
+        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of layer norms.
+        image_size, patch_size (`int` or pair (height, width), default to 224 and 16): Pixels of an image and of a patch.
+        num_channels (`int`, defaults to 3): Channels of an image.
+        qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
+        pooler_output_size (`int`, *optional*): Width of the pooler; `None` for `hidden_size`.
+        pooler_act (`str`, defaults to `"tanh"`): Activation of the pooler.
+        alpha (`float`, defaults to 1): Tsallis exponent in [1, 2] of the simplex map: 1 softmax (modern Hopfield), 2 sparsemax (sparse
+            Hopfield), between them alpha-entmax.
+        learnable_alpha (`bool`, defaults to `False`): Whether each head learns its own exponent in (1, 2), beginning at `alpha`.
+        beta (`float`, *optional*): Inverse temperature, positive; `None` for 1 / sqrt(head width).
+        use_feature_map (`bool`, defaults to `True`): Whether queries and keys go through a feature map Phi; without one the model is a
+            plain Hopfield vision transformer, and there is nothing to separate.
+        feature_dim (`int`, *optional*): Width D of a feature, at least 1; `None` for `hidden_size`.
+        feature_init (`str`, defaults to `"orthogonal"`): How Phi begins: "identity", "orthogonal" or "normal"; see `FeatureMap`.
+        update_steps (`int`, defaults to 1): Retrieval steps in a layer, at least 1.
+        value_source (`str`, defaults to `"memory"`): "memory": values are W_V Xi, as in the authors' code. "projected_memory":
+            W_V W_K Xi, as in equation 3.1; this needs `feature_dim` to equal `hidden_size`.
+        encoder_type (`str`, defaults to `"transformer"`): "transformer": pre-norm blocks of self-attention and MLP (the papers'
+            three-layer encoder). "class_query": the papers' CIFAR encoder, where the CLS token alone queries the patches, and the
+            result goes through `hidden_act` and a layer norm to the classifier.
+
+    Raises:
+        A validation error that names the field, its value and what is accepted.
+
+    ```python
+    >>> from modeling_uhop import UHopViTConfig, UHopViTModel
+
+    >>> model = UHopViTModel(UHopViTConfig(image_size=32, patch_size=4, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+    >>> model.config.alpha
+    1.0
+    ```
+    """
+
+    model_type = "uhop_vit"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-12
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    pooler_output_size: int | None = None
+    pooler_act: str = "tanh"
+    alpha: float | int = 1.0
+    learnable_alpha: bool = False
+    beta: float | int | None = None
+    use_feature_map: bool = True
+    feature_dim: int | None = None
+    feature_init: Literal["identity", "orthogonal", "normal"] = "orthogonal"
+    update_steps: int = 1
+    value_source: Literal["memory", "projected_memory"] = "memory"
+    encoder_type: Literal["transformer", "class_query"] = "transformer"
+
+    def __post_init__(self, **kwargs):
+        self.pooler_output_size = self.pooler_output_size if self.pooler_output_size else self.hidden_size
+        super().__post_init__(**kwargs)
+        self.validate_hopfield()
+
+    def validate_hopfield(self):
+        """Ranges and combinations that types alone do not express."""
+        if not 1.0 <= self.alpha <= 2.0:
+            raise ValueError(f"alpha must lie in [1, 2], got {self.alpha}")
+        if self.learnable_alpha and not 1.0 < self.alpha < 2.0:
+            raise ValueError(f"a learnable alpha must begin strictly between 1 and 2, got alpha={self.alpha}")
+        if self.beta is not None and not self.beta > 0:
+            raise ValueError(f"beta must be positive, or None for 1 / sqrt(head width), got {self.beta}")
+        if self.feature_dim is not None and self.feature_dim < 1:
+            raise ValueError(f"feature_dim must be at least 1, or None for hidden_size, got {self.feature_dim}")
+        if self.update_steps < 1:
+            raise ValueError(f"update_steps must be at least 1, got {self.update_steps}")
+        if self.hidden_size % self.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and {self.num_attention_heads}"
+            )
+        features = self.feature_dim if self.use_feature_map and self.feature_dim is not None else self.hidden_size
+        if self.value_source == "projected_memory" and features != self.hidden_size:
+            raise ValueError(
+                "value_source 'projected_memory' applies W_K to features and to raw memories, so feature_dim must equal "
+                f"hidden_size {self.hidden_size}, got {features}"
+            )
+
+
+__all__ = ["UHopViTConfig"]

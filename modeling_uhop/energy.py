@@ -1,0 +1,144 @@
+"""Stage II: the kernelized Hopfield energy, and retrieval as its descent. Pure functions over patterns held as rows."""
+
+from collections.abc import Callable
+
+import torch
+
+from .feature_map import unit_norm
+from .simplex import simplex_conjugate, simplex_map
+
+
+SIMILARITIES = ("kernel", "cosine", "l2", "manhattan")
+
+
+def similarity_scores(
+    queries: torch.Tensor,
+    memories: torch.Tensor,
+    *,
+    feature_map: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    similarity: str = "kernel",
+) -> torch.Tensor:
+    """Scores (..., Q, M) of queries (..., Q, d) against memories (..., M, d), larger where they are more alike.
+
+    "kernel" is K(x, xi) = <Phi(x), Phi(xi)> (U-Hop equation 2.1), the inner product without a feature map; "cosine" the same of unit-norm
+    features; "l2" and "manhattan" are MINUS the distance between features (Millidge et al. 2022).
+
+    Raises:
+        ValueError: If `similarity` is unknown.
+    """
+    if similarity not in SIMILARITIES:
+        raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
+    if feature_map is not None:
+        queries, memories = feature_map(queries), feature_map(memories)
+    if similarity == "cosine":
+        queries, memories = unit_norm(queries), unit_norm(memories)
+    if similarity in ("l2", "manhattan"):
+        return -torch.cdist(queries, memories, p=2.0 if similarity == "l2" else 1.0)
+    return queries @ memories.mT
+
+
+def energy(
+    queries: torch.Tensor,
+    memories: torch.Tensor,
+    *,
+    beta: float | torch.Tensor,
+    alpha: float | torch.Tensor = 1.0,
+    feature_map: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Kernelized Hopfield energy `E(x) = 1/2 K(x, x) - Psi*_alpha(beta, K(Xi, x))` (U-Hop, arXiv 2404.03827, equation 2.2).
+
+    `Psi*_alpha(beta, z)` is the conjugate of the Tsallis regulariser, scaled so that its gradient in z is `simplex_map(beta z, alpha)`:
+    log-sum-exp of inverse temperature beta at alpha = 1. With a linear feature map the energy never rises along `retrieve`.
+
+    Args:
+        queries: States x, (..., Q, d).
+        memories: Stored patterns Xi as rows, (..., M, d).
+        beta: Inverse temperature, positive.
+        alpha: Tsallis exponent in [1, 2].
+        feature_map: Phi; `None` for the identity, the un-kernelised models.
+        mask: Boolean, broadcastable to (..., Q, M), True where a memory is present.
+
+    Returns:
+        Energies (..., Q), in fp32 or better.
+
+    Raises:
+        ValueError: If beta is not positive or alpha is outside [1, 2].
+    """
+    _check_beta(beta)
+    features = queries if feature_map is None else feature_map(queries)
+    stored = memories if feature_map is None else feature_map(memories)
+    features, stored = _wide(features), _wide(stored)
+    with torch.autocast(features.device.type, enabled=False):
+        scores = features @ stored.mT
+    conjugate = simplex_conjugate(beta * scores, alpha, mask=mask)
+    return 0.5 * features.square().sum(-1) - conjugate / beta
+
+
+def association(
+    queries: torch.Tensor,
+    memories: torch.Tensor,
+    *,
+    beta: float | torch.Tensor,
+    alpha: float | torch.Tensor = 1.0,
+    feature_map: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    similarity: str = "kernel",
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Weights (..., Q, M) of each memory in a retrieval, `p = Sep_alpha(beta K(Xi, x))` (U-Hop equation 2.4). Arguments as in `retrieve`."""
+    _check_beta(beta)
+    if memories.shape[-2] == 0:
+        raise ValueError("there is nothing to retrieve from: memories must hold at least one pattern, got 0")
+    scores = similarity_scores(queries, memories, feature_map=feature_map, similarity=similarity)
+    return simplex_map(beta * scores, alpha, mask=mask)
+
+
+def retrieve(
+    queries: torch.Tensor,
+    memories: torch.Tensor,
+    *,
+    beta: float | torch.Tensor,
+    alpha: float | torch.Tensor = 1.0,
+    feature_map: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    steps: int = 1,
+    similarity: str = "kernel",
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Retrieval dynamics `T(x) = sum_mu p_mu xi_mu`, applied `steps` times (U-Hop, arXiv 2404.03827, equation 2.4).
+
+    The result mixes the raw patterns, not their features. alpha = 1 without Phi is the modern Hopfield network (Ramsauer et al. 2020),
+    alpha = 2 the sparse one (Hu et al. 2023), in between the generalised sparse one (Wu et al. 2024).
+
+    Args:
+        queries: States x, (..., Q, d).
+        memories: Stored patterns as rows, (..., M, d), M at least 1.
+        beta: Inverse temperature, positive.
+        alpha: Tsallis exponent in [1, 2].
+        feature_map: Phi; `None` for the identity.
+        steps: Number of updates, at least 1.
+        similarity: "kernel", "cosine", "l2" or "manhattan"; see `similarity_scores`.
+        mask: Boolean, broadcastable to (..., Q, M), True where a memory is present; a query without any retrieves zeros.
+
+    Returns:
+        Retrieved patterns (..., Q, d), of the dtype of `queries`.
+
+    Raises:
+        ValueError: If an argument is outside its range, or there are no memories.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    for _ in range(steps):
+        weights = association(
+            queries, memories, beta=beta, alpha=alpha, feature_map=feature_map, similarity=similarity, mask=mask
+        )
+        queries = weights @ memories
+    return queries
+
+
+def _check_beta(beta: float | torch.Tensor) -> None:
+    if not isinstance(beta, torch.Tensor) and not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,0 +1,66 @@
+"""The feature map Phi that turns an inner product into a learned kernel K(u, v) = <Phi(u), Phi(v)>."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+class FeatureMap(nn.Module):
+    """Linear feature map `Phi(u) = W u`, W of shape (feature_dim, pattern_dim) (U-Hop, arXiv 2404.03827, equation 2.1).
+
+    Args:
+        pattern_dim: Width d of a pattern, at least 1.
+        feature_dim: Width D of a feature (the papers' D_Phi), at least 1; `None` for `pattern_dim`.
+        start: How W begins. "identity": the first min(D, d) coordinates. "orthogonal": orthonormal columns (rows where D < d), so
+            that the kernel is the plain inner product where D >= d. "normal": independent entries of variance 1 / d.
+        normalize: Whether features are scaled to unit norm, `Phi(u) = W u / |W u|` (equation D.2); a zero vector stays zero.
+
+    Raises:
+        ValueError: If a width is below 1 or `start` is unknown.
+
+    With "identity" and D > d the added rows are zero, and no separation loss can move them: prefer "orthogonal" there.
+    """
+
+    def __init__(self, pattern_dim: int, feature_dim: int | None = None, *, start: str = "orthogonal", normalize: bool = False):
+        super().__init__()
+        feature_dim = pattern_dim if feature_dim is None else feature_dim
+        if pattern_dim < 1 or feature_dim < 1:
+            raise ValueError(f"pattern_dim and feature_dim must be at least 1, got {pattern_dim} and {feature_dim}")
+        if start not in ("identity", "orthogonal", "normal"):
+            raise ValueError(f"start must be one of 'identity', 'orthogonal', 'normal', got {start!r}")
+        self.start = start
+        self.normalize = normalize
+        self.weight = nn.Parameter(torch.empty(feature_dim, pattern_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start W anew, as `start` says."""
+        if self.start == "identity":
+            init.eye_(self.weight)
+        elif self.start == "normal":
+            init.normal_(self.weight, mean=0.0, std=self.weight.shape[1] ** -0.5)
+        else:  # through fp32: there is no half-precision QR
+            weight = torch.empty_like(self.weight, dtype=torch.float32)
+            init.copy_(self.weight, nn.init.orthogonal_(weight).to(self.weight.dtype))
+
+    @torch.no_grad()
+    def normalize_rows(self) -> None:
+        """Scale each row of W to unit norm (U-Hop Algorithm 1, after Stage I); a zero row stays zero."""
+        self.weight.copy_(unit_norm(self.weight))
+
+    def forward(self, patterns: torch.Tensor) -> torch.Tensor:
+        """Features (..., feature_dim) of patterns (..., pattern_dim)."""
+        features = nn.functional.linear(patterns, self.weight)
+        return unit_norm(features) if self.normalize else features
+
+    def extra_repr(self) -> str:
+        feature_dim, pattern_dim = self.weight.shape
+        return f"{pattern_dim} -> {feature_dim}, start={self.start!r}, normalize={self.normalize}"
+
+
+def unit_norm(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors (..., D) scaled to unit Euclidean norm, computed in fp32 or better; a zero vector stays zero, with a finite gradient."""
+    wide = vectors.float() if vectors.dtype in (torch.float16, torch.bfloat16) else vectors
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / torch.where(norm > 0, norm, 1.0)).to(vectors.dtype)

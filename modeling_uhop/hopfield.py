@@ -1,0 +1,160 @@
+"""Hopfield layers: attention seen as one retrieval step from a memory of tokens."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .feature_map import FeatureMap
+from .simplex import simplex_map
+
+
+def hopfield_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    alpha: float | torch.Tensor = 1.0,
+    scaling: float | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`Sep_alpha(scaling query key^T) value`, the retrieval step behind a U-Hop layer (arXiv 2404.03827, equation 3.1).
+
+    At alpha = 1 it is `torch.nn.functional.scaled_dot_product_attention`, save that a query without any key gets zeros.
+
+    Args:
+        query: (B, H, Q, d_k).
+        key: (B, H, N, d_k).
+        value: (B, H, N, d_v).
+        alpha: Tsallis exponent in [1, 2]; a tensor must broadcast to (B, H, Q, 1), for example (H, 1, 1) for one a head.
+        scaling: The inverse temperature beta; `None` for 1 / sqrt(d_k).
+        attention_mask: Broadcastable to (B, H, Q, N): boolean, True where a key may be attended to, or floating, added to the scores,
+            where -inf or the lowest finite value marks an absent key.
+
+    Returns:
+        (B, H, Q, d_v), of the dtype of `value`.
+    """
+    return hopfield_weights(query, key, alpha=alpha, scaling=scaling, attention_mask=attention_mask).to(value.dtype) @ value
+
+
+def hopfield_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    alpha: float | torch.Tensor = 1.0,
+    scaling: float | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Association weights (B, H, Q, N) of `hopfield_attention`."""
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        return simplex_map(scores, alpha, mask=attention_mask)
+    present = attention_mask > torch.finfo(attention_mask.dtype).min
+    return simplex_map(scores + attention_mask, alpha, mask=present)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    alpha: float | torch.Tensor = 1.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`hopfield_attention` in the form of transformers' attention functions: output (B, Q, H, d_v) and weights (B, H, Q, N)."""
+    weights = hopfield_weights(query, key, alpha=alpha, scaling=scaling, attention_mask=attention_mask)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), weights
+
+
+class MemorySet(NamedTuple):
+    """What one layer retrieves from: its feature map, its memories (B, M, d), and which of them are present (B, M)."""
+
+    feature_map: FeatureMap
+    memories: torch.Tensor
+    mask: torch.Tensor | None = None
+
+
+class HopfieldAttention(nn.Module):
+    """Multi-head U-Hop layer `Sep_alpha[beta (W_Q Phi(X)) (W_K Phi(Xi))^T] V` (U-Hop, arXiv 2404.03827, equation 3.1).
+
+    Phi acts on queries and keys, never on values. V is `W_V Xi` (`config.value_source = "memory"`, as in the authors' code) or
+    `W_V W_K Xi` ("projected_memory", as in equation 3.1). Before the last step, `update_steps - 1` steps retrieve in key space,
+    `q <- Sep_alpha(beta q k^T) k`.
+
+    Reads from the configuration: hidden_size, num_attention_heads, attention_probs_dropout_prob, qkv_bias, alpha, learnable_alpha, beta,
+    use_feature_map, feature_dim, feature_init, update_steps, value_source, and which kernel computes the attention.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.num_attention_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5 if config.beta is None else config.beta
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.update_steps = config.update_steps
+        self.value_source = config.value_source
+        self.is_causal = False
+
+        feature_dim = config.feature_dim or config.hidden_size
+        self.feature_map = (
+            FeatureMap(config.hidden_size, feature_dim, start=config.feature_init) if config.use_feature_map else None
+        )
+        in_dim = feature_dim if config.use_feature_map else config.hidden_size
+        inner_dim = self.num_attention_heads * self.head_dim
+        value_dim = inner_dim if config.value_source == "projected_memory" else config.hidden_size
+        self.q_proj = nn.Linear(in_dim, inner_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(in_dim, inner_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(value_dim, inner_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(inner_dim, config.hidden_size, bias=True)
+        self.alpha_logit = nn.Parameter(torch.empty(self.num_attention_heads)) if config.learnable_alpha else None
+
+    @property
+    def alpha(self) -> float | torch.Tensor:
+        """The fixed exponent, or the learned ones (H, 1, 1), which a sigmoid keeps inside (1, 2)."""
+        if self.alpha_logit is None:
+            return self.config.alpha
+        return 1.0 + self.alpha_logit.float().sigmoid().view(-1, 1, 1)
+
+    def start_alpha_logit(self) -> float:
+        """The logit at which a learnable alpha begins at `config.alpha`."""
+        return math.log((self.config.alpha - 1.0) / (2.0 - self.config.alpha))
+
+    def forward(
+        self, states: torch.Tensor, memories: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Retrieve for each state pattern (B, Q, hidden_size) from `memories` (B, N, hidden_size), the states themselves by default.
+
+        Returns:
+            The output (B, Q, hidden_size), and the association weights (B, H, Q, N) where the kernel in use forms them.
+        """
+        state_features = states if self.feature_map is None else self.feature_map(states)
+        if memories is None:
+            memories, memory_features = states, state_features
+        else:
+            memory_features = memories if self.feature_map is None else self.feature_map(memories)
+        query = self._split_heads(self.q_proj(state_features))
+        key = self._split_heads(self.k_proj(memory_features))
+        values_from = self.k_proj(memories) if self.value_source == "projected_memory" else memories
+        value = self._split_heads(self.v_proj(values_from))
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if self.alpha_logit is not None or self.config.alpha != 1.0:
+            kwargs["alpha"] = self.alpha
+        for _ in range(self.update_steps - 1):
+            query = attend(self, query, key, key, attention_mask, scaling=self.scaling, **kwargs)[0].transpose(1, 2)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+    def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens.unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)

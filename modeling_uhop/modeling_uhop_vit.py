@@ -1,0 +1,348 @@
+"""PyTorch UHopViT model: a vision transformer whose attention is a kernelized Hopfield layer."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_uhop_vit import UHopViTConfig
+from .feature_map import FeatureMap
+from .hopfield import HopfieldAttention, MemorySet
+
+
+class UHopViTPatchEmbeddings(nn.Module):
+    """Pixel values (batch_size, num_channels, height, width) to patch embeddings (batch_size, num_patches, hidden_size)."""
+
+    def __init__(self, config: UHopViTConfig):
+        super().__init__()
+        self.image_size = _pair(config.image_size)
+        self.patch_size = _pair(config.patch_size)
+        self.num_channels = config.num_channels
+        self.grid_size = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values must have shape (batch_size, {self.num_channels}, height, width), "
+                f"got {tuple(pixel_values.shape)}"
+            )
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class UHopViTEmbeddings(nn.Module):
+    """Patch embeddings behind a CLS token, with position embeddings, and optionally a mask token."""
+
+    def __init__(self, config: UHopViTConfig, use_mask_token: bool = False):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
+        self.patch_embeddings = UHopViTPatchEmbeddings(config)
+        self.position_embeddings = nn.Parameter(
+            torch.zeros(1, self.patch_embeddings.num_patches + 1, config.hidden_size)
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
+        """Position embeddings for images of another size, bicubic over the grid of patches."""
+        grid = self.patch_embeddings.grid_size
+        patch_height, patch_width = self.patch_embeddings.patch_size
+        new_grid = (height // patch_height, width // patch_width)
+        if new_grid == grid:
+            return self.position_embeddings
+        class_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        patch_positions = patch_positions.unflatten(1, grid).permute(0, 3, 1, 2)
+        patch_positions = nn.functional.interpolate(patch_positions, size=new_grid, mode="bicubic", align_corners=False)
+        return torch.cat((class_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+    ) -> torch.Tensor:
+        height, width = pixel_values.shape[-2:]
+        tokens = self.patch_embeddings(pixel_values)
+        if not interpolate_pos_encoding and (height, width) != self.patch_embeddings.image_size:
+            raise ValueError(
+                f"pixel_values must be {self.patch_embeddings.image_size} (height, width), got {(height, width)}; "
+                "pass interpolate_pos_encoding=True to use another size"
+            )
+        if bool_masked_pos is not None:
+            if self.mask_token is None:
+                raise ValueError("bool_masked_pos needs a model built with use_mask_token=True")
+            tokens = torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        return self.dropout(tokens + self.interpolate_pos_encoding(height, width))
+
+
+class UHopViTMLP(nn.Module):
+    def __init__(self, config: UHopViTConfig):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class UHopViTLayer(GradientCheckpointingLayer):
+    """Pre-norm block: every token retrieves from all tokens, then an MLP."""
+
+    def __init__(self, config: UHopViTConfig):
+        super().__init__()
+        self.attention = HopfieldAttention(config)
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = UHopViTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the feature map of this layer sees of the layer's input."""
+        return self.layernorm_before(hidden_states)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        retrieved, _ = self.attention(self.memories(hidden_states), attention_mask=attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(retrieved)
+        return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+
+
+class UHopViTClassQueryLayer(GradientCheckpointingLayer):
+    """The papers' CIFAR encoder: the CLS token alone queries the patches, which stay as they are."""
+
+    def __init__(self, config: UHopViTConfig):
+        super().__init__()
+        self.attention = HopfieldAttention(config)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        query, patches = hidden_states[:, :1], hidden_states[:, 1:]
+        if attention_mask is not None:
+            attention_mask = attention_mask[..., :1, 1:]
+        retrieved, _ = self.attention(query, patches, attention_mask=attention_mask, **kwargs)
+        return torch.cat((self.dropout(self.activation_fn(retrieved)), patches), dim=1)
+
+
+class UHopViTPooler(nn.Module):
+    def __init__(self, config: UHopViTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.pooler_output_size or config.hidden_size)
+        self.activation = ACT2FN[config.pooler_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(hidden_states[:, 0]))
+
+
+class UHopViTPreTrainedModel(PreTrainedModel):
+    config: UHopViTConfig
+    config_class = UHopViTConfig
+    base_model_prefix = "vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["UHopViTEmbeddings", "UHopViTLayer", "UHopViTClassQueryLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": [UHopViTLayer, UHopViTClassQueryLayer],
+        "attentions": HopfieldAttention,
+    }
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, UHopViTEmbeddings):
+            init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
+            init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
+        elif isinstance(module, FeatureMap):
+            module.reset_parameters()
+        elif isinstance(module, HopfieldAttention) and module.alpha_logit is not None:
+            init.constant_(module.alpha_logit, module.start_alpha_logit())
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        # The stock kernels know softmax only.
+        softmax = self.config.alpha == 1.0 and not self.config.learnable_alpha
+        if not softmax and requested_attention not in (None, "eager"):
+            raise ValueError(
+                f"attn_implementation={requested_attention!r} computes softmax attention (alpha = 1), and this model has "
+                f"alpha={self.config.alpha}, learnable_alpha={self.config.learnable_alpha}; use 'eager'"
+            )
+        return super().get_correct_attn_implementation(requested_attention if softmax else "eager", is_init_check)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        # save_pretrained writes only the saved class's own entry; the folder's code serves all three.
+        self.config.auto_map = {
+            "AutoConfig": "configuration_uhop_vit.UHopViTConfig",
+            "AutoModel": "modeling_uhop_vit.UHopViTModel",
+            "AutoModelForImageClassification": "modeling_uhop_vit.UHopViTForImageClassification",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class UHopViTModel(UHopViTPreTrainedModel):
+    """The bare U-Hop vision transformer: tokens (batch_size, num_patches + 1, hidden_size) out of an image, without a head.
+
+    Args:
+        config: The configuration.
+        add_pooling_layer: Whether to pool the CLS token through a linear layer and `config.pooler_act`.
+        use_mask_token: Whether to have a mask token, for masked image modelling.
+    """
+
+    def __init__(self, config: UHopViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
+        super().__init__(config)
+        layer_class = UHopViTLayer if config.encoder_type == "transformer" else UHopViTClassQueryLayer
+        self.embeddings = UHopViTEmbeddings(config, use_mask_token=use_mask_token)
+        self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = UHopViTPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: (batch_size, num_channels, height, width), finite.
+            bool_masked_pos: (batch_size, num_patches), True where a patch is replaced by the mask token.
+            interpolate_pos_encoding: Whether to accept images of another size than `config.image_size`.
+            attention_mask: (batch_size, num_patches + 1), 1 for tokens that may be retrieved from.
+
+        Raises:
+            ValueError: If `pixel_values` is missing, of a wrong shape, or (on CPU) not finite.
+        """
+        hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        sequence_output = self.layernorm(hidden_states)
+        pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(last_hidden_state=sequence_output, pooler_output=pooled_output)
+
+    def memory_sets(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        include_class_token: bool = False,
+        **kwargs,
+    ) -> Iterator[MemorySet]:
+        """The memories that Stage I separates: layer by layer, the tokens its feature map sees, one set an image.
+
+        Args:
+            pixel_values, interpolate_pos_encoding: As in `forward`. Other entries of a batch, such as labels, are ignored.
+            include_class_token: Whether the CLS token counts as a memory beside the patches.
+
+        Yields:
+            A `MemorySet` a layer, memories of shape (batch_size, num_patches, hidden_size). A layer is run only when the next set is
+            asked for, so nothing above the last feature map is computed.
+        """
+        hidden_states = self._embed(pixel_values, None, interpolate_pos_encoding)
+        for index, layer in enumerate(self.layers):
+            if index > 0:
+                hidden_states = self.layers[index - 1](hidden_states)
+            memories = layer.memories(hidden_states)
+            yield MemorySet(layer.attention.feature_map, memories if include_class_token else memories[:, 1:])
+
+    def _embed(
+        self, pixel_values: torch.Tensor | None, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool | None
+    ) -> torch.Tensor:
+        if pixel_values is None:
+            raise ValueError("pixel_values is required, got None")
+        # On an accelerator this would stall every step, and a traced graph cannot branch on values.
+        readable = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+        if readable and not bool(pixel_values.isfinite().all()):
+            raise ValueError(f"pixel_values must be finite, got {int((~pixel_values.isfinite()).sum())} values that are not")
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        return self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+
+
+class UHopViTForImageClassification(UHopViTPreTrainedModel):
+    """U-Hop vision transformer with a linear classifier on the final state of the CLS token."""
+
+    def __init__(self, config: UHopViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = UHopViTModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values, interpolate_pos_encoding, attention_mask: As in `UHopViTModel.forward`.
+            labels: (batch_size,) class indices in [0, num_labels), or what `config.problem_type` asks for.
+
+        Returns:
+            Logits (batch_size, num_labels), with the loss where labels are given.
+
+        Raises:
+            ValueError: As `UHopViTModel.forward`, and (on CPU) for a class index outside its range.
+        """
+        outputs: BaseModelOutputWithPooling = self.vit(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, **kwargs
+        )
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        loss = None
+        if labels is not None:
+            self._check_labels(labels)
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def memory_sets(self, pixel_values: torch.Tensor, **kwargs) -> Iterator[MemorySet]:
+        """The memories that Stage I separates; see `UHopViTModel.memory_sets`."""
+        return self.vit.memory_sets(pixel_values, **kwargs)
+
+    def _check_labels(self, labels: torch.Tensor) -> None:
+        class_indices = self.num_labels > 1 and labels.dtype in (torch.long, torch.int) and labels.dim() == 1
+        if not class_indices or labels.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        outside = labels[((labels < 0) | (labels >= self.num_labels)) & (labels != -100)]
+        if outside.numel() > 0:
+            raise ValueError(f"labels must lie in [0, {self.num_labels}), got {outside[0].item()}")
+
+
+def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+__all__ = ["UHopViTForImageClassification", "UHopViTModel", "UHopViTPreTrainedModel"]

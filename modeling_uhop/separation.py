@@ -1,0 +1,183 @@
+"""Stage I, the separation step: spread the stored patterns over the unit sphere of the feature space."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .feature_map import FeatureMap, unit_norm
+
+
+SEPARATION_KINDS = ("average", "squared", "nearest", "per_memory")
+
+
+def separation_loss(
+    features: torch.Tensor, *, kind: str = "average", temperature: float = 0.25, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How crowded memories are in feature space; the lower, the better separated.
+
+    With features scaled to unit norm, K = <Phi_mu, Phi_nu> and tau the temperature (tau = 1 / (2 t); the papers use t = 2, tau = 0.25):
+
+    - "average":    log mean_{mu != nu} exp((K - 1) / tau), that is log E exp(-t |Phi_mu - Phi_nu|^2)   (U-Hop, 2404.03827, equation 2.6)
+    - "squared":    log mean_{mu != nu} exp((K^2 - 1) / tau), least when features are orthogonal        (U-Hop, equation 3.2)
+    - "nearest":    max_{mu != nu} (K - 1) / tau, the closest pair alone                                (U-Hop, section G.2)
+    - "per_memory": mean_mu log sum_{nu != mu} exp(K / tau), whose minimiser tends to an optimal
+                    spherical code as tau -> 0                                                          (U-Hop+, 2410.23126)
+
+    Args:
+        features: Features (..., M, D) of M memories, of any norm: they are scaled to the unit sphere here. Leading axes hold
+            independent memory sets.
+        kind: One of the four above.
+        temperature: tau > 0.
+        mask: Boolean, either (..., M), True where a memory is present, or (..., M, M), True where a pair counts; told apart by
+            their number of axes. An absent memory has no influence, even if it is NaN.
+
+    Returns:
+        The mean loss over the sets that have a pair, a scalar in fp32 or better. Sets without a pair contribute nothing; if no set
+        has one, the loss is 0 and so is its gradient.
+
+    Raises:
+        ValueError: For an unknown kind, a temperature that is not positive, or a mask of another number of axes.
+    """
+    if kind not in SEPARATION_KINDS:
+        raise ValueError(f"kind must be one of {SEPARATION_KINDS}, got {kind!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    features = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+    members, pairs = _members_and_pairs(features, mask)
+    if features.shape[-2] < 2:
+        return features.sum() * 0.0
+    features = unit_norm(features.masked_fill(~members.unsqueeze(-1), 0.0))
+    with torch.autocast(features.device.type, enabled=False):
+        similarity = features @ features.mT
+    if kind == "squared":
+        similarity = similarity.square()
+    if kind == "per_memory":
+        log_sums, present = _log_sum(similarity / temperature, pairs)
+        rows = present.sum(-1)
+        losses = log_sums.sum(-1) / rows.clamp(min=1)
+        present = rows > 0
+    else:
+        exponents, pairs = ((similarity - 1.0) / temperature).flatten(-2), pairs.flatten(-2)
+        if kind == "nearest":
+            present = pairs.any(-1)
+            nearest = exponents.masked_fill(~pairs, -math.inf).amax(-1)
+            losses = torch.where(present, nearest, 0.0)
+        else:
+            log_sums, present = _log_sum(exponents, pairs)
+            losses = log_sums - pairs.sum(-1).clamp(min=1).log()
+    return losses.sum() / present.expand_as(losses).sum().clamp(min=1)
+
+
+def _members_and_pairs(features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which memories are present (..., M), and which ordered pairs of two different ones count (..., M, M)."""
+    size = features.shape[-2]
+    different = ~torch.eye(size, dtype=torch.bool, device=features.device)
+    if mask is None:
+        members = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device)
+        return members, different.expand(*features.shape[:-1], size)
+    if mask.dim() == features.dim() - 1:
+        members = mask.expand(features.shape[:-1])
+        return members, different & members.unsqueeze(-1) & members.unsqueeze(-2)
+    if mask.dim() == features.dim():
+        pairs = mask.expand(*features.shape[:-1], size) & different
+        return pairs.any(-1) | pairs.any(-2), pairs
+    raise ValueError(
+        f"mask must have {features.dim() - 1} axes (memories) or {features.dim()} (pairs) for features of shape "
+        f"{tuple(features.shape)}, got shape {tuple(mask.shape)}"
+    )
+
+
+def _log_sum(exponents: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log-sum-exp over the last axis of what is counted, 0 where nothing is, and where anything is."""
+    present = counted.any(-1)
+    exponents = exponents.masked_fill(~counted, -math.inf).masked_fill(~present.unsqueeze(-1), 0.0)
+    return torch.where(present, torch.logsumexp(exponents, -1), 0.0), present
+
+
+def maximize_separation(
+    feature_map: FeatureMap,
+    memories: torch.Tensor,
+    *,
+    method: str = "uhop",
+    steps: int = 100,
+    lr: float = 1e-3,
+    optimizer: str = "adam",
+    kind: str | None = None,
+    temperature: float = 0.25,
+    final_temperature: float = 0.01,
+    mask: torch.Tensor | None = None,
+) -> list[float]:
+    """Stage I on one feature map: gradient steps on W alone that lower `separation_loss(feature_map(memories))`.
+
+    - "uhop" (U-Hop Algorithm 1): `steps` steps at a fixed temperature, then the rows of W are scaled to unit norm. Default kind "average".
+    - "uhop+" (U-Hop+, projected gradient descent `W <- Proj(W - lr dL)`): the rows are scaled to unit norm after every step, while the
+      temperature falls geometrically from `temperature` to `final_temperature`. Default kind "per_memory".
+
+    Args:
+        feature_map: The map to move, in place. Nothing else moves, and no `.grad` is left behind.
+        memories: Patterns (..., M, d).
+        steps: Gradient steps N, at least 0.
+        lr: Learning rate.
+        optimizer: "adam" or "sgd".
+        kind, temperature, mask: As in `separation_loss`.
+
+    Returns:
+        The loss before each step, then the loss of the final map: `steps + 1` values. Under "uhop+" each is at its own step's temperature.
+
+    Raises:
+        ValueError: For an unknown method or optimizer, or negative `steps`.
+    """
+    if method not in ("uhop", "uhop+"):
+        raise ValueError(f"method must be 'uhop' or 'uhop+', got {method!r}")
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    kind = kind or ("average" if method == "uhop" else "per_memory")
+    parameters = [feature_map.weight]
+    private = separation_optimizer(optimizer, parameters, lr)
+    history = []
+    for step in logging.tqdm(range(steps), desc="separation", leave=False, delay=3):
+        tau = temperature if method == "uhop" else annealed(temperature, final_temperature, step, steps)
+        with torch.enable_grad():
+            loss = separation_loss(feature_map(memories), kind=kind, temperature=tau, mask=mask)
+            gradients = torch.autograd.grad(loss, parameters)
+        apply_gradients(private, parameters, gradients)
+        if method == "uhop+":
+            feature_map.normalize_rows()
+        history.append(loss.item())
+    if method == "uhop":
+        feature_map.normalize_rows()
+    tau = temperature if method == "uhop" else final_temperature
+    with torch.no_grad():
+        history.append(separation_loss(feature_map(memories), kind=kind, temperature=tau, mask=mask).item())
+    return history
+
+
+def annealed(start: float, end: float, step: int, steps: int) -> float:
+    """Geometric path from `start` at step 0 to `end` at step `steps - 1`."""
+    return start * (end / start) ** (step / max(steps - 1, 1))
+
+
+def separation_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Stage I's private optimizer: "sgd" (the papers') or "adam"; a `ValueError` for another name or a negative rate."""
+    if not lr >= 0:
+        raise ValueError(f"the separation learning rate must be at least 0, got {lr}")
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=lr)
+    if name == "adam":
+        return torch.optim.Adam(parameters, lr=lr)
+    raise ValueError(f"optimizer must be 'sgd' or 'adam', got {name!r}")
+
+
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | None]
+) -> None:
+    """One step of `optimizer` with these gradients; the parameters' own `.grad` is left as it was."""
+    kept = [parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    for parameter, gradient in zip(parameters, kept, strict=True):
+        parameter.grad = gradient

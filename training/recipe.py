@@ -1,0 +1,197 @@
+"""Recipes: one YAML file an experiment, stating only what differs from the defaults; and the results file of a run."""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import platform
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from modeling_uhop import SeparationCallback, UHopViTConfig
+
+
+@dataclass
+class DataRecipe:
+    """Where images come from and how they are split.
+
+    Attributes:
+        dataset: "digits" (scikit-learn's), a Hub id, or a local folder in any layout that `datasets.load_dataset` reads.
+        image_column, label_column: Names of the columns.
+        train_split, test_split: Names of the splits; "digits" has none of its own and is cut by `test_fraction`.
+        validation_fraction: Part of the training split that is held out, stratified by label, to look at while training.
+        test_fraction: Part of "digits" that is the test split.
+        split_seed: Seed of those cuts, apart from the training seed so that every seed is judged on the same images.
+        max_train_samples: How many training images to keep, drawn with `split_seed`; `None` for all.
+        image_mean, image_std: Normalisation of each of the three channels, after scaling to [0, 1].
+    """
+
+    dataset: str
+    image_column: str = "image"
+    label_column: str = "label"
+    train_split: str = "train"
+    test_split: str = "test"
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.2
+    split_seed: int = 0
+    max_train_samples: int | None = None
+    image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+
+
+@dataclass
+class ViTRecipe:
+    """A vision experiment: `model` holds fields of `UHopViTConfig`, `separation` arguments of `SeparationCallback` (or nothing, for a run
+    without Stage I), `training` those of `TrainingArguments`."""
+
+    name: str
+    data: DataRecipe
+    model: dict[str, Any] = field(default_factory=dict)
+    separation: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+class RecipeError(ValueError):
+    """A recipe or command line that cannot be run, in one line."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as text; this reads it as a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> ViTRecipe:
+    """Read a recipe, with overrides such as `training.learning_rate=1e-4` applied.
+
+    Raises:
+        RecipeError: For an unknown key (naming the nearest valid one), a missing one, or a file that is not a YAML mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"there is no recipe {path}")
+    content = yaml.load(path.read_text(), Loader=_Loader)
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must be a YAML mapping of recipe fields")
+    content.setdefault("name", path.stem)
+    for override in overrides or []:
+        _apply_override(content, override)
+    return _build(content)
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    keys, separator, value = override.partition("=")
+    if not separator:
+        raise RecipeError(f"an override must look like training.learning_rate=1e-4, got {override!r}")
+    *parents, last = keys.split(".")
+    for key in parents:
+        if content.get(key) is None:
+            content[key] = {}
+        content = content[key]
+    content[last] = yaml.load(value, Loader=_Loader)
+
+
+def _build(content: dict[str, Any]) -> ViTRecipe:
+    _check_keys("recipe", content, _field_names(ViTRecipe))
+    data = content.get("data")
+    if not isinstance(data, dict) or "dataset" not in data:
+        raise RecipeError("a recipe needs data.dataset: 'digits', a Hub id or a local folder")
+    _check_keys("data", data, _field_names(DataRecipe))
+    _check_keys("model", content.get("model") or {}, _field_names(UHopViTConfig))
+    _check_keys("separation", content.get("separation") or {}, list(inspect.signature(SeparationCallback).parameters))
+    _check_keys("training", content.get("training") or {}, _field_names(TrainingArguments))
+    for owned in ("output_dir", "seed"):
+        if owned in (content.get("training") or {}):
+            raise RecipeError(f"training.{owned} is set by the command line or the recipe's own `seed`")
+    return ViTRecipe(**{**content, "data": DataRecipe(**data)})
+
+
+def _field_names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _check_keys(section: str, given: dict[str, Any], valid: list[str]) -> None:
+    if not isinstance(given, dict):
+        raise RecipeError(f"{section} must be a mapping, got {given!r}")
+    for key in given:
+        if key not in valid:
+            nearest = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.0)[0]
+            raise RecipeError(f"unknown key {key!r} in {section}; the nearest valid one is {nearest!r}")
+
+
+def command_line(description: str) -> argparse.ArgumentParser:
+    """The arguments that every training script takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("recipe", help="YAML file in configs/")
+    parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
+    parser.add_argument("--output_dir", help="where to save (default: runs/<recipe name>)")
+    parser.add_argument("--seed", type=int, help="training seed instead of the recipe's")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field, e.g. training.num_train_epochs=1")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace an earlier run in output_dir")
+    existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    return parser
+
+
+def prepare_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
+    """Make sure that a run neither mixes with an earlier one nor deletes anything that is not one.
+
+    Raises:
+        RecipeError: If the folder is not empty and neither flag is given, or `overwrite` would delete what is not an earlier run.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        if resume:
+            raise RecipeError(f"there is nothing to resume in {folder}")
+    elif overwrite:
+        if not (folder / "recipe.yaml").is_file():
+            raise RecipeError(f"{folder} holds no earlier run (no recipe.yaml), so --overwrite leaves it alone; choose another --output_dir")
+        shutil.rmtree(folder)
+    elif not resume:
+        raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, --resume to go on, or another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_recipe(recipe: ViTRecipe, folder: Path) -> None:
+    """Write the recipe as it was run, overrides included."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+
+
+def write_results(path: Path, recipe: ViTRecipe, metrics: dict[str, Any], **details: Any) -> None:
+    """Write a results file: metrics with the recipe, seed, versions and commit that they come from."""
+    results = {
+        "name": recipe.name,
+        "metrics": metrics,
+        "seed": recipe.seed,
+        "recipe": dataclasses.asdict(recipe),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("modeling-uhop", "torch", "transformers", "accelerate", "datasets")},
+        },
+        "commit": commit(),
+        **details,
+    }
+    path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def commit() -> str | None:
+    """The commit of this checkout, `-dirty` if it has changes, or `None` outside one."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return described.stdout.strip() or None

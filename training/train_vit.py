@@ -1,0 +1,182 @@
+"""Train a Hopfield vision transformer from a recipe: separation step, training, one evaluation on the test split, model folder, reload.
+
+    python training/train_vit.py configs/vit_digits.yaml
+    accelerate launch training/train_vit.py configs/vit_cifar10.yaml --dataset path/to/cifar10
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from data import load_images, make_image_processor, make_transform, with_dataset
+from datasets import Dataset, DatasetDict
+from figures import training_figure
+from metrics import classification_metrics
+from recipe import RecipeError, ViTRecipe, command_line, load_recipe, prepare_output_dir, write_recipe, write_results
+from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
+from modeling_uhop.feature_map import unit_norm
+from modeling_uhop.model_card import write_model_card
+
+
+CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
+NUM_PROBES = 64
+# `with_transform` needs the raw columns that the Trainer would otherwise drop.
+TRAINING_DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "eval_strategy": "epoch"}
+
+
+class GramRecorder(TrainerCallback):
+    """Keeps the mean cosine matrix of patch features, layer by layer, as it is when `event` happens."""
+
+    def __init__(self, event: str, pixel_values: torch.Tensor):
+        self.grams: list[np.ndarray] = []
+        self.pixel_values = pixel_values
+        setattr(self, event, self._record)
+
+    @torch.no_grad()
+    def _record(self, args, state, control, model=None, **kwargs):
+        self.grams = []
+        for phi, memories, _ in model.memory_sets(self.pixel_values.to(args.device)):
+            features = unit_norm(phi(memories).float())
+            self.grams.append((features @ features.mT).mean(0).cpu().numpy())
+
+
+def main() -> None:
+    args = command_line(__doc__.splitlines()[0]).parse_args()
+    try:
+        recipe = load_recipe(args.recipe, args.set)
+        recipe.data = with_dataset(recipe.data, args.dataset)
+        recipe.seed = recipe.seed if args.seed is None else args.seed
+        folder = Path(args.output_dir or f"runs/{recipe.name}")
+        if PartialState().is_main_process:
+            prepare_output_dir(folder, args.overwrite, args.resume)
+        PartialState().wait_for_everyone()
+        run(recipe, folder, args.resume)
+    except (ValueError, TypeError, OSError, NotImplementedError) as error:
+        sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
+
+
+def run(recipe: ViTRecipe, folder: Path, resume: bool = False) -> dict[str, Any]:
+    """Run a recipe and leave everything it makes in `folder`; the metrics."""
+    set_seed(recipe.seed)
+    images = load_images(recipe.data)
+    names = images["train"].features["label"].names
+    config = UHopViTConfig(**recipe.model, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
+    model = UHopViTForImageClassification(config)
+    processor = make_image_processor(recipe.data, config.image_size)
+    separation = None if recipe.separation is None else SeparationCallback(**recipe.separation)
+    trainer, recorders = build_trainer(recipe, folder, model, processor, images, separation)
+
+    is_main = trainer.is_world_process_zero()
+    if is_main:
+        write_recipe(recipe, folder)
+        print(describe(recipe, model, images))
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
+    seconds = time.perf_counter() - started
+    transform = make_transform(processor)
+    validation = trainer.evaluate(images["validation"].with_transform(transform), metric_key_prefix="validation")
+    test = trainer.evaluate(images["test"].with_transform(transform), metric_key_prefix="test")
+    trainer.save_model()
+    if not is_main:
+        return {}
+
+    metrics = {
+        "test_accuracy": test["test_accuracy"],
+        "test_loss": test["test_loss"],
+        "validation_accuracy": validation["validation_accuracy"],
+        "validation_loss": validation["validation_loss"],
+        "train_seconds": round(seconds, 1),
+    }
+    log_history = trainer.state.log_history
+    if separation is not None:
+        measured = [entry for entry in log_history if "separation_loss" in entry]
+        metrics["separation_loss_before"] = measured[0]["separation_loss_before"]
+        metrics["separation_loss"] = measured[-1]["separation_loss"]
+    details = {"num_parameters": model.num_parameters(), "log_history": log_history}
+    write_results(folder / "results.json", recipe, metrics, **details)
+    grams = {moment: recorder.grams for moment, recorder in recorders.items()}
+    training_figure(folder / "training.png", log_history, separation.history if separation else [], grams)
+    write_model_card(folder, folder / "results.json", CARD_TEMPLATE)
+    print(summary(metrics, folder))
+    check_reload(folder, trainer.model, processor, images["test"])
+    return metrics
+
+
+def build_trainer(
+    recipe: ViTRecipe,
+    folder: Path,
+    model: UHopViTForImageClassification,
+    processor: ViTImageProcessorPil,
+    images: DatasetDict,
+    separation: SeparationCallback | None,
+) -> tuple[Trainer, dict[str, GramRecorder]]:
+    """The stock Trainer with the separation step, between two recorders of what it does to the features."""
+    transform = make_transform(processor)
+    recorders: dict[str, GramRecorder] = {}
+    callbacks: list[TrainerCallback] = []
+    if separation is not None:
+        probe = torch.stack(images["validation"].select(range(min(NUM_PROBES, len(images["validation"])))).with_transform(transform)[:]["pixel_values"])
+        after = "on_train_begin" if separation.schedule == "train_begin" else "on_train_end"
+        recorders = {"before": GramRecorder("on_train_begin", probe), "after": GramRecorder(after, probe)}
+        callbacks = [recorders["before"], separation, recorders["after"]]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        seed=recipe.seed,
+        **{**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training},
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=images["train"].with_transform(transform),
+        eval_dataset=images["validation"].with_transform(transform),
+        processing_class=processor,
+        compute_metrics=classification_metrics,
+        callbacks=callbacks,
+    )
+    return trainer, recorders
+
+
+def last_checkpoint(folder: Path) -> str:
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is None:
+        raise RecipeError(f"{folder} has no checkpoint to resume from; pass --overwrite to begin again")
+    return checkpoint
+
+
+def describe(recipe: ViTRecipe, model: UHopViTForImageClassification, images: DatasetDict) -> str:
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in images.items())
+    stage_one = "no separation step" if recipe.separation is None else f"separation {recipe.separation}"
+    return f"{recipe.name}: {model.num_parameters():,} parameters; images: {sizes}; {stage_one}; seed {recipe.seed}"
+
+
+def summary(metrics: dict[str, Any], folder: Path) -> str:
+    lines = [f"  {name:<24} {value:.4f}" if isinstance(value, float) else f"  {name:<24} {value}" for name, value in metrics.items()]
+    return "\n".join(["", f"Results ({folder / 'results.json'}, {folder / 'training.png'}):", *lines])
+
+
+def check_reload(folder: Path, model: Any, processor: ViTImageProcessorPil, test: Dataset) -> None:
+    """Reload the folder in a fresh process without the package, and compare logits on test images."""
+    images = [image.convert("RGB") for image in test[:NUM_PROBES]["image"]]
+    with torch.no_grad():
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+        logits = model.eval().cpu().float()(pixel_values).logits.numpy()
+    probe = folder / "probe.npz"
+    np.savez(probe, images=np.stack([np.asarray(image) for image in images]), logits=logits)
+    print(f"\nReloading {folder} in a fresh process:", flush=True)
+    script = Path(__file__).with_name("reload.py")
+    finished = subprocess.run([sys.executable, str(script), str(folder), str(probe)])
+    probe.unlink()
+    if finished.returncode != 0:
+        raise RuntimeError(f"the model saved in {folder} does not reload to the same logits")
+
+
+if __name__ == "__main__":
+    main()
