@@ -99,10 +99,6 @@ class UHopViTConfig(PreTrainedConfig):
             raise ValueError(f"feature_dim must be at least 1, or None for hidden_size, got {self.feature_dim}")
         if self.update_steps < 1:
             raise ValueError(f"update_steps must be at least 1, got {self.update_steps}")
-        if self.hidden_size % self.num_attention_heads != 0:
-            raise ValueError(
-                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and {self.num_attention_heads}"
-            )
         features = self.feature_dim if self.use_feature_map and self.feature_dim is not None else self.hidden_size
         if self.value_source == "projected_memory" and features != self.hidden_size:
             raise ValueError(

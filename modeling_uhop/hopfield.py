@@ -94,6 +94,10 @@ class HopfieldAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.hidden_size % config.num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {config.hidden_size} and {config.num_attention_heads}"
+            )
         self.config = config
         self.num_attention_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads

@@ -98,19 +98,29 @@ class UHopViTMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
-class UHopViTLayer(GradientCheckpointingLayer):
-    """Pre-norm block: every token retrieves from all tokens, then an MLP."""
+class UHopViTEncoderLayer(GradientCheckpointingLayer):
+    """What the two kinds of encoder layer share: a Hopfield layer, and what its feature map sees."""
 
     def __init__(self, config: UHopViTConfig):
         super().__init__()
         self.attention = HopfieldAttention(config)
-        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = UHopViTMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the feature map of this layer sees of the layer's input."""
+        """Tokens as the feature map sees them, (batch_size, num_patches + 1, hidden_size)."""
+        raise NotImplementedError
+
+
+class UHopViTLayer(UHopViTEncoderLayer):
+    """Pre-norm block: every token retrieves from all tokens, then an MLP."""
+
+    def __init__(self, config: UHopViTConfig):
+        super().__init__(config)
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = UHopViTMLP(config)
+
+    def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.layernorm_before(hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
@@ -119,14 +129,12 @@ class UHopViTLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
 
 
-class UHopViTClassQueryLayer(GradientCheckpointingLayer):
+class UHopViTClassQueryLayer(UHopViTEncoderLayer):
     """The papers' CIFAR encoder: the CLS token alone queries the patches, which stay as they are."""
 
     def __init__(self, config: UHopViTConfig):
-        super().__init__()
-        self.attention = HopfieldAttention(config)
+        super().__init__(config)
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
@@ -163,7 +171,7 @@ class UHopViTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {
-        "hidden_states": [UHopViTLayer, UHopViTClassQueryLayer],
+        "hidden_states": UHopViTEncoderLayer,
         "attentions": HopfieldAttention,
     }
     _input_embed_layer = "patch_embeddings"

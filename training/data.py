@@ -1,5 +1,6 @@
 """Images for training: a data set's splits, checked, and the transform that turns them into pixel values."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from PIL import Image as PILImage
+from PIL import ImageOps
 from recipe import DataRecipe, RecipeError
 from sklearn.datasets import load_digits
 from transformers import ViTImageProcessorPil
@@ -91,16 +93,28 @@ def make_image_processor(data: DataRecipe, image_size: Any) -> ViTImageProcessor
     )
 
 
-def make_transform(processor: ViTImageProcessorPil) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A transform for `Dataset.with_transform`: images of a batch to `pixel_values`, labels as they are."""
+def make_transform(
+    processor: ViTImageProcessorPil, augment: DataRecipe | None = None
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A transform for `Dataset.with_transform`: images of a batch to `pixel_values`, labels as they are; augmented as `augment` says."""
 
     def transform(batch: dict[str, Any]) -> dict[str, Any]:
-        pixel_values = processor(batch["image"], return_tensors="pt")["pixel_values"]
+        images = batch["image"] if augment is None else [_augmented(image, augment) for image in batch["image"]]
+        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
         if not torch.isfinite(pixel_values).all():
             raise ValueError("an image has pixels that are not finite")
         return {"pixel_values": list(pixel_values), "labels": batch["label"]}
 
     return transform
+
+
+def _augmented(image: PILImage.Image, data: DataRecipe) -> PILImage.Image:
+    """The field's standard augmentation of small images: a random crop of the zero-padded image, and a random mirror image."""
+    if data.random_crop_padding > 0:
+        padding = data.random_crop_padding
+        left, top = random.randint(-padding, padding), random.randint(-padding, padding)
+        image = image.crop((left, top, left + image.width, top + image.height))
+    return ImageOps.mirror(image) if data.random_flip and random.random() < 0.5 else image
 
 
 def with_dataset(data: DataRecipe, dataset: str | None) -> DataRecipe:

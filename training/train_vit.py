@@ -33,19 +33,22 @@ TRAINING_DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "eval_
 
 
 class GramRecorder(TrainerCallback):
-    """Keeps the mean cosine matrix of patch features, layer by layer, as it is when `event` happens."""
+    """Keeps the `feature_grams` of some images as they are when `event` happens."""
 
     def __init__(self, event: str, pixel_values: torch.Tensor):
-        self.grams: list[np.ndarray] = []
         self.pixel_values = pixel_values
+        self.grams: list[np.ndarray] = []
         setattr(self, event, self._record)
 
-    @torch.no_grad()
     def _record(self, args, state, control, model=None, **kwargs):
-        self.grams = []
-        for phi, memories, _ in model.memory_sets(self.pixel_values.to(args.device)):
-            features = unit_norm(phi(memories).float())
-            self.grams.append((features @ features.mT).mean(0).cpu().numpy())
+        self.grams = feature_grams(model, self.pixel_values)
+
+
+@torch.no_grad()
+def feature_grams(model: Any, pixel_values: torch.Tensor) -> list[np.ndarray]:
+    """For each layer, the cosines (patches, patches) between patch features, averaged over images."""
+    features = [unit_norm(phi(memories).float()) for phi, memories, _ in model.memory_sets(pixel_values.to(model.device))]
+    return [(feature @ feature.mT).mean(0).cpu().numpy() for feature in features]
 
 
 def main() -> None:
@@ -72,12 +75,19 @@ def run(recipe: ViTRecipe, folder: Path, resume: bool = False) -> dict[str, Any]
     model = UHopViTForImageClassification(config)
     processor = make_image_processor(recipe.data, config.image_size)
     separation = None if recipe.separation is None else SeparationCallback(**recipe.separation)
-    trainer, recorders = build_trainer(recipe, folder, model, processor, images, separation)
+    trainer = build_trainer(recipe, folder, model, processor, images, separation)
 
     is_main = trainer.is_world_process_zero()
     if is_main:
         write_recipe(recipe, folder)
         print(describe(recipe, model, images))
+    grams = {}
+    if separation is not None:
+        probe = images["validation"].select(range(min(NUM_PROBES, len(images["validation"]))))
+        pixel_values = torch.stack(probe.with_transform(make_transform(processor))[:]["pixel_values"])
+        grams["before"] = feature_grams(trainer.model, pixel_values)
+        recorder = GramRecorder("on_train_begin" if separation.schedule == "train_begin" else "on_train_end", pixel_values)
+        trainer.add_callback(recorder)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     seconds = time.perf_counter() - started
@@ -102,7 +112,8 @@ def run(recipe: ViTRecipe, folder: Path, resume: bool = False) -> dict[str, Any]
         metrics["separation_loss"] = measured[-1]["separation_loss"]
     details = {"num_parameters": model.num_parameters(), "log_history": log_history}
     write_results(folder / "results.json", recipe, metrics, **details)
-    grams = {moment: recorder.grams for moment, recorder in recorders.items()}
+    if separation is not None:
+        grams["after"] = recorder.grams
     training_figure(folder / "training.png", log_history, separation.history if separation else [], grams)
     write_model_card(folder, folder / "results.json", CARD_TEMPLATE)
     print(summary(metrics, folder))
@@ -117,31 +128,22 @@ def build_trainer(
     processor: ViTImageProcessorPil,
     images: DatasetDict,
     separation: SeparationCallback | None,
-) -> tuple[Trainer, dict[str, GramRecorder]]:
-    """The stock Trainer with the separation step, between two recorders of what it does to the features."""
-    transform = make_transform(processor)
-    recorders: dict[str, GramRecorder] = {}
-    callbacks: list[TrainerCallback] = []
-    if separation is not None:
-        probe = torch.stack(images["validation"].select(range(min(NUM_PROBES, len(images["validation"])))).with_transform(transform)[:]["pixel_values"])
-        after = "on_train_begin" if separation.schedule == "train_begin" else "on_train_end"
-        recorders = {"before": GramRecorder("on_train_begin", probe), "after": GramRecorder(after, probe)}
-        callbacks = [recorders["before"], separation, recorders["after"]]
+) -> Trainer:
+    """The stock Trainer, with the separation step as its callback."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         seed=recipe.seed,
         **{**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training},
     )
-    trainer = Trainer(
+    return Trainer(
         model=model,
         args=arguments,
-        train_dataset=images["train"].with_transform(transform),
-        eval_dataset=images["validation"].with_transform(transform),
+        train_dataset=images["train"].with_transform(make_transform(processor, recipe.data)),
+        eval_dataset=images["validation"].with_transform(make_transform(processor)),
         processing_class=processor,
         compute_metrics=classification_metrics,
-        callbacks=callbacks,
+        callbacks=[] if separation is None else [separation],
     )
-    return trainer, recorders
 
 
 def last_checkpoint(folder: Path) -> str:
