@@ -67,7 +67,7 @@ def separation_loss(
             losses = torch.where(present, nearest, 0.0)
         else:
             log_sums, present = _log_sum(exponents, pairs)
-            losses = log_sums - pairs.sum(-1).clamp(min=1).log()
+            losses = log_sums - pairs.sum(-1).clamp(min=1).to(log_sums.dtype).log()
     return losses.sum() / present.expand_as(losses).sum().clamp(min=1)
 
 

@@ -1,0 +1,82 @@
+"""The papers' equations as float64 loops over Python numbers. Nothing of the package is imported, and nothing is clever."""
+
+import math
+
+import numpy as np
+
+
+def entmax(scores, alpha):
+    """argmax_p <p, z> + H_alpha(p) over the simplex: p_i = [(alpha - 1) z_i - tau]_+^(1 / (alpha - 1)), tau by bisection; softmax at 1."""
+    if alpha == 1.0:
+        top = max(scores)
+        weights = [math.exp(z - top) for z in scores]
+        return np.array(weights) / sum(weights)
+    scaled = [(alpha - 1.0) * z for z in scores]
+    low, high = max(scaled) - 1.0, max(scaled)
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        total = sum(max(x - middle, 0.0) ** (1.0 / (alpha - 1.0)) for x in scaled)
+        low, high = (middle, high) if total >= 1.0 else (low, middle)
+    weights = [max(x - low, 0.0) ** (1.0 / (alpha - 1.0)) for x in scaled]
+    return np.array(weights) / sum(weights)
+
+
+def tsallis_negentropy(weights, alpha):
+    """Omega_alpha(p) = sum (p^alpha - p) / (alpha (alpha - 1)), sum p log p at 1."""
+    if alpha == 1.0:
+        return sum(p * math.log(p) for p in weights if p > 0)
+    return sum(p**alpha - p for p in weights) / (alpha * (alpha - 1.0))
+
+
+def conjugate(scores, alpha):
+    """Psi*(z) = <p, z> - Omega(p) at p = entmax(z)."""
+    weights = entmax(scores, alpha)
+    return sum(p * z for p, z in zip(weights, scores, strict=True)) - tsallis_negentropy(weights, alpha)
+
+
+def kernel(u, v, matrix=None):
+    """K(u, v) = <W u, W v> (2.1)."""
+    if matrix is not None:
+        u, v = matrix @ u, matrix @ v
+    return sum(a * b for a, b in zip(u, v, strict=True))
+
+
+def energy(query, memories, beta, alpha, matrix=None):
+    """E(x) = K(x, x) / 2 - Psi*_alpha(beta, K(Xi, x)) (2.2), with Psi*_alpha(beta, z) = Psi*_alpha(beta z) / beta."""
+    scores = [beta * kernel(memory, query, matrix) for memory in memories]
+    return 0.5 * kernel(query, query, matrix) - conjugate(scores, alpha) / beta
+
+
+def retrieve(query, memories, beta, alpha, matrix=None, steps=1):
+    """T(x) = sum_mu p_mu xi_mu (2.4), steps times."""
+    for _ in range(steps):
+        weights = entmax([beta * kernel(memory, query, matrix) for memory in memories], alpha)
+        query = sum(p * memory for p, memory in zip(weights, memories, strict=True))
+    return query
+
+
+def separation_loss(features, kind, t):
+    """(2.6), (3.2), G.2 and the loss of U-Hop+ over unit-norm features, with tau = 1 / (2 t)."""
+    unit = [feature / math.sqrt(sum(f * f for f in feature)) for feature in features]
+    count = len(unit)
+    pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+    if kind == "average":
+        return math.log(sum(math.exp(-t * sum((unit[i] - unit[j]) ** 2)) for i, j in pairs) / len(pairs))
+    if kind == "squared":
+        return math.log(sum(math.exp(2 * t * (kernel(unit[i], unit[j]) ** 2 - 1)) for i, j in pairs) / len(pairs))
+    if kind == "nearest":
+        return max(-t * sum((unit[i] - unit[j]) ** 2) for i, j in pairs)
+    rows = [math.log(sum(math.exp(2 * t * kernel(unit[i], unit[j])) for j in range(count) if j != i)) for i in range(count)]
+    return sum(rows) / count
+
+
+def hopfield_layer(states, memories, phi, wq, wk, wv, beta, alpha, projected_values=False):
+    """One head of Sep_alpha[beta (W_Q Phi(x)) (W_K Phi(Xi))^T] V (3.1), V = W_V Xi or W_V W_K Xi; rows are tokens, biases are zero."""
+    outputs = []
+    for state in states:
+        query = wq @ (phi @ state)
+        scores = [beta * kernel(query, wk @ (phi @ memory)) for memory in memories]
+        weights = entmax(scores, alpha)
+        values = [wv @ (wk @ memory) if projected_values else wv @ memory for memory in memories]
+        outputs.append(sum(p * value for p, value in zip(weights, values, strict=True)))
+    return np.stack(outputs)

@@ -1,0 +1,133 @@
+"""Energy and retrieval: the papers' loops, the energy's own gradient, and the theory."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling_uhop import FeatureMap, association, energy, retrieve, similarity_scores
+
+
+ALPHAS = [1.0, 1.25, 1.5, 2.0]
+
+
+def _problem(seed=0, memories=7, width=5, feature_dim=6, queries=4):
+    generator = torch.Generator().manual_seed(seed)
+    phi = FeatureMap(width, feature_dim, start="normal").double()
+    with torch.no_grad():
+        phi.weight.copy_(torch.randn(feature_dim, width, generator=generator, dtype=torch.float64) / width**0.5)
+    stored = torch.randn(memories, width, generator=generator, dtype=torch.float64)
+    return torch.randn(queries, width, generator=generator, dtype=torch.float64), stored, phi
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("beta", [0.3, 4.0])
+@pytest.mark.parametrize("kernelized", [True, False])
+def test_energy_and_retrieval_equal_the_loops(alpha, beta, kernelized):
+    queries, memories, phi = _problem()
+    phi = phi if kernelized else None
+    matrix = phi.weight.detach().numpy() if phi is not None else None
+    energies = [reference.energy(x, memories.numpy(), beta, alpha, matrix) for x in queries.numpy()]
+    assert_close(energy(queries, memories, beta=beta, alpha=alpha, feature_map=phi), energies)
+    for steps in (1, 3):
+        expected = [reference.retrieve(x, memories.numpy(), beta, alpha, matrix, steps) for x in queries.numpy()]
+        retrieved = retrieve(queries, memories, beta=beta, alpha=alpha, feature_map=phi, steps=steps)
+        assert_close(retrieved, np.stack(expected))
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_the_update_is_a_step_down_the_energy(alpha):
+    queries, memories, phi = _problem()
+    queries.requires_grad_()
+    (gradient,) = torch.autograd.grad(energy(queries, memories, beta=2.0, alpha=alpha, feature_map=phi).sum(), queries)
+    update = retrieve(queries, memories, beta=2.0, alpha=alpha, feature_map=phi)
+    kernel = phi.weight.mT @ phi.weight
+    assert_close(gradient, (queries - update) @ kernel)
+
+
+@given(seed=st.integers(0, 10_000), alpha=st.floats(1.0, 2.0), beta=st.floats(0.1, 20.0))
+def test_energy_never_rises_along_retrieval(seed, alpha, beta):
+    queries, memories, phi = _problem(seed)
+    energies = [energy(queries, memories, beta=beta, alpha=alpha, feature_map=phi)]
+    for _ in range(6):
+        queries = retrieve(queries, memories, beta=beta, alpha=alpha, feature_map=phi)
+        energies.append(energy(queries, memories, beta=beta, alpha=alpha, feature_map=phi))
+    assert (torch.stack(energies).diff(dim=0) <= 1e-9).all()
+
+
+@given(seed=st.integers(0, 10_000), alpha=st.floats(1.05, 2.0))
+def test_a_memory_is_a_fixed_point_exactly_where_the_proof_says(seed, alpha):
+    _, memories, phi = _problem(seed, memories=4, width=6)
+    features = phi(memories)
+    gram = features @ features.mT
+    margin = (gram.diagonal() - gram.masked_fill(torch.eye(4).bool(), -torch.inf).amax(-1)).detach()
+    for beta in (0.5, 2.0, 10.0):
+        weights = association(memories, memories, beta=beta, alpha=alpha, feature_map=phi)
+        exact = (weights == torch.eye(4)).all(-1)
+        threshold = beta * margin * (alpha - 1.0)
+        clear = (threshold - 1.0).abs() > 1e-6
+        assert torch.equal(exact[clear], (threshold >= 1.0)[clear])
+
+
+@pytest.mark.parametrize(
+    ("similarity", "score"),
+    [
+        ("kernel", lambda x, m: (x * m).sum()),
+        ("cosine", lambda x, m: (x * m).sum() / (x.norm() * m.norm())),
+        ("l2", lambda x, m: -(x - m).norm()),
+        ("manhattan", lambda x, m: -(x - m).abs().sum()),
+    ],
+)
+def test_similarities(similarity, score):
+    queries, memories, phi = _problem()
+    for map_ in (None, phi):
+        features = (queries, memories) if map_ is None else (map_(queries), map_(memories))
+        expected = torch.stack([torch.stack([score(x, m) for m in features[1]]) for x in features[0]])
+        assert_close(similarity_scores(queries, memories, similarity=similarity, feature_map=map_), expected)
+
+
+@pytest.mark.parametrize("similarity", ["l2", "manhattan", "cosine"])
+def test_distances_retrieve_the_nearest_memory_not_the_farthest(similarity):
+    memories = torch.randn(6, 5)
+    retrieved = retrieve(memories + 0.01, memories, beta=200.0, similarity=similarity)
+    assert_close(retrieved, memories, scale=1e3)
+
+
+def test_batches_and_masks():
+    queries, memories = torch.randn(3, 2, 5, dtype=torch.float64), torch.randn(3, 6, 5, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 1], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]]).bool().unsqueeze(1)
+    poisoned = memories.clone()
+    retrieved = retrieve(queries, poisoned, beta=2.0, alpha=1.5, mask=mask)
+    energies = energy(queries, poisoned, beta=2.0, alpha=1.5, mask=mask)
+    for i in (0, 1):
+        kept = memories[i][mask[i, 0]]
+        assert_close(retrieved[i], retrieve(queries[i], kept, beta=2.0, alpha=1.5))
+        assert_close(energies[i], energy(queries[i], kept, beta=2.0, alpha=1.5))
+    assert (retrieved[2] == 0).all()
+    assert association(queries, memories, beta=2.0, mask=mask)[2].sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision(dtype):
+    queries, memories = torch.randn(4, 16).to(dtype), torch.randn(5, 16).to(dtype)
+    expected = retrieve(queries.double(), memories.double(), beta=0.5, alpha=1.5)
+    assert_close(retrieve(queries, memories, beta=0.5, alpha=1.5), expected, scale=3)
+    energies = energy(queries, memories, beta=0.5)
+    assert energies.dtype == torch.float32
+    assert_close(energies, energy(queries.double(), memories.double(), beta=0.5), scale=10)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"beta": 0.0}, {"beta": -1.0}, {"alpha": 0.0}, {"steps": 0}, {"similarity": "dot-product"}, {"memories": torch.empty(0, 3)}]
+)
+def test_bad_arguments_are_refused(arguments):
+    with pytest.raises(ValueError, match="must"):
+        retrieve(**{"queries": torch.randn(2, 3), "memories": torch.randn(4, 3), "beta": 1.0, **arguments})
+
+
+def test_energy_refuses_a_beta_that_is_not_positive():
+    with pytest.raises(ValueError, match="beta must be positive"):
+        energy(torch.randn(2, 3), torch.randn(4, 3), beta=0.0)
