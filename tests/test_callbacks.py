@@ -1,0 +1,338 @@
+"""SeparationCallback inside the stock Trainer: what it moves, what it leaves alone, schedules, logs, resume, refusals."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from conftest import assert_close
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification, separation_loss
+from modeling_uhop.callbacks import STATE_FILE
+
+
+FIELDS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 3,
+    "initializer_range": 0.2,
+    "hidden_dropout_prob": 0.1,
+}
+
+
+class Images(torch.utils.data.Dataset):
+    """Random images whose every reading draws from the global random state, as augmentations do."""
+
+    def __init__(self, size: int = 48, augment: bool = True):
+        generator = torch.Generator().manual_seed(3)
+        self.images = torch.randn(size, 3, 8, 8, generator=generator)
+        self.labels = torch.randint(3, (size,), generator=generator)
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        noise = 0.1 * torch.randn(3, 8, 8) if self.augment else 0.0
+        return {"pixel_values": self.images[index] + noise, "labels": self.labels[index]}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        images = Images(augment=False)
+        return (images[i] for i in range(len(images)))
+
+
+def _model(**fields) -> UHopViTForImageClassification:
+    torch.manual_seed(7)
+    return UHopViTForImageClassification(UHopViTConfig(**{**FIELDS, **fields}))
+
+
+def _trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None = None, dataset=None, **arguments) -> Trainer:
+    defaults = {
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return Trainer(
+        model=model or _model(),
+        args=TrainingArguments(output_dir=str(folder), **{**defaults, **arguments}),
+        train_dataset=dataset or Images(),
+        callbacks=list(callbacks),
+    )
+
+
+def _train(folder: Path, *callbacks: TrainerCallback, resume: str | None = None, **arguments) -> dict[str, torch.Tensor]:
+    trainer = _trainer(folder, *callbacks, **arguments)
+    trainer.train(resume_from_checkpoint=resume)
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+SCHEDULES = [{"schedule": "train_begin", "steps": 4}, {"schedule": "epoch", "steps": 2}, {"schedule": "step"}]
+MOVED = ["feature_maps", "upstream"]
+
+
+@pytest.mark.parametrize("parameters", MOVED)
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_with_lr_0_training_is_bitwise_what_it_is_without(tmp_path, schedule, parameters, optimizer):
+    callback = SeparationCallback(**schedule, parameters=parameters, optimizer=optimizer, lr=0.0, batch_size=8)
+    assert _equal(_train(tmp_path), _train(tmp_path, callback))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
+def test_with_a_rate_it_changes_training_and_is_deterministic(tmp_path, schedule):
+    runs = [_train(tmp_path, SeparationCallback(**schedule, batch_size=8)) for _ in range(2)]
+    assert _equal(*runs)
+    assert not _equal(runs[0], _train(tmp_path))
+    assert not _equal(runs[0], _train(tmp_path, SeparationCallback(**schedule, batch_size=8, seed=123)))
+
+
+class Freeze(TrainerCallback):
+    """Undoes every supervised step, so that what moves is Stage I's doing alone."""
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
+def test_only_what_it_was_told_to_move_moves(tmp_path, schedule):
+    before = {name: p.detach().clone() for name, p in _model().named_parameters()}
+    moved = {}
+    for parameters in MOVED:
+        after = _train(tmp_path, SeparationCallback(**schedule, parameters=parameters, batch_size=8), Freeze())
+        moved[parameters] = {name for name in before if not torch.equal(before[name], after[name])}
+    maps = {name for name in before if "feature_map" in name}
+    assert moved["feature_maps"] == maps
+    above = {name for name in before if name.startswith(("classifier", "vit.layernorm", "vit.layers.1"))} - maps
+    above -= {name for name in above if "layernorm_before" in name}
+    # A key bias shifts all scores of a query alike, so no output and no gradient depends on it, save by rounding.
+    expected = set(before) - above
+    assert expected - moved["upstream"] <= {name for name in before if name.endswith(("k_proj.bias", "cls_token"))}
+    assert moved["upstream"] <= expected
+
+
+def test_frozen_parameters_stay(tmp_path):
+    model = _model()
+    model.vit.embeddings.requires_grad_(False)
+    first_map = model.vit.layers[0].attention.feature_map.weight.requires_grad_(False)
+    kept = [p.detach().clone() for p in (*model.vit.embeddings.parameters(), first_map)]
+    _train(tmp_path, SeparationCallback("train_begin", steps=2, parameters="upstream", batch_size=8), model=model)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (*model.vit.embeddings.parameters(), first_map), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["average", "squared", "nearest", "per_memory"])
+@pytest.mark.parametrize("class_token", [False, True])
+def test_one_step_is_sgd_on_the_summed_losses_of_the_layers(tmp_path, kind, class_token):
+    dataset = Images(size=8, augment=False)
+    model = _model(num_hidden_layers=2).eval()
+    weights = [layer.attention.feature_map.weight for layer in model.vit.layers]
+    memories = [s.memories.detach() for s in model.memory_sets(dataset.images, include_class_token=class_token)]
+    losses = [separation_loss(m @ w.mT, kind=kind, temperature=0.4) for m, w in zip(memories, weights, strict=True)]
+    expected = [w - 0.3 * g for w, g in zip(weights, torch.autograd.grad(sum(losses), weights), strict=True)]
+    callback = SeparationCallback(
+        "train_begin", kind=kind, temperature=0.4, lr=0.3, batch_size=8, include_class_token=class_token
+    )
+    after = _train(tmp_path, callback, Freeze(), model=model, dataset=dataset)
+    for i, weight in enumerate(expected):
+        assert_close(after[f"vit.layers.{i}.attention.feature_map.weight"], weight)
+    assert callback.history[0]["separation_loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-5)
+
+
+def test_no_gradient_is_left_and_modes_come_back(tmp_path):
+    class Watch(TrainerCallback):
+        seen = 0
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            assert all(p.grad is None for p in model.parameters())
+            if state.global_step > 0:
+                assert model.training
+                assert not model.vit.layernorm.training
+            model.vit.layernorm.eval()
+            type(self).seen += 1
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.train()
+            model.vit.layernorm.eval()
+
+    _train(tmp_path, SeparationCallback(parameters="upstream", batch_size=8), Watch())
+    assert Watch.seen == 12
+
+
+@pytest.mark.parametrize(
+    ("schedule", "entries", "steps"),
+    [({"schedule": "train_begin", "steps": 4}, [0], 4), ({"schedule": "epoch", "steps": 2}, [0, 6], 4), ({"schedule": "step"}, [3, 6, 9, 12], 12)],
+    ids=lambda value: value.get("schedule") if isinstance(value, dict) else None,
+)
+def test_the_loss_before_and_after_is_logged(tmp_path, schedule, entries, steps):
+    callback = SeparationCallback(**schedule, batch_size=16, lr=0.5)
+    trainer = _trainer(tmp_path, callback)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "separation_loss" in entry]
+    assert [entry["step"] for entry in logged] == entries
+    assert all(entry["separation_loss"] < entry["separation_loss_before"] for entry in logged)
+    assert callback._steps_done == steps
+    assert logged[0]["separation_loss_before"] <= 0
+
+
+def test_annealing_covers_all_rounds(tmp_path):
+    for schedule, total in (({"schedule": "train_begin", "steps": 4}, 4), ({"schedule": "epoch", "steps": 2}, 4), ({"schedule": "step"}, 12)):
+        seen = []
+        callback = SeparationCallback(**schedule, temperature=0.8, final_temperature=0.1, batch_size=8)
+        step = callback._step
+        callback._step = lambda *args, step=step, seen=seen: seen.append(args[-1]) or step(*args)  # type: ignore[method-assign]
+        _train(tmp_path, callback)
+        assert seen == pytest.approx([0.8 * (0.1 / 0.8) ** (i / (total - 1)) for i in range(total)])
+
+
+@pytest.mark.parametrize("option", ["project", "normalize_rows"])
+def test_rows_can_be_normalised(tmp_path, option):
+    callback = SeparationCallback("train_begin", steps=3, batch_size=8, **{option: True})
+    after = _train(tmp_path, callback, Freeze())
+    rows = [after[name].norm(dim=-1) for name in after if "feature_map" in name]
+    assert_close(torch.stack(rows), torch.ones(2, 16))
+    free = _train(tmp_path, SeparationCallback("train_begin", steps=3, batch_size=8), Freeze())
+    assert not torch.allclose(free["vit.layers.0.attention.feature_map.weight"].norm(dim=-1), torch.ones(16), atol=1e-4)
+
+
+def test_gradient_accumulation_gives_one_round_an_optimizer_step(tmp_path):
+    callback = SeparationCallback(batch_size=8, lr=0.0)
+    accumulated = _train(tmp_path, callback, gradient_accumulation_steps=3)
+    assert callback._steps_done == 4
+    assert _equal(accumulated, _train(tmp_path, gradient_accumulation_steps=3))
+
+
+def test_bf16_training(tmp_path):
+    schedule = {"schedule": "train_begin", "steps": 5, "batch_size": 16, "lr": 0.5}
+    full, half = SeparationCallback(**schedule), SeparationCallback(**schedule)
+    _train(tmp_path, full)
+    _train(tmp_path, half, bf16=True)
+    losses = [[entry["separation_loss"] for entry in callback.history] for callback in (full, half)]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)
+
+
+def test_a_streamed_data_set_is_read_in_order_round_and_round(tmp_path):
+    callback = SeparationCallback(batch_size=16)
+    _train(tmp_path, callback, dataset=Stream(), max_steps=5)
+    assert callback._steps_done == 5
+    images = Images(augment=False).images
+    for index in (0, 1, 4, 2):
+        start = 16 * index % 48
+        assert torch.equal(callback._sample(0, index)["pixel_values"], images[start : start + 16])
+
+
+def test_a_data_set_smaller_than_the_batch(tmp_path):
+    callback = SeparationCallback("train_begin", batch_size=64, steps=2)
+    _train(tmp_path, callback, dataset=Images(size=10))
+    assert len(callback.history) == 2
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("stop", [4, 6])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
+def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, optimizer):
+    def callback() -> SeparationCallback:
+        return SeparationCallback(**schedule, optimizer=optimizer, lr=0.01, batch_size=8, parameters="upstream", final_temperature=0.1)
+
+    # Inside an epoch the Trainer itself reads the first batch with another random state, so augmentation is left out there.
+    images = Images(augment=stop == 6)
+    whole = callback()
+    expected = _train(tmp_path, whole, dataset=images, save_strategy="steps", save_steps=stop)
+    resumed = callback()
+    actual = _train(tmp_path, resumed, dataset=images, save_strategy="no", resume=str(tmp_path / f"checkpoint-{stop}"))
+    assert _equal(expected, actual)
+    assert resumed.history == whole.history
+    assert resumed._steps_done == whole._steps_done
+
+
+def test_a_resume_from_elsewhere(tmp_path):
+    schedule = {"schedule": "step", "optimizer": "adam", "lr": 0.01, "batch_size": 8}
+    images = Images(augment=False)
+    expected = _train(tmp_path / "first", SeparationCallback(**schedule), dataset=images, save_strategy="steps", save_steps=4)
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "first" / "checkpoint-4", moved)
+    with pytest.raises(FileNotFoundError, match="resume_from=checkpoint folder"):
+        _train(tmp_path / "second", SeparationCallback(**schedule), resume=str(moved))
+    actual = _train(tmp_path / "second", SeparationCallback(**schedule, resume_from=moved), dataset=images, resume=str(moved))
+    assert _equal(expected, actual)
+    other = tmp_path / "first" / "checkpoint-8"
+    with pytest.raises(ValueError, match="belongs to other weights"):
+        _train(tmp_path / "third", SeparationCallback(**schedule, resume_from=other), resume=str(moved))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
+def test_a_resume_from_a_checkpoint_that_predates_the_callback(tmp_path, schedule):
+    images = Images(augment=False)
+    _train(tmp_path, dataset=images, save_strategy="steps", save_steps=3)
+    runs = []
+    for _ in range(2):
+        callback = SeparationCallback(**schedule, batch_size=8)
+        with pytest.warns(UserWarning, match="predates the separation step"):
+            checkpoint = str(tmp_path / "checkpoint-6")
+            runs.append(_train(tmp_path / "out", callback, dataset=images, resume=checkpoint, save_strategy="steps", save_steps=3))
+    assert _equal(*runs)
+    assert (tmp_path / "out" / "checkpoint-9" / STATE_FILE).is_file()
+    checkpoint = str(tmp_path / "out" / "checkpoint-9")
+    again = _train(tmp_path / "out", SeparationCallback(**schedule, batch_size=8), dataset=images, resume=checkpoint)
+    assert _equal(runs[0], again)
+
+
+def test_a_model_without_phi_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="use_feature_map=True"):
+        _train(tmp_path, SeparationCallback(), model=_model(use_feature_map=False))
+    frozen = _model()
+    for layer in frozen.vit.layers:
+        layer.attention.feature_map.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        _train(tmp_path, SeparationCallback(), model=frozen)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_sharded_parameters_are_refused(tmp_path, monkeypatch, kind):
+    trainer = _trainer(tmp_path, SeparationCallback())
+    callback = trainer.callback_handler.callbacks[1]
+    assert isinstance(callback, SeparationCallback)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
+    with pytest.raises(NotImplementedError, match=rf"under {kind.value}"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=trainer.get_train_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"schedule": "always"}, "schedule must be one of .*'train_begin', 'epoch', 'step'.* got 'always'"),
+        ({"parameters": "all"}, "parameters must be one of .* got 'all'"),
+        ({"kind": "max"}, "kind must be one of .* got 'max'"),
+        ({"optimizer": "lion"}, "optimizer must be one of .* got 'lion'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"final_temperature": -1.0}, "final_temperature must be positive, got -1.0"),
+        ({"lr": -0.1}, "lr must be at least 0, got -0.1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SeparationCallback(**arguments)

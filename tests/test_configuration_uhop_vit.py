@@ -1,0 +1,118 @@
+"""UHopViTConfig: round trips, refusals, and no field that nothing reads."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, UHopViTModel
+
+
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 4,
+    "alpha": 1.5,
+    # Weights of the usual 0.02 make attention uniform, whatever its settings.
+    "initializer_range": 0.2,
+}
+
+CHANGES = {
+    "hidden_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "hidden_act": "relu",
+    "hidden_dropout_prob": 0.5,
+    "attention_probs_dropout_prob": 0.5,
+    "initializer_range": 0.1,
+    "layer_norm_eps": 1.0,
+    "image_size": 12,
+    "patch_size": 2,
+    "num_channels": 1,
+    "qkv_bias": False,
+    "pooler_output_size": 5,
+    "pooler_act": "relu",
+    "alpha": 1.2,
+    "learnable_alpha": True,
+    "beta": 4.0,
+    "use_feature_map": False,
+    "feature_dim": 11,
+    "feature_init": "normal",
+    "update_steps": 2,
+    "value_source": "projected_memory",
+    "encoder_type": "class_query",
+}
+
+
+def _observed(config: UHopViTConfig) -> tuple[int, torch.Tensor]:
+    """Parameter count and pooled output of a seeded model in training mode, so that dropout shows too."""
+    torch.manual_seed(0)
+    model = UHopViTModel(config).train()
+    size = config.image_size
+    generator = torch.Generator().manual_seed(1)
+    pixel_values = torch.randn(2, config.num_channels, size, size, generator=generator)
+    torch.manual_seed(2)
+    return model.num_parameters(), model(pixel_values).pooler_output
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_field_changes_the_model(field):
+    parameters, output = _observed(UHopViTConfig(**SMALL))
+    changed_parameters, changed_output = _observed(UHopViTConfig(**{**SMALL, field: CHANGES[field]}))
+    same_shape = output.shape == changed_output.shape
+    assert parameters != changed_parameters or not same_shape or not torch.allclose(output, changed_output, atol=1e-6)
+
+
+def test_every_field_is_in_the_table_above():
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    assert {field.name for field in dataclasses.fields(UHopViTConfig)} - inherited == set(CHANGES)
+
+
+def test_num_labels_sizes_the_classifier():
+    model = UHopViTForImageClassification(UHopViTConfig(**SMALL, num_labels=7))
+    assert model(torch.randn(2, 3, 8, 8)).logits.shape == (2, 7)
+    bare = UHopViTForImageClassification(UHopViTConfig(**SMALL, num_labels=0))
+    assert bare(torch.randn(2, 3, 8, 8)).logits.shape == (2, 16)
+
+
+def test_round_trip(tmp_path):
+    config = UHopViTConfig(**{**SMALL, **CHANGES, "use_feature_map": True, "feature_dim": 20, "id2label": {0: "cat", 1: "dog"}})
+    config.save_pretrained(tmp_path)
+    for loaded in (UHopViTConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is UHopViTConfig
+        assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+        assert {field: getattr(loaded, field) for field in CHANGES} == {**CHANGES, "use_feature_map": True, "feature_dim": 20}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"alpha": 0.9}, r"alpha must lie in \[1, 2\], got 0.9"),
+        ({"alpha": 2.1}, r"alpha must lie in \[1, 2\], got 2.1"),
+        ({"alpha": float("nan")}, r"alpha must lie in \[1, 2\], got nan"),
+        ({"alpha": 1.0, "learnable_alpha": True}, "strictly between 1 and 2, got alpha=1.0"),
+        ({"beta": 0.0}, "beta must be positive, or None .* got 0.0"),
+        ({"beta": -2}, "beta must be positive"),
+        ({"feature_dim": 0}, "feature_dim must be at least 1, .* got 0"),
+        ({"update_steps": 0}, "update_steps must be at least 1, got 0"),
+        ({"value_source": "projected_memory", "feature_dim": 24}, "must equal hidden_size 16, got 24"),
+    ],
+)
+def test_values_out_of_range_are_refused_in_one_line(fields, message):
+    with pytest.raises(ValueError, match=message) as error:
+        UHopViTConfig(**{**SMALL, **fields})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("feature_init", "zeros"), ("encoder_type", "cnn"), ("value_source", "keys"), ("alpha", "1.5"), ("update_steps", 1.5)],
+)
+def test_unknown_choices_and_types_are_refused(field, value):
+    with pytest.raises(Exception, match=rf"(?s){field}.*{value}"):
+        UHopViTConfig(**{**SMALL, field: value})

@@ -1,0 +1,161 @@
+"""hopfield_attention and HopfieldAttention against loops, scaled_dot_product_attention and entmax."""
+
+import entmax
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import assert_close
+from torch.nn.functional import scaled_dot_product_attention
+
+from modeling_uhop import HopfieldAttention, UHopViTConfig, hopfield_attention
+from modeling_uhop.hopfield import eager_attention_forward
+
+
+def _qkv(dtype=torch.float64, queries=5, keys=9):
+    return (
+        torch.randn(2, 3, queries, 4).to(dtype),
+        torch.randn(2, 3, keys, 4).to(dtype),
+        torch.randn(2, 3, keys, 6).to(dtype),
+    )
+
+
+def _layer(**fields) -> HopfieldAttention:
+    defaults = {"hidden_size": 12, "num_attention_heads": 3, "attn_implementation": "eager", "feature_init": "normal"}
+    return HopfieldAttention(UHopViTConfig(**{**defaults, **fields}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+def test_alpha_1_is_scaled_dot_product_attention(dtype, scaling):
+    query, key, value = _qkv(dtype)
+    mask = torch.rand(2, 1, 5, 9) < 0.7
+    mask[..., 0] = True
+    bias = torch.randn(2, 3, 5, 9).to(dtype)
+    for attention_mask in (None, mask, bias):
+        wide = attention_mask.double() if attention_mask is bias else attention_mask
+        expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), wide, scale=scaling)
+        actual = hopfield_attention(query, key, value, scaling=scaling, attention_mask=attention_mask)
+        assert actual.dtype == dtype
+        assert_close(actual, expected, scale=3)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+def test_alpha_above_1_is_the_entmax_library(alpha):
+    query, key, value = _qkv()
+    scores = 0.8 * query @ key.mT
+    weights = {1.5: entmax.entmax15, 2.0: entmax.sparsemax}[alpha](scores, dim=-1)
+    assert_close(hopfield_attention(query, key, value, alpha=alpha, scaling=0.8), weights @ value)
+
+
+def test_one_alpha_a_head():
+    query, key, value = _qkv()
+    alphas = torch.tensor([1.0, 1.4, 2.0], dtype=torch.float64)
+    together = hopfield_attention(query, key, value, alpha=alphas.view(3, 1, 1))
+    for head, alpha in enumerate(alphas.tolist()):
+        part = slice(head, head + 1)
+        assert_close(together[:, part], hopfield_attention(query[:, part], key[:, part], value[:, part], alpha=alpha))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("additive", [True, False])
+def test_masked_keys_have_no_influence_and_an_empty_row_is_zero(alpha, additive):
+    query, key, value = _qkv(torch.float32)
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    mask[0, ..., 4:] = False
+    mask[1] = False
+    attention_mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask
+    output = hopfield_attention(query, key, value, alpha=alpha, attention_mask=attention_mask)
+    key[0, :, 4:], value[0, :, 4:] = 7.0, -3.0
+    assert torch.equal(output, hopfield_attention(query, key, value, alpha=alpha, attention_mask=attention_mask))
+    alone = hopfield_attention(query[:1], key[:1, :, :4], value[:1, :, :4], alpha=alpha)
+    assert_close(output[:1], alone)
+    assert (output[1] == 0).all()
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5])
+def test_gradients(alpha):
+    tensors = [tensor[:1, :1, :4].requires_grad_() for tensor in _qkv()]
+    assert torch.autograd.gradcheck(lambda q, k, v: hopfield_attention(q, k, v, alpha=alpha), tensors)
+
+
+def test_eager_attention_forward_returns_output_and_weights():
+    query, key, value = _qkv()
+    module = torch.nn.Module()
+    output, weights = eager_attention_forward(module, query, key, value, None, alpha=1.5)
+    assert_close(output.transpose(1, 2), hopfield_attention(query, key, value, alpha=1.5))
+    assert_close(weights @ value, output.transpose(1, 2))
+    _, dropped = eager_attention_forward(module.train(), query, key, value, None, dropout=0.5)
+    kept = dropped != 0
+    assert 0.3 < kept.double().mean() < 0.7
+    _, full = eager_attention_forward(module.eval(), query, key, value, None, dropout=0.5)
+    assert_close(dropped[kept], 2 * full[kept])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("value_source", ["memory", "projected_memory"])
+@pytest.mark.parametrize("beta", [None, 3.0])
+def test_the_layer_equals_the_papers_equation(alpha, value_source, beta):
+    layer = _layer(alpha=alpha, value_source=value_source, beta=beta, qkv_bias=False).double()
+    states = torch.randn(1, 2, 12, dtype=torch.float64)
+    memories = torch.randn(1, 5, 12, dtype=torch.float64)
+    wq, wk, wv, phi = (m.weight.detach().numpy() for m in (layer.q_proj, layer.k_proj, layer.v_proj, layer.feature_map))
+    heads = []
+    for head in range(3):
+        rows = slice(4 * head, 4 * head + 4)
+        # A head's W_V acts on all heads' keys, so the loop takes the whole W_K for the values.
+        if value_source == "memory":
+            out = reference.hopfield_layer(states[0].numpy(), memories[0].numpy(), phi, wq[rows], wk[rows], wv[rows], beta or 0.5, alpha)
+        else:
+            out = reference.hopfield_layer(
+                states[0].numpy(), memories[0].numpy(), phi, wq[rows], wk[rows], wv[rows] @ wk, beta or 0.5, alpha
+            )
+        heads.append(out)
+    expected = layer.o_proj(torch.from_numpy(np.concatenate(heads, axis=-1)))
+    output, weights = layer(states, memories)
+    assert_close(output[0], expected)
+    assert_close(weights.sum(-1), torch.ones(1, 3, 2))
+
+
+def test_states_are_their_own_memories_by_default():
+    layer = _layer(feature_dim=7)
+    states = torch.randn(2, 6, 12)
+    assert torch.equal(layer(states)[0], layer(states, states)[0])
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_update_steps_retrieve_in_key_space(alpha):
+    layer = _layer(alpha=alpha, update_steps=3, beta=1.5)
+    states = torch.randn(2, 6, 12)
+    features = layer.feature_map(states)
+    query, key = (p(features).unflatten(-1, (3, 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj))
+    value = layer.v_proj(states).unflatten(-1, (3, 4)).transpose(1, 2)
+    for _ in range(2):
+        query = hopfield_attention(query, key, key, alpha=alpha, scaling=1.5)
+    expected = layer.o_proj(hopfield_attention(query, key, value, alpha=alpha, scaling=1.5).transpose(1, 2).flatten(2))
+    assert_close(layer(states)[0], expected)
+
+
+def test_phi_could_be_folded_into_the_projections():
+    layer, plain = _layer(feature_dim=20), _layer(use_feature_map=False)
+    for name in ("q_proj", "k_proj"):
+        getattr(plain, name).weight.data = getattr(layer, name).weight @ layer.feature_map.weight
+        getattr(plain, name).bias.data = getattr(layer, name).bias
+    plain.v_proj, plain.o_proj = layer.v_proj, layer.o_proj
+    states = torch.randn(2, 6, 12)
+    assert_close(plain(states)[0], layer(states)[0])
+
+
+def test_learnable_alpha_begins_where_it_is_told():
+    layer = _layer(alpha=1.3, learnable_alpha=True)
+    layer.alpha_logit.data.fill_(layer.start_alpha_logit())
+    assert_close(layer.alpha.flatten(), torch.full((3,), 1.3))
+    states = torch.randn(2, 6, 12)
+    fixed = _layer(alpha=1.3)
+    fixed.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "alpha_logit"})
+    assert_close(layer(states)[0], fixed(states)[0])
+
+
+def test_width_must_divide_into_heads():
+    with pytest.raises(ValueError, match="multiple of num_attention_heads, got 12 and 5"):
+        _layer(num_attention_heads=5)

@@ -1,0 +1,329 @@
+"""UHopViT models: values against transformers' ViT, outputs, kernels, dtypes, saving and loading, refusals."""
+
+import pytest
+import torch
+from conftest import assert_close
+from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, UHopViTModel
+from modeling_uhop.feature_map import FeatureMap
+
+
+SMALL = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "image_size": 12,
+    "patch_size": 4,
+    "num_labels": 5,
+    # Weights of the usual 0.02 would make attention uniform, and hide mistakes.
+    "initializer_range": 0.2,
+}
+VARIANTS = {
+    "dense": {},
+    "entmax": {"alpha": 1.5},
+    "learnable": {"alpha": 1.4, "learnable_alpha": True},
+    "no phi": {"use_feature_map": False},
+    "wide phi": {"feature_dim": 31, "feature_init": "normal"},
+    "projected values": {"value_source": "projected_memory"},
+    "steps": {"update_steps": 3, "beta": 0.7},
+    "class query": {"encoder_type": "class_query", "hidden_act": "relu", "num_hidden_layers": 1},
+}
+
+
+def _model(**fields) -> UHopViTForImageClassification:
+    return UHopViTForImageClassification(UHopViTConfig(**{**SMALL, **fields})).eval()
+
+
+def _images(batch=3, size=12):
+    return torch.randn(batch, 3, size, size)
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+def variant(request):
+    return request.param
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_without_phi_at_alpha_1_it_is_transformers_vit(kernel):
+    ours = _model(use_feature_map=False, attn_implementation=kernel)
+    theirs = ViTForImageClassification(ViTConfig(**SMALL)).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images, labels = _images(), torch.tensor([0, 4, 2])
+    actual, expected = ours(images, labels=labels), theirs(images, labels=labels)
+    assert_close(actual.logits, expected.logits)
+    assert_close(actual.loss, expected.loss)
+    actual.loss.backward()
+    expected.loss.backward()
+    for name, parameter in ours.named_parameters():
+        assert_close(parameter.grad, theirs.get_parameter(name).grad, scale=3)
+
+
+def test_an_orthogonal_phi_folded_by_hand_is_transformers_vit():
+    ours = _model(feature_init="orthogonal", feature_dim=30)
+    theirs = ViTForImageClassification(ViTConfig(**SMALL)).eval()
+    state = ours.state_dict()
+    for i in range(2):
+        phi = state.pop(f"vit.layers.{i}.attention.feature_map.weight")
+        for name in ("q_proj", "k_proj"):
+            key = f"vit.layers.{i}.attention.{name}.weight"
+            state[key] = state[key] @ phi
+    theirs.load_state_dict(state)
+    images = _images()
+    assert_close(ours(images).logits, theirs(images).logits)
+
+
+def test_eager_and_sdpa_agree_at_alpha_1():
+    eager, sdpa = _model(attn_implementation="eager"), _model(attn_implementation="sdpa")
+    sdpa.load_state_dict(eager.state_dict())
+    images, mask = _images(), torch.rand(3, 10) < 0.7
+    mask[:, 0] = True
+    for attention_mask in (None, mask.long()):
+        expected = eager(images, attention_mask=attention_mask).logits
+        assert_close(sdpa(images, attention_mask=attention_mask).logits, expected)
+
+
+def test_the_kernel_follows_alpha():
+    assert _model().config._attn_implementation == "sdpa"
+    assert _model(alpha=1.5).config._attn_implementation == "eager"
+    assert _model(alpha=1.5, learnable_alpha=True).config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="'sdpa' computes softmax attention .* alpha=1.5"):
+        _model(alpha=1.5, attn_implementation="sdpa")
+    model = _model(alpha=1.5)
+    with pytest.raises(ValueError, match="use 'eager'"):
+        model.set_attn_implementation("sdpa")
+
+
+def test_a_masked_patch_has_no_influence(variant):
+    model = _model(**variant, attn_implementation="eager")
+    images = _images()
+    mask = torch.ones(3, 10, dtype=torch.long)
+    mask[:, 4] = 0  # the fourth patch: top row of the 3 x 3 grid is 1-3, so it begins at row 4
+    changed = images.clone()
+    changed[:, :, 4:8, 0:4] = 9.0
+    assert torch.equal(model(images, attention_mask=mask).logits, model(changed, attention_mask=mask).logits)
+    assert not torch.allclose(model(images).logits, model(changed).logits)
+
+
+def test_hidden_states_and_attentions(variant):
+    model = _model(**variant, attn_implementation="eager")
+    outputs = model.vit(_images(), output_hidden_states=True, output_attentions=True)
+    layers = model.config.num_hidden_layers
+    queries, keys = (1, 9) if model.config.encoder_type == "class_query" else (10, 10)
+    assert [tuple(h.shape) for h in outputs.hidden_states] == [(3, 10, 24)] * (layers + 1)
+    assert [tuple(a.shape) for a in outputs.attentions] == [(3, 3, queries, keys)] * layers
+    for weights in outputs.attentions:
+        assert_close(weights.sum(-1), torch.ones(3, 3, queries))
+    assert_close(model.vit.layernorm(outputs.hidden_states[-1]), outputs.last_hidden_state)
+
+
+def test_sparse_attention_is_sparse():
+    dense, sparse = _model(attn_implementation="eager"), _model(alpha=2.0)
+    sparse.load_state_dict(dense.state_dict())
+    images = _images()
+    assert (dense(images, output_attentions=True).attentions[0] > 0).all()
+    assert (sparse(images, output_attentions=True).attentions[0] == 0).double().mean() > 0.2
+    assert not torch.allclose(dense(images).logits, sparse(images).logits)
+
+
+def test_the_class_query_encoder_is_the_papers():
+    model = _model(**VARIANTS["class query"], attn_implementation="eager")
+    images = _images()
+    tokens = model.vit.embeddings(images)
+    retrieved, _ = model.vit.layers[0].attention(tokens[:, :1], tokens[:, 1:])
+    expected = model.classifier(model.vit.layernorm(torch.relu(retrieved[:, 0])))
+    assert_close(model(images).logits, expected)
+    patches = model.vit(images, output_hidden_states=True).hidden_states[-1][:, 1:]
+    assert torch.equal(patches, tokens[:, 1:])
+
+
+def test_gradients_reach_every_parameter(variant):
+    model = _model(**variant).train()
+    model(_images(), labels=torch.tensor([1, 2, 3])).loss.backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or p.grad.abs().max() == 0]
+    assert still == []
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(variant, reentrant):
+    plain, checkpointed = _model(**variant).train(), _model(**variant).train()
+    checkpointed.load_state_dict(plain.state_dict())
+    checkpointed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    images, labels = _images(), torch.tensor([1, 2, 3])
+    for model in (plain, checkpointed):
+        model(images, labels=labels).loss.backward()
+    for name, parameter in plain.named_parameters():
+        # Reentrant checkpointing cannot see the embeddings' gradient unless inputs require it, which the Trainer arranges.
+        if not (reentrant and "embeddings" in name):
+            assert_close(checkpointed.get_parameter(name).grad, parameter.grad)
+
+
+@pytest.mark.parametrize("image_size", [(12, 12), (8, 12)])
+def test_position_interpolation(image_size):
+    model = _model(image_size=list(image_size))
+    same = torch.randn(2, 3, *image_size)
+    assert torch.equal(model(same, interpolate_pos_encoding=True).logits, model(same).logits)
+    positions = model.vit.embeddings.position_embeddings
+    grid = positions[:, 1:].unflatten(1, (image_size[0] // 4, image_size[1] // 4)).permute(0, 3, 1, 2)
+    larger = torch.nn.functional.interpolate(grid, size=(5, 6), mode="bicubic").flatten(2).mT
+    assert_close(model.vit.embeddings.interpolate_pos_encoding(20, 24)[:, 1:], larger)
+    assert model(torch.randn(2, 3, 20, 24), interpolate_pos_encoding=True).logits.shape == (2, 5)
+
+
+def test_bool_masked_pos_replaces_patches():
+    model = UHopViTModel(UHopViTConfig(**SMALL), use_mask_token=True).eval()
+    images, masked = _images(), torch.zeros(3, 9, dtype=torch.bool)
+    masked[:, 0] = True
+    changed = images.clone()
+    changed[:, :, :4, :4] = 5.0
+    assert torch.equal(
+        model(images, bool_masked_pos=masked).last_hidden_state, model(changed, bool_masked_pos=masked).last_hidden_state
+    )
+    with pytest.raises(ValueError, match="use_mask_token=True"):
+        UHopViTModel(UHopViTConfig(**SMALL))(images, bool_masked_pos=masked)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_and_autocast(variant, dtype):
+    model = _model(**variant)
+    images = _images()
+    expected = model(images).logits
+    with torch.autocast("cpu", dtype=dtype):
+        autocast = model(images).logits
+    half = UHopViTForImageClassification._from_config(model.config, dtype=dtype)
+    half.load_state_dict(model.state_dict())
+    logits = half.eval()(images).logits
+    assert logits.dtype == dtype
+    for actual in (autocast, logits):
+        assert_close(actual, expected, dtype=dtype, scale=10)
+
+
+@pytest.mark.parametrize("fields", [{}, {"alpha": 1.5}, {"alpha": 1.4, "learnable_alpha": True}], ids=["dense", "entmax", "learnable"])
+def test_it_compiles_as_one_graph(fields):
+    model = _model(**fields)
+    images = _images()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "num_labels", "labels"),
+    [
+        ("regression", 1, torch.tensor([0.3, -1.0, 2.0])),
+        ("regression", 4, torch.randn(3, 4, generator=torch.Generator().manual_seed(0))),
+        ("single_label_classification", 4, torch.tensor([0, 3, 1])),
+        ("multi_label_classification", 4, torch.tensor([[0.0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]])),
+    ],
+)
+def test_problem_types(problem_type, num_labels, labels):
+    functional = torch.nn.functional
+    losses = {
+        "regression": functional.mse_loss,
+        "single_label_classification": functional.cross_entropy,
+        "multi_label_classification": functional.binary_cross_entropy_with_logits,
+    }
+    model = _model(problem_type=problem_type, num_labels=num_labels)
+    outputs = model(_images(), labels=labels)
+    assert_close(outputs.loss, losses[problem_type](outputs.logits.squeeze(-1), labels))
+    assert_close(model(_images(), labels=labels, return_dict=False)[0] * 0, 0.0)
+
+
+def test_save_and_load(variant, tmp_path):
+    model = _model(**variant)
+    images = _images()
+    expected = model(images).logits
+    model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"model.safetensors", "config.json", "modeling_uhop_vit.py"}
+    for loader in (UHopViTForImageClassification, AutoModelForImageClassification):
+        loaded = loader.from_pretrained(tmp_path)
+        assert type(loaded) is UHopViTForImageClassification
+        assert torch.equal(loaded(images).logits, expected)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert type(base) is UHopViTModel
+    assert torch.equal(base(images).last_hidden_state, model.vit(images).last_hidden_state)
+
+
+def test_loading_begins_what_a_checkpoint_lacks(tmp_path):
+    _model(use_feature_map=False).save_pretrained(tmp_path)
+    fields = {"use_feature_map": True, "feature_init": "identity", "alpha": 1.3, "learnable_alpha": True}
+    loaded = UHopViTForImageClassification.from_pretrained(tmp_path, **fields)
+    for layer in loaded.vit.layers:
+        assert torch.equal(layer.attention.feature_map.weight, torch.eye(24))
+        assert_close(layer.attention.alpha.flatten(), torch.full((3,), 1.3))
+
+
+def test_loading_does_not_begin_anew_what_a_checkpoint_has(tmp_path):
+    model = _model(alpha=1.4, learnable_alpha=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.3)
+    model.save_pretrained(tmp_path)
+    loaded = UHopViTForImageClassification.from_pretrained(tmp_path)
+    assert all((parameter == 0.3).all() for parameter in loaded.parameters())
+
+
+def test_num_labels_can_change_on_load(tmp_path):
+    model = _model()
+    model.save_pretrained(tmp_path)
+    loaded = UHopViTForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
+    assert loaded(_images()).logits.shape == (3, 9)
+    assert torch.equal(loaded.vit.layers[0].mlp.fc1.weight, model.vit.layers[0].mlp.fc1.weight)
+
+
+def test_it_can_be_built_on_the_meta_device():
+    with torch.device("meta"):
+        model = UHopViTForImageClassification(UHopViTConfig(**SMALL, alpha=1.4, learnable_alpha=True))
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_fresh_weights_have_the_configured_spread():
+    model = UHopViTModel(UHopViTConfig(hidden_size=192, num_attention_heads=3, num_hidden_layers=1, image_size=32, initializer_range=0.1))
+    assert abs(model.layers[0].mlp.fc1.weight.std().item() - 0.1) < 0.002
+    assert (model.layers[0].mlp.fc1.bias == 0).all()
+    assert abs(model.embeddings.cls_token.std().item() - 0.1) < 0.02
+    phi = model.layers[0].attention.feature_map.weight
+    assert_close(phi @ phi.mT, torch.eye(192))
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "no phi"])
+def test_memory_sets_are_what_the_feature_maps_see(name):
+    model = _model(**VARIANTS[name])
+    images = _images()
+    seen = []
+    hooks = [
+        m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in model.modules() if isinstance(m, FeatureMap)
+    ]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    if model.config.encoder_type == "class_query":
+        seen = [torch.cat(seen, dim=1)]
+    sets = list(model.memory_sets(images, labels=torch.tensor([0, 1, 2])))
+    whole = list(model.memory_sets(images, include_class_token=True))
+    assert [s.feature_map for s in sets] == [layer.attention.feature_map for layer in model.vit.layers]
+    for tokens, without, with_class in zip(seen, sets, whole, strict=True):
+        assert_close(with_class.memories, tokens)
+        assert_close(without.memories, tokens[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("pixel_values", "message"),
+    [
+        (None, "pixel_values is required"),
+        (torch.zeros(1, 3, 16, 12), r"must be \(12, 12\) \(height, width\), got \(16, 12\)"),
+        (torch.zeros(1, 1, 12, 12), r"must have shape \(batch_size, 3, height, width\), got \(1, 1, 12, 12\)"),
+        (torch.zeros(3, 12, 12), "must have shape"),
+        (torch.full((1, 3, 12, 12), torch.nan), "must be finite, got 432 values that are not"),
+        (torch.full((1, 3, 12, 12), -torch.inf), "must be finite"),
+    ],
+)
+def test_bad_images_are_refused(pixel_values, message):
+    with pytest.raises(ValueError, match=message):
+        _model()(pixel_values)
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_outside_its_range_is_refused(label):
+    with pytest.raises(ValueError, match=rf"labels must lie in \[0, 5\), got {label}"):
+        _model()(_images(2), labels=torch.tensor([0, label]))

@@ -1,0 +1,114 @@
+"""A saved folder stands alone: it loads, saves again and loads again where the package cannot be imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, ViTImageProcessorPil
+
+import modeling_uhop
+from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, UHopViTModel
+
+
+FIELDS = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 2,
+    "num_labels": 3,
+    "initializer_range": 0.2,
+}
+
+SCRIPT = """
+import sys
+sys.modules["modeling_uhop"] = None
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, pipeline
+
+folder, again, auto = sys.argv[1:]
+images = load_file(folder + "/probe.safetensors")["images"]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+outputs = {"alpha": torch.tensor(float(config.alpha))}
+outputs["hidden"] = AutoModel.from_pretrained(folder, trust_remote_code=True)(images).last_hidden_state
+if auto == "classifier":
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+    outputs["logits"] = model(images).logits
+    model.save_pretrained(again)
+    reloaded = AutoModelForImageClassification.from_pretrained(again, trust_remote_code=True)
+    outputs["again"] = reloaded(images).logits
+    answers = pipeline("image-classification", model=folder, trust_remote_code=True)(Image.new("RGB", (20, 30), "red"))
+    assert {answer["label"] for answer in answers} == set(config.id2label.values()), answers
+save_file({name: tensor.detach().contiguous() for name, tensor in outputs.items()}, folder + "/outputs.safetensors")
+"""
+
+
+def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    # -P and a foreign folder: the checkout beside the tests must not be importable either.
+    return subprocess.run([sys.executable, "-P", "-c", script, *arguments], cwd="/", capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("fields", [{}, {"alpha": 1.4, "learnable_alpha": True}], ids=["dense", "learnable"])
+def test_a_classifier_loads_without_the_package(tmp_path, fields):
+    model = UHopViTForImageClassification(UHopViTConfig(**FIELDS, **fields)).eval()
+    folder, again = tmp_path / "model", tmp_path / "again"
+    model.save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
+    images = torch.randn(2, 3, 8, 8)
+    save_file({"images": images}, folder / "probe.safetensors")
+    finished = _run(SCRIPT, str(folder), str(again), "classifier")
+    assert finished.returncode == 0, finished.stderr
+    outputs = load_file(folder / "outputs.safetensors")
+    assert torch.equal(outputs["logits"], model(images).logits)
+    assert torch.equal(outputs["again"], model(images).logits)
+    assert torch.equal(outputs["hidden"], model.vit(images).last_hidden_state)
+    assert outputs["alpha"] == pytest.approx(model.config.alpha)
+    first, second = ({path.name for path in f.iterdir() if path.suffix in (".py", ".json")} for f in (folder, again))
+    assert second == first - {"preprocessor_config.json", "processor_config.json"}
+
+
+def test_a_base_model_loads_without_the_package(tmp_path):
+    model = UHopViTModel(UHopViTConfig(**FIELDS)).eval()
+    model.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 8, 8)
+    save_file({"images": images}, tmp_path / "probe.safetensors")
+    finished = _run(SCRIPT, str(tmp_path), "", "base")
+    assert finished.returncode == 0, finished.stderr
+    assert torch.equal(load_file(tmp_path / "outputs.safetensors")["hidden"], model(images).last_hidden_state)
+
+
+def test_the_folder_names_every_auto_class_and_has_no_pickle(tmp_path):
+    UHopViTForImageClassification(UHopViTConfig(**FIELDS)).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.auto_map == {
+        "AutoConfig": "configuration_uhop_vit.UHopViTConfig",
+        "AutoModel": "modeling_uhop_vit.UHopViTModel",
+        "AutoModelForImageClassification": "modeling_uhop_vit.UHopViTForImageClassification",
+    }
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".py", ".safetensors"}
+
+
+def test_a_folder_with_another_models_code_is_not_imported_without_trust(tmp_path):
+    UHopViTModel(UHopViTConfig(**FIELDS)).save_pretrained(tmp_path)
+    script = """
+import sys
+sys.modules["modeling_uhop"] = None
+from transformers import AutoModel
+AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
+"""
+    finished = _run(script, str(tmp_path))
+    assert finished.returncode != 0
+    assert "trust_remote_code=True" in finished.stderr
+
+
+def test_public_names():
+    assert modeling_uhop.__all__ == sorted(modeling_uhop.__all__)
+    for name in modeling_uhop.__all__:
+        assert getattr(modeling_uhop, name) is not None
+    assert (Path(modeling_uhop.__file__).parent / "py.typed").is_file()
