@@ -13,8 +13,6 @@ from .simplex import simplex_conjugate, simplex_map
 from .version import __version__
 
 
-
-
 AutoConfig.register("uhop_vit", UHopViTConfig, exist_ok=True)
 AutoModel.register(UHopViTConfig, UHopViTModel, exist_ok=True)
 AutoModelForImageClassification.register(UHopViTConfig, UHopViTForImageClassification, exist_ok=True)

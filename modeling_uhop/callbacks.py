@@ -164,11 +164,10 @@ class SeparationCallback(TrainerCallback):
         )
         os.replace(partial, target)
 
-    def _round(
-        self, args: TrainingArguments, state: TrainerState, model: nn.Module, record: bool = False, measure: bool = True
-    ) -> None:
+    def _round(self, args: TrainingArguments, state: TrainerState, model: nn.Module, record: bool = False, measure: bool = True) -> None:
         """`steps` gradient steps; with `measure` also the loss of the first batch before and after, for the log."""
-        first_batch, before = None, 0.0
+        first_batch: dict[str, Any] = {}
+        before = 0.0
         bar = logging.tqdm(
             range(self.steps),
             desc="separation",
@@ -186,7 +185,7 @@ class SeparationCallback(TrainerCallback):
                     value = _mean_over_processes(loss)
                     self.history.append({"step": state.global_step, "inner_step": inner, "separation_loss": value})
                     bar.set_postfix(loss=f"{value:.4f}")
-                    if first_batch is None:
+                    if not first_batch:
                         first_batch, before = batch, value
             if self.normalize_rows:
                 self._normalize_rows()
@@ -218,10 +217,7 @@ class SeparationCallback(TrainerCallback):
         with torch.autocast(args.device.type, dtype=half, enabled=args.bf16 or args.fp16):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.parameters == "upstream"):
                 sets = list(model.memory_sets(**batch, **options))
-            losses = [
-                separation_loss(phi(memories), kind=self.kind, temperature=temperature, mask=mask)
-                for phi, memories, mask in sets
-            ]
+            losses = [separation_loss(phi(memories), kind=self.kind, temperature=temperature, mask=mask) for phi, memories, mask in sets]
         return torch.stack(losses).mean()
 
     def _temperature(self, state: TrainerState, index: int) -> float:
@@ -252,8 +248,7 @@ class SeparationCallback(TrainerCallback):
         saved = torch.load(path, map_location=args.device, weights_only=True)
         if saved["fingerprint"] != self._fingerprint():
             raise ValueError(
-                f"{path} belongs to other weights than those that were loaded; "
-                "pass SeparationCallback(resume_from=checkpoint folder)"
+                f"{path} belongs to other weights than those that were loaded; pass SeparationCallback(resume_from=checkpoint folder)"
             )
         self._steps_done, self._epochs_done = saved["steps_done"], saved["epochs_done"]
         self.history, self._latest = saved["history"], saved["latest"]
@@ -302,7 +297,7 @@ def _sampler(loader: DataLoader, batch_size: int) -> Callable[[int, int], dict[s
         if position > index:
             stream, position = iter(()), 0
         while position <= index:
-            examples = []
+            examples: list[Any] = []
             while len(examples) < share:
                 example = next(stream, None)
                 if example is None:
@@ -354,4 +349,4 @@ def _mean_over_processes(loss: torch.Tensor) -> float:
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -85,7 +85,7 @@ def association(
     similarity: str = "kernel",
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights (..., Q, M) of each memory in a retrieval, `p = Sep_alpha(beta K(Xi, x))` (U-Hop equation 2.4). Arguments as in `retrieve`."""
+    """Weights (..., Q, M) of each memory in a retrieval, `p = Sep_alpha(beta K(Xi, x))` (equation 2.4). Arguments as in `retrieve`."""
     _check_beta(beta)
     if memories.shape[-2] == 0:
         raise ValueError("there is nothing to retrieve from: memories must hold at least one pattern, got 0")
@@ -128,9 +128,7 @@ def retrieve(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     for _ in range(steps):
-        weights = association(
-            queries, memories, beta=beta, alpha=alpha, feature_map=feature_map, similarity=similarity, mask=mask
-        )
+        weights = association(queries, memories, beta=beta, alpha=alpha, feature_map=feature_map, similarity=similarity, mask=mask)
         queries = weights @ memories
     return queries
 

@@ -108,9 +108,7 @@ class HopfieldAttention(nn.Module):
         self.is_causal = False
 
         feature_dim = config.feature_dim or config.hidden_size
-        self.feature_map = (
-            FeatureMap(config.hidden_size, feature_dim, start=config.feature_init) if config.use_feature_map else None
-        )
+        self.feature_map = FeatureMap(config.hidden_size, feature_dim, start=config.feature_init) if config.use_feature_map else None
         in_dim = feature_dim if config.use_feature_map else config.hidden_size
         inner_dim = self.num_attention_heads * self.head_dim
         value_dim = inner_dim if config.value_source == "projected_memory" else config.hidden_size
@@ -149,9 +147,7 @@ class HopfieldAttention(nn.Module):
         values_from = self.k_proj(memories) if self.value_source == "projected_memory" else memories
         value = self._split_heads(self.v_proj(values_from))
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if self.alpha_logit is not None or self.config.alpha != 1.0:
             kwargs["alpha"] = self.alpha
         for _ in range(self.update_steps - 1):

@@ -1,6 +1,7 @@
 """PyTorch UHopViT model: a vision transformer whose attention is a kernelized Hopfield layer."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
@@ -28,15 +29,12 @@ class UHopViTPatchEmbeddings(nn.Module):
         self.num_channels = config.num_channels
         self.grid_size = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size
-        )
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
-                f"pixel_values must have shape (batch_size, {self.num_channels}, height, width), "
-                f"got {tuple(pixel_values.shape)}"
+                f"pixel_values must have shape (batch_size, {self.num_channels}, height, width), got {tuple(pixel_values.shape)}"
             )
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
@@ -49,9 +47,7 @@ class UHopViTEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
         self.patch_embeddings = UHopViTPatchEmbeddings(config)
-        self.position_embeddings = nn.Parameter(
-            torch.zeros(1, self.patch_embeddings.num_patches + 1, config.hidden_size)
-        )
+        self.position_embeddings = nn.Parameter(torch.zeros(1, self.patch_embeddings.num_patches + 1, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
@@ -162,7 +158,7 @@ class UHopViTPreTrainedModel(PreTrainedModel):
     config_class = UHopViTConfig
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["UHopViTEmbeddings", "UHopViTLayer", "UHopViTClassQueryLayer"]
     _supports_sdpa = True
@@ -199,14 +195,14 @@ class UHopViTPreTrainedModel(PreTrainedModel):
             )
         return super().get_correct_attn_implementation(requested_attention if softmax else "eager", is_init_check)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, *args, **kwargs) -> None:
         # save_pretrained writes only the saved class's own entry; the folder's code serves all three.
         self.config.auto_map = {
             "AutoConfig": "configuration_uhop_vit.UHopViTConfig",
             "AutoModel": "modeling_uhop_vit.UHopViTModel",
             "AutoModelForImageClassification": "modeling_uhop_vit.UHopViTForImageClassification",
         }
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
 
 class UHopViTModel(UHopViTPreTrainedModel):
@@ -248,11 +244,9 @@ class UHopViTModel(UHopViTPreTrainedModel):
             ValueError: If `pixel_values` is missing, of a wrong shape, or (on CPU) not finite.
         """
         hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
-        )
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+            hidden_states = layer(hidden_states, mask, **kwargs)
         sequence_output = self.layernorm(hidden_states)
         pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=sequence_output, pooler_output=pooled_output)
@@ -278,8 +272,9 @@ class UHopViTModel(UHopViTPreTrainedModel):
         for index, layer in enumerate(self.layers):
             if index > 0:
                 hidden_states = self.layers[index - 1](hidden_states)
+            layer = cast(UHopViTEncoderLayer, layer)
             memories = layer.memories(hidden_states)
-            yield MemorySet(layer.attention.feature_map, memories if include_class_token else memories[:, 1:])
+            yield MemorySet(cast(FeatureMap, layer.attention.feature_map), memories if include_class_token else memories[:, 1:])
 
     def _embed(
         self, pixel_values: torch.Tensor | None, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool | None
@@ -299,9 +294,9 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
 
     def __init__(self, config: UHopViTConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 0
         self.vit = UHopViTModel(config, add_pooling_layer=False)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -327,14 +322,13 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         outputs: BaseModelOutputWithPooling = self.vit(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, **kwargs
         )
-        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        tokens = cast(torch.Tensor, outputs.last_hidden_state)
+        logits = self.classifier(tokens[:, 0])
         loss = None
         if labels is not None:
             self._check_labels(labels)
             loss = self.loss_function(labels, logits, self.config, **kwargs)
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def memory_sets(self, pixel_values: torch.Tensor, **kwargs) -> Iterator[MemorySet]:
         """The memories that Stage I separates; see `UHopViTModel.memory_sets`."""

@@ -171,9 +171,7 @@ def separation_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: floa
     raise ValueError(f"optimizer must be 'sgd' or 'adam', got {name!r}")
 
 
-def apply_gradients(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | None]
-) -> None:
+def apply_gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
     """One step of `optimizer` with these gradients; the parameters' own `.grad` is left as it was."""
     kept = [parameter.grad for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):

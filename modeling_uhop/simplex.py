@@ -25,9 +25,7 @@ _LOWEST = -1e30
 _NEWTON_STEPS = 12
 
 
-def simplex_map(
-    scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: int = -1, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: int = -1, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Distribution `p*(scores)` along `dim`: softmax, alpha-entmax or sparsemax (U-Hop equation 2.3, `Sep_alpha`).
 
     Args:

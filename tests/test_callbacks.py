@@ -151,9 +151,7 @@ def test_one_step_is_sgd_on_the_summed_losses_of_the_layers(tmp_path, kind, clas
     memories = [s.memories.detach() for s in model.memory_sets(dataset.images, include_class_token=class_token)]
     losses = [separation_loss(m @ w.mT, kind=kind, temperature=0.4) for m, w in zip(memories, weights, strict=True)]
     expected = [w - 0.3 * g for w, g in zip(weights, torch.autograd.grad(sum(losses), weights), strict=True)]
-    callback = SeparationCallback(
-        "train_begin", kind=kind, temperature=0.4, lr=0.3, batch_size=8, include_class_token=class_token
-    )
+    callback = SeparationCallback("train_begin", kind=kind, temperature=0.4, lr=0.3, batch_size=8, include_class_token=class_token)
     after = _train(tmp_path, callback, Freeze(), model=model, dataset=dataset)
     for i, weight in enumerate(expected):
         assert_close(after[f"vit.layers.{i}.attention.feature_map.weight"], weight)
@@ -182,7 +180,11 @@ def test_no_gradient_is_left_and_modes_come_back(tmp_path):
 
 @pytest.mark.parametrize(
     ("schedule", "entries", "steps"),
-    [({"schedule": "train_begin", "steps": 4}, [0], 4), ({"schedule": "epoch", "steps": 2}, [0, 6], 4), ({"schedule": "step"}, [3, 6, 9, 12], 12)],
+    [
+        ({"schedule": "train_begin", "steps": 4}, [0], 4),
+        ({"schedule": "epoch", "steps": 2}, [0, 6], 4),
+        ({"schedule": "step"}, [3, 6, 9, 12], 12),
+    ],
     ids=lambda value: value.get("schedule") if isinstance(value, dict) else None,
 )
 def test_the_loss_before_and_after_is_logged(tmp_path, schedule, entries, steps):
@@ -197,8 +199,12 @@ def test_the_loss_before_and_after_is_logged(tmp_path, schedule, entries, steps)
 
 
 def test_annealing_covers_all_rounds(tmp_path):
-    for schedule, total in (({"schedule": "train_begin", "steps": 4}, 4), ({"schedule": "epoch", "steps": 2}, 4), ({"schedule": "step"}, 12)):
-        seen = []
+    for schedule, total in (
+        ({"schedule": "train_begin", "steps": 4}, 4),
+        ({"schedule": "epoch", "steps": 2}, 4),
+        ({"schedule": "step"}, 12),
+    ):
+        seen: list[float] = []
         callback = SeparationCallback(**schedule, temperature=0.8, final_temperature=0.1, batch_size=8)
         step = callback._step
         callback._step = lambda *args, step=step, seen=seen: seen.append(args[-1]) or step(*args)  # type: ignore[method-assign]
@@ -286,12 +292,13 @@ def test_a_resume_from_elsewhere(tmp_path):
 def test_a_resume_from_a_checkpoint_that_predates_the_callback(tmp_path, schedule):
     images = Images(augment=False)
     _train(tmp_path, dataset=images, save_strategy="steps", save_steps=3)
+    checkpoint = str(tmp_path / "checkpoint-6")
     runs = []
     for _ in range(2):
         callback = SeparationCallback(**schedule, batch_size=8)
         with pytest.warns(UserWarning, match="predates the separation step"):
-            checkpoint = str(tmp_path / "checkpoint-6")
-            runs.append(_train(tmp_path / "out", callback, dataset=images, resume=checkpoint, save_strategy="steps", save_steps=3))
+            weights = _train(tmp_path / "out", callback, dataset=images, resume=checkpoint, save_strategy="steps", save_steps=3)
+        runs.append(weights)
     assert _equal(*runs)
     assert (tmp_path / "out" / "checkpoint-9" / STATE_FILE).is_file()
     checkpoint = str(tmp_path / "out" / "checkpoint-9")
@@ -316,7 +323,9 @@ def test_sharded_parameters_are_refused(tmp_path, monkeypatch, kind):
     assert isinstance(callback, SeparationCallback)
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
     with pytest.raises(NotImplementedError, match=rf"under {kind.value}"):
-        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=trainer.get_train_dataloader())
+        callback.on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=trainer.get_train_dataloader()
+        )
 
 
 @pytest.mark.parametrize(

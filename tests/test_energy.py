@@ -121,7 +121,8 @@ def test_low_precision(dtype):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"beta": 0.0}, {"beta": -1.0}, {"alpha": 0.0}, {"steps": 0}, {"similarity": "dot-product"}, {"memories": torch.empty(0, 3)}]
+    "arguments",
+    [{"beta": 0.0}, {"beta": -1.0}, {"alpha": 0.0}, {"steps": 0}, {"similarity": "dot-product"}, {"memories": torch.empty(0, 3)}],
 )
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match="must"):

@@ -88,7 +88,7 @@ def test_the_kernel_follows_alpha():
     assert _model().config._attn_implementation == "sdpa"
     assert _model(alpha=1.5).config._attn_implementation == "eager"
     assert _model(alpha=1.5, learnable_alpha=True).config._attn_implementation == "eager"
-    with pytest.raises(ValueError, match="'sdpa' computes softmax attention .* alpha=1.5"):
+    with pytest.raises(ValueError, match=r"'sdpa' computes softmax attention .* alpha=1.5"):
         _model(alpha=1.5, attn_implementation="sdpa")
     model = _model(alpha=1.5)
     with pytest.raises(ValueError, match="use 'eager'"):
@@ -177,9 +177,7 @@ def test_bool_masked_pos_replaces_patches():
     masked[:, 0] = True
     changed = images.clone()
     changed[:, :, :4, :4] = 5.0
-    assert torch.equal(
-        model(images, bool_masked_pos=masked).last_hidden_state, model(changed, bool_masked_pos=masked).last_hidden_state
-    )
+    assert torch.equal(model(images, bool_masked_pos=masked).last_hidden_state, model(changed, bool_masked_pos=masked).last_hidden_state)
     with pytest.raises(ValueError, match="use_mask_token=True"):
         UHopViTModel(UHopViTConfig(**SMALL))(images, bool_masked_pos=masked)
 
@@ -291,9 +289,7 @@ def test_memory_sets_are_what_the_feature_maps_see(name):
     model = _model(**VARIANTS[name])
     images = _images()
     seen = []
-    hooks = [
-        m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in model.modules() if isinstance(m, FeatureMap)
-    ]
+    hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in model.modules() if isinstance(m, FeatureMap)]
     model(images)
     for hook in hooks:
         hook.remove()

@@ -27,9 +27,7 @@ def load_images(data: DataRecipe) -> DatasetDict:
     names = splits["train"].features["label"].names
     for split in splits.values():
         _check_labels(split, len(names))
-    held_out = splits["train"].train_test_split(
-        data.validation_fraction, stratify_by_column="label", seed=data.split_seed
-    )
+    held_out = splits["train"].train_test_split(data.validation_fraction, stratify_by_column="label", seed=data.split_seed)
     train = held_out["train"]
     if data.max_train_samples is not None and data.max_train_samples < len(train):
         train = train.train_test_split(train_size=data.max_train_samples, stratify_by_column="label", seed=data.split_seed)["train"]
@@ -93,9 +91,7 @@ def make_image_processor(data: DataRecipe, image_size: Any) -> ViTImageProcessor
     )
 
 
-def make_transform(
-    processor: ViTImageProcessorPil, augment: DataRecipe | None = None
-) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def make_transform(processor: ViTImageProcessorPil, augment: DataRecipe | None = None) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """A transform for `Dataset.with_transform`: images of a batch to `pixel_values`, labels as they are; augmented as `augment` says."""
 
     def transform(batch: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import numpy as np
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.figure import SubFigure
 
 
 def training_figure(
@@ -26,34 +27,41 @@ def training_figure(
         separation_history: `SeparationCallback.history`, empty without a separation step.
         grams: For each moment ("before", "after" Stage I), one cosine matrix (patches, patches) a layer.
     """
-    num_layers = max((len(matrices) for matrices in grams.values()), default=0)
-    rows = 1 + len(grams)
-    figure = plt.figure(figsize=(12, 3.2 * rows), layout="constrained")
-    grid = figure.subfigures(rows, 1)
-    top = grid[0] if rows > 1 else grid
-    task, separation, accuracy = top.subplots(1, 3)
-
-    task.plot(*_series(log_history, "loss"), label="train")
-    task.plot(*_series(log_history, "eval_loss"), label="validation")
-    task.set(title="Task loss", xlabel="step", yscale="log")
+    figure = plt.figure(figsize=(12, 3.2 + (3.4 * len(grams) if grams else 0)), layout="constrained")
+    parts = figure.subfigures(2 if grams else 1, 1, squeeze=False, height_ratios=(1, len(grams))[: 2 if grams else 1])[:, 0]
+    task, separation, accuracy = parts[0].subplots(1, 3)
+    task.plot(*_series(log_history, "loss"), marker=".", label="train")
+    task.plot(*_series(log_history, "eval_loss"), marker=".", label="validation")
+    task.set(title="Task loss", xlabel="step", ylim=(0, None))
     task.legend()
-    accuracy.plot(*_series(log_history, "eval_accuracy"), color="C1")
+    accuracy.plot(*_series(log_history, "eval_accuracy"), marker=".", color="C1")
     accuracy.set(title="Validation accuracy", xlabel="step", ylim=(0, 1))
-    separation.set(title="Separation loss (Stage I)", xlabel="Stage I step measured")
+    separation.set(title="Separation loss (Stage I)")
     if separation_history:
-        separation.plot([entry["separation_loss"] for entry in separation_history], color="C2")
+        losses = [entry["separation_loss"] for entry in separation_history]
+        within_one_round = len({entry["step"] for entry in separation_history}) == 1
+        steps = [entry["inner_step" if within_one_round else "step"] for entry in separation_history]
+        separation.plot(steps, losses, marker=".", color="C2")
+        separation.set(xlabel="step of Stage I" if within_one_round else "step")
     else:
         separation.text(0.5, 0.5, "no separation step", ha="center", transform=separation.transAxes)
-
-    for row, (moment, matrices) in zip(np.atleast_1d(grid)[1:], grams.items(), strict=True):
-        axes = row.subplots(1, num_layers, squeeze=False)[0]
-        for layer, (axis, gram) in enumerate(zip(axes, matrices, strict=True)):
-            picture = axis.imshow(gram, vmin=-1, vmax=1, cmap="RdBu_r")
-            off_diagonal = gram[~np.eye(len(gram), dtype=bool)]
-            axis.set(title=f"{moment} Stage I, layer {layer + 1}: mean cosine {off_diagonal.mean():.2f}", xlabel="patch", ylabel="patch")
-        row.colorbar(picture, ax=list(axes))
+    if grams:
+        _gram_matrices(parts[1], grams)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _gram_matrices(figure: SubFigure, grams: dict[str, list[np.ndarray]]) -> None:
+    """A row for each moment and a column for each layer; a single layer's moments stand side by side."""
+    num_layers = len(next(iter(grams.values())))
+    rows, columns = (len(grams), num_layers) if num_layers > 1 else (1, len(grams))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    titled = [(moment, layer, gram) for moment, matrices in grams.items() for layer, gram in enumerate(matrices, start=1)]
+    for axis, (moment, layer, gram) in zip(axes.flat, titled, strict=True):
+        picture = axis.imshow(gram, vmin=-1, vmax=1, cmap="RdBu_r")
+        off_diagonal = gram[~np.eye(len(gram), dtype=bool)]
+        axis.set(title=f"{moment} Stage I, layer {layer}: mean {off_diagonal.mean():.2f}", xlabel="patch", ylabel="patch")
+    figure.colorbar(picture, ax=axes, label="cosine of patch features")
 
 
 def _series(log_history: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

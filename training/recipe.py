@@ -73,9 +73,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as text; this reads it as a number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> ViTRecipe:
@@ -143,7 +141,9 @@ def command_line(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
     parser.add_argument("--output_dir", help="where to save (default: runs/<recipe name>)")
     parser.add_argument("--seed", type=int, help="training seed instead of the recipe's")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field, e.g. training.num_train_epochs=1")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field, e.g. training.num_train_epochs=1"
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace an earlier run in output_dir")
     existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
@@ -161,7 +161,9 @@ def prepare_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
             raise RecipeError(f"there is nothing to resume in {folder}")
     elif overwrite:
         if not (folder / "recipe.yaml").is_file():
-            raise RecipeError(f"{folder} holds no earlier run (no recipe.yaml), so --overwrite leaves it alone; choose another --output_dir")
+            raise RecipeError(
+                f"{folder} holds no earlier run (no recipe.yaml), so --overwrite leaves it alone; choose another --output_dir"
+            )
         shutil.rmtree(folder)
     elif not resume:
         raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, --resume to go on, or another --output_dir")

@@ -1,6 +1,6 @@
 """Run a recipe for several seeds and variants, and gather the results in one file. Finished runs are kept, so a sweep can be resumed.
 
-    python training/sweep.py configs/sweeps/vit_digits.yaml
+python training/sweep.py configs/sweeps/vit_digits.yaml
 """
 
 import argparse
@@ -67,8 +67,7 @@ def gather(sweep: dict[str, Any], folder_of: Any) -> dict[str, Any]:
         variants[variant] = {
             "num_parameters": runs[0]["num_parameters"],
             "metrics": {
-                key: {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values}
-                for key, values in metrics.items()
+                key: {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values} for key, values in metrics.items()
             },
         }
     shared = {key: runs[0][key] for key in ("versions", "commit")}
@@ -79,7 +78,8 @@ def table(variants: dict[str, Any]) -> str:
     lines = ["| variant | parameters | test accuracy | validation accuracy | seconds |", "| --- | --- | --- | --- | --- |"]
     for variant, result in variants.items():
         cells = [
-            f"{result['metrics'][key]['mean']:.4f} ± {result['metrics'][key]['std']:.4f}" for key in ("test_accuracy", "validation_accuracy")
+            f"{result['metrics'][key]['mean']:.4f} ± {result['metrics'][key]['std']:.4f}"
+            for key in ("test_accuracy", "validation_accuracy")
         ]
         seconds = f"{result['metrics']['train_seconds']['mean']:.0f}"
         lines.append(f"| {variant} | {result['num_parameters']:,} | {cells[0]} | {cells[1]} | {seconds} |")

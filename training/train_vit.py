@@ -1,7 +1,7 @@
 """Train a Hopfield vision transformer from a recipe: separation step, training, one evaluation on the test split, model folder, reload.
 
-    python training/train_vit.py configs/vit_digits.yaml
-    accelerate launch training/train_vit.py configs/vit_cifar10.yaml --dataset path/to/cifar10
+python training/train_vit.py configs/vit_digits.yaml
+accelerate launch training/train_vit.py configs/vit_cifar10.yaml --dataset path/to/cifar10
 """
 
 import subprocess

@@ -1,0 +1,36 @@
+"""One process of test_distributed: trains a small model with Stage I and saves what it ends with."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from test_callbacks import Images, _model, _trainer
+
+from modeling_uhop import SeparationCallback
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    callback = SeparationCallback(**options["separation"])
+    trainer = _trainer(
+        folder,
+        callback,
+        model=_model(hidden_dropout_prob=0.0),
+        dataset=Images(augment=False),
+        per_device_train_batch_size=options["batch_size"],
+        # Shuffled, one process and two would not see the same batches.
+        train_sampling_strategy="sequential",
+        # A key bias has no true gradient, and AdamW would turn its rounding errors into steps.
+        optim="sgd",
+        learning_rate=0.1,
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "separation_loss" in entry]
+    result = {"weights": dict(trainer.model.named_parameters()), "logged": logged, "history": callback.history}
+    torch.save(result, folder / f"rank_{trainer.args.process_index}_of_{trainer.args.world_size}.pt")
+
+
+if __name__ == "__main__":
+    main()

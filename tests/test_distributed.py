@@ -1,0 +1,50 @@
+"""Two gloo processes: bitwise equal to each other, and equal to one process on the same batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_close
+
+
+TESTS = Path(__file__).parent
+
+
+def _launch(folder: Path, processes: int, options: dict) -> list[dict]:
+    worker = [str(TESTS / "distributed_worker.py"), str(folder), json.dumps(options)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    finished = subprocess.run([sys.executable, *launcher, *worker], env=environment, capture_output=True, text=True)
+    if finished.returncode != 0:
+        pytest.fail(finished.stderr[-3000:])
+    return [torch.load(folder / f"rank_{rank}_of_{processes}.pt", weights_only=True) for rank in range(processes)]
+
+
+@pytest.mark.parametrize(
+    "separation",
+    [
+        {"schedule": "train_begin", "steps": 3, "parameters": "upstream"},
+        {"schedule": "step", "parameters": "feature_maps", "optimizer": "adam", "lr": 0.01},
+    ],
+    ids=["upstream", "step"],
+)
+def test_two_processes_equal_each_other_and_one(tmp_path, separation):
+    separation = {**separation, "batch_size": 8}
+    first, second = _launch(tmp_path, 2, {"separation": separation, "batch_size": 4})
+    (alone,) = _launch(tmp_path, 1, {"separation": separation, "batch_size": 8})
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name
+        assert_close(weight, alone["weights"][name], scale=20)
+    for mine, one in zip(first["history"], alone["history"], strict=True):
+        assert mine == pytest.approx(one, abs=1e-4)
+    assert first["logged"][0]["separation_loss"] == pytest.approx(alone["logged"][0]["separation_loss"], abs=1e-4)
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+    options = {"separation": {"batch_size": 7}, "batch_size": 4}
+    with pytest.raises(pytest.fail.Exception, match="batch_size must be a multiple of the 2 processes, got 7"):
+        _launch(tmp_path, 2, options)

@@ -1,0 +1,283 @@
+"""Recipes, their data and the training script: what runs, what is refused, what is left behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import yaml
+from data import load_images, make_image_processor, make_transform
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from huggingface_hub import ModelCard
+from metrics import classification_metrics
+from PIL import Image as PILImage
+from recipe import DataRecipe, RecipeError, load_recipe, prepare_output_dir, write_results
+from train_vit import run
+from transformers import EvalPrediction
+
+from modeling_uhop import SeparationCallback, UHopViTConfig
+
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+SHARED = ROOT.parent / "shared" / "data"
+TINY = [
+    "training.num_train_epochs=2",
+    "training.logging_steps=5",
+    "training.disable_tqdm=true",
+    "data.max_train_samples=200",
+    "model.hidden_size=16",
+    "model.num_hidden_layers=1",
+    "separation.steps=3",
+]
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    datasets.disable_progress_bars()
+
+
+def _recipe(*overrides: str, path: Path = ROOT / "configs" / "vit_digits.yaml"):
+    return load_recipe(path, list(overrides))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_its_model_and_callback(path):
+    recipe = load_recipe(path)
+    config = UHopViTConfig(**recipe.model)
+    assert config.use_feature_map
+    callback = SeparationCallback(**(recipe.separation or {}))
+    assert callback.schedule == (recipe.separation or {}).get("schedule")
+    header = path.read_text().partition("\n\n")[0]
+    assert all(word in header for word in ("# Command:", "# Cost:", "# Source:"))
+
+
+@pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "vit_digits"], ids=lambda path: path.stem)
+def test_every_recipe_reads_the_real_data(path):
+    folder = SHARED / {"vit_cifar10": "cifar10", "vit_cifar10_patch32": "cifar10", "vit_tiny_imagenet": "tiny-imagenet"}[path.stem]
+    if not folder.is_dir():
+        pytest.skip(f"{folder.name} is not on this machine")
+    recipe = load_recipe(path, [f"data.dataset={folder}", "data.max_train_samples=400"])
+    images = load_images(recipe.data)
+    assert len(images["train"]) == 400
+    batch = images["train"].with_transform(make_transform(make_image_processor(recipe.data, recipe.model["image_size"])))[:8]
+    pixel_values = torch.stack(batch["pixel_values"])
+    assert pixel_values.shape == (8, 3, recipe.model["image_size"], recipe.model["image_size"])
+    assert pixel_values.std() < 2
+    labels = images["train"].features["label"].names
+    assert len(labels) == (200 if "tiny" in path.stem else 10)
+
+
+def test_yaml_reads_scientific_numbers(tmp_path):
+    (tmp_path / "r.yaml").write_text("data: {dataset: digits}\ntraining: {learning_rate: 1e-3, weight_decay: 2E+1}\n")
+    recipe = load_recipe(tmp_path / "r.yaml", ["separation.lr=5e-2"])
+    assert recipe.training == {"learning_rate": 1e-3, "weight_decay": 20.0}
+    assert recipe.separation == {"lr": 0.05}
+    assert recipe.name == "r"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: {dataset: digits}\nmodle: {}", "unknown key 'modle' in recipe; the nearest valid one is 'model'"),
+        ("data: {dataset: digits, image_colum: x}", "unknown key 'image_colum' in data; .* 'image_column'"),
+        ("data: {dataset: digits}\nmodel: {alhpa: 1.5}", "unknown key 'alhpa' in model; .* 'alpha'"),
+        ("data: {dataset: digits}\nseparation: {shedule: step}", "unknown key 'shedule' in separation; .* 'schedule'"),
+        ("data: {dataset: digits}\ntraining: {learning_rat: 1}", "unknown key 'learning_rat' in training; .* 'learning_rate'"),
+        ("data: {dataset: digits}\ntraining: {seed: 1}", "training.seed is set by"),
+        ("data: {dataset: digits}\nmodel: 3", "model must be a mapping, got 3"),
+        ("model: {}", "needs data.dataset"),
+        ("- 1", "must be a YAML mapping"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_and_a_bad_override_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="there is no recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="must look like"):
+        _recipe("training.learning_rate")
+    with pytest.raises(RecipeError, match="unknown key 'rate'"):
+        _recipe("training.rate=1")
+
+
+def test_digits_are_split_by_label_and_stay_the_same_for_every_seed():
+    recipe = _recipe()
+    images, again = load_images(recipe.data), load_images(recipe.data)
+    assert {name: len(split) for name, split in images.items()} == {"train": 1293, "validation": 144, "test": 360}
+    pixels = {name: {np.asarray(image).tobytes() for image in split["image"]} for name, split in images.items()}
+    assert not pixels["train"] & pixels["test"]
+    assert not pixels["validation"] & pixels["test"]
+    for name in images:
+        assert images[name]["label"][:] == again[name]["label"][:]
+        counts = np.bincount(images[name]["label"][:], minlength=10) / len(images[name])
+        assert (abs(counts - 0.1) < 0.02).all()
+
+
+def test_images_keep_their_values():
+    recipe = _recipe()
+    images = load_images(recipe.data)
+    batch = images["test"].with_transform(make_transform(make_image_processor(recipe.data, 8)))[:5]
+    for pixel_values, image in zip(batch["pixel_values"], images["test"][:5]["image"], strict=True):
+        expected = torch.from_numpy(np.asarray(image).copy()).double() / 255 * 2 - 1
+        torch.testing.assert_close(pixel_values.double(), expected.expand(3, 8, 8), atol=1e-6, rtol=0)
+
+
+def test_augmentation_crops_and_mirrors():
+    data = DataRecipe("digits", random_crop_padding=1, random_flip=True)
+    image = PILImage.fromarray(np.arange(1, 65, dtype=np.uint8).reshape(8, 8))
+    transform = make_transform(make_image_processor(data, 8), data)
+    padded = np.pad(np.asarray(image), 1)
+    crops = [padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
+    expected = {view.tobytes() for crop in crops for view in (crop, crop[:, ::-1])}
+    seen = set()
+    for _ in range(300):
+        pixel_values = transform({"image": [image], "label": [0]})["pixel_values"][0]
+        seen.add(((pixel_values[0] + 1) / 2 * 255).round().to(torch.uint8).numpy().tobytes())
+    assert seen == expected
+
+
+def _write_parquet(folder: Path, *, column: str = "image", labels=(0, 1), label_type=None) -> None:
+    images = [PILImage.new("RGB", (8, 8), color) for color in ("red", "blue")] * 20
+    features = Features({column: Image(), "label": label_type or ClassLabel(names=["a", "b"])})
+    for split in ("train", "test"):
+        Dataset.from_dict({column: images, "label": list(labels) * 20}, features=features).to_parquet(folder / f"{split}.parquet")
+
+
+def test_a_local_folder_is_read(tmp_path):
+    _write_parquet(tmp_path)
+    images = load_images(DataRecipe(str(tmp_path)))
+    assert images["train"].features["label"].names == ["a", "b"]
+    assert {name: len(split) for name, split in images.items()} == {"train": 36, "validation": 4, "test": 40}
+    _write_parquet(tmp_path, label_type=Value("int64"))
+    assert load_images(DataRecipe(str(tmp_path)))["train"].features["label"].names == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"image_column": "img"}, r"has no column 'img'; it has \['image', 'label'\]"),
+        ({"label_column": "fine_label"}, "has no column 'fine_label'"),
+        ({"test_split": "valid"}, r"has no split 'valid'; it has \['test', 'train'\]"),
+    ],
+)
+def test_a_data_set_without_the_named_part_is_refused(tmp_path, fields, message):
+    _write_parquet(tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        load_images(DataRecipe(str(tmp_path), **fields))
+
+
+def test_a_label_outside_its_range_is_refused(tmp_path):
+    _write_parquet(tmp_path, labels=(0, -1))
+    with pytest.raises(RecipeError, match=r"labels must lie in \[0, 2\), got -1"):
+        load_images(DataRecipe(str(tmp_path)))
+
+
+def test_a_missing_folder_is_refused():
+    with pytest.raises(RecipeError, match=r"there is no folder \./nowhere"):
+        load_images(DataRecipe("./nowhere"))
+
+
+def test_pixels_that_are_not_finite_are_refused():
+    data = DataRecipe("digits", image_std=[0.0, 1.0, 1.0])
+    transform = make_transform(make_image_processor(data, 8))
+    with pytest.raises(ValueError, match="not finite"), np.errstate(divide="ignore", invalid="ignore"):
+        transform({"image": [PILImage.new("RGB", (8, 8), "red")], "label": [0]})
+
+
+def test_accuracy():
+    logits = np.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    metrics = classification_metrics(EvalPrediction(predictions=logits, label_ids=np.array([1, 0, 0, 0])))
+    assert metrics == {"accuracy": 0.75}
+
+
+def test_an_output_folder_is_never_mixed_or_lost(tmp_path):
+    folder = tmp_path / "run"
+    prepare_output_dir(folder, overwrite=False, resume=False)
+    with pytest.raises(RecipeError, match="nothing to resume"):
+        prepare_output_dir(folder, overwrite=False, resume=True)
+    (folder / "thesis.txt").write_text("precious")
+    with pytest.raises(RecipeError, match="is not empty; pass --overwrite"):
+        prepare_output_dir(folder, overwrite=False, resume=False)
+    with pytest.raises(RecipeError, match="holds no earlier run"):
+        prepare_output_dir(folder, overwrite=True, resume=False)
+    assert (folder / "thesis.txt").read_text() == "precious"
+    (folder / "recipe.yaml").write_text("")
+    prepare_output_dir(folder, overwrite=False, resume=True)
+    assert (folder / "thesis.txt").exists()
+    prepare_output_dir(folder, overwrite=True, resume=False)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
+    folder = tmp_path / "run"
+    prepare_output_dir(folder, overwrite=False, resume=False)
+    recipe = _recipe(*TINY)
+    recipe.seed = 3
+    metrics = run(recipe, folder)
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "preprocessor_config.json", "modeling_uhop_vit.py"}
+    assert names >= {"README.md", "results.json", "training.png", "recipe.yaml"}
+    assert not {"probe.npz", "probe.pt"} & names
+    results = json.loads((folder / "results.json").read_text())
+    assert results["metrics"] == metrics
+    assert results["seed"] == 3
+    assert results["recipe"]["model"]["hidden_size"] == 16
+    assert set(results["versions"]) >= {"torch", "transformers", "modeling-uhop"}
+    assert metrics["separation_loss"] < metrics["separation_loss_before"]
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == results["recipe"]
+    card = ModelCard.load(folder / "README.md")
+    (evaluation,) = card.data.eval_results
+    assert evaluation.metric_value == metrics["test_accuracy"]
+    assert evaluation.dataset_name == "digits"
+    assert card.data.library_name == "transformers"
+    output = capfd.readouterr().out
+    assert "logits agree" in output
+    assert "test_accuracy" in output
+
+
+def test_a_run_without_separation(tmp_path):
+    folder = tmp_path / "run"
+    prepare_output_dir(folder, overwrite=False, resume=False)
+    metrics = run(_recipe(*TINY[:-1], "separation=null", "model.use_feature_map=false"), folder)
+    assert "separation_loss" not in metrics
+    assert "without that step" in (folder / "README.md").read_text()
+
+
+def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
+    folder = tmp_path / "run"
+
+    def script(*arguments: str) -> subprocess.CompletedProcess:
+        overrides = [word for override in (*TINY, "training.save_strategy=epoch") for word in ("--set", override)]
+        command = [sys.executable, "training/train_vit.py", "configs/vit_digits.yaml", "--output_dir", str(folder), *overrides, *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    bad = script("--set", "model.alpha=3")
+    assert bad.returncode == 1
+    assert bad.stderr.strip().splitlines()[-1] == "ValueError: alpha must lie in [1, 2], got 3"
+    first = script("--overwrite")
+    assert first.returncode == 0, first.stderr
+    whole = json.loads((folder / "results.json").read_text())["metrics"]
+    again = script()
+    assert again.returncode == 1
+    assert "is not empty" in again.stderr
+    (folder / "checkpoint-8").rename(tmp_path / "last")
+    resumed = script("--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    metrics = json.loads((folder / "results.json").read_text())["metrics"]
+    assert {k: v for k, v in metrics.items() if k != "train_seconds"} == {k: v for k, v in whole.items() if k != "train_seconds"}
+
+
+def test_results_name_the_commit(tmp_path):
+    write_results(tmp_path / "r.json", _recipe(), {"accuracy": 1.0}, extra=[1])
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert set(results) == {"name", "metrics", "seed", "recipe", "versions", "commit", "extra"}
