@@ -1,6 +1,7 @@
 """SeparationCallback: Stage I of U-Hop inside the stock Trainer."""
 
 import hashlib
+import itertools
 import os
 import random
 import warnings
@@ -149,7 +150,11 @@ class SeparationCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if not args.should_save:
             return
-        target = _checkpoint(args, state) / STATE_FILE
+        folder = _checkpoint(args, state)
+        if not folder.is_dir():
+            warnings.warn(f"Stage I's state is not saved: the checkpoint is not in {folder}", stacklevel=2)
+            return
+        target = folder / STATE_FILE
         partial = target.with_suffix(".tmp")
         torch.save(
             {
@@ -177,12 +182,12 @@ class SeparationCallback(TrainerCallback):
         with _evaluating(model):
             for inner in bar:
                 index = self._steps_done
-                with _isolated_rng(self._seed(args) + index, args.device):
+                with _isolated_rng(_mixed(self._seed(args), index, PartialState().process_index), args.device):
                     batch = send_to_device(self._sample(self._seed(args), index), args.device)
-                    loss = self._step(args, model, batch, self._temperature(state, index))
+                    losses = self._step(args, model, batch, self._temperature(state, index))
                 self._steps_done += 1
                 if measure:
-                    value = _mean_over_processes(loss)
+                    value = _mean_over_processes(losses)
                     self.history.append({"step": state.global_step, "inner_step": inner, "separation_loss": value})
                     bar.set_postfix(loss=f"{value:.4f}")
                     if not first_batch:
@@ -192,33 +197,38 @@ class SeparationCallback(TrainerCallback):
             if not measure:
                 return
             with torch.no_grad():
-                after = self._loss(args, model, first_batch, self._temperature(state, self._steps_done - self.steps))
+                after = self._losses(args, model, first_batch, self._temperature(state, self._steps_done - self.steps))
         self._latest = {"separation_loss_before": before, "separation_loss": _mean_over_processes(after)}
         if record:
             epoch = 0.0 if state.epoch is None else state.epoch
             state.log_history.append({**self._latest, "epoch": epoch, "step": state.global_step})
 
     def _step(self, args: TrainingArguments, model: nn.Module, batch: dict[str, Any], temperature: float) -> torch.Tensor:
-        """One gradient step; the mean loss of the layers before it."""
+        """One gradient step; the losses of the layers before it."""
         with torch.enable_grad():
-            loss = self._loss(args, model, batch, temperature)
-            gradients = torch.autograd.grad(loss * len(self._maps), self._moved, allow_unused=True)
+            losses = self._losses(args, model, batch, temperature)
+            gradients = torch.autograd.grad(losses.sum(), self._moved, allow_unused=True)
         if PartialState().num_processes > 1:
             gradients = tuple(None if g is None else reduce(g, reduction="mean") for g in gradients)
         apply_gradients(self._private_optimizer, self._moved, gradients)
         if self.project:
             self._normalize_rows()
-        return loss.detach()
+        return losses.detach()
 
-    def _loss(self, args: TrainingArguments, model: Any, batch: dict[str, Any], temperature: float) -> torch.Tensor:
-        """Mean separation loss of the layers on one batch."""
+    def _losses(self, args: TrainingArguments, model: Any, batch: dict[str, Any], temperature: float) -> torch.Tensor:
+        """Separation loss of each layer on one batch."""
         options = {"include_class_token": True} if self.include_class_token else {}
         half = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype=half, enabled=args.bf16 or args.fp16):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.parameters == "upstream"):
                 sets = list(model.memory_sets(**batch, **options))
+            for _, memories, mask in sets:
+                if mask is None and memories.shape[-2] < 2:
+                    raise ValueError(
+                        "there is nothing to separate: a memory set needs two memories, got one (include_class_token adds one)"
+                    )
             losses = [separation_loss(phi(memories), kind=self.kind, temperature=temperature, mask=mask) for phi, memories, mask in sets]
-        return torch.stack(losses).mean()
+        return torch.stack(losses)
 
     def _temperature(self, state: TrainerState, index: int) -> float:
         if self.final_temperature is None:
@@ -288,27 +298,24 @@ def _sampler(loader: DataLoader, batch_size: int) -> Callable[[int, int], dict[s
     """A function of (seed, index) that makes this process's part of Stage I's batch number `index`."""
     dataset, collate = loader.dataset, loader.collate_fn
     rank, world_size = PartialState().process_index, PartialState().num_processes
-    share = batch_size // world_size
     stream: Iterator[Any] = iter(())
     position = 0
 
     def from_stream(seed: int, index: int) -> dict[str, Any]:
+        """Batches follow one another through the stream, round and round; a resume reads on to where it was."""
         nonlocal stream, position
         if position > index:
             stream, position = iter(()), 0
         while position <= index:
-            examples: list[Any] = []
-            while len(examples) < share:
-                example = next(stream, None)
-                if example is None:
-                    stream = iter(dataset)
-                    example = next(stream)
-                examples.append(example)
+            examples = list(itertools.islice(stream, batch_size))
+            while len(examples) < batch_size:
+                stream = iter(dataset)
+                examples += itertools.islice(stream, batch_size - len(examples))
             position += 1
-        return collate(examples)
+        return collate(examples[rank::world_size])
 
     def from_indices(seed: int, index: int) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(seed + index)
+        generator = torch.Generator().manual_seed(_mixed(seed, index))
         size = len(dataset)  # type: ignore[arg-type]
         chosen = torch.cat([torch.randperm(size, generator=generator) for _ in range(-(-batch_size // size))])[:batch_size]
         return collate([dataset[i] for i in chosen[rank::world_size].tolist()])
@@ -344,8 +351,13 @@ def _isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def _mean_over_processes(loss: torch.Tensor) -> float:
-    return float(reduce(loss, reduction="mean") if PartialState().num_processes > 1 else loss)
+def _mean_over_processes(losses: torch.Tensor) -> float:
+    return float((reduce(losses, reduction="mean") if PartialState().num_processes > 1 else losses).mean())
+
+
+def _mixed(*parts: int) -> int:
+    """A seed out of several numbers, such that neighbouring numbers give unrelated ones."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

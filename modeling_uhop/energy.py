@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from .feature_map import unit_norm
-from .simplex import simplex_conjugate, simplex_map
+from .simplex import at_least_fp32, simplex_conjugate, simplex_map
 
 
 SIMILARITIES = ("kernel", "cosine", "l2", "manhattan")
@@ -68,7 +68,7 @@ def energy(
     _check_beta(beta)
     features = queries if feature_map is None else feature_map(queries)
     stored = memories if feature_map is None else feature_map(memories)
-    features, stored = _wide(features), _wide(stored)
+    features, stored = at_least_fp32(features), at_least_fp32(stored)
     with torch.autocast(features.device.type, enabled=False):
         scores = features @ stored.mT
     conjugate = simplex_conjugate(beta * scores, alpha, mask=mask)
@@ -136,7 +136,3 @@ def retrieve(
 def _check_beta(beta: float | torch.Tensor) -> None:
     if not isinstance(beta, torch.Tensor) and not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .simplex import at_least_fp32
+
 
 class FeatureMap(nn.Module):
     """Linear feature map `Phi(u) = W u`, W of shape (feature_dim, pattern_dim) (U-Hop, arXiv 2404.03827, equation 2.1).
@@ -61,6 +63,6 @@ class FeatureMap(nn.Module):
 
 def unit_norm(vectors: torch.Tensor) -> torch.Tensor:
     """Vectors (..., D) scaled to unit Euclidean norm, computed in fp32 or better; a zero vector stays zero, with a finite gradient."""
-    wide = vectors.float() if vectors.dtype in (torch.float16, torch.bfloat16) else vectors
+    wide = at_least_fp32(vectors)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide / torch.where(norm > 0, norm, 1.0)).to(vectors.dtype)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .feature_map import FeatureMap, unit_norm
+from .simplex import at_least_fp32
 
 
 SEPARATION_KINDS = ("average", "squared", "nearest", "per_memory")
@@ -45,7 +46,7 @@ def separation_loss(
         raise ValueError(f"kind must be one of {SEPARATION_KINDS}, got {kind!r}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    features = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+    features = at_least_fp32(features)
     members, pairs = _members_and_pairs(features, mask)
     if features.shape[-2] < 2:
         return features.sum() * 0.0

@@ -46,7 +46,7 @@ def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: in
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     absent = scores.amax(dim, keepdim=True) == -math.inf
-    wide = _at_least_fp32(scores).masked_fill(absent, 0.0)
+    wide = at_least_fp32(scores).masked_fill(absent, 0.0)
     if isinstance(alpha, torch.Tensor) or alpha != 1.0:
         weights = _entmax(wide, alpha, dim)
     else:
@@ -70,7 +70,7 @@ def simplex_conjugate(
     _check_alpha(alpha, scores, dim)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    scores = _at_least_fp32(scores)
+    scores = at_least_fp32(scores)
     absent = scores.amax(dim, keepdim=True) == -math.inf
     if not isinstance(alpha, torch.Tensor) and alpha == 1.0:
         return torch.logsumexp(scores.masked_fill(absent, 0.0), dim).masked_fill(absent.squeeze(dim), 0.0)
@@ -104,7 +104,8 @@ def _aligned(alpha: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     return alpha.reshape((1,) * (scores.dim() - alpha.dim()) + alpha.shape)
 
 
-def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or in fp32 if it is half precision."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 

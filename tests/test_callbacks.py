@@ -316,6 +316,22 @@ def test_a_model_without_phi_is_refused(tmp_path):
         _train(tmp_path, SeparationCallback(), model=frozen)
 
 
+def test_a_single_memory_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="needs two memories, got one"):
+        _train(tmp_path, SeparationCallback(), model=_model(patch_size=8))
+    _train(tmp_path, SeparationCallback(include_class_token=True, batch_size=8), model=_model(patch_size=8))
+
+
+def test_seeds_draw_unrelated_batches(tmp_path):
+    batches = {}
+    for seed in (0, 1):
+        callback = SeparationCallback("train_begin", batch_size=8, seed=seed)
+        _train(tmp_path, callback, dataset=Images(augment=False))
+        batches[seed] = [callback._sample(seed, index)["pixel_values"] for index in range(4)]
+    drawn = torch.stack(batches[0] + batches[1])
+    assert len(torch.unique(drawn.flatten(1), dim=0)) == 8
+
+
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_sharded_parameters_are_refused(tmp_path, monkeypatch, kind):
     trainer = _trainer(tmp_path, SeparationCallback())
