@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint types unit format clean
+.PHONY: train test lint types unit format tables clean
 
 train: $(READY)
 	$(BIN)/python training/train_vit.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
@@ -29,6 +29,9 @@ $(READY): pyproject.toml constraints.txt modeling_uhop/version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
 	touch $(READY)
+
+tables: $(READY)
+	$(BIN)/python training/tables.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,13 +1,17 @@
-"""Run a recipe for several seeds and variants, and gather the results in one file. Finished runs are kept, so a sweep can be resumed.
+"""Run a recipe for several seeds and variants, and gather the results in one file, with the picture of the first run beside it.
+
+Finished runs are kept, so a sweep can be resumed.
 
 python training/sweep.py configs/sweeps/vit_digits.yaml
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ def main() -> None:
     target = Path(args.results) / f"{name}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(gathered, indent=2) + "\n")
+    shutil.copyfile(run_folder(args.runs, name, *jobs[0]) / "training.png", target.with_suffix(".png"))
     print(table(gathered["variants"]), f"\n{target}")
 
 
@@ -58,7 +63,7 @@ def run(sweep: dict[str, Any], variant: str, seed: int, folder: Path, dataset: s
         sys.exit(f"{variant}, seed {seed} failed; see {log}")
 
 
-def gather(sweep: dict[str, Any], folder_of: Any) -> dict[str, Any]:
+def gather(sweep: dict[str, Any], folder_of: Callable[[str, int], Path]) -> dict[str, Any]:
     """Every metric of every variant: its values by seed, their mean and standard deviation."""
     variants: dict[str, Any] = {}
     for variant in sweep["variants"]:
