@@ -43,6 +43,8 @@ def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: in
         ValueError: If `alpha` is outside [1, 2] (or, as a tensor, not a single value along `dim`).
     """
     _check_alpha(alpha, scores, dim)
+    if scores.shape[dim] == 0:
+        return scores
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     absent = scores.amax(dim, keepdim=True) == -math.inf
@@ -68,6 +70,8 @@ def simplex_conjugate(
         `scores` reduced along `dim`, in fp32 or better. A row without any present item gives 0.
     """
     _check_alpha(alpha, scores, dim)
+    if scores.shape[dim] == 0:
+        return at_least_fp32(scores).sum(dim)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
     scores = at_least_fp32(scores)

@@ -172,6 +172,8 @@ def test_a_row_without_items_is_zero_with_zero_gradient(alpha):
     assert scores.grad is not None
     assert scores.grad.isfinite().all()
     assert (scores.grad[1] == 0).all()
+    assert simplex_map(torch.randn(2, 0), alpha).shape == (2, 0)
+    assert torch.equal(simplex_conjugate(torch.randn(2, 0), alpha), torch.zeros(2))
     all_absent = torch.full((2, 4), -torch.inf)
     assert torch.equal(simplex_map(all_absent, alpha), torch.zeros(2, 4))
 
