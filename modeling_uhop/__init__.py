@@ -3,20 +3,29 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .callbacks import SeparationCallback
+from .capacity import MemoryReport
+from .configuration_uhop_memory import UHopMemoryConfig
 from .configuration_uhop_vit import UHopViTConfig
+from .corruption import add_noise, mask_patterns
 from .energy import association, energy, retrieve, similarity_scores
 from .feature_map import FeatureMap
 from .hopfield import HopfieldAttention, hopfield_attention
+from .modeling_uhop_memory import UHopMemoryModel
 from .modeling_uhop_vit import UHopViTForImageClassification, UHopViTModel
-from .separation import maximize_separation, separation_loss
+from .separation import denoising_loss, maximize_separation, separation_loss
 from .simplex import simplex_conjugate, simplex_map
+from .spherical import spherical_code
 from .version import __version__
 
 
+AutoConfig.register("uhop_memory", UHopMemoryConfig, exist_ok=True)
+AutoModel.register(UHopMemoryConfig, UHopMemoryModel, exist_ok=True)
 AutoConfig.register("uhop_vit", UHopViTConfig, exist_ok=True)
 AutoModel.register(UHopViTConfig, UHopViTModel, exist_ok=True)
 AutoModelForImageClassification.register(UHopViTConfig, UHopViTForImageClassification, exist_ok=True)
 
+UHopMemoryConfig.register_for_auto_class()
+UHopMemoryModel.register_for_auto_class("AutoModel")
 UHopViTConfig.register_for_auto_class()
 UHopViTModel.register_for_auto_class("AutoModel")
 UHopViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
@@ -24,18 +33,25 @@ UHopViTForImageClassification.register_for_auto_class("AutoModelForImageClassifi
 __all__ = [
     "FeatureMap",
     "HopfieldAttention",
+    "MemoryReport",
     "SeparationCallback",
+    "UHopMemoryConfig",
+    "UHopMemoryModel",
     "UHopViTConfig",
     "UHopViTForImageClassification",
     "UHopViTModel",
     "__version__",
+    "add_noise",
     "association",
+    "denoising_loss",
     "energy",
     "hopfield_attention",
+    "mask_patterns",
     "maximize_separation",
     "retrieve",
     "separation_loss",
     "similarity_scores",
     "simplex_conjugate",
     "simplex_map",
+    "spherical_code",
 ]

@@ -8,7 +8,7 @@ from .feature_map import unit_norm
 from .simplex import at_least_fp32, simplex_conjugate, simplex_map
 
 
-SIMILARITIES = ("kernel", "cosine", "l2", "manhattan")
+SIMILARITIES = ("kernel", "dot", "cosine", "l2", "manhattan", "polynomial")
 
 
 def similarity_scores(
@@ -17,24 +17,32 @@ def similarity_scores(
     *,
     feature_map: Callable[[torch.Tensor], torch.Tensor] | None = None,
     similarity: str = "kernel",
+    degree: int = 10,
 ) -> torch.Tensor:
     """Scores (..., Q, M) of queries (..., Q, d) against memories (..., M, d), larger where they are more alike.
 
-    "kernel" is K(x, xi) = <Phi(x), Phi(xi)> (U-Hop equation 2.1), the inner product without a feature map; "cosine" the same of unit-norm
-    features; "l2" and "manhattan" are MINUS the distance between features (Millidge et al. 2022).
+    - "kernel": `<Phi(x), Phi(xi)>` (U-Hop equation 2.1), the inner product where `feature_map` is `None`. The others compare raw patterns:
+    - "dot": `<x, xi>` (Ramsauer et al. 2020).
+    - "cosine": `<x, xi>` of patterns scaled to unit norm.
+    - "l2", "manhattan": MINUS the distance (Millidge et al. 2022).
+    - "polynomial": `degree * log max(<x, xi>, 0)`, so that softmax at beta = 1 gives weights in proportion to the power
+      `max(<x, xi>, 0) ** degree` of a dense associative memory (Krotov & Hopfield 2016).
 
     Raises:
-        ValueError: If `similarity` is unknown.
+        ValueError: If `similarity` is unknown, or does not use the feature map that is given.
     """
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
     if feature_map is not None:
+        if similarity != "kernel":
+            raise ValueError(f"similarity {similarity!r} compares raw patterns and must come without a feature map")
         queries, memories = feature_map(queries), feature_map(memories)
-    if similarity == "cosine":
-        queries, memories = unit_norm(queries), unit_norm(memories)
     if similarity in ("l2", "manhattan"):
         return -torch.cdist(queries, memories, p=2.0 if similarity == "l2" else 1.0)
-    return queries @ memories.mT
+    if similarity == "cosine":
+        queries, memories = unit_norm(queries), unit_norm(memories)
+    scores = queries @ memories.mT
+    return degree * scores.clamp(min=0.0).log() if similarity == "polynomial" else scores
 
 
 def energy(
@@ -83,13 +91,14 @@ def association(
     alpha: float | torch.Tensor = 1.0,
     feature_map: Callable[[torch.Tensor], torch.Tensor] | None = None,
     similarity: str = "kernel",
+    degree: int = 10,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weights (..., Q, M) of each memory in a retrieval, `p = Sep_alpha(beta K(Xi, x))` (equation 2.4). Arguments as in `retrieve`."""
     _check_beta(beta)
     if memories.shape[-2] == 0:
         raise ValueError("there is nothing to retrieve from: memories must hold at least one pattern, got 0")
-    scores = similarity_scores(queries, memories, feature_map=feature_map, similarity=similarity)
+    scores = similarity_scores(queries, memories, feature_map=feature_map, similarity=similarity, degree=degree)
     return simplex_map(beta * scores, alpha, mask=mask)
 
 
@@ -102,6 +111,7 @@ def retrieve(
     feature_map: Callable[[torch.Tensor], torch.Tensor] | None = None,
     steps: int = 1,
     similarity: str = "kernel",
+    degree: int = 10,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Retrieval dynamics `T(x) = sum_mu p_mu xi_mu`, applied `steps` times (U-Hop, arXiv 2404.03827, equation 2.4).
@@ -116,7 +126,7 @@ def retrieve(
         alpha: Tsallis exponent in [1, 2].
         feature_map: Phi; `None` for the identity.
         steps: Number of updates, at least 1.
-        similarity: "kernel", "cosine", "l2" or "manhattan"; see `similarity_scores`.
+        similarity, degree: What a query is compared by; see `similarity_scores`.
         mask: Boolean, broadcastable to (..., Q, M), True where a memory is present; a query without any retrieves zeros.
 
     Returns:
@@ -128,7 +138,9 @@ def retrieve(
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     for _ in range(steps):
-        weights = association(queries, memories, beta=beta, alpha=alpha, feature_map=feature_map, similarity=similarity, mask=mask)
+        weights = association(
+            queries, memories, beta=beta, alpha=alpha, feature_map=feature_map, similarity=similarity, degree=degree, mask=mask
+        )
         queries = weights @ memories
     return queries
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .corruption import Corruption, mask_patterns
 from .feature_map import FeatureMap, unit_norm
 from .simplex import at_least_fp32
 
@@ -98,6 +99,25 @@ def _log_sum(exponents: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tens
     return torch.where(present, torch.logsumexp(exponents, -1), 0.0), present
 
 
+def denoising_loss(corrupted_features: torch.Tensor, features: torch.Tensor, *, temperature: float = 0.1) -> torch.Tensor:
+    """How badly memories are recognised from corrupted copies: `mean_mu -log softmax_nu(<Phi(x_mu), Phi(xi_nu)> / tau)_mu` (InfoNCE).
+
+    The per-memory loss of U-Hop+ with a corrupted copy x_mu of the memory as its positive: beside spreading memories it keeps the copies
+    where they belong. At tau = 1 / beta it is the log weight of the right memory in a retrieval at alpha = 1.
+
+    Args:
+        corrupted_features: Features (..., Q, D) of copies, in the order of the memories that they are of.
+        features: Features (..., M, D) of memories, Q of them first.
+        temperature: tau > 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    queries, stored = unit_norm(at_least_fp32(corrupted_features)), unit_norm(at_least_fp32(features))
+    with torch.autocast(queries.device.type, enabled=False):
+        log_weights = (queries @ stored.mT / temperature).log_softmax(-1)
+    return -log_weights.diagonal(dim1=-2, dim2=-1).mean()
+
+
 def maximize_separation(
     feature_map: FeatureMap,
     memories: torch.Tensor,
@@ -107,15 +127,19 @@ def maximize_separation(
     lr: float = 1e-3,
     optimizer: str = "adam",
     kind: str | None = None,
-    temperature: float = 0.25,
+    temperature: float | None = None,
     final_temperature: float = 0.01,
+    corruption: Corruption = mask_patterns,
+    batch_size: int | None = None,
     mask: torch.Tensor | None = None,
 ) -> list[float]:
-    """Stage I on one feature map: gradient steps on W alone that lower `separation_loss(feature_map(memories))`.
+    """Stage I on one feature map: gradient steps on W alone.
 
-    - "uhop" (U-Hop Algorithm 1): `steps` steps at a fixed temperature, then the rows of W are scaled to unit norm. Default kind "average".
+    - "uhop" (U-Hop Algorithm 1): `separation_loss` at a fixed temperature, then the rows of W are scaled to unit norm. Default kind
+      "average", temperature 0.25.
     - "uhop+" (U-Hop+, projected gradient descent `W <- Proj(W - lr dL)`): the rows are scaled to unit norm after every step, while the
-      temperature falls geometrically from `temperature` to `final_temperature`. Default kind "per_memory".
+      temperature falls geometrically from `temperature` (0.25) to `final_temperature`. Default kind "per_memory".
+    - "denoising": `denoising_loss` of fresh corrupted copies in every step, at a fixed temperature (0.1).
 
     Args:
         feature_map: The map to move, in place. Nothing else moves, and no `.grad` is left behind.
@@ -123,26 +147,41 @@ def maximize_separation(
         steps: Gradient steps N, at least 0.
         lr: Learning rate.
         optimizer: "adam" or "sgd".
-        kind, temperature, mask: As in `separation_loss`.
+        kind, temperature, mask: As in `separation_loss`; "denoising" has no kind and takes no mask.
+        corruption: For "denoising", a function from patterns to corrupted patterns.
+        batch_size: How many memories, drawn anew in every step, a step looks at; `None` for all. At least 2.
 
     Returns:
         The loss before each step, then the loss of the final map: `steps + 1` values. Under "uhop+" each is at its own step's temperature.
 
     Raises:
-        ValueError: For an unknown method or optimizer, or negative `steps`.
+        ValueError: For an unknown method or optimizer, or a number out of its range.
     """
-    if method not in ("uhop", "uhop+"):
-        raise ValueError(f"method must be 'uhop' or 'uhop+', got {method!r}")
+    if method not in ("uhop", "uhop+", "denoising"):
+        raise ValueError(f"method must be 'uhop', 'uhop+' or 'denoising', got {method!r}")
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
-    kind = kind or ("average" if method == "uhop" else "per_memory")
+    if batch_size is not None and batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2, got {batch_size}")
+    if method == "denoising" and (kind is not None or mask is not None):
+        raise ValueError("method 'denoising' must come without a kind or a mask")
+    kind = kind or ("per_memory" if method == "uhop+" else "average")
+    temperature = temperature or (0.1 if method == "denoising" else 0.25)
+    final_temperature = final_temperature if method == "uhop+" else temperature
+
+    def loss_at(step: int) -> torch.Tensor:
+        tau = annealed(temperature, final_temperature, min(step, steps - 1), steps)
+        seen, seen_mask = _drawn(memories, mask, batch_size)
+        if method == "denoising":
+            return denoising_loss(feature_map(corruption(seen)), feature_map(seen), temperature=tau)
+        return separation_loss(feature_map(seen), kind=kind, temperature=tau, mask=seen_mask)
+
     parameters = [feature_map.weight]
     private = separation_optimizer(optimizer, parameters, lr)
     history = []
     for step in logging.tqdm(range(steps), desc="separation", leave=False, delay=3):
-        tau = temperature if method == "uhop" else annealed(temperature, final_temperature, step, steps)
         with torch.enable_grad():
-            loss = separation_loss(feature_map(memories), kind=kind, temperature=tau, mask=mask)
+            loss = loss_at(step)
             gradients = torch.autograd.grad(loss, parameters)
         apply_gradients(private, parameters, gradients)
         if method == "uhop+":
@@ -150,10 +189,20 @@ def maximize_separation(
         history.append(loss.item())
     if method == "uhop":
         feature_map.normalize_rows()
-    tau = temperature if method == "uhop" else final_temperature
     with torch.no_grad():
-        history.append(separation_loss(feature_map(memories), kind=kind, temperature=tau, mask=mask).item())
+        history.append(loss_at(steps).item())
     return history
+
+
+def _drawn(memories: torch.Tensor, mask: torch.Tensor | None, batch_size: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A random part of the memories (..., M, d), with its part of the mask."""
+    count = memories.shape[-2]
+    if batch_size is None or batch_size >= count:
+        return memories, mask
+    chosen = torch.randperm(count, device=memories.device)[:batch_size]
+    if mask is not None:
+        mask = mask[..., chosen, :][..., chosen] if mask.dim() == memories.dim() else mask[..., chosen]
+    return memories[..., chosen, :], mask
 
 
 def annealed(start: float, end: float, step: int, steps: int) -> float:

@@ -1,0 +1,286 @@
+"""PyTorch UHopMemory model: a kernelized associative memory that stores patterns, separates them, and retrieves."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .capacity import (
+    MemoryReport,
+    is_exactly_retrieved,
+    is_well_separated,
+    margins,
+    metastable_sizes,
+    retrieval_error_bound,
+    separation_bounds,
+)
+from .configuration_uhop_memory import UHopMemoryConfig
+from .corruption import Corruption, mask_patterns
+from .energy import association, energy
+from .feature_map import FeatureMap, unit_norm
+from .separation import maximize_separation
+from .spherical import separate_optimally
+
+
+@dataclass
+class UHopMemoryOutput(ModelOutput):
+    """
+    Args:
+        retrieved: (Q, pattern_dim), the states after the last update.
+        association: (Q, M), the weights of the last update.
+        energy: (Q,), the energy (2.2) of the retrieved states; `None` for similarities that have none.
+        steps: (Q,), how many updates each query took.
+    """
+
+    retrieved: torch.Tensor | None = None
+    association: torch.Tensor | None = None
+    energy: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
+
+
+class UHopMemoryPreTrainedModel(PreTrainedModel):
+    config: UHopMemoryConfig
+    config_class = UHopMemoryConfig
+    base_model_prefix = "memory"
+    main_input_name = "queries"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FeatureMap):
+            module.reset_parameters()
+        elif isinstance(module, UHopMemoryModel):
+            init.zeros_(module.memories)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        self.config.auto_map = {
+            "AutoConfig": "configuration_uhop_memory.UHopMemoryConfig",
+            "AutoModel": "modeling_uhop_memory.UHopMemoryModel",
+        }
+        super().save_pretrained(*args, **kwargs)
+
+
+class UHopMemoryModel(UHopMemoryPreTrainedModel):
+    """Associative memory of U-Hop (arXiv 2404.03827), Algorithm 1: store, separate (Stage I), retrieve (Stage II).
+
+    The stored patterns are saved with the model.
+
+    ```python
+    >>> import torch
+    >>> from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
+
+    >>> patterns = torch.rand(20, 64)
+    >>> memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=64))
+    >>> memory.store(patterns)
+    >>> history = memory.separate(steps=50)
+    >>> memory(patterns).retrieved.shape
+    torch.Size([20, 64])
+    ```
+    """
+
+    def __init__(self, config: UHopMemoryConfig):
+        super().__init__(config)
+        self.feature_map = (
+            FeatureMap(config.pattern_dim, config.feature_dim, start=config.feature_init, normalize=config.normalize_features)
+            if config.similarity == "kernel"
+            else None
+        )
+        self.register_buffer("memories", torch.zeros(config.num_memories, config.pattern_dim))
+        self.memories: torch.Tensor
+        self.post_init()
+
+    def __len__(self) -> int:
+        return len(self.memories)
+
+    def store(self, patterns: torch.Tensor) -> None:
+        """Replace all memories by `patterns` (M, pattern_dim).
+
+        Integer patterns are stored in the dtype of the memory. Equal patterns are stored, with a warning that names them.
+
+        Raises:
+            ValueError: For a wrong shape, or entries that are not finite.
+        """
+        patterns = self._checked(patterns, "patterns")
+        if patterns.dim() != 2:
+            raise ValueError(f"patterns must have shape (M, {self.config.pattern_dim}), got {tuple(patterns.shape)}")
+        self.memories = patterns.detach().clone()
+        self.config.num_memories = len(patterns)
+        duplicates = _duplicates(self.memories)
+        if duplicates:
+            warnings.warn(f"{len(duplicates)} memories equal an earlier one, as pairs: {duplicates[:10]}", stacklevel=2)
+
+    def append(self, patterns: torch.Tensor) -> None:
+        """Store `patterns` (M, pattern_dim), or one (pattern_dim,), behind those that are stored."""
+        self.store(torch.cat([self.memories, torch.atleast_2d(self._checked(patterns, "patterns"))]))
+
+    def delete(self, indices: int | list[int] | torch.Tensor) -> None:
+        """Forget the memories at `indices`; an index that does not exist is an `IndexError`."""
+        count = len(self)
+        positions = torch.as_tensor(indices).reshape(-1).tolist()
+        for position in positions:
+            if not -count <= position < count:
+                raise IndexError(f"there is no memory {position}; {count} are stored")
+        kept = torch.ones(count, dtype=torch.bool, device=self.memories.device)
+        kept[positions] = False
+        self.store(self.memories[kept])
+
+    def separate(
+        self,
+        steps: int = 100,
+        lr: float | None = None,
+        *,
+        method: str = "denoising",
+        corruption: Corruption = mask_patterns,
+        **options,
+    ) -> list[float]:
+        """Stage I: move the feature map so that the stored patterns are told apart.
+
+        - "denoising": recognise each memory from a corrupted copy, at the memory's own beta; see `maximize_separation`. What the copies
+          teach carries over to other corruptions, and plain separation lacks it: spreading clean patterns can amplify what corrupts them.
+        - "uhop": the average separation loss of U-Hop, then rows of unit norm.
+        - "uhop+": the optimal spherical code of U-Hop+ where the memories are linearly independent, found once and for all (`steps` and
+          `lr` are not used); projected gradient descent on W with a falling temperature where they are not.
+
+        Args:
+            steps: Gradient steps.
+            lr: Learning rate; `None` for 1e-3.
+            method: One of the three above.
+            corruption: For "denoising", a function from patterns to corrupted patterns: `mask_patterns`, `add_noise`, or your own.
+            options: Further arguments of `maximize_separation`.
+
+        Returns:
+            The loss before each step, and after the last.
+
+        Raises:
+            ValueError: If there is no feature map, or there are fewer than two memories.
+        """
+        if self.feature_map is None:
+            raise ValueError(f"similarity {self.config.similarity!r} has no feature map to separate with; 'kernel' has")
+        if len(self) < 2:
+            raise ValueError(f"separation needs at least two memories, got {len(self)}")
+        if method == "uhop+" and torch.linalg.matrix_rank(self.memories.double()) == len(self):
+            return self._separate_optimally()
+        if method == "denoising":
+            options = {"temperature": 1.0 / self.config.beta, "corruption": corruption, **options}
+        return maximize_separation(self.feature_map, self.memories, method=method, steps=steps, lr=1e-3 if lr is None else lr, **options)
+
+    def _separate_optimally(self) -> list[float]:
+        assert self.feature_map is not None
+        before, _ = margins(self._unit_kernel())
+        separate_optimally(self.feature_map, self.memories)
+        after, _ = margins(self._unit_kernel())
+        return [-before.min().item(), -after.min().item()]
+
+    def forward(
+        self,
+        queries: torch.Tensor,
+        update_steps: int | None = None,
+        tolerance: float | None = None,
+        return_dict: bool | None = None,
+    ) -> UHopMemoryOutput | tuple:
+        """Retrieve (Stage II).
+
+        Args:
+            queries: (Q, pattern_dim), or one (pattern_dim,).
+            update_steps: Updates to do, at least 1; `None` for `config.update_steps`.
+            tolerance: Stop updating a query once no entry of it changes by more than this; `None` to do all updates.
+            return_dict: `False` for a tuple.
+
+        Raises:
+            ValueError: If nothing is stored, or queries have a wrong shape or entries that are not finite.
+        """
+        steps = self.config.update_steps if update_steps is None else update_steps
+        if steps < 1:
+            raise ValueError(f"update_steps must be at least 1, got {steps}")
+        states = torch.atleast_2d(self._checked(queries, "queries"))
+        settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha, "feature_map": self.feature_map}
+        similarity: dict[str, Any] = {"similarity": self.config.similarity, "degree": self.config.degree}
+        moving = torch.ones(len(states), dtype=torch.bool, device=states.device)
+        taken = torch.zeros(len(states), dtype=torch.long, device=states.device)
+        weights = association(states, self.memories, **settings, **similarity)
+        for step in range(steps):
+            if step > 0:
+                updated = association(states, self.memories, **settings, **similarity)
+                weights = torch.where(moving.unsqueeze(-1), updated, weights)
+            next_states = torch.where(moving.unsqueeze(-1), weights @ self.memories, states)
+            taken = taken + moving
+            if tolerance is not None:
+                moving = moving & ((next_states - states).abs().amax(-1) > tolerance)
+            states = next_states
+            if tolerance is not None and not moving.any():
+                break
+        energies = None
+        if self.config.similarity in ("kernel", "dot"):
+            energies = energy(states, self.memories, **settings)
+        output = UHopMemoryOutput(retrieved=states, association=weights, energy=energies, steps=taken)
+        return output if return_dict is None or return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def report(self) -> MemoryReport:
+        """What this memory set can hold, in feature space ("kernel") or pattern space ("dot"); see `MemoryReport`.
+
+        Raises:
+            ValueError: If nothing is stored, or the similarity is not an inner product.
+        """
+        if self.config.similarity not in ("kernel", "dot"):
+            raise ValueError(f"a report needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
+        features = self.memories if self.feature_map is None else self.feature_map(self.memories)
+        output = self(self.memories, update_steps=1)
+        kernel, weights = (features @ features.mT).float(), output.association.float()
+        margin, rival = margins(kernel)
+        count, feature_dim = features.shape
+        separation = margins(self._unit_kernel())[0].min().item() if count > 1 else float("nan")
+        others = weights.masked_fill(torch.eye(count, dtype=torch.bool, device=weights.device), 0.0)
+        confused = sorted(((weights[m, n].item(), m, n) for m, n in (others > 0.01).nonzero().tolist()), reverse=True)
+        unit_features = self.config.similarity == "kernel" and self.config.normalize_features
+        return MemoryReport(
+            beta=self.config.beta,
+            alpha=self.config.alpha,
+            margin=margin,
+            rival=rival,
+            error_bound=retrieval_error_bound(self.memories.float(), features.float(), self.config.beta),
+            error=(output.retrieved - self.memories).float().norm(dim=-1),
+            weight=weights.diagonal(),
+            exact=is_exactly_retrieved(kernel, self.config.beta, self.config.alpha),
+            metastable_size=metastable_sizes(weights, self.config.alpha),
+            separation=separation,
+            separation_bounds=separation_bounds(count, feature_dim) if count > 1 and feature_dim > 1 else (float("nan"), float("nan")),
+            well_separated=unit_features and is_well_separated(features.float(), self.config.beta),
+            confusions=[(m, n, weight) for weight, m, n in confused],
+            duplicates=_duplicates(self.memories),
+        )
+
+    def _unit_kernel(self) -> torch.Tensor:
+        features = self.memories if self.feature_map is None else self.feature_map(self.memories)
+        features = unit_norm(features.float())
+        return features @ features.mT
+
+    def _checked(self, patterns: torch.Tensor, name: str) -> torch.Tensor:
+        """Patterns on the device and in the dtype of the memory, of the right width and finite."""
+        if not isinstance(patterns, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(patterns).__name__}")
+        width = self.config.pattern_dim
+        if patterns.dim() not in (1, 2) or patterns.shape[-1] != width:
+            raise ValueError(f"{name} must have shape (..., {width}), got {tuple(patterns.shape)}")
+        bad = int((~torch.isfinite(patterns)).sum())
+        if bad > 0:
+            raise ValueError(f"{name} must be finite, got {bad} entries that are not")
+        return patterns.to(device=self.memories.device, dtype=self.memories.dtype)
+
+
+def _duplicates(memories: torch.Tensor) -> list[tuple[int, int]]:
+    """Pairs (first, later) of equal memories."""
+    if len(memories) < 2:
+        return []
+    _, group = torch.unique(memories, dim=0, return_inverse=True)
+    first: dict[int, int] = {}
+    pairs = [(first.setdefault(key, index), index) for index, key in enumerate(group.tolist())]
+    return [pair for pair in pairs if pair[0] != pair[1]]
+
+
+__all__ = ["UHopMemoryModel", "UHopMemoryOutput", "UHopMemoryPreTrainedModel"]
