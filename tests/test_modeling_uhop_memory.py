@@ -1,0 +1,330 @@
+"""UHopMemoryModel: storing, separating, retrieving, reporting, saving; bad input."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import assert_close
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn.datasets import load_digits
+from transformers import AutoModel
+
+from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, denoising_loss, energy, mask_patterns, maximize_separation, retrieve
+from modeling_uhop.configuration_uhop_memory import UHopMemoryConfig as Config
+from modeling_uhop.feature_map import unit_norm
+
+
+SIMILARITIES = ["kernel", "dot", "cosine", "l2", "manhattan", "polynomial"]
+
+
+def _memory(patterns: torch.Tensor | None = None, dtype: torch.dtype = torch.float32, **fields) -> UHopMemoryModel:
+    patterns = torch.randn(7, 6, generator=torch.Generator().manual_seed(1)) if patterns is None else patterns
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=patterns.shape[-1], **fields)).to(dtype)
+    memory.store(patterns)
+    return memory
+
+
+def _digits(count: int) -> torch.Tensor:
+    return torch.tensor(load_digits().data[:count] / 16.0, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_retrieval_equals_the_loops(similarity, alpha, steps):
+    memory = _memory(dtype=torch.float64, similarity=similarity, alpha=alpha, beta=2.0, degree=3, update_steps=steps)
+    queries = torch.randn(4, 6, dtype=torch.float64)
+    phi = memory.feature_map
+
+    def score(x, m):
+        if similarity == "kernel":
+            return (unit_norm(phi.weight @ x) * unit_norm(phi.weight @ m)).sum().item()
+        return {
+            "dot": (x * m).sum(),
+            "cosine": (x * m).sum() / x.norm() / m.norm(),
+            "l2": -(x - m).norm(),
+            "manhattan": -(x - m).abs().sum(),
+            "polynomial": 3 * (x * m).sum().clamp(min=1e-300).log(),
+        }[similarity].item()
+
+    for query, retrieved in zip(queries, memory(queries).retrieved, strict=True):
+        for _ in range(steps):
+            weights = reference.entmax([2.0 * score(query, m) for m in memory.memories], alpha)
+            query = sum(w * m for w, m in zip(weights, memory.memories, strict=True))
+        assert_close(retrieved, query)
+
+
+def test_polynomial_weights_are_normalised_powers():
+    memory = _memory(similarity="polynomial", beta=1.0, dtype=torch.float64)
+    queries = torch.randn(4, 6, dtype=torch.float64)
+    powers = (queries @ memory.memories.mT).clamp(min=0) ** 10
+    assert_close(memory(queries).association, powers / powers.sum(-1, keepdim=True))
+
+
+def test_output_agrees_with_the_functions():
+    memory = _memory(alpha=1.5, beta=3.0, normalize_features=False)
+    queries = torch.randn(4, 6)
+    output = memory(queries, update_steps=2)
+    settings = {"beta": 3.0, "alpha": 1.5, "feature_map": memory.feature_map}
+    assert_close(output.retrieved, retrieve(queries, memory.memories, steps=2, **settings))
+    assert_close(output.energy, energy(output.retrieved, memory.memories, **settings))
+    first = memory(queries, update_steps=1).retrieved
+    assert_close(output.association @ memory.memories, output.retrieved)
+    assert_close(memory(first, update_steps=1).association, output.association)
+    assert output.steps.tolist() == [2, 2, 2, 2]
+    assert _memory(similarity="l2")(queries).energy is None
+
+
+def test_a_tolerance_stops_each_query_by_itself():
+    memory = _memory(alpha=2.0, beta=4.0)
+    queries = torch.cat([memory.memories[:1] * 3, torch.randn(5, 6)])
+    together = memory(queries, update_steps=50, tolerance=1e-5)
+    assert len(set(together.steps.tolist())) > 1
+    for i in range(6):
+        alone = memory(queries[i], update_steps=50, tolerance=1e-5)
+        assert alone.steps[0] == together.steps[i]
+        assert_close(alone.retrieved[0], together.retrieved[i])
+    assert (together.steps < 50).all()
+    assert_close(memory(together.retrieved, update_steps=1).retrieved, together.retrieved, scale=10)
+
+
+def test_store_append_delete():
+    patterns = torch.randn(5, 3)
+    memory = _memory(patterns[:3])
+    memory.append(patterns[3])
+    memory.append(patterns[4:])
+    assert torch.equal(memory.memories, patterns)
+    memory.delete([0, -1])
+    assert torch.equal(memory.memories, patterns[1:4])
+    memory.delete(1)
+    assert torch.equal(memory.memories, patterns[[1, 3]])
+    assert len(memory) == memory.config.num_memories == 2
+    with pytest.raises(IndexError, match="no memory 2; 2 are stored"):
+        memory.delete(2)
+    patterns[1] = 0
+    assert memory.memories.abs().sum() > 0
+
+
+def test_one_memory_is_always_retrieved():
+    memory = _memory(torch.randn(1, 4))
+    assert_close(memory(torch.randn(3, 4)).retrieved, memory.memories.expand(3, 4))
+    report = memory.report()
+    assert report.exact.all()
+    assert report.confusions == []
+
+
+@pytest.mark.parametrize("method", ["denoising", "uhop", "uhop+"])
+def test_separation_lowers_its_loss_and_confusion(method):
+    patterns = _digits(100)
+    memory = _memory(patterns)
+    before = memory.report()
+    # U-Hop+ changes the scale of its loss with the temperature, unless that is held.
+    options = {"temperature": 0.1, "final_temperature": 0.1} if method == "uhop+" else {}
+    history = memory.separate(steps=60, lr=1e-2, method=method, **options)
+    assert len(history) == 61
+    assert history[-1] < history[0]
+    after = memory.report()
+    assert after.separation > before.separation
+    assert len(after.confusions) < len(before.confusions)
+
+
+def test_denoising_separation_recalls_corrupted_digits():
+    patterns = _digits(100)
+    torch.manual_seed(0)
+    plain, separated = _memory(patterns, similarity="cosine"), _memory(patterns)
+    separated.separate(steps=100, lr=3e-3)
+    for corruption in (mask_patterns, add_noise):
+        queries = corruption(patterns)
+        errors = [((m(queries).retrieved - patterns) ** 2).sum(-1).mean().item() for m in (plain, separated)]
+        assert errors[1] < 0.7 * errors[0]
+
+
+def test_uhop_plus_reaches_the_optimum_for_independent_memories():
+    memory = _memory(torch.randn(12, 30) + 2.0, feature_dim=3, normalize_features=True)
+    history = memory.separate(method="uhop+")
+    assert -history[-1] == pytest.approx(1 - 1 / math.sqrt(5), rel=1e-4)
+    assert memory.report().separation == pytest.approx(1 - 1 / math.sqrt(5), rel=1e-4)
+
+
+def test_minibatches_of_memories():
+    patterns = torch.randn(300, 8) + 1.0
+    memory = _memory(patterns)
+    for options in ({"method": "denoising"}, {"method": "uhop"}, {"method": "uhop+", "temperature": 0.1, "final_temperature": 0.1}):
+        memory.feature_map.reset_parameters()
+        history = memory.separate(steps=40, lr=1e-2, batch_size=64, **options)
+        assert np.mean(history[-5:]) < np.mean(history[:5])
+
+
+def test_denoising_loss_is_the_log_weight_of_the_right_memory():
+    features, corrupted = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    weights = torch.stack(
+        [torch.tensor(reference.entmax([10 * torch.cosine_similarity(q, f, dim=0).item() for f in features], 1.0)) for q in corrupted]
+    )
+    assert_close(denoising_loss(corrupted, features, temperature=0.1), -weights.diagonal().log().mean())
+    assert torch.autograd.gradcheck(denoising_loss, (corrupted.requires_grad_(), features.requires_grad_()))
+
+
+def test_corruptions():
+    patterns = torch.rand(50, 200) + 0.5
+    masked = mask_patterns(patterns, 0.3)
+    assert set((masked / patterns).unique().tolist()) <= {0.0, 1.0}
+    assert abs((masked == 0).float().mean() - 0.3) < 0.02
+    noisy = add_noise(patterns, 0.7)
+    assert_close((noisy - patterns).norm(dim=-1), 0.7 * patterns.norm(dim=-1), scale=100)
+    generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+    assert torch.equal(*(mask_patterns(patterns, generator=g) for g in generators))
+    for wrong in (lambda: mask_patterns(patterns, 1.5), lambda: add_noise(patterns, -1.0)):
+        with pytest.raises(ValueError, match="must"):
+            wrong()
+
+
+def test_report(capsys):
+    memory = _memory(_digits(30), alpha=1.5, beta=3.0)
+    report = memory.report()
+    frame = report.to_dataframe()
+    assert frame["margin"].tolist() == pytest.approx(report.margin.tolist())
+    assert len(frame) == 30
+    output = memory(memory.memories)
+    assert_close(report.weight, output.association.diagonal())
+    assert torch.equal(report.exact, report.metastable_size == 1)
+    for mine, other, weight in report.confusions:
+        assert output.association[mine, other].item() == pytest.approx(weight)
+    assert len(report.confusions) == int((output.association.fill_diagonal_(0) > 0.01).sum())
+    assert "30 memories at beta=3, alpha=1.5" in str(report)
+    axis = report.plot()
+    assert axis.get_ylabel() == "margin"
+    assert len(axis.patches) == 30
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_it_saves_and_loads_with_its_memories(tmp_path, dtype):
+    memory = _memory(dtype=dtype, alpha=1.3, feature_dim=9)
+    queries = torch.randn(3, 6)
+    expected = memory(queries).retrieved
+    memory.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").is_file()
+    for loaded in (UHopMemoryModel.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert type(loaded) is UHopMemoryModel
+        assert loaded.memories.dtype == dtype
+        assert torch.equal(loaded.memories, memory.memories)
+        assert torch.equal(loaded(queries).retrieved, expected)
+
+
+def test_equal_memories_are_reported():
+    patterns = torch.randn(4, 3)
+    patterns[3] = patterns[1]
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=3))
+    with pytest.warns(UserWarning, match=r"1 memories equal an earlier one, as pairs: \[\(1, 3\)\]"):
+        memory.store(patterns)
+    assert memory.report().duplicates == [(1, 3)]
+
+
+def test_zero_vectors_and_integers_have_defined_results():
+    memory = _memory(torch.tensor([[0, 0], [3, 4]]))
+    assert memory.memories.dtype == torch.float32
+    output = memory(torch.zeros(1, 2))
+    assert_close(output.association, [[0.5, 0.5]])
+    assert_close(memory(torch.tensor([6, 8])).association.sum(), 1.0)
+
+
+@given(patterns=arrays(np.float32, st.tuples(st.integers(1, 6), st.integers(1, 5)), elements=st.floats(-100, 100, width=32)))
+def test_any_finite_patterns_can_be_stored_and_retrieved(patterns):
+    patterns = torch.from_numpy(patterns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        memory = _memory(patterns, beta=5.0)
+    output = memory(patterns, update_steps=2)
+    assert output.retrieved.isfinite().all()
+    assert_close(output.association.sum(-1), torch.ones(len(patterns)))
+
+
+def test_no_memories():
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=3))
+    assert len(memory) == 0
+    with pytest.raises(ValueError, match="at least one pattern, got 0"):
+        memory(torch.randn(2, 3))
+    with pytest.raises(ValueError, match="at least two memories, got 0"):
+        memory.separate()
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (torch.tensor([[1.0, torch.nan, 0.0]]), "must be finite, got 1 entries"),
+        (torch.tensor([[1.0, torch.inf, -torch.inf]]), "must be finite, got 2 entries"),
+        (torch.randn(2, 4), r"must have shape \(..., 3\), got \(2, 4\)"),
+        (torch.randn(2, 2, 3), "must have shape"),
+        (torch.randn(3), r"must have shape \(M, 3\)"),
+    ],
+)
+def test_bad_patterns_are_refused_and_nothing_is_lost(patterns, message):
+    memory = _memory(torch.randn(4, 3))
+    kept = memory.memories.clone()
+    with pytest.raises(ValueError, match=message):
+        memory.store(patterns)
+    assert torch.equal(memory.memories, kept)
+    if patterns.dim() != 1:
+        with pytest.raises(ValueError, match="must"):
+            memory(patterns)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: _memory(similarity="dot").separate(),
+        lambda: _memory().separate(method="magic"),
+        lambda: _memory().separate(lr=-1.0),
+        lambda: _memory()(torch.randn(2, 6), update_steps=0),
+        lambda: _memory(similarity="l2").report(),
+        lambda: maximize_separation(_memory().feature_map, torch.randn(4, 6), batch_size=1),
+        lambda: maximize_separation(_memory().feature_map, torch.randn(4, 6), method="denoising", kind="average"),
+        lambda: denoising_loss(torch.randn(2, 2), torch.randn(2, 2), temperature=0.0),
+    ],
+)
+def test_bad_calls_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"must|needs|has no"):
+        wrong()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"alpha": 0.5}, "alpha must lie"),
+        ({"beta": 0.0}, "beta must be positive"),
+        ({"pattern_dim": 0}, "pattern_dim must be at least 1"),
+        ({"num_memories": -1}, "num_memories must be at least 0"),
+        ({"degree": 0}, "degree must be at least 1"),
+        ({"update_steps": 0}, "update_steps must be at least 1"),
+        ({"feature_dim": 0}, "feature_dim must be at least 1"),
+    ],
+)
+def test_a_bad_configuration_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**fields)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"feature_dim": 9},
+        {"similarity": "dot"},
+        {"feature_init": "identity"},
+        {"normalize_features": False},
+        {"alpha": 1.5},
+        {"beta": 2.0},
+        {"update_steps": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_field_changes_what_is_retrieved(change):
+    queries = torch.randn(3, 6)
+    results = []
+    for fields in ({}, change):
+        torch.manual_seed(4)
+        results.append(_memory(**fields)(queries).retrieved)
+    assert not torch.allclose(*results, atol=1e-5)
