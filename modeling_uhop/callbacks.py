@@ -1,5 +1,6 @@
 """SeparationCallback: Stage I of U-Hop inside the stock Trainer."""
 
+import copy
 import hashlib
 import itertools
 import os
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import DistributedType, reduce, send_to_device
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
 from .separation import SEPARATION_KINDS, annealed, apply_gradients, separation_loss, separation_optimizer
@@ -115,37 +117,44 @@ class SeparationCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         maps = _feature_maps(model)
-        self._refuse_sharding(args)
         world_size = PartialState().num_processes
         if self.batch_size % world_size != 0:
             raise ValueError(f"batch_size must be a multiple of the {world_size} processes, got {self.batch_size}")
         self._maps = maps
         moved = model.parameters() if self.parameters == "upstream" else (p for phi in maps for p in phi.parameters())
         self._moved = [parameter for parameter in moved if parameter.requires_grad]
+        self._refuse_sharding(args)
         self._private_optimizer = separation_optimizer(self.optimizer, self._moved, self.lr)
         self._sample = _sampler(train_dataloader, self.batch_size)
-        self._steps_done, self._epochs_done, self.history = 0, 0, []
+        self._sized = not _is_stream(train_dataloader.dataset)
+        if self.final_temperature is not None and self.schedule == "epoch" and not self._sized:
+            raise ValueError("final_temperature needs a known number of epochs, which a stream has not; anneal with schedule 'step'")
+        self._steps_done, self.history = 0, []
         self._latest: dict[str, float] = {}
-        resumed = state.global_step > 0 and self._load(args, state)
+        self._mid_epoch = False
+        # A mark in every checkpoint, so that one whose separation.pt was lost is told from one that predates the callback.
+        marked = STATE_FILE in state.stateful_callbacks
+        state.stateful_callbacks[STATE_FILE] = {"args": {}, "attributes": {}}
+        resumed = state.global_step > 0 and self._load(args, state, marked)
         if self.schedule == "train_begin" and not resumed:
             self._round(args, state, model, record=True)
 
     def on_epoch_begin(self, args, state, control, model=None, **kwargs):
-        # A resume inside an epoch begins that epoch again.
-        epoch = int(state.epoch + 1e-6)
-        if self.schedule == "epoch" and epoch >= self._epochs_done:
+        if self.schedule == "epoch" and not self._mid_epoch:
             self._round(args, state, model, record=True)
-            self._epochs_done = epoch + 1
+        self._mid_epoch = False
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if self.schedule == "step":
-            due = (state.global_step + 1) % max(state.logging_steps, 1) == 0 or state.global_step == 0
+            by_steps = args.logging_strategy == IntervalStrategy.STEPS
+            due = not by_steps or state.global_step == 0 or (state.global_step + 1) % max(state.logging_steps, 1) == 0
             self._round(args, state, model, measure=due)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.schedule == "step" and self._latest and logs is not None and "loss" in logs:
             logs.update(self._latest)
             state.log_history[-1].update(self._latest)
+            self._latest = {}
 
     def on_save(self, args, state, control, **kwargs):
         if not args.should_save:
@@ -159,10 +168,10 @@ class SeparationCallback(TrainerCallback):
         torch.save(
             {
                 "steps_done": self._steps_done,
-                "epochs_done": self._epochs_done,
                 "history": self.history,
                 "latest": self._latest,
                 "optimizer": self._private_optimizer.state_dict(),
+                "settings": self._resumable(),
                 "fingerprint": self._fingerprint(),
             },
             partial,
@@ -238,18 +247,23 @@ class SeparationCallback(TrainerCallback):
 
     def _normalize_rows(self) -> None:
         for phi in self._maps:
-            phi.normalize_rows()
+            if phi.weight.requires_grad:
+                phi.normalize_rows()
 
     def _seed(self, args: TrainingArguments) -> int:
         return args.seed if self.seed is None else self.seed
 
-    def _load(self, args: TrainingArguments, state: TrainerState) -> bool:
+    def _resumable(self) -> dict[str, str]:
+        """What a checkpoint's state is bound to."""
+        return {"schedule": self.schedule, "parameters": self.parameters, "optimizer": self.optimizer}
+
+    def _load(self, args: TrainingArguments, state: TrainerState, marked: bool) -> bool:
         """Take over Stage I's state from the checkpoint that training resumes from; whether there was one."""
         given = (self.resume_from, args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
         folders = [Path(folder) for folder in given if folder] or [_checkpoint(args, state)]
         path = folders[0] / STATE_FILE
         if not path.is_file():
-            if any("separation_loss" in entry for entry in state.log_history):
+            if marked:
                 raise FileNotFoundError(
                     f"this run had a separation step, but {path} is missing; pass SeparationCallback(resume_from=checkpoint folder)"
                 )
@@ -260,8 +274,12 @@ class SeparationCallback(TrainerCallback):
             raise ValueError(
                 f"{path} belongs to other weights than those that were loaded; pass SeparationCallback(resume_from=checkpoint folder)"
             )
-        self._steps_done, self._epochs_done = saved["steps_done"], saved["epochs_done"]
-        self.history, self._latest = saved["history"], saved["latest"]
+        for name, value in self._resumable().items():
+            if saved["settings"][name] != value:
+                raise ValueError(f"{path} was written with {name}={saved['settings'][name]!r}, and cannot go on with {name}={value!r}")
+        self._steps_done, self.history, self._latest = saved["steps_done"], saved["history"], saved["latest"]
+        # The Trainer begins an interrupted epoch again, and every epoch of a stream, which has no known end.
+        self._mid_epoch = not self._sized or state.epoch % 1 > 1e-6
         self._private_optimizer.load_state_dict(saved["optimizer"])
         return True
 
@@ -274,10 +292,11 @@ class SeparationCallback(TrainerCallback):
     def _refuse_sharding(self, args: TrainingArguments) -> None:
         whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
         kind = PartialState().distributed_type
-        sharded = next((engine for engine in ("fsdp", "deepspeed") if getattr(args, engine, None)), None)
-        if sharded or kind not in whole:
+        engine = next((engine for engine in ("fsdp", "deepspeed") if getattr(args, engine, None)), kind.value)
+        # A DTensor has placements: tensor parallelism shards without telling accelerate.
+        if engine != kind.value or kind not in whole or any(hasattr(parameter, "placements") for parameter in self._moved):
             raise NotImplementedError(
-                f"SeparationCallback moves whole parameters and cannot under {sharded or kind.value}, which shards or shadows them; "
+                f"SeparationCallback moves whole parameters and cannot under {engine}, which shards or shadows them; "
                 "train with plain data parallelism (DDP)"
             )
 
@@ -296,7 +315,10 @@ def _feature_maps(model: Any) -> list[Any]:
 
 def _sampler(loader: DataLoader, batch_size: int) -> Callable[[int, int], dict[str, Any]]:
     """A function of (seed, index) that makes this process's part of Stage I's batch number `index`."""
-    dataset, collate = loader.dataset, loader.collate_fn
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDatasetShard):
+        dataset = dataset.dataset
+    collate = loader.collate_fn
     rank, world_size = PartialState().process_index, PartialState().num_processes
     stream: Iterator[Any] = iter(())
     position = 0
@@ -309,18 +331,26 @@ def _sampler(loader: DataLoader, batch_size: int) -> Callable[[int, int], dict[s
         while position <= index:
             examples = list(itertools.islice(stream, batch_size))
             while len(examples) < batch_size:
-                stream = iter(dataset)
-                examples += itertools.islice(stream, batch_size - len(examples))
+                # A copy, so that a stream that counts its readings does not count this one.
+                stream = iter(copy.copy(dataset))
+                more = list(itertools.islice(stream, batch_size - len(examples)))
+                if not more:
+                    raise ValueError("the training data set is an empty stream: there is nothing to separate")
+                examples += more
             position += 1
         return collate(examples[rank::world_size])
 
     def from_indices(seed: int, index: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(_mixed(seed, index))
-        size = len(dataset)  # type: ignore[arg-type]
+        size = len(dataset)
         chosen = torch.cat([torch.randperm(size, generator=generator) for _ in range(-(-batch_size // size))])[:batch_size]
         return collate([dataset[i] for i in chosen[rank::world_size].tolist()])
 
-    return from_indices if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") else from_stream
+    return from_stream if _is_stream(dataset) else from_indices
+
+
+def _is_stream(dataset: Any) -> bool:
+    return isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"))
 
 
 @contextmanager
@@ -339,8 +369,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
     """A random state of its own, so that what Stage I draws (augmentations, say) is not missing from Stage II."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = [torch.device(device)] if device.type in ("cuda", "xpu") else []
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    count = torch.get_device_module(device).device_count() if device.type in ("cuda", "xpu") else 0
+    with torch.random.fork_rng(range(count), device_type=device.type if count else "cuda"):
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)

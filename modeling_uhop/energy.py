@@ -38,7 +38,8 @@ def similarity_scores(
             raise ValueError(f"similarity {similarity!r} compares raw patterns and must come without a feature map")
         queries, memories = feature_map(queries), feature_map(memories)
     if similarity in ("l2", "manhattan"):
-        return -torch.cdist(queries, memories, p=2.0 if similarity == "l2" else 1.0)
+        distances = torch.cdist(at_least_fp32(queries), at_least_fp32(memories), p=2.0 if similarity == "l2" else 1.0)
+        return -distances.to(queries.dtype)
     if similarity == "cosine":
         queries, memories = unit_norm(queries), unit_norm(memories)
     scores = queries @ memories.mT
@@ -62,7 +63,7 @@ def energy(
     Args:
         queries: States x, (..., Q, d).
         memories: Stored patterns Xi as rows, (..., M, d).
-        beta: Inverse temperature, positive.
+        beta: Inverse temperature, positive; a tensor of one for each query has shape (..., Q, 1).
         alpha: Tsallis exponent in [1, 2].
         feature_map: Phi; `None` for the identity, the un-kernelised models.
         mask: Boolean, broadcastable to (..., Q, M), True where a memory is present.
@@ -80,6 +81,8 @@ def energy(
     with torch.autocast(features.device.type, enabled=False):
         scores = features @ stored.mT
     conjugate = simplex_conjugate(beta * scores, alpha, mask=mask)
+    if isinstance(beta, torch.Tensor) and beta.dim() > 0:
+        beta = beta.squeeze(-1)
     return 0.5 * features.square().sum(-1) - conjugate / beta
 
 
@@ -122,7 +125,7 @@ def retrieve(
     Args:
         queries: States x, (..., Q, d).
         memories: Stored patterns as rows, (..., M, d), M at least 1.
-        beta: Inverse temperature, positive.
+        beta: Inverse temperature, positive; a tensor of one for each query has shape (..., Q, 1).
         alpha: Tsallis exponent in [1, 2].
         feature_map: Phi; `None` for the identity.
         steps: Number of updates, at least 1.
@@ -146,5 +149,9 @@ def retrieve(
 
 
 def _check_beta(beta: float | torch.Tensor) -> None:
-    if not isinstance(beta, torch.Tensor) and not beta > 0:
+    if isinstance(beta, torch.Tensor):
+        readable = beta.device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable and not bool((beta > 0).all()):
+            raise ValueError(f"beta must be positive, got a tensor with smallest value {beta.min().item()}")
+    elif not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")

@@ -49,7 +49,8 @@ def hopfield_weights(
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Association weights (B, H, Q, N) of `hopfield_attention`."""
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    # Scaled first, so that half-precision scores do not overflow.
+    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.mT
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return simplex_map(scores, alpha, mask=attention_mask)
     present = attention_mask > torch.finfo(attention_mask.dtype).min

@@ -172,6 +172,11 @@ class UHopViTPreTrainedModel(PreTrainedModel):
     }
     _input_embed_layer = "patch_embeddings"
 
+    def __init__(self, config: UHopViTConfig, *args, **kwargs):
+        # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
+        config.validate_hopfield()
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -192,6 +197,11 @@ class UHopViTPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 f"attn_implementation={requested_attention!r} computes softmax attention (alpha = 1), and this model has "
                 f"alpha={self.config.alpha}, learnable_alpha={self.config.learnable_alpha}; use 'eager'"
+            )
+        if self.config.encoder_type == "class_query" and requested_attention not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f"encoder_type 'class_query' masks a single query, which attn_implementation={requested_attention!r} cannot; "
+                "use 'sdpa' or 'eager'"
             )
         return super().get_correct_attn_implementation(requested_attention if softmax else "eager", is_init_check)
 
@@ -254,27 +264,33 @@ class UHopViTModel(UHopViTPreTrainedModel):
     def memory_sets(
         self,
         pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
         include_class_token: bool = False,
         **kwargs,
     ) -> Iterator[MemorySet]:
         """The memories that Stage I separates: layer by layer, the tokens its feature map sees, one set an image.
 
         Args:
-            pixel_values, interpolate_pos_encoding: As in `forward`. Other entries of a batch, such as labels, are ignored.
+            pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask: As in `forward`; tokens that may not be retrieved from
+                are no memories. Other entries of a batch, such as labels, are ignored.
             include_class_token: Whether the CLS token counts as a memory beside the patches.
 
         Yields:
             A `MemorySet` a layer, memories of shape (batch_size, num_patches, hidden_size). A layer is run only when the next set is
             asked for, so nothing above the last feature map is computed.
         """
-        hidden_states = self._embed(pixel_values, None, interpolate_pos_encoding)
+        hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+        first = 0 if include_class_token else 1
+        present = None if attention_mask is None else attention_mask[:, first:].bool()
         for index, layer in enumerate(self.layers):
             if index > 0:
-                hidden_states = self.layers[index - 1](hidden_states)
+                hidden_states = self.layers[index - 1](hidden_states, mask)
             layer = cast(UHopViTEncoderLayer, layer)
             memories = layer.memories(hidden_states)
-            yield MemorySet(cast(FeatureMap, layer.attention.feature_map), memories if include_class_token else memories[:, 1:])
+            yield MemorySet(cast(FeatureMap, layer.attention.feature_map), memories[:, first:], present)
 
     def _embed(
         self, pixel_values: torch.Tensor | None, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool | None

@@ -165,6 +165,11 @@ def maximize_separation(
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
     if method == "denoising" and (kind is not None or mask is not None):
         raise ValueError("method 'denoising' must come without a kind or a mask")
+    for name, tau in (("temperature", temperature), ("final_temperature", final_temperature)):
+        if tau is not None and not tau > 0:
+            raise ValueError(f"{name} must be positive, got {tau}")
+    if not feature_map.weight.requires_grad:
+        raise ValueError("the feature map must be able to move, but it is frozen (requires_grad=False)")
     kind = kind or ("per_memory" if method == "uhop+" else "average")
     temperature = temperature or (0.1 if method == "denoising" else 0.25)
     final_temperature = final_temperature if method == "uhop+" else temperature

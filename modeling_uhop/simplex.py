@@ -182,9 +182,10 @@ def _safe_log(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _expm1_ratio(x: torch.Tensor) -> torch.Tensor:
-    """`(exp(x) - 1) / x`, 1 at 0."""
-    nonzero = torch.where(x == 0, 1.0, x)
-    return torch.where(x == 0, 1.0, torch.expm1(nonzero) / nonzero)
+    """`(exp(x) - 1) / x`, 1 at 0; differentiable there too."""
+    small = x.abs() < 0.5
+    large = torch.where(small, 1.0, x)
+    return torch.where(small, 1.0 + x * _expm1_remainder(x), torch.expm1(large) / large)
 
 
 def _expm1_remainder(x: torch.Tensor) -> torch.Tensor:

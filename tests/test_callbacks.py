@@ -1,8 +1,10 @@
 """SeparationCallback inside the stock Trainer: what it moves, what it leaves alone, schedules, logs, resume, refusals."""
 
+import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import PartialState
@@ -42,8 +44,8 @@ class Images(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        noise = 0.1 * torch.randn(3, 8, 8) if self.augment else 0.0
-        return {"pixel_values": self.images[index] + noise, "labels": self.labels[index]}
+        noise = random.random() + np.random.random() + torch.randn(3, 8, 8) if self.augment else torch.zeros(3, 8, 8)
+        return {"pixel_values": self.images[index] + 0.1 * noise.float(), "labels": self.labels[index]}
 
 
 class Stream(IterableDataset):
@@ -255,6 +257,72 @@ def test_a_data_set_smaller_than_the_batch(tmp_path):
     assert len(callback.history) == 2
 
 
+def test_a_stream_has_an_epoch_each_time_it_is_read(tmp_path):
+    callback = SeparationCallback("epoch", steps=1, batch_size=8)
+    _train(tmp_path, callback, dataset=Stream(), max_steps=18)
+    assert [entry["step"] for entry in callback.history] == [0, 6, 12]
+    with pytest.raises(ValueError, match="which a stream has not"):
+        _train(tmp_path, SeparationCallback("epoch", final_temperature=0.1), dataset=Stream(), max_steps=6)
+
+
+class Counting(IterableDataset):
+    """Reshuffles each time it is read, and has a length."""
+
+    def __init__(self):
+        self.readings = 0
+
+    def __len__(self):
+        return 48
+
+    def __iter__(self):
+        self.readings += 1
+        images = Images(augment=False)
+        order = torch.randperm(48, generator=torch.Generator().manual_seed(self.readings)).tolist()
+        return (images[i] for i in order)
+
+
+class Empty(IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+def test_a_stream_with_a_state_is_left_alone(tmp_path):
+    expected = _train(tmp_path, dataset=Counting(), max_steps=12)
+    assert _equal(expected, _train(tmp_path, SeparationCallback(lr=0.0, batch_size=16), dataset=Counting(), max_steps=12))
+
+
+def test_an_empty_stream_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="empty stream"):
+        _train(tmp_path, SeparationCallback("train_begin"), dataset=Empty(), max_steps=2)
+
+
+def test_only_measured_losses_are_logged(tmp_path):
+    trainer = _trainer(tmp_path, SeparationCallback(batch_size=8, lr=0.5), logging_strategy="epoch", logging_steps=500)
+    trainer.train()
+    logged = [entry["separation_loss"] for entry in trainer.state.log_history if "separation_loss" in entry]
+    assert len(set(logged)) == 2
+
+
+@pytest.mark.parametrize("option", ["project", "normalize_rows"])
+def test_a_frozen_map_keeps_its_rows(tmp_path, option):
+    model = _model()
+    weight = model.vit.layers[0].attention.feature_map.weight.requires_grad_(False)
+    weight.mul_(3.0)
+    kept = weight.clone()
+    _train(tmp_path, SeparationCallback("train_begin", batch_size=8, **{option: True}), model=model)
+    assert torch.equal(weight, kept)
+
+
+def test_one_process_alone_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "should_save", property(lambda self: False))
+    callback = SeparationCallback(batch_size=8)
+    trainer = _trainer(tmp_path, callback)
+    trainer.train()
+    (tmp_path / "checkpoint-12").mkdir()
+    callback.on_save(trainer.args, trainer.state, trainer.control)
+    assert list((tmp_path / "checkpoint-12").iterdir()) == []
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("stop", [4, 6])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
@@ -271,16 +339,21 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
     assert _equal(expected, actual)
     assert resumed.history == whole.history
     assert resumed._steps_done == whole._steps_done
+    assert resumed._latest == whole._latest
 
 
 def test_a_resume_from_elsewhere(tmp_path):
     schedule = {"schedule": "step", "optimizer": "adam", "lr": 0.01, "batch_size": 8}
     images = Images(augment=False)
-    expected = _train(tmp_path / "first", SeparationCallback(**schedule), dataset=images, save_strategy="steps", save_steps=4)
+    # Nothing is logged before the checkpoint: what it holds must not be told by the log.
+    saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 500}
+    expected = _train(tmp_path / "first", SeparationCallback(**schedule), dataset=images, **saving)
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "first" / "checkpoint-4", moved)
     with pytest.raises(FileNotFoundError, match="resume_from=checkpoint folder"):
         _train(tmp_path / "second", SeparationCallback(**schedule), resume=str(moved))
+    with pytest.raises(ValueError, match="was written with optimizer='adam', and cannot go on with optimizer='sgd'"):
+        _train(tmp_path / "second", SeparationCallback(**{**schedule, "optimizer": "sgd"}, resume_from=moved), resume=str(moved))
     actual = _train(tmp_path / "second", SeparationCallback(**schedule, resume_from=moved), dataset=images, resume=str(moved))
     assert _equal(expected, actual)
     other = tmp_path / "first" / "checkpoint-8"
@@ -339,6 +412,17 @@ def test_sharded_parameters_are_refused(tmp_path, monkeypatch, kind):
     assert isinstance(callback, SeparationCallback)
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
     with pytest.raises(NotImplementedError, match=rf"under {kind.value}"):
+        callback.on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=trainer.get_train_dataloader()
+        )
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
+    callback = SeparationCallback()
+    trainer = _trainer(tmp_path, callback)
+    setattr(trainer.args, engine, "full_shard")
+    with pytest.raises(NotImplementedError, match=f"under {engine}"):
         callback.on_train_begin(
             trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=trainer.get_train_dataloader()
         )

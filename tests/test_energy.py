@@ -72,10 +72,22 @@ def test_a_memory_is_a_fixed_point_exactly_where_the_proof_says(seed, alpha):
         assert torch.equal(exact[clear], (threshold >= 1.0)[clear])
 
 
+def test_one_beta_for_each_query():
+    queries, memories, phi = _problem()
+    betas = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
+    settings = {"alpha": 1.5, "feature_map": phi}
+    for function in (energy, retrieve):
+        alone = torch.stack([function(q[None], memories, beta=b.item(), **settings)[0] for q, b in zip(queries, betas, strict=True)])
+        assert_close(function(queries, memories, beta=betas[:, None], **settings), alone)
+        with pytest.raises(ValueError, match="beta must be positive"):
+            function(queries, memories, beta=-betas[:, None], **settings)
+
+
 @pytest.mark.parametrize(
     ("similarity", "score"),
     [
         ("kernel", lambda x, m: (x * m).sum()),
+        ("dot", lambda x, m: (x * m).sum()),
         ("cosine", lambda x, m: (x * m).sum() / (x.norm() * m.norm())),
         ("l2", lambda x, m: -(x - m).norm()),
         ("manhattan", lambda x, m: -(x - m).abs().sum()),
@@ -83,10 +95,16 @@ def test_a_memory_is_a_fixed_point_exactly_where_the_proof_says(seed, alpha):
 )
 def test_similarities(similarity, score):
     queries, memories, phi = _problem()
-    for map_ in (None, phi):
-        features = (queries, memories) if map_ is None else (map_(queries), map_(memories))
-        expected = torch.stack([torch.stack([score(x, m) for m in features[1]]) for x in features[0]])
-        assert_close(similarity_scores(queries, memories, similarity=similarity, feature_map=map_), expected)
+    expected = torch.stack([torch.stack([score(x, m) for m in memories]) for x in queries])
+    assert_close(similarity_scores(queries, memories, similarity=similarity), expected)
+    half = similarity_scores(queries.bfloat16(), memories.bfloat16(), similarity=similarity)
+    assert half.dtype == torch.bfloat16
+    assert_close(half, expected, scale=5)
+    if similarity == "kernel":
+        assert_close(similarity_scores(queries, memories, feature_map=phi), phi(queries) @ phi(memories).mT)
+    else:
+        with pytest.raises(ValueError, match="without a feature map"):
+            similarity_scores(queries, memories, similarity=similarity, feature_map=phi)
 
 
 @pytest.mark.parametrize("similarity", ["l2", "manhattan", "cosine"])

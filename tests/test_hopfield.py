@@ -48,6 +48,12 @@ def test_alpha_above_1_is_the_entmax_library(alpha):
     assert_close(hopfield_attention(query, key, value, alpha=alpha, scaling=0.8), weights @ value)
 
 
+def test_half_precision_scores_do_not_overflow():
+    query = torch.full((1, 1, 3, 64), 60.0, dtype=torch.float16)
+    value = torch.randn(1, 1, 3, 5, dtype=torch.float16)
+    assert_close(hopfield_attention(query, query, value), scaled_dot_product_attention(query, query, value))
+
+
 def test_one_alpha_a_head():
     query, key, value = _qkv()
     alphas = torch.tensor([1.0, 1.4, 2.0], dtype=torch.float64)

@@ -261,6 +261,19 @@ def test_loading_does_not_begin_anew_what_a_checkpoint_has(tmp_path):
     assert all((parameter == 0.3).all() for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize("fields", [{"beta": -2.0}, {"update_steps": 0}, {"alpha": 3.0}, {"alpha": 1.0, "learnable_alpha": True}])
+def test_a_bad_field_is_refused_on_load_too(tmp_path, fields):
+    _model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"must"):
+        UHopViTForImageClassification.from_pretrained(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
+def test_kernels_that_cannot_mask_one_query_are_refused(kernel):
+    with pytest.raises(ValueError, match=r"class_query.* use 'sdpa' or 'eager'"):
+        _model(encoder_type="class_query", attn_implementation=kernel)
+
+
 def test_num_labels_can_change_on_load(tmp_path):
     model = _model()
     model.save_pretrained(tmp_path)
@@ -301,6 +314,18 @@ def test_memory_sets_are_what_the_feature_maps_see(name):
     for tokens, without, with_class in zip(seen, sets, whole, strict=True):
         assert_close(with_class.memories, tokens)
         assert_close(without.memories, tokens[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["dense", "class query"])
+def test_a_masked_patch_is_no_memory(name):
+    model = _model(**VARIANTS[name])
+    images, mask = _images(), torch.ones(3, 10, dtype=torch.long)
+    mask[:, 4] = 0
+    changed = images.clone()
+    changed[:, :, 4:8, 0:4] = 9.0
+    for one, other in zip(model.memory_sets(images, attention_mask=mask), model.memory_sets(changed, attention_mask=mask), strict=True):
+        assert torch.equal(one.mask, mask[:, 1:].bool())
+        assert torch.equal(one.memories[one.mask], other.memories[other.mask])
 
 
 @pytest.mark.parametrize(

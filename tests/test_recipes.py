@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import ModelCard
 from metrics import classification_metrics
 from PIL import Image as PILImage
-from recipe import DataRecipe, RecipeError, load_recipe, prepare_output_dir, write_results
+from recipe import DataRecipe, RecipeError, check_output_dir, clear_output_dir, commit, load_recipe, write_recipe, write_results
 from tables import render
 from train_vit import run
 from transformers import EvalPrediction
@@ -80,6 +80,8 @@ def test_yaml_reads_scientific_numbers(tmp_path):
     assert recipe.training == {"learning_rate": 1e-3, "weight_decay": 20.0}
     assert recipe.separation == {"lr": 0.05}
     assert recipe.name == "r"
+    (tmp_path / "r.yaml").write_text("data: {dataset: digits}\nmodel:\ntraining:\n")
+    assert load_recipe(tmp_path / "r.yaml").model == {}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,7 @@ def test_yaml_reads_scientific_numbers(tmp_path):
         ("data: {dataset: digits}\nmodel: 3", "model must be a mapping, got 3"),
         ("model: {}", "needs data.dataset"),
         ("- 1", "must be a YAML mapping"),
+        ("data: [", "is not YAML"),
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path, content, message):
@@ -148,10 +151,10 @@ def test_augmentation_crops_and_mirrors():
     assert seen == expected
 
 
-def _write_parquet(folder: Path, *, column: str = "image", labels=(0, 1), label_type=None) -> None:
-    images = [PILImage.new("RGB", (8, 8), color) for color in ("red", "blue")] * 20
+def _write_parquet(folder: Path, *, column: str = "image", labels=(0, 1), label_type=None, splits=("train", "test")) -> None:
+    images = [PILImage.new("RGB", (8 + i % 3, 8), ("red", "blue", "green")[i % len(labels)]) for i in range(20 * len(labels))]
     features = Features({column: Image(), "label": label_type or ClassLabel(names=["a", "b"])})
-    for split in ("train", "test"):
+    for split in splits:
         Dataset.from_dict({column: images, "label": list(labels) * 20}, features=features).to_parquet(folder / f"{split}.parquet")
 
 
@@ -162,6 +165,21 @@ def test_a_local_folder_is_read(tmp_path):
     assert {name: len(split) for name, split in images.items()} == {"train": 36, "validation": 4, "test": 40}
     _write_parquet(tmp_path, label_type=Value("int64"))
     assert load_images(DataRecipe(str(tmp_path)))["train"].features["label"].names == ["0", "1"]
+
+
+def test_labels_mean_the_same_in_every_split(tmp_path):
+    _write_parquet(tmp_path, labels=(5, 9, 7), label_type=Value("int64"), splits=("train",))
+    _write_parquet(tmp_path, labels=(9, 7), label_type=Value("int64"), splits=("test",))
+    images = load_images(DataRecipe(str(tmp_path)))
+    assert images["train"].features["label"].names == ["5", "7", "9"]
+    assert set(images["test"]["label"]) == {1, 2}
+    _write_parquet(tmp_path, labels=(9, 3), label_type=Value("int64"), splits=("test",))
+    with pytest.raises(RecipeError, match=r"among those of the training split, \[5, 7, 9\], got 3"):
+        load_images(DataRecipe(str(tmp_path)))
+    _write_parquet(tmp_path, label_type=ClassLabel(names=["a", "b"]), splits=("train",))
+    _write_parquet(tmp_path, label_type=ClassLabel(names=["b", "a"]), splits=("test",))
+    with pytest.raises(RecipeError, match="disagree on the classes"):
+        load_images(DataRecipe(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -204,25 +222,56 @@ def test_accuracy():
 
 def test_an_output_folder_is_never_mixed_or_lost(tmp_path):
     folder = tmp_path / "run"
-    prepare_output_dir(folder, overwrite=False, resume=False)
+    check_output_dir(folder, overwrite=False, resume=False)
     with pytest.raises(RecipeError, match="nothing to resume"):
-        prepare_output_dir(folder, overwrite=False, resume=True)
+        check_output_dir(folder, overwrite=False, resume=True)
+    clear_output_dir(folder)
     (folder / "thesis.txt").write_text("precious")
     with pytest.raises(RecipeError, match="is not empty; pass --overwrite"):
-        prepare_output_dir(folder, overwrite=False, resume=False)
-    with pytest.raises(RecipeError, match="holds no earlier run"):
-        prepare_output_dir(folder, overwrite=True, resume=False)
-    assert (folder / "thesis.txt").read_text() == "precious"
+        check_output_dir(folder, overwrite=False, resume=False)
+    for flags in ({"overwrite": True, "resume": False}, {"overwrite": False, "resume": True}):
+        with pytest.raises(RecipeError, match="holds no earlier run"):
+            check_output_dir(folder, **flags)
     (folder / "recipe.yaml").write_text("")
-    prepare_output_dir(folder, overwrite=False, resume=True)
-    assert (folder / "thesis.txt").exists()
-    prepare_output_dir(folder, overwrite=True, resume=False)
+    check_output_dir(folder, overwrite=True, resume=False)
+    check_output_dir(folder, overwrite=False, resume=True)
+    assert (folder / "thesis.txt").read_text() == "precious"
+    clear_output_dir(folder)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.encoder_type=cnn",
+        "model.hidden_act=reluu",
+        "model.alpha=3",
+        "data.dataset=./img",
+        "separation.schedule=now",
+        "training.optim=no",
+    ],
+)
+def test_an_earlier_run_survives_a_wrong_overwrite(tmp_path, override):
+    write_recipe(_recipe(), tmp_path)
+    (tmp_path / "model.safetensors").write_text("precious")
+    script = ["training/train_vit.py", "configs/vit_digits.yaml", "--output_dir", str(tmp_path), "--overwrite", "--set", override]
+    finished = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert "Traceback" not in finished.stderr
+    assert override.split("=")[1] in finished.stderr.strip().splitlines()[-1]
+    assert (tmp_path / "model.safetensors").read_text() == "precious"
+
+
+@pytest.mark.parametrize("override", ["model.alpha=2", "data.validation_fraction=0.3", "separation.steps=5", "seed=5"])
+def test_a_run_is_not_resumed_as_another(tmp_path, override):
+    write_recipe(_recipe(), tmp_path)
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(RecipeError, match=f"cannot be resumed with {override.split('.')[0].split('=')[0]}="):
+        run(_recipe(override), tmp_path, resume=True)
 
 
 def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
     folder = tmp_path / "run"
-    prepare_output_dir(folder, overwrite=False, resume=False)
     recipe = _recipe(*TINY)
     recipe.seed = 3
     metrics = run(recipe, folder)
@@ -247,11 +296,19 @@ def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
     assert "test_accuracy" in output
 
 
+def test_a_folder_of_images_of_different_sizes(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    _write_parquet(data)
+    metrics = run(_recipe(*TINY, f"data.dataset={data}"), tmp_path / "run")
+    assert metrics["test_accuracy"] > 0.4
+
+
 def test_a_run_without_separation(tmp_path):
     folder = tmp_path / "run"
-    prepare_output_dir(folder, overwrite=False, resume=False)
     metrics = run(_recipe(*TINY[:-1], "separation=null", "model.use_feature_map=false"), folder)
     assert "separation_loss" not in metrics
+    assert (folder / "training.png").stat().st_size > 1000
     assert "without that step" in (folder / "README.md").read_text()
 
 
@@ -277,6 +334,17 @@ def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     metrics = json.loads((folder / "results.json").read_text())["metrics"]
     assert {k: v for k, v in metrics.items() if k != "train_seconds"} == {k: v for k, v in whole.items() if k != "train_seconds"}
+
+
+def test_a_run_without_a_logged_separation_loss(tmp_path):
+    metrics = run(_recipe(*TINY[:1], *TINY[2:], "training.logging_steps=500", "separation.schedule=step"), tmp_path / "run")
+    assert "separation_loss" not in metrics
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    assert commit()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert commit() is None
 
 
 def test_results_name_the_commit(tmp_path):

@@ -150,6 +150,17 @@ def test_the_temperature_falls_geometrically():
     assert annealed(0.4, 0.1, 0, 1) == 0.4
 
 
+def test_a_refused_separation_moves_nothing():
+    phi = FeatureMap(3)
+    kept = phi.weight.clone()
+    for arguments in ({"final_temperature": -1.0}, {"final_temperature": 0.0}, {"temperature": -1.0}):
+        with pytest.raises(ValueError, match="temperature must be positive"):
+            maximize_separation(phi, torch.randn(4, 3), method="uhop+", steps=3, **arguments)
+    assert torch.equal(phi.weight, kept)
+    with pytest.raises(ValueError, match="frozen"):
+        maximize_separation(phi.requires_grad_(False), torch.randn(4, 3))
+
+
 @pytest.mark.parametrize("arguments", [{"method": "u-hop"}, {"optimizer": "lbfgs"}, {"steps": -1}, {"lr": -0.1}, {"lr": math.nan}])
 def test_maximize_separation_refuses_bad_arguments(arguments):
     with pytest.raises(ValueError, match="must be"):

@@ -96,6 +96,19 @@ def test_a_tensor_alpha_has_its_exact_gradient():
 @pytest.mark.parametrize("at", [1.0, 1.0 + 1e-6, 2.0])
 def test_the_gradient_of_alpha_holds_at_the_ends_of_its_range(at):
     scores = torch.randn(3, 8, dtype=torch.float64)
+    alpha = torch.tensor(at, dtype=torch.float64, requires_grad=True)
+    (conjugate,) = torch.autograd.grad(simplex_conjugate(scores, alpha).sum(), alpha)
+    step = 1e-5 if at < 1.5 else -1e-5
+    close = [simplex_conjugate(scores, torch.tensor(at + k * step, dtype=torch.float64)).sum() for k in range(3)]
+    torch.testing.assert_close(conjugate, (-3 * close[0] + 4 * close[1] - close[2]) / (2 * step), atol=1e-6, rtol=1e-5)
+    single = torch.tensor(at, requires_grad=True)
+    (coarse,) = torch.autograd.grad(simplex_conjugate(scores.float(), single).sum(), single)
+    assert_close(coarse, conjugate, scale=10)
+
+
+@pytest.mark.parametrize("at", [1.0, 1.0 + 1e-6, 2.0])
+def test_the_weights_gradient_of_alpha_holds_at_the_ends_of_its_range(at):
+    scores = torch.randn(3, 8, dtype=torch.float64)
     target = torch.randn(3, 8, dtype=torch.float64)
     alpha = torch.tensor(at, dtype=torch.float64, requires_grad=True)
     (simplex_map(scores, alpha) * target).sum().backward()

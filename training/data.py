@@ -23,7 +23,7 @@ def load_images(data: DataRecipe) -> DatasetDict:
         RecipeError: If the data set, a split or a column is missing, or a label is outside its range.
     """
     splits = _digits(data) if data.dataset == "digits" else _from_hub_or_folder(data)
-    splits = DatasetDict({name: _select_columns(split, data) for name, split in splits.items()})
+    splits = _encode_labels(DatasetDict({name: _select_columns(split, data) for name, split in splits.items()}))
     names = splits["train"].features["label"].names
     for split in splits.values():
         _check_labels(split, len(names))
@@ -47,7 +47,7 @@ def _from_hub_or_folder(data: DataRecipe) -> DatasetDict:
     if folder.is_dir():
         # `datasets` renames a bare valid.parquet to "validation"; the recipe speaks of the Hub's split names.
         files = {split: sorted(str(file) for file in folder.glob(f"**/{split}*.parquet")) for split in (data.train_split, data.test_split)}
-        loaded = load_dataset("parquet", data_files=files) if all(files.values()) else load_dataset(str(folder))
+        loaded = _from_parquet(files) if all(files.values()) else load_dataset(str(folder))
     elif data.dataset.startswith((".", "/", "~")):
         raise RecipeError(f"there is no folder {data.dataset}")
     else:
@@ -56,6 +56,11 @@ def _from_hub_or_folder(data: DataRecipe) -> DatasetDict:
         if split not in loaded:
             raise RecipeError(f"{data.dataset} has no split {split!r}; it has {sorted(loaded)}")
     return DatasetDict(train=loaded[data.train_split], test=loaded[data.test_split])
+
+
+def _from_parquet(files: dict[str, list[str]]) -> DatasetDict:
+    """Each split by itself: read together, all would silently take on the first one's features, class names included."""
+    return DatasetDict({split: load_dataset("parquet", data_files=paths, split="train") for split, paths in files.items()})
 
 
 def _select_columns(split: Dataset, data: DataRecipe) -> Dataset:
@@ -68,9 +73,34 @@ def _select_columns(split: Dataset, data: DataRecipe) -> Dataset:
             split = split.rename_column(column, name)
     if not isinstance(split.features["image"], Image):
         split = split.cast_column("image", Image())
-    if not isinstance(split.features["label"], ClassLabel):
-        split = split.class_encode_column("label")
     return split
+
+
+def _encode_labels(splits: DatasetDict) -> DatasetDict:
+    """Labels of every split as the classes of the training split, which alone says what they are."""
+    label = splits["train"].features["label"]
+    if isinstance(label, ClassLabel):
+        if splits["test"].features["label"] != label:
+            raise RecipeError(f"the splits disagree on the classes: {label.names} and {splits['test'].features['label']}")
+        return splits
+    values = sorted(set(splits["train"]["label"]))
+    unknown = sorted(set(splits["test"]["label"]) - set(values))
+    if unknown:
+        raise RecipeError(f"labels must be among those of the training split, {values}, got {unknown[0]!r} in the test split")
+    classes = ClassLabel(names=[str(value) for value in values])
+    index = {value: position for position, value in enumerate(values)}
+
+    def encode(labels: list[Any]) -> dict[str, list[int]]:
+        return {"label": [index[value] for value in labels]}
+
+    return DatasetDict(
+        {
+            name: split.map(
+                encode, input_columns="label", batched=True, features=Features({**split.features, "label": classes}), desc="labels"
+            )
+            for name, split in splits.items()
+        }
+    )
 
 
 def _check_labels(split: Dataset, num_labels: int) -> None:

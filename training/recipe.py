@@ -85,7 +85,10 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> ViTReci
     path = Path(path)
     if not path.is_file():
         raise RecipeError(f"there is no recipe {path}")
-    content = yaml.load(path.read_text(), Loader=_Loader)
+    try:
+        content = yaml.load(path.read_text(), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must be a YAML mapping of recipe fields")
     content.setdefault("name", path.stem)
@@ -118,7 +121,14 @@ def _build(content: dict[str, Any]) -> ViTRecipe:
     for owned in ("output_dir", "seed"):
         if owned in (content.get("training") or {}):
             raise RecipeError(f"training.{owned} is set by the command line or the recipe's own `seed`")
-    return ViTRecipe(**{**content, "data": DataRecipe(**data)})
+    return ViTRecipe(
+        name=content["name"],
+        data=DataRecipe(**data),
+        model=content.get("model") or {},
+        separation=content.get("separation"),
+        training=content.get("training") or {},
+        seed=content.get("seed", 0),
+    )
 
 
 def _field_names(cls: type) -> list[str]:
@@ -150,24 +160,35 @@ def command_line(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def prepare_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
-    """Make sure that a run neither mixes with an earlier one nor deletes anything that is not one.
+def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
+    """Refuse a folder that a run would mix with, or delete though it is no earlier run. Changes nothing.
 
     Raises:
-        RecipeError: If the folder is not empty and neither flag is given, or `overwrite` would delete what is not an earlier run.
+        RecipeError: If the folder is not empty and neither flag is given, is not an earlier run, or has nothing to resume.
     """
     if not folder.exists() or not any(folder.iterdir()):
         if resume:
             raise RecipeError(f"there is nothing to resume in {folder}")
-    elif overwrite:
+    elif overwrite or resume:
         if not (folder / "recipe.yaml").is_file():
-            raise RecipeError(
-                f"{folder} holds no earlier run (no recipe.yaml), so --overwrite leaves it alone; choose another --output_dir"
-            )
-        shutil.rmtree(folder)
-    elif not resume:
+            raise RecipeError(f"{folder} holds no earlier run (no recipe.yaml), so it is left alone; choose another --output_dir")
+    else:
         raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, --resume to go on, or another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_same_recipe(recipe: ViTRecipe, folder: Path) -> None:
+    """Refuse to resume a run with other data, model, separation or seed than it began with; only `training` may change."""
+    earlier = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for section, value in dataclasses.asdict(recipe).items():
+        if section != "training" and earlier.get(section) != value:
+            raise RecipeError(f"{folder} was begun with {section}={earlier.get(section)}, and cannot be resumed with {section}={value}")
+
+
+def clear_output_dir(folder: Path) -> None:
+    """Delete an earlier run, or make the folder."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def write_recipe(recipe: ViTRecipe, folder: Path) -> None:
@@ -193,11 +214,10 @@ def write_results(path: Path, recipe: ViTRecipe, metrics: dict[str, Any], **deta
 
 
 def commit() -> str | None:
-    """The commit of this checkout, `-dirty` if it has changes, or `None` outside one."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    """The commit of this checkout, `-dirty` if it has changes, or `None` outside one or without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return None
     return described.stdout.strip() or None

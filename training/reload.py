@@ -19,10 +19,10 @@ TOLERANCE = 1e-4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="model folder")
-    parser.add_argument("probe", help=".npz with `images` (uint8) and the `logits` that the model gave before it was saved")
+    parser.add_argument("probe", help=".npz with `image_0`, `image_1`, ... (uint8) and the `logits` from before saving")
     args = parser.parse_args()
     probe = np.load(args.probe)
-    images = [Image.fromarray(image) for image in probe["images"]]
+    images = [Image.fromarray(probe[name]) for name in probe.files if name != "logits"]
     expected = torch.from_numpy(probe["logits"])
 
     model = AutoModelForImageClassification.from_pretrained(args.folder, trust_remote_code=True)

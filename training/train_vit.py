@@ -16,8 +16,19 @@ from accelerate import PartialState
 from data import load_images, make_image_processor, make_transform, with_dataset
 from datasets import Dataset, DatasetDict
 from figures import training_figure
+from huggingface_hub.errors import StrictDataclassError
 from metrics import classification_metrics
-from recipe import RecipeError, ViTRecipe, command_line, load_recipe, prepare_output_dir, write_recipe, write_results
+from recipe import (
+    RecipeError,
+    ViTRecipe,
+    check_output_dir,
+    check_same_recipe,
+    clear_output_dir,
+    command_line,
+    load_recipe,
+    write_recipe,
+    write_results,
+)
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -57,17 +68,20 @@ def main() -> None:
         recipe = load_recipe(args.recipe, args.set)
         recipe.data = with_dataset(recipe.data, args.dataset)
         recipe.seed = recipe.seed if args.seed is None else args.seed
-        folder = Path(args.output_dir or f"runs/{recipe.name}")
-        if PartialState().is_main_process:
-            prepare_output_dir(folder, args.overwrite, args.resume)
-        PartialState().wait_for_everyone()
-        run(recipe, folder, args.resume)
-    except (ValueError, TypeError, OSError, NotImplementedError) as error:
+        run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite, resume=args.resume)
+    except (ValueError, TypeError, OSError, NotImplementedError, StrictDataclassError) as error:
         sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
 
 
-def run(recipe: ViTRecipe, folder: Path, resume: bool = False) -> dict[str, Any]:
-    """Run a recipe and leave everything it makes in `folder`; the metrics."""
+def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Run a recipe and leave everything it makes in `folder`; the metrics.
+
+    An earlier run is replaced only once all else is known to be right.
+    """
+    check_output_dir(folder, overwrite, resume)
+    checkpoint = last_checkpoint(folder) if resume else None
+    if resume:
+        check_same_recipe(recipe, folder)
     set_seed(recipe.seed)
     images = load_images(recipe.data)
     names = images["train"].features["label"].names
@@ -75,21 +89,25 @@ def run(recipe: ViTRecipe, folder: Path, resume: bool = False) -> dict[str, Any]
     model = UHopViTForImageClassification(config)
     processor = make_image_processor(recipe.data, config.image_size)
     separation = None if recipe.separation is None else SeparationCallback(**recipe.separation)
+    # Every process has looked at the folder before one of them changes it.
+    PartialState().wait_for_everyone()
     trainer = build_trainer(recipe, folder, model, processor, images, separation)
-
     is_main = trainer.is_world_process_zero()
-    if is_main:
+    if is_main and not resume:
+        clear_output_dir(folder)
         write_recipe(recipe, folder)
+    if is_main:
         print(describe(recipe, model, images))
+
     grams = {}
-    if separation is not None:
+    if separation is not None and not resume:
         probe = images["validation"].select(range(min(NUM_PROBES, len(images["validation"]))))
         pixel_values = torch.stack(probe.with_transform(make_transform(processor))[:]["pixel_values"])
         grams["before"] = feature_grams(trainer.model, pixel_values)
         recorder = GramRecorder("on_train_begin" if separation.schedule == "train_begin" else "on_train_end", pixel_values)
         trainer.add_callback(recorder)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     transform = make_transform(processor)
     validation = trainer.evaluate(images["validation"].with_transform(transform), metric_key_prefix="validation")
@@ -106,14 +124,14 @@ def run(recipe: ViTRecipe, folder: Path, resume: bool = False) -> dict[str, Any]
         "train_seconds": round(seconds, 1),
     }
     log_history = trainer.state.log_history
-    if separation is not None:
-        measured = [entry for entry in log_history if "separation_loss" in entry]
+    measured = [entry for entry in log_history if "separation_loss" in entry]
+    if measured:
         metrics["separation_loss_before"] = measured[0]["separation_loss_before"]
         metrics["separation_loss"] = measured[-1]["separation_loss"]
-    details = {"num_parameters": model.num_parameters(), "log_history": log_history}
-    write_results(folder / "results.json", recipe, metrics, **details)
-    if separation is not None:
+    if grams:
         grams["after"] = recorder.grams
+    write_recipe(recipe, folder)
+    write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), log_history=log_history)
     training_figure(folder / "training.png", log_history, separation.history if separation else [], grams)
     write_model_card(folder, folder / "results.json", CARD_TEMPLATE)
     print(summary(metrics, folder))
@@ -171,7 +189,8 @@ def check_reload(folder: Path, model: Any, processor: ViTImageProcessorPil, test
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
         logits = model.eval().cpu().float()(pixel_values).logits.numpy()
     probe = folder / "probe.npz"
-    np.savez(probe, images=np.stack([np.asarray(image) for image in images]), logits=logits)
+    arrays: dict[str, Any] = {f"image_{i}": np.asarray(image) for i, image in enumerate(images)}
+    np.savez(probe, logits=logits, **arrays)
     print(f"\nReloading {folder} in a fresh process:", flush=True)
     script = Path(__file__).with_name("reload.py")
     finished = subprocess.run([sys.executable, str(script), str(folder), str(probe)])
