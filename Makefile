@@ -4,10 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test lint types unit format tables clean
+.PHONY: train test experiments lint types unit format tables clean
 
 train: $(READY)
 	$(BIN)/python training/train_vit.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
+
+DIGITS := $(wildcard configs/retrieval/*_digits.yaml)
+
+experiments: $(READY)
+	for recipe in $(DIGITS); do $(BIN)/python training/run_retrieval.py $$recipe || exit 1; done
 
 test: lint types unit
 

@@ -67,3 +67,44 @@ def _gram_matrices(figure: SubFigure, grams: dict[str, list[np.ndarray]]) -> Non
 def _series(log_history: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
     entries = [entry for entry in log_history if key in entry]
     return [entry["step"] for entry in entries], [entry[key] for entry in entries]
+
+
+AXES = {
+    "memory_size": ("number of memories M", "log"),
+    "noise_level": ("noise, times the pattern's norm", "linear"),
+    "separation_steps": ("steps of Stage I", "symlog"),
+    "separation_loss": ("separation loss", "linear"),
+}
+
+
+def retrieval_figure(path: Path, experiment: str, rows: list[dict[str, Any]], dataset: str) -> None:
+    """Retrieval error along the experiment's axis, a panel for each set of conditions: means with 95 % intervals, or points.
+
+    Args:
+        path: PNG file to write.
+        experiment: Key of `AXES`.
+        rows: Measurements {panel, model, value, repeat, error}.
+        dataset: What the title names.
+    """
+    panels = list(dict.fromkeys(row["panel"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 5.5 * len(panels), 4.6), layout="constrained", squeeze=False)
+    label, scale = AXES[experiment]
+    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for model, color in zip(models, colors, strict=False):
+            mine = [row for row in rows if row["panel"] == panel and row["model"] == model]
+            if experiment == "separation_loss":
+                axis.scatter([row["value"] for row in mine], [row["error"] for row in mine], s=8, color=color, label=model)
+                continue
+            values = sorted({row["value"] for row in mine})
+            errors = [np.array([row["error"] for row in mine if row["value"] == value]) for value in values]
+            means = [error.mean() for error in errors]
+            half_widths = [1.96 * error.std(ddof=1) / len(error) ** 0.5 if len(error) > 1 else 0.0 for error in errors]
+            style = "--" if "Phi" not in model and "U-Hop" not in model and model != "denoising" else "-"
+            axis.errorbar(values, means, half_widths, marker=".", capsize=2, color=color, linestyle=style, label=model)
+        axis.set(title=panel, xlabel=label, ylabel="sum of squared pixel errors", xscale=scale, yscale="log")
+    axes[0, -1].legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize="small")
+    figure.suptitle(f"Retrieval on {Path(dataset).name}")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

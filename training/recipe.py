@@ -76,13 +76,8 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> ViTRecipe:
-    """Read a recipe, with overrides such as `training.learning_rate=1e-4` applied.
-
-    Raises:
-        RecipeError: For an unknown key (naming the nearest valid one), a missing one, or a file that is not a YAML mapping.
-    """
-    path = Path(path)
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping; a `RecipeError` for anything else."""
     if not path.is_file():
         raise RecipeError(f"there is no recipe {path}")
     try:
@@ -91,7 +86,17 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> ViTReci
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must be a YAML mapping of recipe fields")
-    content.setdefault("name", path.stem)
+    return content
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> ViTRecipe:
+    """Read a recipe, with overrides such as `training.learning_rate=1e-4` applied.
+
+    Raises:
+        RecipeError: For an unknown key (naming the nearest valid one), a missing one, or a file that is not a YAML mapping.
+    """
+    content = read_yaml(Path(path))
+    content.setdefault("name", Path(path).stem)
     for override in overrides or []:
         _apply_override(content, override)
     return _build(content)
@@ -110,14 +115,14 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def _build(content: dict[str, Any]) -> ViTRecipe:
-    _check_keys("recipe", content, _field_names(ViTRecipe))
+    strictly("recipe", content, ViTRecipe)
     data = content.get("data")
     if not isinstance(data, dict) or "dataset" not in data:
         raise RecipeError("a recipe needs data.dataset: 'digits', a Hub id or a local folder")
-    _check_keys("data", data, _field_names(DataRecipe))
-    _check_keys("model", content.get("model") or {}, _field_names(UHopViTConfig))
+    strictly("data", data, DataRecipe)
+    strictly("model", content.get("model") or {}, UHopViTConfig)
     _check_keys("separation", content.get("separation") or {}, list(inspect.signature(SeparationCallback).parameters))
-    _check_keys("training", content.get("training") or {}, _field_names(TrainingArguments))
+    strictly("training", content.get("training") or {}, TrainingArguments)
     for owned in ("output_dir", "seed"):
         if owned in (content.get("training") or {}):
             raise RecipeError(f"training.{owned} is set by the command line or the recipe's own `seed`")
@@ -129,6 +134,12 @@ def _build(content: dict[str, Any]) -> ViTRecipe:
         training=content.get("training") or {},
         seed=content.get("seed", 0),
     )
+
+
+def strictly(section: str, given: dict[str, Any], cls: type) -> dict[str, Any]:
+    """The same mapping, if every key of it is a field of the dataclass."""
+    _check_keys(section, given, _field_names(cls))
+    return given
 
 
 def _field_names(cls: type) -> list[str]:

@@ -1,0 +1,253 @@
+"""Retrieval experiments of U-Hop (arXiv 2404.03827, section 4.1) from a recipe: a results JSON and a figure.
+
+python training/run_retrieval.py configs/retrieval/memory_size_digits.yaml
+python training/run_retrieval.py configs/retrieval/memory_size_mnist.yaml --dataset path/to/mnist
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import platform
+import statistics
+import sys
+import warnings
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from data import load_images
+from figures import retrieval_figure
+from recipe import DataRecipe, RecipeError, commit, read_yaml, strictly
+from scipy.stats import spearmanr
+from transformers.utils import logging
+
+from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, mask_patterns, separation_loss
+
+
+EXPERIMENTS = ("memory_size", "noise_level", "separation_steps", "separation_loss")
+
+# Fields of the memory's configuration, and arguments of `separate` for those that have a Stage I.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "modern Hopfield": ({}, None),
+    "1.5-entmax Hopfield": ({"alpha": 1.5}, None),
+    "sparse Hopfield": ({"alpha": 2.0}, None),
+    "polynomial": ({"similarity": "polynomial", "beta": 1.0}, None),
+    "L2": ({"similarity": "l2"}, None),
+    "Manhattan": ({"similarity": "manhattan"}, None),
+    "untrained Phi": ({"similarity": "kernel"}, None),
+    "U-Hop": ({"similarity": "kernel"}, {"method": "uhop"}),
+    "U-Hop, closest pair": ({"similarity": "kernel"}, {"method": "uhop", "kind": "nearest"}),
+    "U-Hop+": ({"similarity": "kernel"}, {"method": "uhop+"}),
+    "denoising": ({"similarity": "kernel"}, {"method": "denoising"}),
+}
+
+
+@dataclass
+class Panel:
+    """Conditions that all models of a panel share.
+
+    Attributes:
+        normalize: Whether similarities are of unit-norm patterns and features.
+        beta: Inverse temperature.
+        optimizer, lr: Of Stage I.
+    """
+
+    normalize: bool = True
+    beta: float = 10.0
+    optimizer: str = "adam"
+    lr: float = 1e-3
+
+
+@dataclass
+class RetrievalRecipe:
+    """A retrieval experiment.
+
+    Attributes:
+        experiment: What varies along the axis: "memory_size", "noise_level" (times a pattern's norm), "separation_steps", or
+            "separation_loss" (random rates and numbers of steps; `values` has the number of runs).
+        data: Images; patterns are drawn from the training split.
+        values: The axis.
+        models: Names among `MODELS`.
+        panels: Conditions by title.
+        memories: Number of stored patterns, where it does not vary.
+        steps: Steps of Stage I, where they do not vary.
+        corruption: "mask" (half of the pixels set to zero) or "noise" (of the pattern's norm), where it does not vary.
+        repeats: Seeds: each draws patterns, corruption and the start of Phi.
+    """
+
+    experiment: str
+    data: DataRecipe
+    values: list[float]
+    models: list[str]
+    panels: dict[str, Panel] = field(default_factory=lambda: {"unit norm, beta 10": Panel()})
+    memories: int = 100
+    steps: int = 100
+    corruption: str = "mask"
+    repeats: int = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="YAML file in configs/retrieval/")
+    parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
+    parser.add_argument("--output_dir", default="benchmarks/results", help="where the JSON and the figure go")
+    args = parser.parse_args()
+    try:
+        recipe = load(Path(args.recipe))
+        if args.dataset:
+            recipe.data.dataset = args.dataset
+        patterns = load_patterns(recipe.data)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
+    rows = list(run(recipe, patterns))
+    write(recipe, rows, Path(args.output_dir) / f"retrieval_{Path(args.recipe).stem}")
+
+
+def load(path: Path) -> RetrievalRecipe:
+    """Read a recipe; a `RecipeError` names an unknown key, experiment or model."""
+    content = read_yaml(path)
+    strictly("recipe", content, RetrievalRecipe)
+    data = strictly("data", content.get("data", {}), DataRecipe)
+    panels = {title: Panel(**strictly(f"panel {title!r}", panel, Panel)) for title, panel in content.pop("panels", {}).items()}
+    recipe = RetrievalRecipe(**{**content, "data": DataRecipe(**data), **({"panels": panels} if panels else {})})
+    for name, value, choices in (
+        ("experiment", [recipe.experiment], EXPERIMENTS),
+        ("models", recipe.models, tuple(MODELS)),
+        ("corruption", [recipe.corruption], ("mask", "noise")),
+    ):
+        for unknown in set(value) - set(choices):
+            raise RecipeError(f"{name} must be among {choices}, got {unknown!r}")
+    return recipe
+
+
+def load_patterns(data: DataRecipe) -> np.ndarray:
+    """Training images as rows of pixels in [0, 1], uint8 until they are drawn."""
+    images = load_images(data)["train"]
+    return np.stack([np.asarray(image).reshape(-1) for image in images.with_format(None)["image"]])
+
+
+def draw(patterns: np.ndarray, count: int, seed: int) -> torch.Tensor:
+    if count > len(patterns):
+        raise RecipeError(f"there are {len(patterns)} images, too few for {count} memories")
+    chosen = np.random.default_rng(seed).choice(len(patterns), count, replace=False)
+    return torch.from_numpy(patterns[chosen]).float() / 255.0
+
+
+def build(name: str, panel: Panel, memories: torch.Tensor, recipe: RetrievalRecipe, steps: int, lr: float | None = None) -> UHopMemoryModel:
+    """One model with its memories, separated if it has a Stage I."""
+    fields, separation = MODELS[name]
+    plain = "cosine" if panel.normalize else "dot"
+    config = {"similarity": plain, "beta": panel.beta, "normalize_features": panel.normalize, **fields}
+    model = UHopMemoryModel(UHopMemoryConfig(pattern_dim=memories.shape[1], **config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # equal images are stored twice, and say so
+        model.store(memories)
+    if separation is not None and steps > 0:
+        options: dict[str, Any] = {} if separation["method"] == "uhop+" else {"optimizer": panel.optimizer}
+        if separation["method"] == "denoising":
+            options["corruption"] = corruption_of(recipe, None)
+        model.separate(steps=steps, lr=panel.lr if lr is None else lr, **separation, **options)
+    return model
+
+
+def corruption_of(recipe: RetrievalRecipe, level: float | None) -> Any:
+    if level is not None:
+        return functools.partial(add_noise, level=level)
+    return mask_patterns if recipe.corruption == "mask" else add_noise
+
+
+@torch.no_grad()
+def error_of(model: UHopMemoryModel, queries: torch.Tensor) -> float:
+    """Sum of squared pixel differences, averaged over queries."""
+    return (model(queries).retrieved - model.memories).square().sum(-1).mean().item()
+
+
+def run(recipe: RetrievalRecipe, patterns: np.ndarray):
+    """Yield a row {panel, model, value, repeat, error} for each measurement."""
+    logging.set_verbosity_error()
+    jobs = [(title, name, repeat) for repeat in range(recipe.repeats) for title in recipe.panels for name in recipe.models]
+    measure = globals()[f"_{recipe.experiment}"]
+    for title, name, repeat in logging.tqdm(jobs, desc=recipe.experiment):
+        for value, error in measure(recipe, patterns, name, recipe.panels[title], repeat):
+            yield {"panel": title, "model": name, "value": value, "repeat": repeat, "error": error}
+
+
+def _memory_size(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
+    for count in recipe.values:
+        memories = draw(patterns, int(count), repeat)
+        torch.manual_seed(repeat)
+        queries = corruption_of(recipe, None)(memories)
+        yield count, error_of(build(name, panel, memories, recipe, recipe.steps), queries)
+
+
+def _noise_level(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
+    memories = draw(patterns, recipe.memories, repeat)
+    torch.manual_seed(repeat)
+    model = build(name, panel, memories, recipe, recipe.steps)
+    for level in recipe.values:
+        torch.manual_seed(repeat)
+        yield level, error_of(model, add_noise(memories, level))
+
+
+def _separation_steps(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
+    memories = draw(patterns, recipe.memories, repeat)
+    for steps in recipe.values:
+        torch.manual_seed(repeat)
+        queries = corruption_of(recipe, None)(memories)
+        yield steps, error_of(build(name, panel, memories, recipe, int(steps)), queries)
+
+
+def _separation_loss(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
+    """Random numbers of steps in [1, 200] and rates |N(0, 1)| times the panel's, by the separation loss they end at."""
+    memories = draw(patterns, recipe.memories, repeat)
+    random = np.random.default_rng(repeat)
+    for _ in range(int(recipe.values[0])):
+        torch.manual_seed(repeat)
+        queries = corruption_of(recipe, None)(memories)
+        steps, lr = int(random.integers(1, 201)), panel.lr * abs(random.standard_normal())
+        model = build(name, panel, memories, recipe, steps, lr)
+        with torch.no_grad():
+            features = memories if model.feature_map is None else model.feature_map(memories)
+            yield separation_loss(features).item(), error_of(model, queries)
+
+
+def summarize(recipe: RetrievalRecipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By panel and model: mean and standard deviation over repeats at each value; for "separation_loss" the rank correlation."""
+    summary: dict[str, Any] = {}
+    for title in recipe.panels:
+        for name in recipe.models:
+            mine = [row for row in rows if row["panel"] == title and row["model"] == name]
+            if recipe.experiment == "separation_loss":
+                correlation = spearmanr([row["value"] for row in mine], [row["error"] for row in mine])
+                entry: Any = {"spearman": float(correlation.statistic), "p": float(correlation.pvalue), "runs": len(mine)}
+            else:
+                entry = {}
+                for value in recipe.values:
+                    errors = [row["error"] for row in mine if row["value"] == value]
+                    spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
+                    entry[f"{value:g}"] = {"mean": statistics.mean(errors), "std": spread}
+            summary.setdefault(title, {})[name] = entry
+    return summary
+
+
+def write(recipe: RetrievalRecipe, rows: list[dict[str, Any]], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    results = {
+        "summary": summarize(recipe, rows),
+        "recipe": dataclasses.asdict(recipe),
+        "rows": rows,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("modeling-uhop", "torch", "transformers")}},
+        "commit": commit(),
+    }
+    target.with_suffix(".json").write_text(json.dumps(results) + "\n")
+    retrieval_figure(target.with_suffix(".png"), recipe.experiment, rows, recipe.data.dataset)
+    print(yaml.safe_dump({"summary": results["summary"]}, sort_keys=False), target.with_suffix(".json"))
+
+
+if __name__ == "__main__":
+    main()
