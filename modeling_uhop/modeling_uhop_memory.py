@@ -49,6 +49,11 @@ class UHopMemoryPreTrainedModel(PreTrainedModel):
     base_model_prefix = "memory"
     main_input_name = "queries"
 
+    def __init__(self, config: UHopMemoryConfig, *args, **kwargs):
+        # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
+        config.validate_memory()
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

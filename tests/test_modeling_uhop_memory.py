@@ -215,6 +215,12 @@ def test_it_saves_and_loads_with_its_memories(tmp_path, dtype):
         assert torch.equal(loaded(queries).retrieved, expected)
 
 
+def test_a_bad_field_is_refused_on_load_too(tmp_path):
+    _memory().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="beta must be positive, got -1"):
+        UHopMemoryModel.from_pretrained(tmp_path, beta=-1.0)
+
+
 def test_equal_memories_are_reported():
     patterns = torch.randn(4, 3)
     patterns[3] = patterns[1]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, ViTImageProcessorPil
 
 import modeling_uhop
-from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, UHopViTModel
+from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, UHopViTConfig, UHopViTForImageClassification, UHopViTModel
 
 
 FIELDS = {
@@ -81,6 +81,34 @@ def test_a_base_model_loads_without_the_package(tmp_path):
     finished = _run(SCRIPT, str(tmp_path), "", "base")
     assert finished.returncode == 0, finished.stderr
     assert torch.equal(load_file(tmp_path / "outputs.safetensors")["hidden"], model(images).last_hidden_state)
+
+
+def test_a_memory_loads_with_its_patterns_without_the_package(tmp_path):
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=5, alpha=1.5))
+    memory.store(torch.randn(6, 5))
+    memory.save_pretrained(tmp_path)
+    queries = torch.randn(3, 5)
+    save_file({"queries": queries}, tmp_path / "probe.safetensors")
+    script = """
+import sys
+sys.modules["modeling_uhop"] = None
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+folder = sys.argv[1]
+memory = AutoModel.from_pretrained(folder, trust_remote_code=True)
+memory.append(memory.memories[:1] + 1.0)
+memory.save_pretrained(folder + "/again")
+again = AutoModel.from_pretrained(folder + "/again", trust_remote_code=True)
+assert len(again) == 7
+again.delete(6)
+print(again.report())
+save_file({"retrieved": again(load_file(folder + "/probe.safetensors")["queries"]).retrieved}, folder + "/outputs.safetensors")
+"""
+    finished = _run(script, str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    assert "6 memories at beta=10, alpha=1.5" in finished.stdout
+    assert torch.equal(load_file(tmp_path / "outputs.safetensors")["retrieved"], memory(queries).retrieved)
 
 
 def test_the_folder_names_every_auto_class_and_has_no_pickle(tmp_path):

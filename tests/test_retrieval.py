@@ -1,0 +1,131 @@
+"""Retrieval experiments: recipes, measurements, results files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from recipe import RecipeError
+from run_retrieval import EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, run, summarize
+
+from modeling_uhop import FeatureMap, mask_patterns, maximize_separation, retrieve
+
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs" / "retrieval").glob("*.yaml"))
+DIGITS = ROOT / "configs" / "retrieval" / "memory_size_digits.yaml"
+
+
+@pytest.fixture(scope="module")
+def patterns() -> np.ndarray:
+    return load_patterns(load(DIGITS).data)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read(path):
+    recipe = load(path)
+    assert path.stem.startswith(recipe.experiment)
+    assert all(word in path.read_text() for word in ("# Command:", "# Cost:", "# Source:"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("experiment: speed", "experiment must be among .*'speed'"),
+        ("experiment: memory_size\nmodels: [U-Hope]", "models must be among .*'U-Hope'"),
+        ("experiment: memory_size\ncorruption: dust", "corruption must be among .*'dust'"),
+        ("experiment: memory_size\nvalue: [1]", "unknown key 'value' in recipe; the nearest valid one is 'values'"),
+        ("experiment: memory_size\npanels: {a: {betta: 1}}", "unknown key 'betta' in panel 'a'"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(tmp_path, content, message):
+    defaults = {"data": "{dataset: digits}", "values": "[10]", "models": "[modern Hopfield]"}
+    missing = "".join(f"\n{key}: {value}" for key, value in defaults.items() if f"{key}:" not in content)
+    (tmp_path / "r.yaml").write_text(content + missing)
+    with pytest.raises(RecipeError, match=message):
+        load(tmp_path / "r.yaml")
+
+
+def test_patterns_are_the_training_images(patterns):
+    assert patterns.shape == (1293, 64)
+    drawn = draw(patterns, 20, seed=3)
+    assert torch.equal(drawn, draw(patterns, 20, seed=3))
+    assert drawn.max() <= 1.0
+    known = {row.tobytes() for row in patterns}
+    assert all(np.uint8(row * 255 + 0.5).tobytes() in known for row in drawn.numpy())
+    with pytest.raises(RecipeError, match="too few for 2000 memories"):
+        draw(patterns, 2000, seed=0)
+
+
+def test_models_are_what_their_names_say(patterns):
+    memories = draw(patterns, 30, 0)
+    queries = mask_patterns(memories)
+    unit, raw = Panel(normalize=True, beta=10.0), Panel(normalize=False, beta=2.0)
+    recipe = load(DIGITS)
+    normal = torch.nn.functional.normalize
+    scores = 10 * normal(queries, dim=-1) @ normal(memories, dim=-1).mT
+    expected = (scores.softmax(-1) @ memories - memories).square().sum(-1).mean().item()
+    assert error_of(build("modern Hopfield", unit, memories, recipe, 0), queries) == pytest.approx(expected, rel=1e-5)
+    for name, alpha in (("modern Hopfield", 1.0), ("1.5-entmax Hopfield", 1.5), ("sparse Hopfield", 2.0)):
+        recalled = retrieve(queries, memories, beta=2.0, alpha=alpha)
+        expected = (recalled - memories).square().sum(-1).mean().item()
+        assert error_of(build(name, raw, memories, recipe, 0), queries) == pytest.approx(expected, rel=1e-5)
+    for name, similarity in (("L2", "l2"), ("Manhattan", "manhattan")):
+        recalled = retrieve(queries, memories, beta=2.0, similarity=similarity)
+        expected = (recalled - memories).square().sum(-1).mean().item()
+        assert error_of(build(name, raw, memories, recipe, 0), queries) == pytest.approx(expected, rel=1e-5)
+
+
+def test_u_hop_is_separated_as_the_panel_says(patterns):
+    memories = draw(patterns, 30, 0)
+    panel = Panel(optimizer="sgd", lr=0.5)
+    torch.manual_seed(5)
+    untrained = build("untrained Phi", panel, memories, load(DIGITS), 7)
+    torch.manual_seed(5)
+    separated = build("U-Hop", panel, memories, load(DIGITS), 7)
+    phi = FeatureMap(64, normalize=True)
+    phi.load_state_dict(untrained.feature_map.state_dict())
+    maximize_separation(phi, memories, steps=7, lr=0.5, optimizer="sgd")
+    assert torch.equal(separated.feature_map.weight, phi.weight)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_measures_every_model(patterns, experiment):
+    values = {"memory_size": [5, 10], "noise_level": [0.0, 2.0], "separation_steps": [0, 5], "separation_loss": [3]}[experiment]
+    recipe = RetrievalRecipe(experiment, load(DIGITS).data, values, list(MODELS), memories=10, steps=5, repeats=2)
+    if experiment == "separation_loss":
+        recipe.models = ["U-Hop", "denoising"]
+    rows = list(run(recipe, patterns))
+    count = 3 if experiment == "separation_loss" else 2
+    assert len(rows) == 2 * count * len(recipe.models)
+    assert rows == list(run(recipe, patterns))
+    (summary,) = summarize(recipe, rows).values()
+    for name in recipe.models:
+        errors = [row["error"] for row in rows if row["model"] == name]
+        if experiment == "separation_loss":
+            assert summary[name]["runs"] == 6
+        else:
+            first = [row["error"] for row in rows if row["model"] == name and row["value"] == values[0]]
+            assert summary[name][f"{values[0]:g}"]["mean"] == pytest.approx(np.mean(first))
+        assert all(np.isfinite(errors))
+    if experiment == "noise_level":
+        assert all(summary[name]["2"]["mean"] > summary[name]["0"]["mean"] for name in recipe.models)
+
+
+def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
+    recipe = tmp_path / "memory_size_tiny.yaml"
+    recipe.write_text(
+        "experiment: memory_size\ndata: {dataset: digits}\nvalues: [5, 10]\nmodels: [modern Hopfield, U-Hop]\nsteps: 3\nrepeats: 2\n"
+    )
+    script = ["training/run_retrieval.py", str(recipe), "--output_dir", str(tmp_path)]
+    finished = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads((tmp_path / "retrieval_memory_size_tiny.json").read_text())
+    assert set(results) == {"summary", "recipe", "rows", "versions", "commit"}
+    assert len(results["rows"]) == 8
+    assert (tmp_path / "retrieval_memory_size_tiny.png").stat().st_size > 10_000
+    wrong = subprocess.run([sys.executable, *script[:1], "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.stderr.strip().splitlines()[-1] == "RecipeError: there is no recipe nowhere.yaml"
