@@ -9,10 +9,12 @@ READY := $(VENV)/.ready
 train: $(READY)
 	$(BIN)/python training/train_vit.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
 
-DIGITS := $(wildcard configs/retrieval/*_digits.yaml)
+RETRIEVAL := $(wildcard configs/retrieval/*_digits.yaml)
+GEOMETRY := $(filter-out %_mnist.yaml %_cifar10.yaml,$(wildcard configs/geometry/*.yaml))
 
 experiments: $(READY)
-	for recipe in $(DIGITS); do $(BIN)/python training/run_retrieval.py $$recipe || exit 1; done
+	for recipe in $(RETRIEVAL); do $(BIN)/python training/run_retrieval.py $$recipe || exit 1; done
+	for recipe in $(GEOMETRY); do $(BIN)/python training/run_geometry.py $$recipe || exit 1; done
 
 test: lint types unit
 

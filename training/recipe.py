@@ -214,14 +214,17 @@ def write_results(path: Path, recipe: ViTRecipe, metrics: dict[str, Any], **deta
         "metrics": metrics,
         "seed": recipe.seed,
         "recipe": dataclasses.asdict(recipe),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("modeling-uhop", "torch", "transformers", "accelerate", "datasets")},
-        },
-        "commit": commit(),
+        **provenance(),
         **details,
     }
     path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def provenance() -> dict[str, Any]:
+    """The versions and the commit that a result comes from."""
+    packages = ("modeling-uhop", "torch", "transformers", "accelerate", "datasets")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"versions": versions, "commit": commit()}
 
 
 def commit() -> str | None:

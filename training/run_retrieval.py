@@ -8,12 +8,10 @@ import argparse
 import dataclasses
 import functools
 import json
-import platform
 import statistics
 import sys
 import warnings
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import torch
 import yaml
 from data import load_images
 from figures import retrieval_figure
-from recipe import DataRecipe, RecipeError, commit, read_yaml, strictly
+from recipe import DataRecipe, RecipeError, provenance, read_yaml, strictly
 from scipy.stats import spearmanr
 from transformers.utils import logging
 
@@ -241,8 +239,7 @@ def write(recipe: RetrievalRecipe, rows: list[dict[str, Any]], target: Path) -> 
         "summary": summarize(recipe, rows),
         "recipe": dataclasses.asdict(recipe),
         "rows": rows,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("modeling-uhop", "torch", "transformers")}},
-        "commit": commit(),
+        **provenance(),
     }
     target.with_suffix(".json").write_text(json.dumps(results) + "\n")
     retrieval_figure(target.with_suffix(".png"), recipe.experiment, rows, recipe.data.dataset)

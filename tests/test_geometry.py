@@ -1,0 +1,100 @@
+"""Geometry experiments: recipes, and values that can be checked by other means."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from recipe import DataRecipe, RecipeError
+from run_geometry import EXPERIMENTS, GeometryRecipe, load, points_in_plane, separated_maps
+
+from modeling_uhop import separation_loss
+from modeling_uhop.feature_map import unit_norm
+
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs" / "geometry").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_read(path):
+    assert path.stem.startswith(load(path).experiment)
+    assert all(word in path.read_text() for word in ("# Command:", "# Cost:", "# Source:"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("experiment: maps", "experiment must be among"), ("experimnt: bound", "nearest valid one is 'experiment'")]
+)
+def test_a_wrong_recipe_is_refused(tmp_path, content, message):
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        load(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="needs data"):
+        EXPERIMENTS["circle"](GeometryRecipe("circle"))
+
+
+def test_more_steps_of_uhop_plus_separate_more():
+    memories = points_in_plane(4)
+    maps = separated_maps(memories, GeometryRecipe("landscape", separation_steps=[0, 20, 100], lr=0.05, temperature=0.5))
+    losses = [separation_loss(phi(memories), kind="per_memory", temperature=0.5).item() for phi in maps.values()]
+    assert losses[0] > losses[1] > losses[2]
+    assert torch.equal(maps[0].weight, torch.eye(2, dtype=torch.float64))
+
+
+def test_maps_that_do_not_normalise_keep_the_scale_of_the_patterns():
+    memories = torch.randn(6, 5)
+    for phi in separated_maps(memories, GeometryRecipe("metastable", normalize=False, feature_dim=4)).values():
+        assert phi(memories).square().sum().item() == pytest.approx(memories.square().sum().item(), rel=1e-5)
+
+
+def test_landscape_and_basins():
+    recipe = GeometryRecipe("landscape", memories=[2], separation_steps=[0, 2], beta=50.0)
+    results, _ = EXPERIMENTS["landscape"](recipe)
+    distances = results["M=2"]["N=0"]["distance_of_memory_to_its_attractor"]
+    assert max(distances) < 0.1
+    results, _ = EXPERIMENTS["basins"](GeometryRecipe("basins", memories=[2], separation_steps=[0], beta=1e4, alphas=[2.0]))
+    assert results["alpha=2"]["N=0"]["share_that_reaches_a_memory"] > 0.99
+
+
+def test_loss_curve_and_bound():
+    results, _ = EXPERIMENTS["loss_curve"](GeometryRecipe("loss_curve", memories=[20], pattern_dim=8, feature_dim=8, separation_steps=[30]))
+    assert results["M=20"]["last"] < results["M=20"]["first"]
+    results, _ = EXPERIMENTS["bound"](GeometryRecipe("bound", memories=[6, 12], feature_dim=3))
+    assert results["M=12"]["reached"] == pytest.approx(1 - 1 / math.sqrt(5))
+    assert all(entry["lower"] <= entry["reached"] <= entry["upper"] for entry in results.values())
+
+
+def test_circle_and_metastable_states_on_digits():
+    data = DataRecipe("digits")
+    results, _ = EXPERIMENTS["circle"](GeometryRecipe("circle", data, memories=[10], separation_steps=[0]))
+    assert results["optimum"]["separation"] == pytest.approx(1 - math.cos(math.pi / 5), rel=1e-3)
+    assert results["N = 0"]["separation"] < 0.1
+    recipe = GeometryRecipe("metastable", data, memories=[20], feature_dim=64, normalize=False, separation_steps=[20], queries=30, seeds=2)
+    results, _ = EXPERIMENTS["metastable"](recipe)
+    assert set(results) == {"alpha=1, without Phi", "alpha=1, U-Hop+"}
+    for shares in results.values():
+        assert sum(share["mean"] for share in shares.values()) == pytest.approx(1.0)
+
+
+def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
+    command = [sys.executable, "training/run_geometry.py", "configs/geometry/loss_curve.yaml", "--output_dir", str(tmp_path)]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert set(json.loads((tmp_path / "geometry_loss_curve.json").read_text())) == {"results", "recipe", "versions", "commit"}
+    assert (tmp_path / "geometry_loss_curve.png").stat().st_size > 10_000
+
+
+def test_points_in_the_plane_are_crowded_unit_vectors():
+    points = points_in_plane(50)
+    assert torch.allclose(unit_norm(points), points)
+    assert torch.atan2(points[:, 1], points[:, 0]).max() <= 2 * math.pi / 3

@@ -1,0 +1,295 @@
+"""Geometry of memories in feature space: the pictures and the table of U-Hop+ (arXiv 2410.23126), from a recipe.
+
+python training/run_geometry.py configs/geometry/basins.yaml
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from recipe import DataRecipe, RecipeError, provenance, read_yaml, strictly
+from run_retrieval import draw, load_patterns
+
+from modeling_uhop import FeatureMap, association, energy, maximize_separation, retrieve, spherical_code
+from modeling_uhop.capacity import metastable_sizes, separation_bounds
+from modeling_uhop.feature_map import unit_norm
+from modeling_uhop.spherical import closest_similarity, separate_optimally
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+
+SIZES = {"1": (1, 1), "2": (2, 2), "3": (3, 3), "4": (4, 4), "5-10": (5, 10), "> 10": (11, 10**9)}
+Result = tuple[dict[str, Any], Figure]
+
+
+@dataclass
+class GeometryRecipe:
+    """A geometry experiment.
+
+    Attributes:
+        experiment: "landscape", "basins", "loss_curve", "bound", "circle" or "metastable".
+        data: Images to draw memories from; `None` for Gaussian patterns of `pattern_dim` entries.
+        memories: Numbers of stored patterns.
+        pattern_dim, feature_dim: Widths d and D; an image has its own width.
+        beta: Inverse temperature of retrieval.
+        alphas: Tsallis exponents.
+        normalize: Whether features have unit norm. Where not, W is scaled after U-Hop+ until the memories' mean squared feature norm is
+            that of the patterns themselves, so that beta means the same with and without Phi.
+        update_steps: Retrieval steps T.
+        separation_steps: Numbers of steps N of U-Hop+ to look at; the last is the largest.
+        temperature, final_temperature, lr, optimizer: Of U-Hop+; `None` holds the temperature fixed.
+        queries: Number of queries of "metastable".
+        seeds: How many seeds "metastable" is repeated for.
+    """
+
+    experiment: str
+    data: DataRecipe | None = None
+    memories: list[int] = dataclasses.field(default_factory=lambda: [5])
+    pattern_dim: int = 2
+    feature_dim: int = 2
+    beta: float = 5.0
+    alphas: list[float] = dataclasses.field(default_factory=lambda: [1.0])
+    normalize: bool = True
+    update_steps: int = 5
+    separation_steps: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2, 5])
+    temperature: float = 0.1
+    final_temperature: float | None = None
+    lr: float = 0.1
+    optimizer: str = "sgd"
+    queries: int = 500
+    seeds: int = 3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", help="YAML file in configs/geometry/")
+    parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
+    parser.add_argument("--output_dir", default="benchmarks/results", help="where the JSON and the figure go")
+    args = parser.parse_args()
+    try:
+        recipe = load(Path(args.recipe))
+        if args.dataset and recipe.data is not None:
+            recipe.data.dataset = args.dataset
+        results, figure = EXPERIMENTS[recipe.experiment](recipe)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
+    target = Path(args.output_dir) / f"geometry_{Path(args.recipe).stem}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = {"results": results, "recipe": dataclasses.asdict(recipe), **provenance()}
+    target.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    figure.savefig(target.with_suffix(".png"), dpi=100)
+    print(json.dumps(results, indent=1)[:3000], target.with_suffix(".json"), sep="\n")
+
+
+def load(path: Path) -> GeometryRecipe:
+    """Read a recipe; a `RecipeError` names an unknown key or experiment."""
+    content = strictly("recipe", read_yaml(path), GeometryRecipe)
+    if content.get("data") is not None:
+        content["data"] = DataRecipe(**strictly("data", content["data"], DataRecipe))
+    recipe = GeometryRecipe(**content)
+    if recipe.experiment not in EXPERIMENTS:
+        raise RecipeError(f"experiment must be among {tuple(EXPERIMENTS)}, got {recipe.experiment!r}")
+    return recipe
+
+
+def separated_maps(memories: torch.Tensor, recipe: GeometryRecipe, seed: int = 0) -> dict[int, FeatureMap]:
+    """The feature map after each number of steps of U-Hop+, from the identity or, between different widths, an orthogonal start."""
+    torch.manual_seed(seed)
+    same = memories.shape[1] == recipe.feature_dim
+    start = "identity" if same else "orthogonal"
+    phi = FeatureMap(memories.shape[1], recipe.feature_dim, start=start, normalize=recipe.normalize).to(memories.dtype)
+    maps = {}
+    for steps in recipe.separation_steps:
+        maps[steps] = copy.deepcopy(phi)
+        maximize_separation(maps[steps], memories, method="uhop+", steps=steps, **uhop_plus(recipe))
+        maps[steps].requires_grad_(False)
+        if not recipe.normalize:
+            maps[steps].weight.mul_((memories.square().sum() / maps[steps](memories).square().sum()).sqrt())
+    return maps
+
+
+def uhop_plus(recipe: GeometryRecipe) -> dict[str, Any]:
+    """The recipe's arguments of `maximize_separation`."""
+    final = recipe.temperature if recipe.final_temperature is None else recipe.final_temperature
+    return {"temperature": recipe.temperature, "final_temperature": final, "lr": recipe.lr, "optimizer": recipe.optimizer}
+
+
+def points_in_plane(count: int, seed: int = 0) -> torch.Tensor:
+    """Unit vectors crowded into a third of the circle, so that there is something to separate."""
+    angles = 2.0 * math.pi / 3.0 * torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def plane(memories: torch.Tensor, resolution: int = 160) -> tuple[torch.Tensor, float]:
+    """Points (resolution^2, 2) of a square around the memories, and half its side."""
+    reach = 1.4 * memories.abs().max().item()
+    axis = torch.linspace(-reach, reach, resolution, dtype=torch.float64)
+    return torch.cartesian_prod(axis, axis).flip(-1), reach
+
+
+def landscape(recipe: GeometryRecipe) -> Result:
+    """Energy over the plane of raw patterns, before and after steps of U-Hop+."""
+    columns = len(recipe.separation_steps)
+    figure, axes = plt.subplots(
+        len(recipe.memories), columns, figsize=(3.2 * columns, 3.2 * len(recipe.memories)), layout="constrained", squeeze=False
+    )
+    results: dict[str, Any] = {}
+    for row, count in zip(axes, recipe.memories, strict=True):
+        memories = points_in_plane(count)
+        grid, reach = plane(memories)
+        for axis, (steps, phi) in zip(row, separated_maps(memories, recipe).items(), strict=True):
+            heights = energy(grid, memories, beta=recipe.beta, alpha=recipe.alphas[0], feature_map=phi)
+            side = math.isqrt(len(grid))
+            axis.contourf(heights.reshape(side, side).numpy(), levels=30, extent=(-reach, reach, -reach, reach), cmap="viridis")
+            axis.scatter(*memories.T.numpy(), color="red", s=20)
+            axis.set(title=f"{count} memories, N = {steps}", xticks=[], yticks=[])
+            ends = retrieve(memories, memories, beta=recipe.beta, alpha=recipe.alphas[0], feature_map=phi, steps=100)
+            distance = (ends - memories).norm(dim=-1)
+            results.setdefault(f"M={count}", {})[f"N={steps}"] = {"distance_of_memory_to_its_attractor": distance.tolist()}
+    return results, figure
+
+
+def basins(recipe: GeometryRecipe) -> Result:
+    """Which memory each point of the plane is retrieved to: within 0.001 after `update_steps`, white where none."""
+    columns = len(recipe.separation_steps)
+    figure, axes = plt.subplots(
+        len(recipe.alphas), columns, figsize=(3.2 * columns, 3.3 * len(recipe.alphas)), layout="constrained", squeeze=False
+    )
+    memories = points_in_plane(recipe.memories[0])
+    grid, reach = plane(memories)
+    colors = np.vstack([[1.0, 1.0, 1.0], np.array(plt.get_cmap("Set2")(range(len(memories))))[:, :3]])
+    results: dict[str, Any] = {}
+    maps = separated_maps(memories, recipe)
+    for row, alpha in zip(axes, recipe.alphas, strict=True):
+        for axis, (steps, phi) in zip(row, maps.items(), strict=True):
+            settings: dict[str, Any] = {"beta": recipe.beta, "alpha": alpha, "feature_map": phi}
+            ends = retrieve(grid, memories, steps=recipe.update_steps, **settings)
+            distance, nearest = torch.cdist(ends, memories).min(-1)
+            basin = torch.where(distance < 1e-3, nearest + 1, 0)
+            side = math.isqrt(len(grid))
+            axis.imshow(colors[basin.reshape(side, side).numpy()], origin="lower", extent=(-reach, reach, -reach, reach))
+            axis.scatter(*memories.T.numpy(), color="black", s=15)
+            share = (basin > 0).double().mean().item()
+            axis.set(title=f"alpha = {alpha:g}, N = {steps}: {share:.0%}", xticks=[], yticks=[])
+            results.setdefault(f"alpha={alpha:g}", {})[f"N={steps}"] = {"share_that_reaches_a_memory": share}
+    return results, figure
+
+
+def loss_curve(recipe: GeometryRecipe) -> Result:
+    """Separation loss of U-Hop+ along its steps."""
+    figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    results = {}
+    for count in recipe.memories:
+        torch.manual_seed(0)
+        memories = torch.randn(count, recipe.pattern_dim)
+        phi = FeatureMap(recipe.pattern_dim, recipe.feature_dim, start="normal")
+        history = maximize_separation(phi, memories, method="uhop+", steps=max(recipe.separation_steps), **uhop_plus(recipe))
+        axis.plot(history, label=f"M = {count}")
+        results[f"M={count}"] = {"first": history[0], "last": history[-1], "history": history}
+    axis.set(xlabel="step of U-Hop+", ylabel="separation loss", title=f"d = {recipe.pattern_dim}, D = {recipe.feature_dim}")
+    axis.legend()
+    return results, figure
+
+
+def bound(recipe: GeometryRecipe) -> Result:
+    """The separation that our codes reach, between the bounds of Proposition 3.1."""
+    results = {}
+    for count in recipe.memories:
+        lower, upper = separation_bounds(count, recipe.feature_dim)
+        reached = 1.0 - closest_similarity(spherical_code(count, recipe.feature_dim)).item()
+        results[f"M={count}"] = {"lower": lower, "reached": reached, "upper": upper}
+    figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for key, style in (("upper", "--"), ("reached", "o-"), ("lower", "--")):
+        axis.plot(recipe.memories, [entry[key] for entry in results.values()], style, label=key)
+    axis.set(xlabel="M", ylabel="smallest 1 - cos", xscale="log", yscale="log", title=f"D = {recipe.feature_dim}")
+    axis.legend()
+    return results, figure
+
+
+def circle(recipe: GeometryRecipe) -> Result:
+    """Images on the unit circle: features of width 2, before and after steps of U-Hop+, and at the optimum that linear maps reach."""
+    if recipe.data is None:
+        raise RecipeError("experiment 'circle' needs data")
+    memories = draw(load_patterns(recipe.data), recipe.memories[0], 0) * 2.0 - 1.0
+    steps_of = separated_maps(memories, dataclasses.replace(recipe, feature_dim=2))
+    maps = {f"N = {steps}": phi for steps, phi in steps_of.items()}
+    maps["optimum"] = FeatureMap(memories.shape[1], 2, normalize=True).to(memories.dtype).requires_grad_(False)
+    separate_optimally(maps["optimum"], memories)
+    figure, axes = plt.subplots(1, len(maps), figsize=(3.2 * len(maps), 3.4), layout="constrained", squeeze=False)
+    best = 1.0 - math.cos(2.0 * math.pi / len(memories))
+    results = {}
+    for axis, (name, phi) in zip(axes[0], maps.items(), strict=True):
+        points = unit_norm(phi(memories))
+        separation = 1.0 - closest_similarity(points).item()
+        axis.add_patch(plt.Circle((0, 0), 1.0, fill=False, color="grey"))
+        axis.scatter(*points.T.numpy(), color="C0")
+        axis.set(title=f"{name}: {separation:.3f} of {best:.3f}", xticks=[], yticks=[])
+        axis.set(aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
+        results[name] = {"separation": separation, "best_possible": best}
+    return results, figure
+
+
+def metastable(recipe: GeometryRecipe) -> Result:
+    """Shares of queries by the number of memories that they retrieve, without Phi and after U-Hop+ (U-Hop+, Table 1)."""
+    steps = max(recipe.separation_steps)
+    counts: dict[str, dict[str, list[float]]] = {}
+    for seed in range(recipe.seeds):
+        if recipe.data is None:
+            generator = torch.Generator().manual_seed(seed)
+            patterns = torch.randn(recipe.memories[0] + recipe.queries, recipe.pattern_dim, generator=generator)
+        else:
+            patterns = draw(load_patterns(recipe.data), recipe.memories[0] + recipe.queries, seed) * 2.0 - 1.0
+        memories, queries = patterns[: recipe.memories[0]], patterns[recipe.memories[0] :]
+        separated = separated_maps(memories, recipe, seed)[steps]
+        plain = unit_norm if recipe.normalize else None
+        for alpha in recipe.alphas:
+            for name, phi in (("without Phi", plain), ("U-Hop+", separated)):
+                settings: dict[str, Any] = {"beta": recipe.beta, "alpha": alpha, "feature_map": phi}
+                states = retrieve(queries, memories, steps=recipe.update_steps, **settings)
+                sizes = metastable_sizes(association(states, memories, **settings), alpha)
+                shares = counts.setdefault(f"alpha={alpha:g}, {name}", {})
+                for label, (least, most) in SIZES.items():
+                    shares.setdefault(label, []).append(((sizes >= least) & (sizes <= most)).double().mean().item())
+
+    def spread(values: list[float]) -> dict[str, Any]:
+        return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "values": values}
+
+    results = {name: {label: spread(values) for label, values in shares.items()} for name, shares in counts.items()}
+    figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    left = np.zeros(len(results))
+    for label in SIZES:
+        width = np.array([entry[label]["mean"] for entry in results.values()])
+        axis.barh(list(results), width, left=left, label=label)
+        left += width
+    axis.invert_yaxis()
+    axis.set(xlabel="share of queries", title="Number of memories in a retrieval", xlim=(0, 1))
+    axis.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
+    return results, figure
+
+
+EXPERIMENTS: dict[str, Callable[[GeometryRecipe], Result]] = {
+    "landscape": landscape,
+    "basins": basins,
+    "loss_curve": loss_curve,
+    "bound": bound,
+    "circle": circle,
+    "metastable": metastable,
+}
+
+
+if __name__ == "__main__":
+    main()
