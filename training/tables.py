@@ -1,24 +1,37 @@
-"""Write the README's tables anew from the results files: each stands between `<!-- results: NAME -->` and `<!-- end -->`."""
+"""Write the README's tables anew from the results files: each stands between `<!-- results: NAME ... -->` and `<!-- end -->`."""
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from sweep import table
 
 
 ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- results: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def render(readme: str) -> str:
-    """The README with every marked table as its results file has it."""
+    """The README with every marked table as its results files have it."""
 
     def from_results(match: re.Match[str]) -> str:
-        results = json.loads((ROOT / "benchmarks" / "results" / f"{match[2]}.json").read_text())
-        return f"{match[1]}{table(results['variants'])}\n{match[3]}"
+        results = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in match[2].split()}
+        only, *others = results.values()
+        return f"{match[1]}{table(only['variants']) if 'variants' in only else retrieval_table([only, *others])}\n{match[3]}"
 
     return MARKED.sub(from_results, readme)
+
+
+def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta 10", sizes: tuple[str, ...] = ("100", "500")) -> str:
+    """Errors of every model for some numbers of memories, a column for each data set and number."""
+    columns = [(result, size) for result in results for size in sizes]
+    titles = [f"{result['recipe']['data']['dataset'].rpartition('/')[2]}, M = {size}" for result, size in columns]
+    lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(columns)]
+    for model in results[0]["summary"][panel]:
+        errors = [result["summary"][panel][model][size] for result, size in columns]
+        lines.append(f"| {model} | " + " | ".join(f"{error['mean']:.2f} ± {error['std']:.2f}" for error in errors) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
