@@ -302,6 +302,9 @@ def test_a_folder_of_images_of_different_sizes(tmp_path):
     _write_parquet(data)
     metrics = run(_recipe(*TINY, f"data.dataset={data}"), tmp_path / "run")
     assert metrics["test_accuracy"] > 0.4
+    for name in ("results.json", "README.md"):
+        assert str(data) not in (tmp_path / "run" / name).read_text()
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["recipe"]["data"]["dataset"] == "data"
 
 
 def test_a_run_without_separation(tmp_path):

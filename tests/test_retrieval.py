@@ -94,7 +94,9 @@ def test_u_hop_is_separated_as_the_panel_says(patterns):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_measures_every_model(patterns, experiment):
-    values = {"memory_size": [5, 10], "noise_level": [0.0, 2.0], "separation_steps": [0, 5], "separation_loss": [3]}[experiment]
+    values = {"memory_size": [5, 10], "noise_level": [0.0, 2.0], "beta": [1.0, 50.0], "separation_steps": [0, 5], "separation_loss": [3]}[
+        experiment
+    ]
     recipe = RetrievalRecipe(experiment, load(DIGITS).data, values, list(MODELS), memories=10, steps=5, repeats=2)
     if experiment == "separation_loss":
         recipe.models = ["U-Hop", "denoising"]
@@ -111,6 +113,10 @@ def test_every_experiment_measures_every_model(patterns, experiment):
             first = [row["error"] for row in rows if row["model"] == name and row["value"] == values[0]]
             assert summary[name][f"{values[0]:g}"]["mean"] == pytest.approx(np.mean(first))
         assert all(np.isfinite(errors))
+    if experiment == "beta":
+        for model in ("modern Hopfield", "U-Hop", "denoising"):
+            assert summary[model]["50"]["mean"] < summary[model]["1"]["mean"]
+        assert summary["polynomial"]["50"] == summary["polynomial"]["1"]
     if experiment == "noise_level":
         assert all(summary[name]["2"]["mean"] > summary[name]["0"]["mean"] for name in recipe.models)
 

@@ -72,6 +72,7 @@ def _series(log_history: list[dict[str, Any]], key: str) -> tuple[list[float], l
 AXES = {
     "memory_size": ("number of memories M", "log"),
     "noise_level": ("noise, times the pattern's norm", "linear"),
+    "beta": ("inverse temperature beta", "log"),
     "separation_steps": ("steps of Stage I", "symlog"),
     "separation_loss": ("separation loss", "linear"),
 }

@@ -213,11 +213,20 @@ def write_results(path: Path, recipe: ViTRecipe, metrics: dict[str, Any], **deta
         "name": recipe.name,
         "metrics": metrics,
         "seed": recipe.seed,
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": as_recorded(recipe),
         **provenance(),
         **details,
     }
     path.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def as_recorded(recipe: Any) -> dict[str, Any]:
+    """A recipe for a results file: a local folder of data by its name alone, as where it lay means nothing elsewhere."""
+    content = dataclasses.asdict(recipe)
+    data = content.get("data")
+    if data is not None and Path(data["dataset"]).is_dir():
+        data["dataset"] = Path(data["dataset"]).resolve().name
+    return content
 
 
 def provenance() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from recipe import DataRecipe, RecipeError, provenance, read_yaml, strictly
+from recipe import DataRecipe, RecipeError, as_recorded, provenance, read_yaml, strictly
 from run_retrieval import draw, load_patterns
 
 from modeling_uhop import FeatureMap, association, energy, maximize_separation, retrieve, spherical_code
@@ -89,7 +89,7 @@ def main() -> None:
         sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
     target = Path(args.output_dir) / f"geometry_{Path(args.recipe).stem}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    content = {"results": results, "recipe": dataclasses.asdict(recipe), **provenance()}
+    content = {"results": results, "recipe": as_recorded(recipe), **provenance()}
     target.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
     figure.savefig(target.with_suffix(".png"), dpi=100)
     print(json.dumps(results, indent=1)[:3000], target.with_suffix(".json"), sep="\n")

@@ -20,14 +20,14 @@ import torch
 import yaml
 from data import load_images
 from figures import retrieval_figure
-from recipe import DataRecipe, RecipeError, provenance, read_yaml, strictly
+from recipe import DataRecipe, RecipeError, as_recorded, provenance, read_yaml, strictly
 from scipy.stats import spearmanr
 from transformers.utils import logging
 
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, mask_patterns, separation_loss
 
 
-EXPERIMENTS = ("memory_size", "noise_level", "separation_steps", "separation_loss")
+EXPERIMENTS = ("memory_size", "noise_level", "beta", "separation_steps", "separation_loss")
 
 # Fields of the memory's configuration, and arguments of `separate` for those that have a Stage I.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
@@ -66,8 +66,8 @@ class RetrievalRecipe:
     """A retrieval experiment.
 
     Attributes:
-        experiment: What varies along the axis: "memory_size", "noise_level" (times a pattern's norm), "separation_steps", or
-            "separation_loss" (random rates and numbers of steps; `values` has the number of runs).
+        experiment: What varies along the axis: "memory_size", "noise_level" (times a pattern's norm), "beta",
+            "separation_steps", or "separation_loss" (random rates and numbers of steps; `values` has the number of runs).
         data: Images; patterns are drawn from the training split.
         values: The axis.
         models: Names among `MODELS`.
@@ -192,6 +192,14 @@ def _noise_level(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel
         yield level, error_of(model, add_noise(memories, level))
 
 
+def _beta(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
+    memories = draw(patterns, recipe.memories, repeat)
+    for beta in recipe.values:
+        torch.manual_seed(repeat)
+        queries = corruption_of(recipe, None)(memories)
+        yield beta, error_of(build(name, dataclasses.replace(panel, beta=beta), memories, recipe, recipe.steps), queries)
+
+
 def _separation_steps(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
     memories = draw(patterns, recipe.memories, repeat)
     for steps in recipe.values:
@@ -237,7 +245,7 @@ def write(recipe: RetrievalRecipe, rows: list[dict[str, Any]], target: Path) -> 
     target.parent.mkdir(parents=True, exist_ok=True)
     results = {
         "summary": summarize(recipe, rows),
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": as_recorded(recipe),
         "rows": rows,
         **provenance(),
     }
