@@ -83,6 +83,7 @@ def test_circle_and_metastable_states_on_digits():
     results, _ = EXPERIMENTS["metastable"](recipe)
     assert set(results) == {"alpha=1, without Phi", "alpha=1, U-Hop+"}
     for shares in results.values():
+        assert 1 <= shares.pop("different memories")["mean"] <= 20
         assert sum(share["mean"] for share in shares.values()) == pytest.approx(1.0)
 
 

@@ -244,7 +244,10 @@ def circle(recipe: GeometryRecipe) -> Result:
 
 
 def metastable(recipe: GeometryRecipe) -> Result:
-    """Shares of queries by the number of memories that they retrieve, without Phi and after U-Hop+ (U-Hop+, Table 1)."""
+    """Shares of queries by the number of memories that they retrieve, without Phi and after U-Hop+ (U-Hop+, Table 1).
+
+    Beside them the number of different memories that are the main one of any query: where one memory wins all queries, every size is 1.
+    """
     steps = max(recipe.separation_steps)
     counts: dict[str, dict[str, list[float]]] = {}
     for seed in range(recipe.seeds):
@@ -260,10 +263,13 @@ def metastable(recipe: GeometryRecipe) -> Result:
             for name, phi in (("without Phi", plain), ("U-Hop+", separated)):
                 settings: dict[str, Any] = {"beta": recipe.beta, "alpha": alpha, "feature_map": phi}
                 states = retrieve(queries, memories, steps=recipe.update_steps, **settings)
-                sizes = metastable_sizes(association(states, memories, **settings), alpha)
+                weights = association(states, memories, **settings)
+                sizes = metastable_sizes(weights, alpha)
+                different = weights.argmax(-1).unique().numel()
                 shares = counts.setdefault(f"alpha={alpha:g}, {name}", {})
                 for label, (least, most) in SIZES.items():
                     shares.setdefault(label, []).append(((sizes >= least) & (sizes <= most)).double().mean().item())
+                shares.setdefault("different memories", []).append(different)
 
     def spread(values: list[float]) -> dict[str, Any]:
         return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "values": values}
