@@ -24,13 +24,11 @@ class UHopMemoryConfig(PreTrainedConfig):
         beta (`float`, defaults to 10): Inverse temperature, positive.
         update_steps (`int`, defaults to 1): Retrieval steps, at least 1.
 
-    ```python
     >>> from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
 
     >>> memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=64))
     >>> memory.config.beta
     10.0
-    ```
     """
 
     model_type = "uhop_memory"

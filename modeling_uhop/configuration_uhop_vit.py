@@ -47,13 +47,11 @@ class UHopViTConfig(PreTrainedConfig):
     Raises:
         A validation error that names the field, its value and what is accepted.
 
-    ```python
     >>> from modeling_uhop import UHopViTConfig, UHopViTModel
 
     >>> model = UHopViTModel(UHopViTConfig(image_size=32, patch_size=4, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
     >>> model.config.alpha
     1.0
-    ```
     """
 
     model_type = "uhop_vit"

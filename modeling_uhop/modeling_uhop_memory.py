@@ -75,7 +75,6 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
     The stored patterns are saved with the model.
 
-    ```python
     >>> import torch
     >>> from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
 
@@ -85,7 +84,6 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
     >>> history = memory.separate(steps=50)
     >>> memory(patterns).retrieved.shape
     torch.Size([20, 64])
-    ```
     """
 
     def __init__(self, config: UHopMemoryConfig):

@@ -1,7 +1,6 @@
 """Recipes, their data and the training script: what runs, what is refused, what is left behind."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from huggingface_hub import ModelCard
 from metrics import classification_metrics
 from PIL import Image as PILImage
 from recipe import DataRecipe, RecipeError, check_output_dir, clear_output_dir, commit, load_recipe, write_recipe, write_results
-from tables import render
 from train_vit import run
 from transformers import EvalPrediction
 
@@ -354,15 +352,3 @@ def test_results_name_the_commit(tmp_path):
     write_results(tmp_path / "r.json", _recipe(), {"accuracy": 1.0}, extra=[1])
     results = json.loads((tmp_path / "r.json").read_text())
     assert set(results) == {"name", "metrics", "seed", "recipe", "versions", "commit", "extra"}
-
-
-def test_the_readme_shows_the_results_files():
-    readme = (ROOT / "README.md").read_text()
-    assert "<!-- results: vit_digits -->" in readme
-    assert render(readme) == readme
-
-
-def test_every_link_of_the_readme_leads_somewhere():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text())
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []

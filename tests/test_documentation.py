@@ -1,0 +1,50 @@
+"""What the README and the docstrings show, run as it stands."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from tables import render
+
+import modeling_uhop
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+# A training needs a data set and leaves a folder: those two blocks are covered by the tests of the callback and of remote code.
+BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if '"out"' not in block]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_the_readmes_code_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_readme_has_code_to_run():
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "modeling_uhop").glob("*.py") if path.stem != "__init__"))
+def test_docstring_examples(name):
+    outcome = doctest.testmod(importlib.import_module(f"modeling_uhop.{name}"))
+    assert outcome.failed == 0
+    assert outcome.attempted > 0 or name not in ("configuration_uhop_vit", "configuration_uhop_memory", "modeling_uhop_memory")
+
+
+def test_the_readme_shows_the_results_files():
+    assert "<!-- results: vit_digits -->" in README
+    assert render(README) == README
+
+
+def test_every_link_of_the_readme_leads_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_public_thing_says_what_it_is():
+    for name in modeling_uhop.__all__:
+        if name != "__version__":
+            assert (getattr(modeling_uhop, name).__doc__ or "").strip(), name
