@@ -50,8 +50,7 @@ save_file({name: tensor.detach().contiguous() for name, tensor in outputs.items(
 
 
 def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    # -P and a foreign folder: the checkout beside the tests must not be importable either.
-    return subprocess.run([sys.executable, "-P", "-c", script, *arguments], cwd="/", capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", script, *arguments], cwd="/", capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("fields", [{}, {"alpha": 1.4, "learnable_alpha": True}], ids=["dense", "learnable"])
