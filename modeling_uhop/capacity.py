@@ -119,6 +119,11 @@ class MemoryReport:
     confusions: list[tuple[int, int, float]]
     duplicates: list[tuple[int, int]]
 
+    @property
+    def alone(self) -> torch.Tensor:
+        """Which memories retrieve themselves, and no other with them."""
+        return (self.metastable_size == 1) & (self.weight > 0.5)
+
     def _columns(self) -> dict[str, list[Any]]:
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value.tolist() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
@@ -139,7 +144,7 @@ class MemoryReport:
             raise ImportError("MemoryReport.plot needs matplotlib") from error
         axis = pyplot.subplots(layout="constrained")[1] if axis is None else axis
         order = self.margin.argsort()
-        alone = (self.metastable_size[order] == 1).tolist()
+        alone = self.alone[order].tolist()
         axis.bar(range(len(order)), self.margin[order].tolist(), color=["C0" if ok else "C3" for ok in alone], width=1.0)
         if self.alpha > 1.0:
             axis.axhline(1.0 / (self.beta * (self.alpha - 1.0)), color="black", linestyle="--", label="exact from here on")
@@ -156,7 +161,7 @@ class MemoryReport:
             f"{count} memories at beta={self.beta:g}, alpha={self.alpha:g}",
             f"  separation            {self.separation:.4g} (the best possible lies between {lower:.4g} and {upper:.4g})",
             f"  smallest margin       {self.margin.min().item():.4g}",
-            f"  retrieved alone       {int((self.metastable_size == 1).sum())} of {count}, certified exact {int(self.exact.sum())}",
+            f"  retrieved alone       {int(self.alone.sum())} of {count}, certified exact {int(self.exact.sum())}",
             f"  largest error         {self.error.max().item():.4g} after one step from the memory itself",
             f"  well separated        {'yes' if self.well_separated else 'no'}",
             f"  duplicates            {self.duplicates if self.duplicates else 'none'}",

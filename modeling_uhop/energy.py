@@ -38,7 +38,10 @@ def similarity_scores(
             raise ValueError(f"similarity {similarity!r} compares raw patterns and must come without a feature map")
         queries, memories = feature_map(queries), feature_map(memories)
     if similarity in ("l2", "manhattan"):
-        distances = torch.cdist(at_least_fp32(queries), at_least_fp32(memories), p=2.0 if similarity == "l2" else 1.0)
+        # Not through inner products, which cancel where patterns are far from the origin.
+        exact = "donot_use_mm_for_euclid_dist"
+        wide = at_least_fp32(queries), at_least_fp32(memories)
+        distances = torch.cdist(*wide, p=2.0 if similarity == "l2" else 1.0, compute_mode=exact)
         return -distances.to(queries.dtype)
     if similarity == "cosine":
         queries, memories = unit_norm(queries), unit_norm(memories)

@@ -1,5 +1,6 @@
 """PyTorch UHopMemory model: a kernelized associative memory that stores patterns, separates them, and retrieves."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from .corruption import Corruption, mask_patterns
 from .energy import association, energy
 from .feature_map import FeatureMap, unit_norm
 from .separation import maximize_separation
-from .spherical import separate_optimally
+from .spherical import are_independent, separate_optimally
 
 
 @dataclass
@@ -87,7 +88,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
     """
 
     def __init__(self, config: UHopMemoryConfig):
-        super().__init__(config)
+        # A copy: `store` keeps num_memories up to date, and two memories may be built from one configuration.
+        super().__init__(copy.deepcopy(config))
         self.feature_map = (
             FeatureMap(config.pattern_dim, config.feature_dim, start=config.feature_init, normalize=config.normalize_features)
             if config.similarity == "kernel"
@@ -124,7 +126,10 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
     def delete(self, indices: int | list[int] | torch.Tensor) -> None:
         """Forget the memories at `indices`; an index that does not exist is an `IndexError`."""
         count = len(self)
-        positions = torch.as_tensor(indices).reshape(-1).tolist()
+        given = torch.as_tensor(indices)
+        if given.is_floating_point() or given.dtype == torch.bool:
+            raise TypeError(f"indices must be integers, got {given.dtype}")
+        positions = given.reshape(-1).tolist()
         for position in positions:
             if not -count <= position < count:
                 raise IndexError(f"there is no memory {position}; {count} are stored")
@@ -147,7 +152,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
           teach carries over to other corruptions, and plain separation lacks it: spreading clean patterns can amplify what corrupts them.
         - "uhop": the average separation loss of U-Hop, then rows of unit norm.
         - "uhop+": the optimal spherical code of U-Hop+ where the memories are linearly independent, found once and for all (`steps` and
-          `lr` are not used); projected gradient descent on W with a falling temperature where they are not.
+          `lr` are not used); projected gradient descent on W with a falling temperature where they are not, or `options` are given.
 
         Args:
             steps: Gradient steps.
@@ -166,7 +171,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             raise ValueError(f"similarity {self.config.similarity!r} has no feature map to separate with; 'kernel' has")
         if len(self) < 2:
             raise ValueError(f"separation needs at least two memories, got {len(self)}")
-        if method == "uhop+" and torch.linalg.matrix_rank(self.memories.double()) == len(self):
+        if method == "uhop+" and not options and are_independent(self.memories):
             return self._separate_optimally()
         if method == "denoising":
             options = {"temperature": 1.0 / self.config.beta, "corruption": corruption, **options}
@@ -270,10 +275,11 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         width = self.config.pattern_dim
         if patterns.dim() not in (1, 2) or patterns.shape[-1] != width:
             raise ValueError(f"{name} must have shape (..., {width}), got {tuple(patterns.shape)}")
+        patterns = patterns.to(device=self.memories.device, dtype=self.memories.dtype)
         bad = int((~torch.isfinite(patterns)).sum())
         if bad > 0:
-            raise ValueError(f"{name} must be finite, got {bad} entries that are not")
-        return patterns.to(device=self.memories.device, dtype=self.memories.dtype)
+            raise ValueError(f"{name} must be finite in {self.memories.dtype}, got {bad} entries that are not")
+        return patterns
 
 
 def _duplicates(memories: torch.Tensor) -> list[tuple[int, int]]:

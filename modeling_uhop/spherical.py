@@ -97,14 +97,22 @@ def _descend(
     return points
 
 
+def are_independent(memories: torch.Tensor) -> bool:
+    """Whether memories (M, d) are linearly independent beyond the rounding of their own dtype."""
+    tolerance = max(memories.shape) * torch.finfo(memories.dtype).eps
+    return bool(torch.linalg.matrix_rank(memories.double(), rtol=tolerance) == len(memories))
+
+
 @torch.no_grad()
 def separate_optimally(feature_map: FeatureMap, memories: torch.Tensor) -> None:
     """Set W so that the features of linearly independent memories (M, d) are an optimal spherical code: `W xi_mu = z_mu`.
 
     Among the maps that do so, the one of least norm. Raises a `ValueError` for memories that are linearly dependent.
     """
+    if not feature_map.weight.requires_grad:
+        raise ValueError("the feature map must be able to move, but it is frozen (requires_grad=False)")
     patterns = memories.double()
-    if torch.linalg.matrix_rank(patterns) < len(patterns):
+    if not are_independent(memories):
         raise ValueError("a linear feature map reaches every arrangement of memories only if they are linearly independent")
     code = spherical_code(len(patterns), feature_map.weight.shape[0]).to(patterns.device)
     feature_map.weight.copy_((torch.linalg.pinv(patterns) @ code).mT)

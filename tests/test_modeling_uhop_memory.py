@@ -110,6 +110,54 @@ def test_store_append_delete():
     assert memory.memories.abs().sum() > 0
 
 
+def test_indices_to_delete_are_integers():
+    memory = _memory(torch.randn(3, 2))
+    for wrong in (1.7, [0.0, 2.0], [True, False, True]):
+        with pytest.raises(TypeError, match="indices must be integers"):
+            memory.delete(wrong)
+    assert len(memory) == 3
+
+
+def test_what_overflows_the_dtype_is_refused():
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=3))
+    with pytest.raises(ValueError, match=r"must be finite in torch\.float32, got 6"):
+        memory.store(torch.full((2, 3), 1e39, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"must be finite in torch\.float16"):
+        memory.half().store(torch.full((2, 3), 70000.0))
+
+
+def test_two_memories_of_one_configuration(tmp_path):
+    config = UHopMemoryConfig(pattern_dim=3)
+    first, second = UHopMemoryModel(config), UHopMemoryModel(config)
+    first.store(torch.randn(10, 3))
+    second.store(torch.randn(4, 3))
+    first.save_pretrained(tmp_path)
+    assert torch.equal(UHopMemoryModel.from_pretrained(tmp_path).memories, first.memories)
+    assert config.num_memories == 0
+
+
+def test_a_memory_that_recalls_another_is_not_alone():
+    report = _memory(torch.tensor([[1.0, 0.0], [10.0, 1.0]]), similarity="dot").report()
+    assert report.metastable_size.tolist() == [1, 1]
+    assert report.alone.tolist() == [False, True]
+    assert "retrieved alone       1 of 2" in str(report)
+
+
+def test_memories_that_are_dependent_but_for_rounding_are_separated_by_gradients():
+    independent = _digits(20)
+    memory = _memory(torch.cat([independent, independent.mean(0, keepdim=True)]))
+    history = memory.separate(steps=30, lr=1e-2, method="uhop+")
+    assert len(history) == 31
+    assert memory.feature_map.weight.abs().max() <= 1.0
+    assert len(_memory(independent).separate(method="uhop+")) == 2
+    assert len(_memory(independent).separate(steps=5, method="uhop+", batch_size=10)) == 6
+
+
+def test_distances_are_exact_far_from_the_origin():
+    patterns = torch.rand(20, 50) + 1000.0
+    assert_close(_memory(patterns, similarity="l2", beta=50.0)(patterns).association, torch.eye(20), scale=100)
+
+
 def test_one_memory_is_always_retrieved():
     memory = _memory(torch.randn(1, 4))
     assert_close(memory(torch.randn(3, 4)).retrieved, memory.memories.expand(3, 4))
@@ -261,8 +309,8 @@ def test_no_memories():
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (torch.tensor([[1.0, torch.nan, 0.0]]), "must be finite, got 1 entries"),
-        (torch.tensor([[1.0, torch.inf, -torch.inf]]), "must be finite, got 2 entries"),
+        (torch.tensor([[1.0, torch.nan, 0.0]]), "must be finite in .* got 1 entries"),
+        (torch.tensor([[1.0, torch.inf, -torch.inf]]), "must be finite in .* got 2 entries"),
         (torch.randn(2, 4), r"must have shape \(..., 3\), got \(2, 4\)"),
         (torch.randn(2, 2, 3), "must have shape"),
         (torch.randn(3), r"must have shape \(M, 3\)"),

@@ -11,7 +11,7 @@ import torch
 from recipe import RecipeError
 from run_retrieval import EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, run, summarize
 
-from modeling_uhop import FeatureMap, mask_patterns, maximize_separation, retrieve
+from modeling_uhop import FeatureMap, association, mask_patterns, maximize_separation, retrieve
 
 
 ROOT = Path(__file__).parent.parent
@@ -68,15 +68,29 @@ def test_models_are_what_their_names_say(patterns):
     normal = torch.nn.functional.normalize
     scores = 10 * normal(queries, dim=-1) @ normal(memories, dim=-1).mT
     expected = (scores.softmax(-1) @ memories - memories).square().sum(-1).mean().item()
-    assert error_of(build("modern Hopfield", unit, memories, recipe, 0), queries) == pytest.approx(expected, rel=1e-5)
+    assert error_of(build("modern Hopfield", unit, memories, recipe, 0), queries, unit) == pytest.approx(expected, rel=1e-5)
     for name, alpha in (("modern Hopfield", 1.0), ("1.5-entmax Hopfield", 1.5), ("sparse Hopfield", 2.0)):
         recalled = retrieve(queries, memories, beta=2.0, alpha=alpha)
         expected = (recalled - memories).square().sum(-1).mean().item()
-        assert error_of(build(name, raw, memories, recipe, 0), queries) == pytest.approx(expected, rel=1e-5)
+        assert error_of(build(name, raw, memories, recipe, 0), queries, raw) == pytest.approx(expected, rel=1e-5)
     for name, similarity in (("L2", "l2"), ("Manhattan", "manhattan")):
         recalled = retrieve(queries, memories, beta=2.0, similarity=similarity)
         expected = (recalled - memories).square().sum(-1).mean().item()
-        assert error_of(build(name, raw, memories, recipe, 0), queries) == pytest.approx(expected, rel=1e-5)
+        assert error_of(build(name, raw, memories, recipe, 0), queries, raw) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "similarity"), [("L2", "l2"), ("Manhattan", "manhattan"), ("polynomial", "polynomial")])
+def test_a_unit_norm_panel_is_one_for_every_similarity(patterns, name, similarity):
+    memories = draw(patterns, 30, 0)
+    queries, unit = mask_patterns(memories), Panel(normalize=True, beta=10.0)
+    normal = torch.nn.functional.normalize
+    beta = 1.0 if name == "polynomial" else 10.0
+    weights = association(normal(queries, dim=-1), normal(memories, dim=-1), beta=beta, similarity=similarity)
+    expected = (weights @ memories - memories).square().sum(-1).mean().item()
+    assert error_of(build(name, unit, memories, load(DIGITS), 0), queries, unit) == pytest.approx(expected, rel=1e-5)
+    assert error_of(build(name, unit, 3 * memories, load(DIGITS), 0), queries, unit) == pytest.approx(
+        (weights @ (3 * memories) - 3 * memories).square().sum(-1).mean().item(), rel=1e-4
+    )
 
 
 def test_u_hop_is_separated_as_the_panel_says(patterns):
@@ -114,9 +128,8 @@ def test_every_experiment_measures_every_model(patterns, experiment):
             assert summary[name][f"{values[0]:g}"]["mean"] == pytest.approx(np.mean(first))
         assert all(np.isfinite(errors))
     if experiment == "beta":
-        for model in ("modern Hopfield", "U-Hop", "denoising"):
+        for model in ("modern Hopfield", "polynomial", "U-Hop", "denoising"):
             assert summary[model]["50"]["mean"] < summary[model]["1"]["mean"]
-        assert summary["polynomial"]["50"] == summary["polynomial"]["1"]
     if experiment == "noise_level":
         assert all(summary[name]["2"]["mean"] > summary[name]["0"]["mean"] for name in recipe.models)
 
@@ -132,6 +145,10 @@ def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
     results = json.loads((tmp_path / "retrieval_memory_size_tiny.json").read_text())
     assert set(results) == {"summary", "recipe", "rows", "versions", "commit"}
     assert len(results["rows"]) == 8
+    assert [row["model"] for row in results["rows"]] == ["modern Hopfield"] * 4 + ["U-Hop"] * 4
     assert (tmp_path / "retrieval_memory_size_tiny.png").stat().st_size > 10_000
+    updated = subprocess.run([sys.executable, *script, "--update", "U-Hop"], cwd=ROOT, capture_output=True, text=True)
+    assert updated.returncode == 0, updated.stderr
+    assert json.loads((tmp_path / "retrieval_memory_size_tiny.json").read_text())["rows"] == results["rows"]
     wrong = subprocess.run([sys.executable, *script[:1], "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.stderr.strip().splitlines()[-1] == "RecipeError: there is no recipe nowhere.yaml"

@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from scipy.stats import t as student_t
 
 
 matplotlib.use("Agg")
@@ -101,7 +102,9 @@ def retrieval_figure(path: Path, experiment: str, rows: list[dict[str, Any]], da
             values = sorted({row["value"] for row in mine})
             errors = [np.array([row["error"] for row in mine if row["value"] == value]) for value in values]
             means = [error.mean() for error in errors]
-            half_widths = [1.96 * error.std(ddof=1) / len(error) ** 0.5 if len(error) > 1 else 0.0 for error in errors]
+            half_widths = [
+                student_t.ppf(0.975, len(error) - 1) * error.std(ddof=1) / len(error) ** 0.5 if len(error) > 1 else 0.0 for error in errors
+            ]
             style = "--" if "Phi" not in model and "U-Hop" not in model and model != "denoising" else "-"
             axis.errorbar(values, means, half_widths, marker=".", capsize=2, color=color, linestyle=style, label=model)
         axis.set(title=panel, xlabel=label, ylabel="sum of squared pixel errors", xscale=scale, yscale="log")

@@ -24,7 +24,8 @@ from recipe import DataRecipe, RecipeError, as_recorded, provenance, read_yaml, 
 from scipy.stats import spearmanr
 from transformers.utils import logging
 
-from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, mask_patterns, separation_loss
+from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, association, mask_patterns, separation_loss
+from modeling_uhop.feature_map import unit_norm
 
 
 EXPERIMENTS = ("memory_size", "noise_level", "beta", "separation_steps", "separation_loss")
@@ -34,7 +35,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "modern Hopfield": ({}, None),
     "1.5-entmax Hopfield": ({"alpha": 1.5}, None),
     "sparse Hopfield": ({"alpha": 2.0}, None),
-    "polynomial": ({"similarity": "polynomial", "beta": 1.0}, None),
+    "polynomial": ({"similarity": "polynomial"}, None),
     "L2": ({"similarity": "l2"}, None),
     "Manhattan": ({"similarity": "manhattan"}, None),
     "untrained Phi": ({"similarity": "kernel"}, None),
@@ -50,8 +51,8 @@ class Panel:
     """Conditions that all models of a panel share.
 
     Attributes:
-        normalize: Whether similarities are of unit-norm patterns and features.
-        beta: Inverse temperature.
+        normalize: Whether similarities, all of them, are of unit-norm patterns and features.
+        beta: Inverse temperature; of "polynomial" too, of degree 10 beta; where beta is fixed its degree stays 10.
         optimizer, lr: Of Stage I.
     """
 
@@ -94,16 +95,21 @@ def main() -> None:
     parser.add_argument("recipe", help="YAML file in configs/retrieval/")
     parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
     parser.add_argument("--output_dir", default="benchmarks/results", help="where the JSON and the figure go")
+    parser.add_argument("--update", nargs="+", metavar="MODEL", choices=MODELS, help="measure these anew and keep the others' results")
     args = parser.parse_args()
+    target = Path(args.output_dir) / f"retrieval_{Path(args.recipe).stem}"
     try:
         recipe = load(Path(args.recipe))
+        kept = json.loads(target.with_suffix(".json").read_text())["rows"] if args.update else []
         if args.dataset:
             recipe.data.dataset = args.dataset
         patterns = load_patterns(recipe.data)
     except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
-    rows = list(run(recipe, patterns))
-    write(recipe, rows, Path(args.output_dir) / f"retrieval_{Path(args.recipe).stem}")
+    measured = dataclasses.replace(recipe, models=args.update or recipe.models)
+    rows = [row for row in kept if row["model"] not in measured.models] + list(run(measured, patterns))
+    rows.sort(key=lambda row: recipe.models.index(row["model"]))
+    write(recipe, rows, target)
 
 
 def load(path: Path) -> RetrievalRecipe:
@@ -139,8 +145,8 @@ def draw(patterns: np.ndarray, count: int, seed: int) -> torch.Tensor:
 def build(name: str, panel: Panel, memories: torch.Tensor, recipe: RetrievalRecipe, steps: int, lr: float | None = None) -> UHopMemoryModel:
     """One model with its memories, separated if it has a Stage I."""
     fields, separation = MODELS[name]
-    plain = "cosine" if panel.normalize else "dot"
-    config = {"similarity": plain, "beta": panel.beta, "normalize_features": panel.normalize, **fields}
+    beta = 1.0 if name == "polynomial" and recipe.experiment != "beta" else panel.beta
+    config = {"similarity": "dot", "beta": beta, "normalize_features": panel.normalize, **fields}
     model = UHopMemoryModel(UHopMemoryConfig(pattern_dim=memories.shape[1], **config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # equal images are stored twice, and say so
@@ -160,9 +166,15 @@ def corruption_of(recipe: RetrievalRecipe, level: float | None) -> Any:
 
 
 @torch.no_grad()
-def error_of(model: UHopMemoryModel, queries: torch.Tensor) -> float:
-    """Sum of squared pixel differences, averaged over queries."""
-    return (model(queries).retrieved - model.memories).square().sum(-1).mean().item()
+def error_of(model: UHopMemoryModel, queries: torch.Tensor, panel: Panel) -> float:
+    """Sum of squared pixel differences, averaged over queries; what is mixed are raw memories, however they are compared."""
+    memories, config = model.memories, model.config
+    if model.feature_map is None and panel.normalize:
+        settings: dict[str, Any] = {"similarity": config.similarity, "degree": config.degree, "beta": config.beta, "alpha": config.alpha}
+        retrieved = association(unit_norm(queries), unit_norm(memories), **settings) @ memories
+    else:
+        retrieved = model(queries).retrieved
+    return (retrieved - memories).square().sum(-1).mean().item()
 
 
 def run(recipe: RetrievalRecipe, patterns: np.ndarray):
@@ -180,7 +192,7 @@ def _memory_size(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel
         memories = draw(patterns, int(count), repeat)
         torch.manual_seed(repeat)
         queries = corruption_of(recipe, None)(memories)
-        yield count, error_of(build(name, panel, memories, recipe, recipe.steps), queries)
+        yield count, error_of(build(name, panel, memories, recipe, recipe.steps), queries, panel)
 
 
 def _noise_level(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
@@ -188,8 +200,9 @@ def _noise_level(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel
     torch.manual_seed(repeat)
     model = build(name, panel, memories, recipe, recipe.steps)
     for level in recipe.values:
-        torch.manual_seed(repeat)
-        yield level, error_of(model, add_noise(memories, level))
+        # A seed of its own: the same noise at every level, and none of the numbers that Phi began with.
+        torch.manual_seed(10_000 + repeat)
+        yield level, error_of(model, add_noise(memories, level), panel)
 
 
 def _beta(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
@@ -197,7 +210,7 @@ def _beta(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel
     for beta in recipe.values:
         torch.manual_seed(repeat)
         queries = corruption_of(recipe, None)(memories)
-        yield beta, error_of(build(name, dataclasses.replace(panel, beta=beta), memories, recipe, recipe.steps), queries)
+        yield beta, error_of(build(name, dataclasses.replace(panel, beta=beta), memories, recipe, recipe.steps), queries, panel)
 
 
 def _separation_steps(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
@@ -205,7 +218,7 @@ def _separation_steps(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, 
     for steps in recipe.values:
         torch.manual_seed(repeat)
         queries = corruption_of(recipe, None)(memories)
-        yield steps, error_of(build(name, panel, memories, recipe, int(steps)), queries)
+        yield steps, error_of(build(name, panel, memories, recipe, int(steps)), queries, panel)
 
 
 def _separation_loss(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
@@ -219,7 +232,7 @@ def _separation_loss(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, p
         model = build(name, panel, memories, recipe, steps, lr)
         with torch.no_grad():
             features = memories if model.feature_map is None else model.feature_map(memories)
-            yield separation_loss(features).item(), error_of(model, queries)
+            yield separation_loss(features).item(), error_of(model, queries, panel)
 
 
 def summarize(recipe: RetrievalRecipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
