@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+from data import load_images
 from recipe import DataRecipe, RecipeError, as_recorded, provenance, read_yaml, strictly
 from run_retrieval import draw, load_patterns
 
@@ -221,14 +222,18 @@ def bound(recipe: GeometryRecipe) -> Result:
 
 
 def circle(recipe: GeometryRecipe) -> Result:
-    """Images on the unit circle: features of width 2, before and after steps of U-Hop+, and at the optimum that linear maps reach."""
+    """An image of each class on the unit circle, features of width 2: before and after U-Hop+, and at the optimum of linear maps."""
     if recipe.data is None:
         raise RecipeError("experiment 'circle' needs data")
-    memories = draw(load_patterns(recipe.data), recipe.memories[0], 0) * 2.0 - 1.0
+    images = load_images(recipe.data)["train"]
+    labels = np.asarray(images["label"])
+    firsts = images.select([int(np.argmax(labels == label)) for label in np.unique(labels)])
+    memories = torch.from_numpy(np.stack([np.asarray(image).reshape(-1) for image in firsts["image"]])).float() / 127.5 - 1.0
     steps_of = separated_maps(memories, dataclasses.replace(recipe, feature_dim=2))
     maps = {f"N = {steps}": phi for steps, phi in steps_of.items()}
-    maps["optimum"] = FeatureMap(memories.shape[1], 2, normalize=True).to(memories.dtype).requires_grad_(False)
+    maps["optimum"] = FeatureMap(memories.shape[1], 2, normalize=True).to(memories.dtype)
     separate_optimally(maps["optimum"], memories)
+    maps["optimum"].requires_grad_(False)
     figure, axes = plt.subplots(1, len(maps), figsize=(3.2 * len(maps), 3.4), layout="constrained", squeeze=False)
     best = 1.0 - math.cos(2.0 * math.pi / len(memories))
     results = {}
