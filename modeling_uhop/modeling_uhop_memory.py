@@ -22,9 +22,10 @@ from .capacity import (
 )
 from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import Corruption, mask_patterns
-from .energy import association, energy
+from .energy import association, energy, similarity_scores
 from .feature_map import FeatureMap, unit_norm
 from .separation import maximize_separation
+from .simplex import at_least_fp32
 from .spherical import are_independent, separate_optimally
 
 
@@ -239,7 +240,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             raise ValueError(f"a report needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
         features = self.memories if self.feature_map is None else self.feature_map(self.memories)
         output = self(self.memories, update_steps=1)
-        kernel, weights = (features @ features.mT).float(), output.association.float()
+        kernel = at_least_fp32(similarity_scores(self.memories, self.memories, feature_map=self.feature_map))
+        weights, patterns, features = (at_least_fp32(tensor) for tensor in (output.association, self.memories, features))
         margin, rival = margins(kernel)
         count, feature_dim = features.shape
         separation = margins(self._unit_kernel())[0].min().item() if count > 1 else float("nan")
@@ -251,21 +253,21 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             alpha=self.config.alpha,
             margin=margin,
             rival=rival,
-            error_bound=retrieval_error_bound(self.memories.float(), features.float(), self.config.beta),
-            error=(output.retrieved - self.memories).float().norm(dim=-1),
+            error_bound=retrieval_error_bound(patterns, features, self.config.beta),
+            error=(at_least_fp32(output.retrieved) - patterns).norm(dim=-1),
             weight=weights.diagonal(),
             exact=is_exactly_retrieved(kernel, self.config.beta, self.config.alpha),
             metastable_size=metastable_sizes(weights, self.config.alpha),
             separation=separation,
             separation_bounds=separation_bounds(count, feature_dim) if count > 1 and feature_dim > 1 else (float("nan"), float("nan")),
-            well_separated=unit_features and is_well_separated(features.float(), self.config.beta),
+            well_separated=unit_features and is_well_separated(features, self.config.beta),
             confusions=[(m, n, weight) for weight, m, n in confused],
             duplicates=_duplicates(self.memories),
         )
 
     def _unit_kernel(self) -> torch.Tensor:
         features = self.memories if self.feature_map is None else self.feature_map(self.memories)
-        features = unit_norm(features.float())
+        features = unit_norm(at_least_fp32(features))
         return features @ features.mT
 
     def _checked(self, patterns: torch.Tensor, name: str) -> torch.Tensor:

@@ -45,6 +45,25 @@ def test_the_error_bound_is_never_exceeded(seed, beta, alpha):
     assert (error <= bound + 1e-9).all()
 
 
+@given(seed=st.integers(0, 10_000), beta=st.floats(5.0, 20.0))
+def test_the_kernelized_error_bound_holds_and_is_the_formula(seed, beta):
+    generator = torch.Generator().manual_seed(seed)
+    memories = torch.randn(6, 10, generator=generator, dtype=torch.float64)
+    # A map that makes features nearly orthonormal, so that their margins beat their radius.
+    weight = torch.linalg.pinv(memories).mT + 0.02 * torch.randn(6, 10, generator=generator, dtype=torch.float64)
+    features = memories @ weight.mT
+    bound = retrieval_error_bound(memories, features, beta)
+    radius = 0.5 * smallest_distance(features)
+    offset = torch.randn(6, 10, generator=generator, dtype=torch.float64)
+    offset *= radius * torch.rand(6, 1, generator=generator, dtype=torch.float64) / (offset @ weight.mT).norm(dim=-1, keepdim=True)
+    recalled = retrieve(memories + offset, memories, beta=beta, feature_map=lambda u: u @ weight.mT)
+    error = (recalled - memories).norm(dim=-1)
+    assert (error <= bound + 1e-9).all()
+    margin, _ = margins(features @ features.mT)
+    exponent = margin - 2 * features.norm(dim=-1).max() * radius
+    assert_close(bound, 2 * memories.norm(dim=-1).max() * 5 * torch.exp(-beta * exponent), scale=1e3)
+
+
 def test_the_error_bound_is_equation_1_3():
     memories = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
     radius = min(math.sqrt(5), math.sqrt(2), 3.0) / 2

@@ -110,6 +110,26 @@ def test_store_append_delete():
     assert memory.memories.abs().sum() > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_report_is_as_precise_as_its_memory(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        patterns = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+        margin = _memory(patterns, dtype=dtype, alpha=1.5).report().margin
+        assert margin.dtype == dtype
+        smallest = margin.min().item()
+        if smallest > 0.01:
+            # Just above and below the threshold of the least separated memory, by a little more than rounding.
+            width = 1e-9 if dtype == torch.float64 else 1e-3
+            for factor, certified in ((1 + width, True), (1 - width, False)):
+                torch.manual_seed(0)
+                memory = _memory(patterns, dtype=dtype, alpha=1.5)
+                memory.config.beta = factor * 2.0 / memory.report().margin.min().item()
+                report = memory.report()
+                assert bool(report.exact.all()) is certified
+                assert torch.equal(report.exact, report.metastable_size == 1)
+
+
 def test_indices_to_delete_are_integers():
     memory = _memory(torch.randn(3, 2))
     for wrong in (1.7, [0.0, 2.0], [True, False, True]):
