@@ -15,7 +15,6 @@ from sklearn.datasets import load_digits
 from transformers import AutoModel
 
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, denoising_loss, energy, mask_patterns, maximize_separation, retrieve
-from modeling_uhop.configuration_uhop_memory import UHopMemoryConfig as Config
 from modeling_uhop.feature_map import unit_norm
 
 
@@ -251,7 +250,7 @@ def test_corruptions():
             wrong()
 
 
-def test_report(capsys):
+def test_report():
     memory = _memory(_digits(30), alpha=1.5, beta=3.0)
     report = memory.report()
     frame = report.to_dataframe()
@@ -379,7 +378,7 @@ def test_bad_calls_are_refused(wrong):
 )
 def test_a_bad_configuration_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        Config(**fields)
+        UHopMemoryConfig(**fields)
 
 
 @pytest.mark.parametrize(

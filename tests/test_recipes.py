@@ -149,11 +149,11 @@ def test_augmentation_crops_and_mirrors():
     assert seen == expected
 
 
-def _write_parquet(folder: Path, *, column: str = "image", labels=(0, 1), label_type=None, splits=("train", "test")) -> None:
+def _write_parquet(folder: Path, *, labels=(0, 1), label_type=None, splits=("train", "test")) -> None:
     images = [PILImage.new("RGB", (8 + i % 3, 8), ("red", "blue", "green")[i % len(labels)]) for i in range(20 * len(labels))]
-    features = Features({column: Image(), "label": label_type or ClassLabel(names=["a", "b"])})
+    features = Features({"image": Image(), "label": label_type or ClassLabel(names=["a", "b"])})
     for split in splits:
-        Dataset.from_dict({column: images, "label": list(labels) * 20}, features=features).to_parquet(folder / f"{split}.parquet")
+        Dataset.from_dict({"image": images, "label": list(labels) * 20}, features=features).to_parquet(folder / f"{split}.parquet")
 
 
 def test_a_local_folder_is_read(tmp_path):

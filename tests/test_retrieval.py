@@ -150,5 +150,11 @@ def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
     updated = subprocess.run([sys.executable, *script, "--update", "U-Hop"], cwd=ROOT, capture_output=True, text=True)
     assert updated.returncode == 0, updated.stderr
     assert json.loads((tmp_path / "retrieval_memory_size_tiny.json").read_text())["rows"] == results["rows"]
+    for content, message in (("values: [5000]", "RecipeError: there are 1293 images"), ("steps: 3", "TypeError: ")):
+        recipe.write_text(f"experiment: memory_size\ndata: {{dataset: digits}}\nmodels: [U-Hop]\n{content}\n")
+        refused = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 1
+        assert "Traceback" not in refused.stderr
+        assert refused.stderr.strip().splitlines()[-1].startswith(message)
     wrong = subprocess.run([sys.executable, *script[:1], "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.stderr.strip().splitlines()[-1] == "RecipeError: there is no recipe nowhere.yaml"

@@ -9,12 +9,16 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
 from modeling_uhop import SeparationCallback, UHopViTConfig
@@ -67,6 +71,15 @@ class ViTRecipe:
 
 class RecipeError(ValueError):
     """A recipe or command line that cannot be run, in one line."""
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End the script with one line in place of a traceback where input was wrong."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, NotImplementedError, StrictDataclassError) as error:
+        sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
 
 
 class _Loader(yaml.SafeLoader):

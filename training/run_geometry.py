@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import matplotlib
 import numpy as np
 import torch
 from data import load_images
-from recipe import DataRecipe, RecipeError, as_recorded, provenance, read_yaml, strictly
+from recipe import DataRecipe, RecipeError, as_recorded, errors_in_one_line, provenance, read_yaml, strictly
 from run_retrieval import draw, load_patterns
 
 from modeling_uhop import FeatureMap, association, energy, maximize_separation, retrieve, spherical_code
@@ -81,13 +80,11 @@ def main() -> None:
     parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
     parser.add_argument("--output_dir", default="benchmarks/results", help="where the JSON and the figure go")
     args = parser.parse_args()
-    try:
+    with errors_in_one_line():
         recipe = load(Path(args.recipe))
         if args.dataset and recipe.data is not None:
             recipe.data.dataset = args.dataset
         results, figure = EXPERIMENTS[recipe.experiment](recipe)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
     target = Path(args.output_dir) / f"geometry_{Path(args.recipe).stem}"
     target.parent.mkdir(parents=True, exist_ok=True)
     content = {"results": results, "recipe": as_recorded(recipe), **provenance()}

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import statistics
-import sys
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import yaml
 from data import load_images
 from figures import retrieval_figure
-from recipe import DataRecipe, RecipeError, as_recorded, provenance, read_yaml, strictly
+from recipe import DataRecipe, RecipeError, as_recorded, errors_in_one_line, provenance, read_yaml, strictly
 from scipy.stats import spearmanr
 from transformers.utils import logging
 
@@ -98,16 +97,14 @@ def main() -> None:
     parser.add_argument("--update", nargs="+", metavar="MODEL", choices=MODELS, help="measure these anew and keep the others' results")
     args = parser.parse_args()
     target = Path(args.output_dir) / f"retrieval_{Path(args.recipe).stem}"
-    try:
+    with errors_in_one_line():
         recipe = load(Path(args.recipe))
         kept = json.loads(target.with_suffix(".json").read_text())["rows"] if args.update else []
         if args.dataset:
             recipe.data.dataset = args.dataset
         patterns = load_patterns(recipe.data)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
-    measured = dataclasses.replace(recipe, models=args.update or recipe.models)
-    rows = [row for row in kept if row["model"] not in measured.models] + list(run(measured, patterns))
+        measured = dataclasses.replace(recipe, models=args.update or recipe.models)
+        rows = [row for row in kept if row["model"] not in measured.models] + list(run(measured, patterns))
     rows.sort(key=lambda row: recipe.models.index(row["model"]))
     write(recipe, rows, target)
 

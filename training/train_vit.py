@@ -16,7 +16,6 @@ from accelerate import PartialState
 from data import load_images, make_image_processor, make_transform, with_dataset
 from datasets import Dataset, DatasetDict
 from figures import training_figure
-from huggingface_hub.errors import StrictDataclassError
 from metrics import classification_metrics
 from recipe import (
     RecipeError,
@@ -25,6 +24,7 @@ from recipe import (
     check_same_recipe,
     clear_output_dir,
     command_line,
+    errors_in_one_line,
     load_recipe,
     write_recipe,
     write_results,
@@ -64,13 +64,11 @@ def feature_grams(model: Any, pixel_values: torch.Tensor) -> list[np.ndarray]:
 
 def main() -> None:
     args = command_line(__doc__.splitlines()[0]).parse_args()
-    try:
+    with errors_in_one_line():
         recipe = load_recipe(args.recipe, args.set)
         recipe.data = with_dataset(recipe.data, args.dataset)
         recipe.seed = recipe.seed if args.seed is None else args.seed
         run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite, resume=args.resume)
-    except (ValueError, TypeError, OSError, NotImplementedError, StrictDataclassError) as error:
-        sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
 
 
 def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
