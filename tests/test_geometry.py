@@ -10,9 +10,9 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from recipe import DataRecipe, RecipeError
-from run_geometry import EXPERIMENTS, GeometryRecipe, load, points_in_plane, separated_maps
+from run_geometry import EXPERIMENTS, GeometryRecipe, are_neighbours, load, on_arc, separated_maps
 
-from modeling_uhop import separation_loss
+from modeling_uhop import FeatureMap, separation_loss
 from modeling_uhop.feature_map import unit_norm
 
 
@@ -44,7 +44,7 @@ def test_a_wrong_recipe_is_refused(tmp_path, content, message):
 
 
 def test_more_steps_of_uhop_plus_separate_more():
-    memories = points_in_plane(4)
+    memories = on_arc(4, 60)
     maps = separated_maps(memories, GeometryRecipe("landscape", separation_steps=[0, 20, 100], lr=0.05, temperature=0.5))
     losses = [separation_loss(phi(memories), kind="per_memory", temperature=0.5).item() for phi in maps.values()]
     assert losses[0] > losses[1] > losses[2]
@@ -62,6 +62,8 @@ def test_landscape_and_basins():
     results, _ = EXPERIMENTS["landscape"](recipe)
     distances = results["M=2"]["N=0"]["distance_of_memory_to_its_attractor"]
     assert max(distances) < 0.1
+    assert results["M=2"]["N=2"]["separation"] > results["M=2"]["N=0"]["separation"] == pytest.approx(0.5)
+    assert results["M=2"]["share_of_random_crowds_that_improve"] > 0.5
     results, _ = EXPERIMENTS["basins"](GeometryRecipe("basins", memories=[2], separation_steps=[0], beta=1e4, alphas=[2.0]))
     assert results["alpha=2"]["N=0"]["share_that_reaches_a_memory"] > 0.99
 
@@ -76,9 +78,15 @@ def test_loss_curve_and_bound():
 
 def test_circle_and_metastable_states_on_digits():
     data = DataRecipe("digits")
-    results, _ = EXPERIMENTS["circle"](GeometryRecipe("circle", data, memories=[10], separation_steps=[0]))
-    assert results["optimum"]["separation"] == pytest.approx(1 - math.cos(math.pi / 5), rel=1e-3)
-    assert results["N = 0"]["separation"] < 0.1
+    classes = {0: "zero", 1: "one", 7: "seven"}
+    results, _ = EXPERIMENTS["circle"](
+        GeometryRecipe("circle", data, classes=classes, similar=[["one", "seven"]], separation_steps=[0, 1], seeds=2)
+    )
+    assert results["best_possible"] == pytest.approx(1.5)
+    assert results["separation"]["optimum"]["values"] == pytest.approx([1.5, 1.5], rel=1e-3)
+    assert all(value < 1.4 for value in results["separation"]["N = 0"]["values"])
+    # Of three points on a circle, any two are neighbours.
+    assert results["similar_pairs_that_are_neighbours"] == {"share": 1.0, "by_chance": 1.0}
     recipe = GeometryRecipe("metastable", data, memories=[20], feature_dim=64, normalize=False, separation_steps=[20], queries=30, seeds=2)
     results, _ = EXPERIMENTS["metastable"](recipe)
     assert set(results) == {"alpha=1, without Phi", "alpha=1, U-Hop+"}
@@ -95,7 +103,15 @@ def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
     assert (tmp_path / "geometry_loss_curve.png").stat().st_size > 10_000
 
 
-def test_points_in_the_plane_are_crowded_unit_vectors():
-    points = points_in_plane(50)
+def test_points_on_an_arc():
+    points = on_arc(5, 80)
+    angles = torch.atan2(points[:, 1], points[:, 0]).rad2deg()
     assert torch.allclose(unit_norm(points), points)
-    assert torch.atan2(points[:, 1], points[:, 0]).max() <= 2 * math.pi / 3
+    assert torch.allclose(angles, torch.tensor([5.0, 25.0, 45.0, 65.0, 85.0], dtype=torch.float64))
+
+
+def test_neighbours_on_a_circle():
+    angles = torch.tensor([0.1, 1.0, 2.0, -0.1, 3.0])
+    names, pairs = ["a", "b", "c", "d", "e"], [["a", "b"], ["a", "d"], ["e", "d"], ["a", "c"], ["b", "e"]]
+    phi = FeatureMap(2)
+    assert are_neighbours(phi, torch.stack([angles.cos(), angles.sin()], -1), names, pairs) == [True, True, True, False, False]

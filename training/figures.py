@@ -1,5 +1,6 @@
 """Pictures of a run."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,13 @@ def retrieval_figure(path: Path, experiment: str, rows: list[dict[str, Any]], da
     """
     panels = list(dict.fromkeys(row["panel"] for row in rows))
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.5 + 5.5 * len(panels), 4.6), layout="constrained", squeeze=False)
+    columns = min(len(panels), 2)
+    rows_of_panels = math.ceil(len(panels) / columns)
+    size = (1.5 + 5.5 * columns, 4.6 * rows_of_panels)
+    figure, axes = plt.subplots(rows_of_panels, columns, figsize=size, layout="constrained", squeeze=False)
     label, scale = AXES[experiment]
     colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for axis, panel in zip(axes[0], panels, strict=True):
+    for axis, panel in zip(axes.flat, panels, strict=False):
         for model, color in zip(models, colors, strict=False):
             mine = [row for row in rows if row["panel"] == panel and row["model"] == model]
             if experiment == "separation_loss":

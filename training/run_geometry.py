@@ -29,6 +29,7 @@ from modeling_uhop.spherical import closest_similarity, separate_optimally
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
 
@@ -45,6 +46,9 @@ class GeometryRecipe:
         data: Images to draw memories from; `None` for Gaussian patterns of `pattern_dim` entries.
         memories: Numbers of stored patterns.
         pattern_dim, feature_dim: Widths d and D; an image has its own width.
+        arc: Of "landscape" and "basins": the memories stand at equal distances on an arc of the unit circle this many degrees wide.
+        classes: Of "circle": name of each label that takes part.
+        similar: Of "circle": pairs of names that are expected to become neighbours.
         beta: Inverse temperature of retrieval.
         alphas: Tsallis exponents.
         normalize: Whether features have unit norm. Where not, W is scaled after U-Hop+ until the memories' mean squared feature norm is
@@ -53,7 +57,7 @@ class GeometryRecipe:
         separation_steps: Numbers of steps N of U-Hop+ to look at; the last is the largest.
         temperature, final_temperature, lr, optimizer: Of U-Hop+; `None` holds the temperature fixed.
         queries: Number of queries of "metastable".
-        seeds: How many seeds "metastable" is repeated for.
+        seeds: How many seeds "metastable" and "circle" are repeated for.
     """
 
     experiment: str
@@ -61,6 +65,9 @@ class GeometryRecipe:
     memories: list[int] = dataclasses.field(default_factory=lambda: [5])
     pattern_dim: int = 2
     feature_dim: int = 2
+    arc: float = 60.0
+    classes: dict[int, str] = dataclasses.field(default_factory=dict)
+    similar: list[list[str]] = dataclasses.field(default_factory=list)
     beta: float = 5.0
     alphas: list[float] = dataclasses.field(default_factory=lambda: [1.0])
     normalize: bool = True
@@ -126,10 +133,29 @@ def uhop_plus(recipe: GeometryRecipe) -> dict[str, Any]:
     return {"temperature": recipe.temperature, "final_temperature": final, "lr": recipe.lr, "optimizer": recipe.optimizer}
 
 
-def points_in_plane(count: int, seed: int = 0) -> torch.Tensor:
-    """Unit vectors crowded into a third of the circle, so that there is something to separate."""
-    angles = 2.0 * math.pi / 3.0 * torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def on_arc(count: int, degrees: float) -> torch.Tensor:
+    """Unit vectors (count, 2) at equal distances on an arc around the diagonal.
+
+    A linear map of the plane can spread such a crowd evenly. Of points at random angles it can spread only few.
+    """
+    half = math.radians(degrees) / 2.0
+    angles = math.pi / 4.0 + torch.linspace(-half, half, count, dtype=torch.float64)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+def separation_of(phi: FeatureMap, memories: torch.Tensor) -> float:
+    return 1.0 - closest_similarity(unit_norm(phi(memories))).item()
+
+
+def improved_at_random(count: int, recipe: GeometryRecipe, draws: int = 50) -> float:
+    """Share of draws of `count` random angles on the arc in which the last of U-Hop+'s steps leaves memories further apart."""
+    improved = 0
+    for seed in range(draws):
+        angles = math.radians(recipe.arc) * torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        memories = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        separations = [separation_of(phi, memories) for phi in separated_maps(memories, recipe).values()]
+        improved += separations[-1] > separations[0]
+    return improved / draws
 
 
 def plane(memories: torch.Tensor, resolution: int = 160) -> tuple[torch.Tensor, float]:
@@ -147,17 +173,24 @@ def landscape(recipe: GeometryRecipe) -> Result:
     )
     results: dict[str, Any] = {}
     for row, count in zip(axes, recipe.memories, strict=True):
-        memories = points_in_plane(count)
+        memories = on_arc(count, recipe.arc)
         grid, reach = plane(memories)
+        entry: dict[str, Any] = results.setdefault(f"M={count}", {})
         for axis, (steps, phi) in zip(row, separated_maps(memories, recipe).items(), strict=True):
             heights = energy(grid, memories, beta=recipe.beta, alpha=recipe.alphas[0], feature_map=phi)
             side = math.isqrt(len(grid))
-            axis.contourf(heights.reshape(side, side).numpy(), levels=30, extent=(-reach, reach, -reach, reach), cmap="viridis")
+            # A colour for each thirtieth of the plane: valleys are shallow, and even steps of energy would hide them.
+            levels = np.unique(np.quantile(heights.numpy(), np.linspace(0.0, 1.0, 31)))
+            axis.contourf(
+                heights.reshape(side, side).numpy(), levels=levels, norm=BoundaryNorm(levels, 256), extent=(-reach, reach, -reach, reach)
+            )
             axis.scatter(*memories.T.numpy(), color="red", s=20)
-            axis.set(title=f"{count} memories, N = {steps}", xticks=[], yticks=[])
+            separation = separation_of(phi, memories)
+            axis.set(title=f"{count} memories, N = {steps}: {separation:.3f}", xticks=[], yticks=[])
             ends = retrieve(memories, memories, beta=recipe.beta, alpha=recipe.alphas[0], feature_map=phi, steps=100)
             distance = (ends - memories).norm(dim=-1)
-            results.setdefault(f"M={count}", {})[f"N={steps}"] = {"distance_of_memory_to_its_attractor": distance.tolist()}
+            entry[f"N={steps}"] = {"separation": separation, "distance_of_memory_to_its_attractor": distance.tolist()}
+        entry["share_of_random_crowds_that_improve"] = improved_at_random(count, recipe)
     return results, figure
 
 
@@ -167,7 +200,7 @@ def basins(recipe: GeometryRecipe) -> Result:
     figure, axes = plt.subplots(
         len(recipe.alphas), columns, figsize=(3.2 * columns, 3.3 * len(recipe.alphas)), layout="constrained", squeeze=False
     )
-    memories = points_in_plane(recipe.memories[0])
+    memories = on_arc(recipe.memories[0], recipe.arc)
     grid, reach = plane(memories)
     colors = np.vstack([[1.0, 1.0, 1.0], np.array(plt.get_cmap("Set2")(range(len(memories))))[:, :3]])
     results: dict[str, Any] = {}
@@ -183,7 +216,9 @@ def basins(recipe: GeometryRecipe) -> Result:
             axis.scatter(*memories.T.numpy(), color="black", s=15)
             share = (basin > 0).double().mean().item()
             axis.set(title=f"alpha = {alpha:g}, N = {steps}: {share:.0%}", xticks=[], yticks=[])
-            results.setdefault(f"alpha={alpha:g}", {})[f"N={steps}"] = {"share_that_reaches_a_memory": share}
+            entry = {"separation": separation_of(phi, memories), "share_that_reaches_a_memory": share}
+            results.setdefault(f"alpha={alpha:g}", {})[f"N={steps}"] = entry
+    results["share_of_random_crowds_that_improve"] = improved_at_random(len(memories), recipe)
     return results, figure
 
 
@@ -219,30 +254,59 @@ def bound(recipe: GeometryRecipe) -> Result:
 
 
 def circle(recipe: GeometryRecipe) -> Result:
-    """An image of each class on the unit circle, features of width 2: before and after U-Hop+, and at the optimum of linear maps."""
-    if recipe.data is None:
-        raise RecipeError("experiment 'circle' needs data")
+    """An image of each class on the unit circle, features of width 2: before and after U-Hop+, and at the optimum of linear maps.
+
+    Each seed draws other images. The picture is of seed 0; the share of similar pairs that end as neighbours is over all seeds.
+    """
+    if recipe.data is None or not recipe.classes:
+        raise RecipeError("experiment 'circle' needs data and classes")
     images = load_images(recipe.data)["train"]
-    labels = np.asarray(images["label"])
-    firsts = images.select([int(np.argmax(labels == label)) for label in np.unique(labels)])
-    memories = torch.from_numpy(np.stack([np.asarray(image).reshape(-1) for image in firsts["image"]])).float() / 127.5 - 1.0
-    steps_of = separated_maps(memories, dataclasses.replace(recipe, feature_dim=2))
-    maps = {f"N = {steps}": phi for steps, phi in steps_of.items()}
-    maps["optimum"] = FeatureMap(memories.shape[1], 2, normalize=True).to(memories.dtype)
-    separate_optimally(maps["optimum"], memories)
-    maps["optimum"].requires_grad_(False)
-    figure, axes = plt.subplots(1, len(maps), figsize=(3.2 * len(maps), 3.4), layout="constrained", squeeze=False)
-    best = 1.0 - math.cos(2.0 * math.pi / len(memories))
-    results = {}
-    for axis, (name, phi) in zip(axes[0], maps.items(), strict=True):
-        points = unit_norm(phi(memories))
-        separation = 1.0 - closest_similarity(points).item()
-        axis.add_patch(plt.Circle((0, 0), 1.0, fill=False, color="grey"))
-        axis.scatter(*points.T.numpy(), color="C0")
-        axis.set(title=f"{name}: {separation:.3f} of {best:.3f}", xticks=[], yticks=[])
-        axis.set(aspect="equal", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2))
-        results[name] = {"separation": separation, "best_possible": best}
+    labels, names = np.asarray(images["label"]), list(recipe.classes.values())
+    best = 1.0 - math.cos(2.0 * math.pi / len(names))
+    separations: dict[str, list[float]] = {}
+    neighbours = []
+    for seed in range(recipe.seeds):
+        random = np.random.default_rng(seed)
+        drawn = images.select([int(random.choice(np.flatnonzero(labels == label))) for label in recipe.classes])
+        memories = torch.from_numpy(np.stack([np.asarray(image).reshape(-1) for image in drawn["image"]])).float() / 127.5 - 1.0
+        steps_of = separated_maps(memories, dataclasses.replace(recipe, feature_dim=2), seed)
+        maps = {f"N = {steps}": phi for steps, phi in steps_of.items()}
+        neighbours += are_neighbours(maps[f"N = {max(recipe.separation_steps)}"], memories, names, recipe.similar)
+        maps["optimum"] = FeatureMap(memories.shape[1], 2, normalize=True).to(memories.dtype)
+        separate_optimally(maps["optimum"], memories)
+        for name, phi in maps.items():
+            separations.setdefault(name, []).append(separation_of(phi.requires_grad_(False), memories))
+        if seed == 0:
+            figure = circles(maps, memories, names, best)
+    results: dict[str, Any] = {"separation": {name: spread(values) for name, values in separations.items()}, "best_possible": best}
+    if neighbours:
+        results["similar_pairs_that_are_neighbours"] = {"share": float(np.mean(neighbours)), "by_chance": 2.0 / (len(names) - 1)}
     return results, figure
+
+
+def are_neighbours(phi: FeatureMap, memories: torch.Tensor, names: list[str], pairs: list[list[str]]) -> list[bool]:
+    """For each pair of names, whether none stands between them on the circle."""
+    points = phi(memories).detach()
+    ranks = torch.atan2(points[:, 1], points[:, 0]).argsort().argsort().tolist()
+    place = dict(zip(names, ranks, strict=True))
+    return [(place[first] - place[second]) % len(names) in (1, len(names) - 1) for first, second in pairs]
+
+
+def circles(maps: dict[str, FeatureMap], memories: torch.Tensor, names: list[str], best: float) -> Figure:
+    figure, axes = plt.subplots(1, len(maps), figsize=(3.4 * len(maps), 3.6), layout="constrained", squeeze=False)
+    for axis, (title, phi) in zip(axes[0], maps.items(), strict=True):
+        points = unit_norm(phi(memories)).detach().numpy()
+        axis.add_patch(plt.Circle((0, 0), 1.0, fill=False, color="grey"))
+        axis.scatter(*points.T, color="C0")
+        for name, point in zip(names, points, strict=True):
+            axis.annotate(name, 1.2 * point, ha="center", va="center", fontsize="small")
+        axis.set(title=f"{title}: {separation_of(phi, memories):.3f} of {best:.3f}", xticks=[], yticks=[])
+        axis.set(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+    return figure
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, "values": values}
 
 
 def metastable(recipe: GeometryRecipe) -> Result:
@@ -272,9 +336,6 @@ def metastable(recipe: GeometryRecipe) -> Result:
                 for label, (least, most) in SIZES.items():
                     shares.setdefault(label, []).append(((sizes >= least) & (sizes <= most)).double().mean().item())
                 shares.setdefault("different memories", []).append(different)
-
-    def spread(values: list[float]) -> dict[str, Any]:
-        return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "values": values}
 
     results = {name: {label: spread(values) for label, values in shares.items()} for name, shares in counts.items()}
     figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")

@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "1.5-entmax Hopfield": ({"alpha": 1.5}, None),
     "sparse Hopfield": ({"alpha": 2.0}, None),
     "polynomial": ({"similarity": "polynomial"}, None),
+    "cosine": ({"similarity": "cosine"}, None),
     "L2": ({"similarity": "l2"}, None),
     "Manhattan": ({"similarity": "manhattan"}, None),
     "untrained Phi": ({"similarity": "kernel"}, None),
