@@ -20,21 +20,22 @@ def margins(kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return kernel.diagonal() - closest, rivals
 
 
-def retrieval_error_bound(memories: torch.Tensor, features: torch.Tensor, beta: float) -> torch.Tensor:
+def retrieval_error_bound(memories: torch.Tensor, features: torch.Tensor, beta: float, radius: float | None = None) -> torch.Tensor:
     """Bound on `|T(x) - xi_mu|` after one step at alpha = 1, for each memory (M,) (U-Hop equation 1.3, kernelized).
 
-    `2 m (M - 1) exp(-beta (Delta_mu - 2 m_Phi R_Phi))` with m the largest norm of a memory, m_Phi of a feature, Delta_mu the margin and
-    R_Phi half the smallest distance in feature space. It holds for every query whose feature is within R_Phi of that of xi_mu. For the
-    un-kernelized model pass the memories as features.
+    `2 m (M - 1) exp(-beta (Delta_mu - 2 m_Phi r))` with m the largest norm of a memory, m_Phi of a feature, and Delta_mu the margin. It
+    holds for every query whose feature is within r of that of xi_mu; `None` is the paper's radius R_Phi, half the smallest distance in
+    feature space. Of unit-norm features no margin exceeds 2 R_Phi: there the bound at R_Phi is at least 2 m (M - 1) and says little, and a
+    smaller radius says more. For the un-kernelized model pass the memories as features.
     """
     count = len(memories)
     if count < 2:
         return torch.zeros(count, dtype=memories.dtype, device=memories.device)
     largest = torch.linalg.vector_norm(memories, dim=-1).max()
     largest_feature = torch.linalg.vector_norm(features, dim=-1).max()
-    radius = 0.5 * smallest_distance(features)
+    reach = 0.5 * smallest_distance(features) if radius is None else radius
     margin, _ = margins(features @ features.mT)
-    return 2.0 * largest * (count - 1) * torch.exp(-beta * (margin - 2.0 * largest_feature * radius))
+    return 2.0 * largest * (count - 1) * torch.exp(-beta * (margin - 2.0 * largest_feature * reach))
 
 
 def smallest_distance(points: torch.Tensor) -> torch.Tensor:
@@ -93,15 +94,17 @@ class MemoryReport:
         margin: `Delta_mu` in feature space.
         rival: The memory that comes closest, -1 if there is none.
         error_bound: Bound on the error of one step for queries near the memory, at alpha = 1 (equation 1.3).
+        own_error_bound: The same for the memory itself as the query, which is radius 0: the bound that `error` is checked against.
         error: Distance between a memory and what it retrieves in one step.
         weight: Weight of a memory in its own retrieval.
-        exact: Whether it is certified to retrieve itself alone (alpha > 1).
+        exact: Whether it is certified to retrieve itself alone (alpha > 1), in the memory's own precision.
         metastable_size: Number of memories that its retrieval mixes.
         separation: Smallest `1 - cos` between two features, one number; nan for fewer than two memories.
         separation_bounds: Bounds on the largest separation that is possible (Proposition 3.1); nan where they do not apply.
         well_separated: Whether unit-norm features meet the well-separation condition.
         confusions: Triples (mu, nu, p): querying with memory mu gives more than 0.01 weight to another memory nu; largest first.
         duplicates: Pairs (mu, nu) of equal memories.
+        rounding: How far an error may be off by rounding, in the memory's own dtype.
     """
 
     beta: float
@@ -109,6 +112,7 @@ class MemoryReport:
     margin: torch.Tensor
     rival: torch.Tensor
     error_bound: torch.Tensor
+    own_error_bound: torch.Tensor
     error: torch.Tensor
     weight: torch.Tensor
     exact: torch.Tensor
@@ -118,6 +122,17 @@ class MemoryReport:
     well_separated: bool
     confusions: list[tuple[int, int, float]]
     duplicates: list[tuple[int, int]]
+    rounding: float
+
+    @property
+    def within_bound(self) -> torch.Tensor | None:
+        """Whether each memory's error keeps to its bound, up to rounding; `None` at alpha > 1, where the bound says nothing."""
+        return self.error <= self.own_error_bound + self.rounding if self.alpha == 1.0 else None
+
+    @property
+    def certificate_failures(self) -> list[int]:
+        """Memories certified exact that did not retrieve themselves alone: there should be none."""
+        return (self.exact & ~self.alone).nonzero().flatten().tolist()
 
     @property
     def alone(self) -> torch.Tensor:
@@ -154,6 +169,17 @@ class MemoryReport:
         )
         return axis
 
+    def _checks(self) -> list[str]:
+        """What the theory says against what retrieving gave."""
+        checks = []
+        if self.within_bound is not None:
+            beyond = (~self.within_bound).nonzero().flatten().tolist()
+            checks.append(f"errors of memories {beyond} exceed bound (1.3)" if beyond else "all errors within bound (1.3)")
+        if self.exact.any():
+            failed = self.certificate_failures
+            checks.append(f"certificates of memories {failed} failed" if failed else "all certificates verified by retrieving")
+        return checks or ["no bound and no certificate applies"]
+
     def __str__(self) -> str:
         count = len(self.margin)
         lower, upper = self.separation_bounds
@@ -163,6 +189,7 @@ class MemoryReport:
             f"  smallest margin       {self.margin.min().item():.4g}",
             f"  retrieved alone       {int(self.alone.sum())} of {count}, certified exact {int(self.exact.sum())}",
             f"  largest error         {self.error.max().item():.4g} after one step from the memory itself",
+            f"  checked               {'; '.join(self._checks())}",
             f"  well separated        {'yes' if self.well_separated else 'no'}",
             f"  duplicates            {self.duplicates if self.duplicates else 'none'}",
         ]

@@ -29,6 +29,9 @@ from .simplex import at_least_fp32
 from .spherical import are_independent, separate_optimally
 
 
+_SEARCHED_CODES, _MEMORIES_IN_A_STEP = 1000, 4096
+
+
 @dataclass
 class UHopMemoryOutput(ModelOutput):
     """
@@ -153,7 +156,10 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
           teach carries over to other corruptions, and plain separation lacks it: spreading clean patterns can amplify what corrupts them.
         - "uhop": the average separation loss of U-Hop, then rows of unit norm.
         - "uhop+": the optimal spherical code of U-Hop+ where the memories are linearly independent, found once and for all (`steps` and
-          `lr` are not used); projected gradient descent on W with a falling temperature where they are not, or `options` are given.
+          `lr` are not used); projected gradient descent on W with a falling temperature where they are not, where there are more than
+          1000 of them and more than twice `feature_dim`, or where `options` are given.
+
+        Of more than 4096 memories a step looks at 4096, drawn anew each time, unless `options` give another `batch_size`.
 
         Args:
             steps: Gradient steps.
@@ -172,8 +178,10 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             raise ValueError(f"similarity {self.config.similarity!r} has no feature map to separate with; 'kernel' has")
         if len(self) < 2:
             raise ValueError(f"separation needs at least two memories, got {len(self)}")
-        if method == "uhop+" and not options and are_independent(self.memories):
+        code_is_known = len(self) <= 2 * len(self.feature_map.weight)
+        if method == "uhop+" and not options and (code_is_known or len(self) <= _SEARCHED_CODES) and are_independent(self.memories):
             return self._separate_optimally()
+        options.setdefault("batch_size", _MEMORIES_IN_A_STEP)
         if method == "denoising":
             options = {"temperature": 1.0 / self.config.beta, "corruption": corruption, **options}
         return maximize_separation(self.feature_map, self.memories, method=method, steps=steps, lr=1e-3 if lr is None else lr, **options)
@@ -243,6 +251,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         kernel = at_least_fp32(similarity_scores(self.memories, self.memories, feature_map=self.feature_map))
         weights, patterns, features = (at_least_fp32(tensor) for tensor in (output.association, self.memories, features))
         margin, rival = margins(kernel)
+        # Retrieval rounds its scores: a certificate holds only where the margin exceeds what rounding may take from it.
+        rounding = 2.0 * torch.finfo(self.memories.dtype).eps
+        certain = kernel - rounding * kernel.abs().max() * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
         count, feature_dim = features.shape
         separation = margins(self._unit_kernel())[0].min().item() if count > 1 else float("nan")
         others = weights.masked_fill(torch.eye(count, dtype=torch.bool, device=weights.device), 0.0)
@@ -254,15 +265,17 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             margin=margin,
             rival=rival,
             error_bound=retrieval_error_bound(patterns, features, self.config.beta),
+            own_error_bound=retrieval_error_bound(patterns, features, self.config.beta, radius=0.0),
             error=(at_least_fp32(output.retrieved) - patterns).norm(dim=-1),
             weight=weights.diagonal(),
-            exact=is_exactly_retrieved(kernel, self.config.beta, self.config.alpha),
+            exact=is_exactly_retrieved(certain, self.config.beta, self.config.alpha),
             metastable_size=metastable_sizes(weights, self.config.alpha),
             separation=separation,
             separation_bounds=separation_bounds(count, feature_dim) if count > 1 and feature_dim > 1 else (float("nan"), float("nan")),
             well_separated=unit_features and is_well_separated(features, self.config.beta),
             confusions=[(m, n, weight) for weight, m, n in confused],
             duplicates=_duplicates(self.memories),
+            rounding=2.0 * rounding * patterns.norm(dim=-1).max().item(),
         )
 
     def _unit_kernel(self) -> torch.Tensor:

@@ -33,12 +33,14 @@ def test_margins():
     assert nobody.item() == -1
 
 
-@given(seed=st.integers(0, 10_000), beta=st.floats(0.5, 50.0), alpha=st.sampled_from([1.0, 1.5, 2.0]))
-def test_the_error_bound_is_never_exceeded(seed, beta, alpha):
+@given(
+    seed=st.integers(0, 10_000), beta=st.floats(0.5, 50.0), alpha=st.sampled_from([1.0, 1.5, 2.0]), radius=st.floats(0.0, 2.0) | st.none()
+)
+def test_the_error_bound_is_never_exceeded(seed, beta, alpha, radius):
     generator = torch.Generator().manual_seed(seed)
     memories = torch.randn(6, 8, generator=generator, dtype=torch.float64)
-    bound = retrieval_error_bound(memories, memories, beta)
-    radius = 0.5 * smallest_distance(memories)
+    bound = retrieval_error_bound(memories, memories, beta, radius)
+    radius = 0.5 * smallest_distance(memories) if radius is None else radius
     direction = torch.randn(6, 8, generator=generator, dtype=torch.float64)
     offset = radius * torch.rand(6, 1, generator=generator, dtype=torch.float64) * direction / direction.norm(dim=-1, keepdim=True)
     error = (retrieve(memories + offset, memories, beta=beta, alpha=alpha) - memories).norm(dim=-1)

@@ -1,5 +1,6 @@
 """UHopMemoryModel: storing, separating, retrieving, reporting, saving; bad input."""
 
+import dataclasses
 import math
 import warnings
 
@@ -286,6 +287,42 @@ def test_a_bad_field_is_refused_on_load_too(tmp_path):
     _memory().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="beta must be positive, got -1"):
         UHopMemoryModel.from_pretrained(tmp_path, beta=-1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("similarity", ["kernel", "dot"])
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
+def test_a_report_checks_theory_by_retrieving(dtype, similarity, alpha):
+    verified = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        memory = _memory(torch.randn(2 + 4 * seed, 32), similarity=similarity, alpha=alpha, dtype=dtype)
+        for memory.config.beta in (0.1, 1.0, 5.0, 50.0):
+            report = memory.report()
+            assert report.certificate_failures == []
+            assert report.within_bound is None if alpha > 1.0 else report.within_bound.all()
+            verified += int(report.exact.sum())
+    assert (verified > 0) == (alpha > 1.0)
+    assert "all errors within bound (1.3)" in str(report) or alpha > 1.0
+    assert "all certificates verified by retrieving" in str(report) or alpha == 1.0
+
+
+def test_tens_of_thousands_of_memories_are_separated_in_batches():
+    memory = _memory(torch.randn(20_000, 16), feature_dim=8, normalize_features=True)
+    history = memory.separate(3, method="uhop+")
+    assert len(history) == 4
+    assert all(math.isfinite(loss) for loss in history)
+    memory.separate(3)
+
+
+def test_a_report_names_what_contradicts_theory():
+    report = _memory(torch.eye(4), alpha=1.0, beta=100.0).report()
+    wrong = dataclasses.replace(report, error=torch.tensor([0.0, 1.0, 0.0, 0.0]))
+    assert "errors of memories [1] exceed bound (1.3)" in str(wrong)
+    report = _memory(torch.eye(4), alpha=2.0, beta=100.0).report()
+    wrong = dataclasses.replace(report, metastable_size=torch.tensor([1, 1, 1, 2]))
+    assert "certificates of memories [3] failed" in str(wrong)
+    assert "no bound and no certificate applies" in str(_memory(torch.eye(4), alpha=2.0, beta=0.1).report())
 
 
 def test_equal_memories_are_reported():
