@@ -1,17 +1,27 @@
 """Kernelized modern Hopfield models (U-Hop, arXiv 2404.03827; U-Hop+, arXiv 2410.23126) as Hugging Face models."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 
 from .callbacks import SeparationCallback
 from .capacity import MemoryReport
 from .configuration_uhop_memory import UHopMemoryConfig
+from .configuration_uhop_mil import UHopMILConfig
 from .configuration_uhop_vit import UHopViTConfig
 from .corruption import add_noise, mask_patterns
 from .energy import association, energy, retrieve, similarity_scores
+from .feature_extraction_uhop_mil import DataCollatorForBags, UHopMILFeatureExtractor
 from .feature_map import FeatureMap
-from .hopfield import HopfieldAttention, hopfield_attention
+from .hopfield import HopfieldAttention, HopfieldPooling, hopfield_attention
 from .modeling_uhop_memory import UHopMemoryModel
+from .modeling_uhop_mil import UHopMILForBagClassification, UHopMILModel
 from .modeling_uhop_vit import UHopViTForImageClassification, UHopViTModel
+from .pipelines import MultipleInstanceClassificationPipeline, register
 from .separation import denoising_loss, maximize_separation, separation_loss
 from .simplex import simplex_conjugate, simplex_map
 from .spherical import spherical_code
@@ -23,18 +33,34 @@ AutoModel.register(UHopMemoryConfig, UHopMemoryModel, exist_ok=True)
 AutoConfig.register("uhop_vit", UHopViTConfig, exist_ok=True)
 AutoModel.register(UHopViTConfig, UHopViTModel, exist_ok=True)
 AutoModelForImageClassification.register(UHopViTConfig, UHopViTForImageClassification, exist_ok=True)
+AutoConfig.register("uhop_mil", UHopMILConfig, exist_ok=True)
+AutoModel.register(UHopMILConfig, UHopMILModel, exist_ok=True)
+AutoModelForSequenceClassification.register(UHopMILConfig, UHopMILForBagClassification, exist_ok=True)
+AutoFeatureExtractor.register(UHopMILConfig, UHopMILFeatureExtractor, exist_ok=True)
+register()
 
 UHopMemoryConfig.register_for_auto_class()
 UHopMemoryModel.register_for_auto_class("AutoModel")
 UHopViTConfig.register_for_auto_class()
 UHopViTModel.register_for_auto_class("AutoModel")
 UHopViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+UHopMILConfig.register_for_auto_class()
+UHopMILModel.register_for_auto_class("AutoModel")
+UHopMILForBagClassification.register_for_auto_class("AutoModelForSequenceClassification")
+UHopMILFeatureExtractor.register_for_auto_class()
 
 __all__ = [
+    "DataCollatorForBags",
     "FeatureMap",
     "HopfieldAttention",
+    "HopfieldPooling",
     "MemoryReport",
+    "MultipleInstanceClassificationPipeline",
     "SeparationCallback",
+    "UHopMILConfig",
+    "UHopMILFeatureExtractor",
+    "UHopMILForBagClassification",
+    "UHopMILModel",
     "UHopMemoryConfig",
     "UHopMemoryModel",
     "UHopViTConfig",

@@ -53,6 +53,7 @@ class SeparationCallback(TrainerCallback):
         optimizer: "sgd" or "adam".
         batch_size: Examples in a step, over all processes together; a multiple of their number.
         include_class_token: Whether the CLS token counts as a memory.
+        pool_memories: Whether the memories of a batch are one set, in place of a set for each example (image, bag, series).
         project: Whether the rows of W are scaled to unit norm after every step (the projection of U-Hop+).
         normalize_rows: Whether they are after every round (U-Hop Algorithm 1).
         seed: Seed of Stage I; `None` for the Trainer's.
@@ -78,6 +79,7 @@ class SeparationCallback(TrainerCallback):
         optimizer: str = "sgd",
         batch_size: int = 128,
         include_class_token: bool = False,
+        pool_memories: bool = False,
         project: bool = False,
         normalize_rows: bool = False,
         seed: int | None = None,
@@ -109,6 +111,7 @@ class SeparationCallback(TrainerCallback):
         self.optimizer = optimizer
         self.batch_size = batch_size
         self.include_class_token = include_class_token
+        self.pool_memories = pool_memories
         self.project = project
         self.normalize_rows = normalize_rows
         self.seed = seed
@@ -231,6 +234,8 @@ class SeparationCallback(TrainerCallback):
         with torch.autocast(args.device.type, dtype=half, enabled=args.bf16 or args.fp16):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.parameters == "upstream"):
                 sets = list(model.memory_sets(**batch, **options))
+            if self.pool_memories:
+                sets = [(phi, memories.flatten(0, 1), None if mask is None else mask.flatten()) for phi, memories, mask in sets]
             for _, memories, mask in sets:
                 if mask is None and memories.shape[-2] < 2:
                     raise ValueError(

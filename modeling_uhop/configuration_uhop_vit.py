@@ -6,6 +6,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .validation import check_at_least_one, check_hopfield
+
 
 @strict
 class UHopViTConfig(PreTrainedConfig):
@@ -88,9 +90,7 @@ class UHopViTConfig(PreTrainedConfig):
 
     def validate_hopfield(self):
         """Ranges and combinations that types alone do not express."""
-        for name in ("hidden_size", "num_attention_heads", "intermediate_size", "num_channels", "update_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least_one(self, "hidden_size", "num_attention_heads", "intermediate_size", "num_channels", "update_steps")
         for name in ("hidden_act", "pooler_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(f"{name} must be one of {sorted(ACT2FN)}, got {getattr(self, name)!r}")
@@ -100,20 +100,7 @@ class UHopViTConfig(PreTrainedConfig):
                 "image_size and patch_size must be a number or a pair (height, width), the patch at least 1 and no larger than the image, "
                 f"got {self.image_size} and {self.patch_size}"
             )
-        if not 1.0 <= self.alpha <= 2.0:
-            raise ValueError(f"alpha must lie in [1, 2], got {self.alpha}")
-        if self.learnable_alpha and not 1.0 < self.alpha < 2.0:
-            raise ValueError(f"a learnable alpha must begin strictly between 1 and 2, got alpha={self.alpha}")
-        if self.beta is not None and not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta must be positive and finite, or None for 1 / sqrt(head width), got {self.beta}")
-        if self.feature_dim is not None and self.feature_dim < 1:
-            raise ValueError(f"feature_dim must be at least 1, or None for hidden_size, got {self.feature_dim}")
-        features = self.feature_dim if self.use_feature_map and self.feature_dim is not None else self.hidden_size
-        if self.value_source == "projected_memory" and features != self.hidden_size:
-            raise ValueError(
-                "value_source 'projected_memory' applies W_K to features and to raw memories, so feature_dim must equal "
-                f"hidden_size {self.hidden_size}, got {features}"
-            )
+        check_hopfield(self)
 
 
 __all__ = ["UHopViTConfig"]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .feature_map import FeatureMap
@@ -89,19 +90,21 @@ class HopfieldAttention(nn.Module):
     `W_V W_K Xi` ("projected_memory", as in equation 3.1). Before the last step, `update_steps - 1` steps retrieve in key space,
     `q <- Sep_alpha(beta q k^T) k`.
 
-    Reads from the configuration: hidden_size, num_attention_heads, attention_probs_dropout_prob, qkv_bias, alpha, learnable_alpha, beta,
-    use_feature_map, feature_dim, feature_init, update_steps, value_source, and which kernel computes the attention.
+    Reads from the configuration: hidden_size, num_attention_heads, head_dim (where it has one), attention_probs_dropout_prob, qkv_bias,
+    alpha, learnable_alpha, beta, use_feature_map, feature_dim, feature_init, update_steps, value_source, and which kernel computes the
+    attention.
     """
 
     def __init__(self, config):
         super().__init__()
-        if config.hidden_size % config.num_attention_heads != 0:
+        head_dim = getattr(config, "head_dim", None)
+        if head_dim is None and config.hidden_size % config.num_attention_heads != 0:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {config.hidden_size} and {config.num_attention_heads}"
             )
         self.config = config
         self.num_attention_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads if head_dim is None else head_dim
         self.scaling = self.head_dim**-0.5 if config.beta is None else config.beta
         self.attention_dropout = config.attention_probs_dropout_prob
         self.update_steps = config.update_steps
@@ -126,14 +129,23 @@ class HopfieldAttention(nn.Module):
             return self.config.alpha
         return 1.0 + self.alpha_logit.float().sigmoid().view(-1, 1, 1)
 
-    def start_alpha_logit(self) -> float:
-        """The logit at which a learnable alpha begins at `config.alpha`."""
-        return math.log((self.config.alpha - 1.0) / (2.0 - self.config.alpha))
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start a learnable alpha anew, at `config.alpha`."""
+        if self.alpha_logit is not None:
+            init.constant_(self.alpha_logit, math.log((self.config.alpha - 1.0) / (2.0 - self.config.alpha)))
 
     def forward(
-        self, states: torch.Tensor, memories: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        states: torch.Tensor,
+        memories: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        contents: torch.Tensor | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Retrieve for each state pattern (B, Q, hidden_size) from `memories` (B, N, hidden_size), the states themselves by default.
+
+        `contents` (B, N, hidden_size) are what values are made of where that is not the memories.
 
         Returns:
             The output (B, Q, hidden_size), and the association weights (B, H, Q, N) where the kernel in use forms them.
@@ -145,8 +157,8 @@ class HopfieldAttention(nn.Module):
             memory_features = memories if self.feature_map is None else self.feature_map(memories)
         query = self._split_heads(self.q_proj(state_features))
         key = self._split_heads(self.k_proj(memory_features))
-        values_from = self.k_proj(memories) if self.value_source == "projected_memory" else memories
-        value = self._split_heads(self.v_proj(values_from))
+        contents = memories if contents is None else contents
+        value = self._split_heads(self.v_proj(self.k_proj(contents) if self.value_source == "projected_memory" else contents))
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if self.alpha_logit is not None or self.config.alpha != 1.0:
@@ -159,3 +171,38 @@ class HopfieldAttention(nn.Module):
 
     def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
+
+
+class HopfieldPooling(nn.Module):
+    """Learned state patterns Q retrieve from a set X: HopfieldPooling (Ramsauer et al., arXiv 2008.02217), with a feature map.
+
+    `Sep_alpha[beta (W_Q Phi(LN(Q))) (W_K Phi(LN(X)))^T] W_V LN(X)`, each of the three with a layer norm of its own; heads, beta and further
+    retrieval steps as in `HopfieldAttention`. Without Phi and at alpha = 1 it is the published layer. A set without any item gives
+    the bias of the output projection.
+
+    Reads from the configuration what `HopfieldAttention` does, num_queries, layer_norm_eps and initializer_range.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.queries = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
+        self.layernorm_query = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_memory = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_content = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = HopfieldAttention(config)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the state patterns anew."""
+        init.normal_(self.queries, mean=0.0, std=self.config.initializer_range)
+
+    def memories(self, states: torch.Tensor) -> torch.Tensor:
+        """Items as the feature map sees them."""
+        return self.layernorm_memory(states)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pool items (B, N, hidden_size), those that the boolean mask (B, N) has, to (B, num_queries, hidden_size); and the weights."""
+        queries = self.layernorm_query(self.queries).expand(len(states), -1, -1)
+        contents = self.layernorm_content(states)
+        return self.attention(queries, self.memories(states), mask[:, None, None, :], contents, **kwargs)

@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_uhop_vit import UHopViTConfig
 from .feature_map import FeatureMap
 from .hopfield import HopfieldAttention, MemorySet
+from .validation import check_class_indices, is_readable
 
 
 class UHopViTPatchEmbeddings(nn.Module):
@@ -185,10 +186,8 @@ class UHopViTPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
             if module.mask_token is not None:
                 init.zeros_(module.mask_token)
-        elif isinstance(module, FeatureMap):
+        elif isinstance(module, (FeatureMap, HopfieldAttention)):
             module.reset_parameters()
-        elif isinstance(module, HopfieldAttention) and module.alpha_logit is not None:
-            init.constant_(module.alpha_logit, module.start_alpha_logit())
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # The stock kernels know softmax only.
@@ -297,9 +296,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
     ) -> torch.Tensor:
         if pixel_values is None:
             raise ValueError("pixel_values is required, got None")
-        # On an accelerator this would stall every step, and a traced graph cannot branch on values.
-        readable = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-        if readable and not bool(pixel_values.isfinite().all()):
+        if is_readable(pixel_values) and not bool(pixel_values.isfinite().all()):
             raise ValueError(f"pixel_values must be finite, got {int((~pixel_values.isfinite()).sum())} values that are not")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         return self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
@@ -342,21 +339,13 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         logits = self.classifier(tokens[:, 0])
         loss = None
         if labels is not None:
-            self._check_labels(labels)
+            check_class_indices(labels, self.num_labels)
             loss = self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def memory_sets(self, pixel_values: torch.Tensor, **kwargs) -> Iterator[MemorySet]:
         """The memories that Stage I separates; see `UHopViTModel.memory_sets`."""
         return self.vit.memory_sets(pixel_values, **kwargs)
-
-    def _check_labels(self, labels: torch.Tensor) -> None:
-        class_indices = self.num_labels > 1 and labels.dtype in (torch.long, torch.int) and labels.dim() == 1
-        if not class_indices or labels.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        outside = labels[((labels < 0) | (labels >= self.num_labels)) & (labels != -100)]
-        if outside.numel() > 0:
-            raise ValueError(f"labels must lie in [0, {self.num_labels}), got {outside[0].item()}")
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -80,3 +80,37 @@ def hopfield_layer(states, memories, phi, wq, wk, wv, beta, alpha, projected_val
         values = [wv @ (wk @ memory) if projected_values else wv @ memory for memory in memories]
         outputs.append(sum(p * value for p, value in zip(weights, values, strict=True)))
     return np.stack(outputs)
+
+
+def layer_norm(vector, norm, eps):
+    weight, bias = norm
+    mean = sum(vector) / len(vector)
+    variance = sum((v - mean) ** 2 for v in vector) / len(vector)
+    return np.array([(v - mean) / math.sqrt(variance + eps) * w + b for v, w, b in zip(vector, weight, bias, strict=True)])
+
+
+def hopfield_pooling(queries, items, norms, projections, heads, beta, alpha, steps, eps):
+    """HopfieldPooling (Ramsauer et al. 2020): state, stored and projected patterns normed, projected with bias, associated head by head.
+
+    norms: (weight, bias) of the queries', memories' and contents' norms. projections: (W, b) of q, k, v and the output.
+    """
+    states = [layer_norm(query, norms[0], eps) for query in queries]
+    stored = [layer_norm(item, norms[1], eps) for item in items]
+    contents = [layer_norm(item, norms[2], eps) for item in items]
+    (wq, bq), (wk, bk), (wv, bv), (wo, bo) = projections
+    width = len(bq) // heads
+    outputs = []
+    for state in states:
+        found = []
+        for head in range(heads):
+            part = slice(head * width, (head + 1) * width)
+            query = (wq @ state + bq)[part]
+            keys = [(wk @ item + bk)[part] for item in stored]
+            values = [(wv @ item + bv)[part] for item in contents]
+            for _ in range(steps - 1):
+                weights = entmax([beta * kernel(query, key) for key in keys], alpha)
+                query = sum(p * key for p, key in zip(weights, keys, strict=True))
+            weights = entmax([beta * kernel(query, key) for key in keys], alpha)
+            found.append(sum(p * value for p, value in zip(weights, values, strict=True)))
+        outputs.append(wo @ np.concatenate(found) + bo)
+    return np.stack(outputs)

@@ -116,3 +116,34 @@ def retrieval_figure(path: Path, experiment: str, rows: list[dict[str, Any]], da
     figure.suptitle(f"Retrieval on {Path(dataset).name}")
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def bag_figure(path: Path, instances: np.ndarray, weights: np.ndarray, title: str, most: int = 16) -> None:
+    """The instances of a bag, largest weight first: as pictures where they are square images, and a bar for each weight.
+
+    Args:
+        path: PNG file to write.
+        instances: (N, F), or images (N, channels, height, width).
+        weights: (N,).
+        title: Of the picture.
+        most: How many instances to show.
+    """
+    order = np.argsort(-weights, kind="stable")[:most]
+    side = math.isqrt(instances.shape[-1]) if instances.ndim == 2 else 0
+    pictures = instances.reshape(-1, side, side) if side > 1 and side**2 == instances.shape[-1] else None
+    if instances.ndim == 4:
+        pictures = instances.mean(1)
+    figure = plt.figure(figsize=(1.0 + 0.7 * len(order), 3.4 if pictures is not None else 2.4), layout="constrained")
+    grid = figure.add_gridspec(2 if pictures is not None else 1, len(order), height_ratios=(1, 2)[-2 if pictures is not None else -1 :])
+    if pictures is not None:
+        for column, index in enumerate(order):
+            axis = figure.add_subplot(grid[0, column])
+            axis.imshow(pictures[index], cmap="gray_r")
+            axis.set(xticks=[], yticks=[])
+    bars = figure.add_subplot(grid[-1, :])
+    bars.bar(range(len(order)), weights[order], color="C0")
+    bars.set(xlim=(-0.5, len(order) - 0.5), ylabel="weight", xlabel="instance", ylim=(0, None))
+    bars.set_xticks(range(len(order)), [str(index) for index in order])
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

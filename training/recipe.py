@@ -10,18 +10,18 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
-from modeling_uhop import SeparationCallback, UHopViTConfig
+from modeling_uhop import SeparationCallback, UHopMILConfig, UHopViTConfig
 
 
 @dataclass
@@ -57,9 +57,35 @@ class DataRecipe:
 
 
 @dataclass
+class BagDataRecipe:
+    """Where bags come from, and what is made of them before a model sees them.
+
+    Attributes:
+        dataset: "digits" (bags of scikit-learn's digits, positive if a 9 is inside), a Hub id, a local folder or a file, in any layout that
+            `datasets.load_dataset` reads.
+        instances_column, label_column: Names of the columns: a list of instances, each a list of numbers, and a class.
+        split: Name of the split; cross-validation divides it.
+        standardize, clip, num_components: Of `UHopMILFeatureExtractor`, fitted on training bags.
+        max_instances: Training bags with more instances are subsampled to this many, anew each time; `None` for no limit.
+    """
+
+    dataset: str
+    instances_column: str = "instances"
+    label_column: str = "label"
+    split: str = "train"
+    standardize: bool = True
+    clip: float | None = 5.0
+    num_components: int | None = None
+    max_instances: int | None = None
+
+
+@dataclass
 class ViTRecipe:
     """A vision experiment: `model` holds fields of `UHopViTConfig`, `separation` arguments of `SeparationCallback` (or nothing, for a run
     without Stage I), `training` those of `TrainingArguments`."""
+
+    config_class: ClassVar[type] = UHopViTConfig
+    data_class: ClassVar[type] = DataRecipe
 
     name: str
     data: DataRecipe
@@ -67,6 +93,35 @@ class ViTRecipe:
     separation: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+
+
+@dataclass
+class MILRecipe:
+    """A cross-validated experiment with bags: `model` holds fields of `UHopMILConfig`, the others are as in `ViTRecipe`.
+
+    Attributes:
+        folds: Parts of a cross-validation, stratified by label; each is the test fold once.
+        repeats: Cross-validations with other splits and seeds.
+        ensemble: Models of other seeds whose logits are averaged.
+        metrics: Names among "auc", "accuracy" and "f1"; the first is the one that matters.
+        judge: "test" scores the test folds. "validation" leaves them alone and scores a fifth of each fold's training bags that is held out
+            of training: for choosing between recipes.
+    """
+
+    config_class: ClassVar[type] = UHopMILConfig
+    data_class: ClassVar[type] = BagDataRecipe
+
+    name: str
+    data: BagDataRecipe
+    model: dict[str, Any] = field(default_factory=dict)
+    separation: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    folds: int = 10
+    repeats: int = 5
+    ensemble: int = 1
+    metrics: list[str] = field(default_factory=lambda: ["auc", "accuracy", "f1"])
+    judge: str = "test"
 
 
 class RecipeError(ValueError):
@@ -102,7 +157,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> ViTRecipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), recipe_class: type = ViTRecipe) -> Any:
     """Read a recipe, with overrides such as `training.learning_rate=1e-4` applied.
 
     Raises:
@@ -110,9 +165,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> ViTReci
     """
     content = read_yaml(Path(path))
     content.setdefault("name", Path(path).stem)
-    for override in overrides or []:
+    for override in overrides:
         _apply_override(content, override)
-    return _build(content)
+    return build_recipe(content, recipe_class)
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
@@ -127,26 +182,22 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     content[last] = yaml.load(value, Loader=_Loader)
 
 
-def _build(content: dict[str, Any]) -> ViTRecipe:
-    strictly("recipe", content, ViTRecipe)
+def build_recipe(content: dict[str, Any], recipe_class: Any) -> Any:
+    """A recipe out of a mapping, every key of every section checked."""
+    strictly("recipe", content, recipe_class)
     data = content.get("data")
     if not isinstance(data, dict) or "dataset" not in data:
         raise RecipeError("a recipe needs data.dataset: 'digits', a Hub id or a local folder")
-    strictly("data", data, DataRecipe)
-    strictly("model", content.get("model") or {}, UHopViTConfig)
-    _check_keys("separation", content.get("separation") or {}, list(inspect.signature(SeparationCallback).parameters))
-    strictly("training", content.get("training") or {}, TrainingArguments)
+    sections = {name: content.get(name) or {} for name in ("model", "separation", "training")}
+    strictly("data", data, recipe_class.data_class)
+    strictly("model", sections["model"], recipe_class.config_class)
+    _check_keys("separation", sections["separation"], list(inspect.signature(SeparationCallback).parameters))
+    strictly("training", sections["training"], TrainingArguments)
     for owned in ("output_dir", "seed"):
-        if owned in (content.get("training") or {}):
+        if owned in sections["training"]:
             raise RecipeError(f"training.{owned} is set by the command line or the recipe's own `seed`")
-    return ViTRecipe(
-        name=content["name"],
-        data=DataRecipe(**data),
-        model=content.get("model") or {},
-        separation=content.get("separation"),
-        training=content.get("training") or {},
-        seed=content.get("seed", 0),
-    )
+    separation = None if content.get("separation") is None else sections["separation"]
+    return recipe_class(**{**content, **sections, "separation": separation, "data": recipe_class.data_class(**data)})
 
 
 def strictly(section: str, given: dict[str, Any], cls: type) -> dict[str, Any]:
@@ -168,8 +219,8 @@ def _check_keys(section: str, given: dict[str, Any], valid: list[str]) -> None:
             raise RecipeError(f"unknown key {key!r} in {section}; the nearest valid one is {nearest!r}")
 
 
-def command_line(description: str) -> argparse.ArgumentParser:
-    """The arguments that every training script takes."""
+def command_line(description: str, resume: bool = True) -> argparse.ArgumentParser:
+    """The arguments that every training script takes; `resume` for those that keep checkpoints."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("recipe", help="YAML file in configs/")
     parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
@@ -180,7 +231,8 @@ def command_line(description: str) -> argparse.ArgumentParser:
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace an earlier run in output_dir")
-    existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    if resume:
+        existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
     return parser
 
 
@@ -200,7 +252,7 @@ def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
         raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, --resume to go on, or another --output_dir")
 
 
-def check_same_recipe(recipe: ViTRecipe, folder: Path) -> None:
+def check_same_recipe(recipe: ViTRecipe | MILRecipe, folder: Path) -> None:
     """Refuse to resume a run with other data, model, separation or seed than it began with; only `training` may change."""
     earlier = yaml.safe_load((folder / "recipe.yaml").read_text())
     for section, value in dataclasses.asdict(recipe).items():
@@ -215,12 +267,12 @@ def clear_output_dir(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def write_recipe(recipe: ViTRecipe, folder: Path) -> None:
+def write_recipe(recipe: ViTRecipe | MILRecipe, folder: Path) -> None:
     """Write the recipe as it was run, overrides included."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
 
 
-def write_results(path: Path, recipe: ViTRecipe, metrics: dict[str, Any], **details: Any) -> None:
+def write_results(path: Path, recipe: ViTRecipe | MILRecipe, metrics: dict[str, Any], **details: Any) -> None:
     """Write a results file: metrics with the recipe, seed, versions and commit that they come from."""
     results = {
         "name": recipe.name,
@@ -234,10 +286,10 @@ def write_results(path: Path, recipe: ViTRecipe, metrics: dict[str, Any], **deta
 
 
 def as_recorded(recipe: Any) -> dict[str, Any]:
-    """A recipe for a results file: a local folder of data by its name alone, as where it lay means nothing elsewhere."""
+    """A recipe for a results file: local data by its name alone, as where it lay means nothing elsewhere."""
     content = dataclasses.asdict(recipe)
     data = content.get("data")
-    if data is not None and Path(data["dataset"]).is_dir():
+    if data is not None and Path(data["dataset"]).exists():
         data["dataset"] = Path(data["dataset"]).resolve().name
     return content
 

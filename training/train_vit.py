@@ -4,8 +4,6 @@ python training/train_vit.py configs/vit_digits.yaml
 accelerate launch training/train_vit.py configs/vit_cifar10.yaml --dataset path/to/cifar10
 """
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from data import load_images, make_image_processor, make_transform, with_dataset
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from figures import training_figure
 from metrics import classification_metrics
 from recipe import (
@@ -29,6 +27,7 @@ from recipe import (
     write_recipe,
     write_results,
 )
+from reload import check_reload
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -65,7 +64,7 @@ def feature_grams(model: Any, pixel_values: torch.Tensor) -> list[np.ndarray]:
 def main() -> None:
     args = command_line(__doc__.splitlines()[0]).parse_args()
     with errors_in_one_line():
-        recipe = load_recipe(args.recipe, args.set)
+        recipe = load_recipe(args.recipe, args.set, ViTRecipe)
         recipe.data = with_dataset(recipe.data, args.dataset)
         recipe.seed = recipe.seed if args.seed is None else args.seed
         run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite, resume=args.resume)
@@ -133,7 +132,11 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     training_figure(folder / "training.png", log_history, separation.history if separation else [], grams)
     write_model_card(folder, folder / "results.json", CARD_TEMPLATE)
     print(summary(metrics, folder))
-    check_reload(folder, trainer.model, processor, images["test"])
+    shown = [image.convert("RGB") for image in images["test"][:NUM_PROBES]["image"]]
+    with torch.no_grad():
+        pixel_values = processor(shown, return_tensors="pt")["pixel_values"]
+        logits = model.eval().cpu().float()(pixel_values).logits.numpy()
+    check_reload(folder, "image-classification", [np.asarray(image) for image in shown], logits)
     return metrics
 
 
@@ -178,23 +181,6 @@ def describe(recipe: ViTRecipe, model: UHopViTForImageClassification, images: Da
 def summary(metrics: dict[str, Any], folder: Path) -> str:
     lines = [f"  {name:<24} {value:.4f}" if isinstance(value, float) else f"  {name:<24} {value}" for name, value in metrics.items()]
     return "\n".join(["", f"Results ({folder / 'results.json'}, {folder / 'training.png'}):", *lines])
-
-
-def check_reload(folder: Path, model: Any, processor: ViTImageProcessorPil, test: Dataset) -> None:
-    """Reload the folder in a fresh process without the package, and compare logits on test images."""
-    images = [image.convert("RGB") for image in test[:NUM_PROBES]["image"]]
-    with torch.no_grad():
-        pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-        logits = model.eval().cpu().float()(pixel_values).logits.numpy()
-    probe = folder / "probe.npz"
-    arrays: dict[str, Any] = {f"image_{i}": np.asarray(image) for i, image in enumerate(images)}
-    np.savez(probe, logits=logits, **arrays)
-    print(f"\nReloading {folder} in a fresh process:", flush=True)
-    script = Path(__file__).with_name("reload.py")
-    finished = subprocess.run([sys.executable, str(script), str(folder), str(probe)])
-    probe.unlink()
-    if finished.returncode != 0:
-        raise RuntimeError(f"the model saved in {folder} does not reload to the same logits")
 
 
 if __name__ == "__main__":

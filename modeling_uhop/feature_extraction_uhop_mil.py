@@ -1,0 +1,256 @@
+"""Feature extractor of UHopMIL: ragged bags in, standardised and padded tensors out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import BatchFeature, FeatureExtractionMixin
+
+
+try:
+    from sklearn.decomposition import PCA
+except ImportError:
+    PCA = None
+
+
+class UHopMILFeatureExtractor(FeatureExtractionMixin):
+    r"""
+    Turns bags into what a UHopMIL model takes, and is saved beside it as `preprocessor_config.json`.
+
+    Call `fit` on training bags, and on no others: it measures mean and standard deviation of each feature (of each channel, where
+    instances are images), and principal components where they are asked for. A feature that is constant in training becomes 0.
+
+    Args:
+        standardize (`bool`, defaults to `True`): Whether features are shifted and scaled to mean 0 and standard deviation 1.
+        clip (`float`, *optional*, defaults to 5): Standardised values are clipped to [-clip, clip]; `None` for no clipping.
+        num_components (`int`, *optional*): Number of principal components that replace the features, divided by the first one's standard
+            deviation so that they stay of order 1; `None` to keep the features. For vectors only; needs scikit-learn to fit.
+        mean, scale, components, component_mean, feature_names: What `fit` measured.
+
+    >>> import numpy as np
+    >>> from modeling_uhop import UHopMILFeatureExtractor
+
+    >>> bags = [np.random.randn(3, 5), np.random.randn(7, 5)]
+    >>> extractor = UHopMILFeatureExtractor().fit(bags)
+    >>> {name: tuple(tensor.shape) for name, tensor in extractor(bags, return_tensors="pt").items()}
+    {'instances': (2, 7, 5), 'attention_mask': (2, 7)}
+    """
+
+    model_input_names = ["instances", "attention_mask"]
+
+    def __init__(
+        self,
+        standardize: bool = True,
+        clip: float | None = 5.0,
+        num_components: int | None = None,
+        mean: Sequence[float] | None = None,
+        scale: Sequence[float] | None = None,
+        components: Sequence[Sequence[float]] | None = None,
+        component_mean: Sequence[float] | None = None,
+        feature_names: Sequence[str] | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip must be positive, or None, got {clip}")
+        if num_components is not None and num_components < 1:
+            raise ValueError(f"num_components must be at least 1, or None, got {num_components}")
+        self.standardize = standardize
+        self.clip = clip
+        self.num_components = num_components
+        self.mean = _array(mean)
+        self.scale = _array(scale)
+        self.components = _array(components)
+        self.component_mean = _array(component_mean)
+        self.feature_names = None if feature_names is None else list(feature_names)
+
+    @property
+    def num_features(self) -> int | None:
+        """Features, or channels, that a bag must have; `None` before `fit`."""
+        return None if self.mean is None else len(self.mean)
+
+    @property
+    def instance_dim(self) -> int | None:
+        """Width of the vectors that the model gets: its configuration's `instance_dim`; `None` before `fit`."""
+        return self.num_features if self.components is None else len(self.components)
+
+    def fit(self, bags: Sequence[Any]) -> "UHopMILFeatureExtractor":
+        """Measure the training bags; the extractor itself.
+
+        Raises:
+            ValueError: For bags that differ in their features, entries that are not finite, or no instance at all; naming the bag.
+        """
+        self.mean = self.scale = self.components = self.component_mean = self.feature_names = None
+        columns = getattr(bags[0], "columns", None) if len(bags) > 0 else None
+        self.feature_names = None if columns is None else [str(name) for name in columns]
+        arrays = self._checked(bags)
+        if sum(map(len, arrays)) == 0:
+            raise ValueError("there is no instance to fit on")
+        rows = np.concatenate([array for array in arrays if len(array) > 0])
+        axes = (0,) if rows.ndim == 2 else (0, 2, 3)
+        self.mean, self.scale = rows.mean(axes), rows.std(axes)
+        # Rounding leaves a little spread in a constant column.
+        self.scale[self.scale <= 1e-9 * np.abs(self.mean)] = 0.0
+        if not self.standardize:
+            self.mean, self.scale = np.zeros_like(self.mean), np.ones_like(self.scale)
+        if self.num_components is not None:
+            self._fit_components(rows)
+        return self
+
+    def _fit_components(self, rows: np.ndarray) -> None:
+        if PCA is None:
+            raise ImportError("num_components needs scikit-learn to fit")
+        if rows.ndim != 2:
+            raise ValueError("num_components is for vectors, and these instances are images")
+        if self.num_components > min(rows.shape):
+            raise ValueError(
+                f"num_components must be at most the {min(rows.shape)} that {rows.shape[0]} instances of {rows.shape[1]} features have, "
+                f"got {self.num_components}"
+            )
+        pca = PCA(self.num_components, svd_solver="full").fit(self._standardized(rows))
+        self.component_mean = pca.mean_
+        self.components = pca.components_ / np.sqrt(max(pca.explained_variance_[0], np.finfo(float).tiny))
+
+    def _standardized(self, rows: np.ndarray) -> np.ndarray:
+        assert self.mean is not None
+        assert self.scale is not None
+        # A channel's mean and scale are those of all of its pixels.
+        mean, scale = (values.reshape(-1, *(1,) * (rows.ndim - 2)) for values in (self.mean, self.scale))
+        standardized = np.divide(rows - mean, scale, out=np.zeros_like(rows), where=np.broadcast_to(scale > 0, rows.shape))
+        return standardized if self.clip is None or not self.standardize else standardized.clip(-self.clip, self.clip)
+
+    def transform(self, bags: Sequence[Any]) -> list[np.ndarray]:
+        """Each bag standardised and projected, float32, of its own length.
+
+        Raises:
+            ValueError: If the extractor was not fitted, or for a bag with other features or entries that are not finite; naming the bag.
+        """
+        if self.mean is None:
+            raise ValueError("the extractor knows no mean and scale yet: call fit on the training bags")
+        transformed = [self._standardized(array) for array in self._checked(bags)]
+        if self.components is not None:
+            transformed = [(array - self.component_mean) @ self.components.T for array in transformed]
+        return [array.astype(np.float32) for array in transformed]
+
+    def __call__(self, bags: Any, return_tensors: str | None = None, padding: bool = True) -> BatchFeature:
+        """Transform bags and pad them to the longest.
+
+        Args:
+            bags: A list of bags: arrays, tensors or lists (instances, features), images (instances, channels, height, width), or DataFrames
+                with a row for each instance. A single array or DataFrame is one bag. A bag may be empty.
+            return_tensors: "pt" for torch, "np" or `None` for NumPy.
+            padding: `False` for lists of unpadded arrays.
+
+        Returns:
+            `instances` (B, N, ...) and `attention_mask` (B, N), 1 where there is an instance.
+        """
+        arrays = self.transform([bags] if hasattr(bags, "columns") or getattr(bags, "ndim", 0) in (2, 4) else bags)
+        masks = [np.ones(len(array), dtype=np.int64) for array in arrays]
+        if not padding:
+            return BatchFeature({"instances": arrays, "attention_mask": masks})
+        data = {"instances": _padded(arrays), "attention_mask": _padded(masks)}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _checked(self, bags: Sequence[Any]) -> list[np.ndarray]:
+        """Bags as float64 arrays of the same features; an empty one has none to check."""
+        if len(bags) == 0:
+            raise ValueError("there are no bags")
+        shapes: dict[int, tuple[int, ...]] = {}
+        arrays = []
+        for index, bag in enumerate(bags):
+            columns = getattr(bag, "columns", None)
+            if columns is not None and self.feature_names is not None and [str(name) for name in columns] != self.feature_names:
+                raise ValueError(f"bag {index} must have the columns {self.feature_names}, in this order, got {list(columns)}")
+            try:
+                array = np.asarray(bag, dtype=np.float64)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"bag {index} is not numbers of one shape for every instance: {error}") from error
+            if len(array) > 0:
+                if array.ndim not in (2, 4):
+                    raise ValueError(
+                        f"bag {index} must have shape (instances, features), or (instances, channels, height, width), got {array.shape}"
+                    )
+                shapes[index] = array.shape[1:]
+                first = next(iter(shapes))
+                if shapes[index] != shapes[first]:
+                    raise ValueError(f"bag {index} has instances of shape {shapes[index]}, and bag {first} of {shapes[first]}")
+                if self.num_features not in (None, array.shape[1]):
+                    raise ValueError(f"bag {index} has {array.shape[1]} features, and the extractor was fitted on {self.num_features}")
+                bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
+                if len(bad) > 0:
+                    raise ValueError(f"bag {index} has entries that are not finite, first in its instance {bad[0]}")
+            arrays.append(array)
+        shape = next(iter(shapes.values()), (self.num_features or 0,))
+        return [array if len(array) > 0 else np.zeros((0, *shape)) for array in arrays]
+
+
+def _array(values: Any) -> np.ndarray | None:
+    return None if values is None else np.asarray(values, dtype=np.float64)
+
+
+def _padded(arrays: list[np.ndarray]) -> np.ndarray:
+    longest = max(map(len, arrays))
+    padded = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
+    for row, array in zip(padded, arrays, strict=True):
+        row[: len(array)] = array
+    return padded
+
+
+@dataclass
+class DataCollatorForBags:
+    """Makes a batch of a model's inputs from examples `{"instances": bag, "label": class}`; other columns are left out.
+
+    Args:
+        feature_extractor: A fitted `UHopMILFeatureExtractor`, or `None` for bags that went through its `transform`, which are padded only.
+        max_instances: Bags with more instances are reduced to this many; `None` for no limit.
+        selection: Which ones: "random" (drawn anew each time, from torch's random state), "first", or "spread" (evenly over the bag).
+
+    To batch bags of similar length, give the data set a column `length` and train with
+    `TrainingArguments(train_sampling_strategy="group_by_length")`.
+
+    Raises:
+        ValueError: If `max_instances` is below 1, `selection` is unknown, or some examples have a label and others not.
+    """
+
+    feature_extractor: UHopMILFeatureExtractor | None = None
+    max_instances: int | None = None
+    selection: str = "random"
+
+    def __post_init__(self):
+        if self.max_instances is not None and self.max_instances < 1:
+            raise ValueError(f"max_instances must be at least 1, or None, got {self.max_instances}")
+        if self.selection not in ("random", "first", "spread"):
+            raise ValueError(f"selection must be one of ('random', 'first', 'spread'), got {self.selection!r}")
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        bags = [self._reduced(example["instances"]) for example in examples]
+        if self.feature_extractor is None:
+            arrays = [np.asarray(bag, dtype=np.float32) for bag in bags]
+            masks = [np.ones(len(array), dtype=np.int64) for array in arrays]
+            batch = {"instances": torch.from_numpy(_padded(arrays)), "attention_mask": torch.from_numpy(_padded(masks))}
+        else:
+            batch = dict(self.feature_extractor(bags, return_tensors="pt"))
+        labels = [example.get("label", example.get("labels")) for example in examples]
+        unlabelled = [index for index, label in enumerate(labels) if label is None]
+        if 0 < len(unlabelled) < len(labels):
+            raise ValueError(f"bag {unlabelled[0]} of the batch has no label, and others have")
+        if not unlabelled:
+            stacked = np.stack([np.asarray(label) for label in labels])
+            whole = np.issubdtype(stacked.dtype, np.integer) and stacked.ndim == 1
+            batch["labels"] = torch.as_tensor(stacked, dtype=torch.long if whole else torch.float32)
+        return batch
+
+    def _reduced(self, bag: Any) -> Any:
+        count, limit = len(bag), self.max_instances
+        if limit is None or count <= limit:
+            return bag
+        if self.selection == "random":
+            chosen = torch.randperm(count)[:limit].sort().values.numpy()
+        else:
+            chosen = np.arange(limit) if self.selection == "first" else np.linspace(0, count - 1, limit).round().astype(int)
+        return bag.iloc[chosen] if hasattr(bag, "iloc") else np.asarray(bag)[chosen]
+
+
+__all__ = ["DataCollatorForBags", "UHopMILFeatureExtractor"]

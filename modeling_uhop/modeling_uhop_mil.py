@@ -1,0 +1,305 @@
+"""PyTorch UHopMIL model: multiple-instance classification by retrieval from a bag."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import AutoBackbone, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_uhop_mil import UHopMILConfig
+from .feature_map import FeatureMap
+from .hopfield import HopfieldAttention, HopfieldPooling, MemorySet
+from .pipelines import TASK, MultipleInstanceClassificationPipeline
+from .validation import check_class_indices, is_readable
+
+
+@dataclass
+class UHopMILModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state: (B, N, hidden_size), embedded instances; zeros where there is none.
+        pooler_output: (B, num_queries * hidden_size), what the queries retrieved.
+        instance_weights: (B, N), how much each instance counts: association weights averaged over heads and queries, which sum to 1 over a
+            bag. For "max" pooling, the share of features that an instance decides.
+        hidden_states: Output of each embedding layer, (B, N, hidden_size).
+        attentions: Association weights of every head, (B, H, num_queries, N).
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    instance_weights: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class UHopMILBagClassifierOutput(ModelOutput):
+    """
+    Args:
+        loss: A scalar, where labels are given.
+        logits: (B, num_labels).
+        instance_weights, hidden_states, attentions: As in `UHopMILModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    instance_weights: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class UHopMILImageEmbedding(nn.Module):
+    """Images (n, num_channels, height, width) to vectors: two convolutions with pooling, averaged over what is left of the image."""
+
+    def __init__(self, config: UHopMILConfig):
+        super().__init__()
+        self.conv1 = nn.Conv2d(config.num_channels, config.hidden_size // 2 + 1, kernel_size=3, padding=1)
+        self.conv2 = nn.Conv2d(config.hidden_size // 2 + 1, config.hidden_size, kernel_size=3, padding=1)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.out_dim = config.hidden_size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = nn.functional.max_pool2d(self.activation_fn(self.conv1(images)), 2, ceil_mode=True)
+        return self.activation_fn(self.conv2(features)).mean((-1, -2))
+
+
+class UHopMILBackboneEmbedding(nn.Module):
+    """Images to vectors: the last feature map of a vision backbone, averaged over the image."""
+
+    def __init__(self, config: UHopMILConfig):
+        super().__init__()
+        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.out_dim = self.backbone.channels[-1]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone(images).feature_maps[-1].mean((-1, -2))
+
+
+class UHopMILEmbeddingLayer(nn.Module):
+    def __init__(self, config: UHopMILConfig, in_dim: int):
+        super().__init__()
+        self.dense = nn.Linear(in_dim, config.hidden_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.activation_fn(self.dense(hidden_states)))
+
+
+class UHopMILMeanPooling(nn.Module):
+    """The mean of a bag, zeros of an empty one."""
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = mask.to(states.dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
+        return weights.unsqueeze(1) @ states, weights
+
+
+class UHopMILMaxPooling(nn.Module):
+    """The largest value of each feature over a bag, zeros of an empty one; a weight is the share of features that an instance decides."""
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if states.shape[1] == 0:
+            return states.new_zeros(len(states), 1, states.shape[2]), states.new_zeros(mask.shape)
+        present = mask.unsqueeze(-1)
+        largest, winners = states.masked_fill(~present, torch.finfo(states.dtype).min).max(1, keepdim=True)
+        filled = present.any(1, keepdim=True)
+        shares = nn.functional.one_hot(winners.squeeze(1), states.shape[1]).to(states.dtype).mean(1)
+        return torch.where(filled, largest, 0.0), shares * mask
+
+
+class UHopMILPreTrainedModel(PreTrainedModel):
+    config: UHopMILConfig
+    config_class = UHopMILConfig
+    base_model_prefix = "mil"
+    main_input_name = "instances"
+    _no_split_modules = ["UHopMILImageEmbedding", "UHopMILBackboneEmbedding", "HopfieldPooling"]
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(UHopMILEmbeddingLayer, capture_initial_hidden_state=False),
+        "attentions": HopfieldAttention,
+    }
+
+    def __init__(self, config: UHopMILConfig, *args, **kwargs):
+        # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
+        config.validate_hopfield()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (FeatureMap, HopfieldAttention, HopfieldPooling)):
+            module.reset_parameters()
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            # PyTorch's own scale: at a fixed 0.02 these narrow layers would begin close to zero.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        # There is no auto class for bags; of those there are, that for sequences, which are sets with an order, is the nearest.
+        self.config.auto_map = {
+            "AutoConfig": "configuration_uhop_mil.UHopMILConfig",
+            "AutoModel": "modeling_uhop_mil.UHopMILModel",
+            "AutoModelForSequenceClassification": "modeling_uhop_mil.UHopMILForBagClassification",
+        }
+        implementation = {
+            "impl": f"pipelines.{MultipleInstanceClassificationPipeline.__name__}",
+            "pt": ["AutoModelForSequenceClassification"],
+        }
+        self.config.custom_pipelines = {TASK: {**implementation, "type": "multimodal"}}
+        super().save_pretrained(*args, **kwargs)
+
+
+class UHopMILModel(UHopMILPreTrainedModel):
+    """Bags of instances to vectors: each instance is embedded, then learned queries retrieve from the bag."""
+
+    def __init__(self, config: UHopMILConfig):
+        super().__init__(config)
+        self.embedding: UHopMILImageEmbedding | UHopMILBackboneEmbedding | None = None
+        if config.instance_type == "image":
+            self.embedding = UHopMILImageEmbedding(config)
+        elif config.instance_type == "backbone":
+            self.embedding = UHopMILBackboneEmbedding(config)
+        widths = [config.instance_dim if self.embedding is None else self.embedding.out_dim]
+        widths += [config.hidden_size] * (config.num_embedding_layers - 1)
+        self.layers = nn.ModuleList([UHopMILEmbeddingLayer(config, width) for width in widths])
+        self.pooling: HopfieldPooling | UHopMILMeanPooling | UHopMILMaxPooling
+        if config.pooling == "hopfield":
+            self.pooling = HopfieldPooling(config)
+        else:
+            self.pooling = UHopMILMeanPooling() if config.pooling == "mean" else UHopMILMaxPooling()
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(self, instances: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs) -> UHopMILModelOutput:
+        """
+        Args:
+            instances: (B, N, instance_dim), or (B, N, num_channels, height, width) where instances are images; bags padded to N.
+            attention_mask: (B, N), 1 for instances and 0 for padding, whose values are never looked at; `None` for no padding.
+
+        Raises:
+            ValueError: If `instances` is missing, of a wrong shape, or (on CPU) not finite; the message names the bag.
+        """
+        hidden_states, mask = self._embed(instances, attention_mask)
+        if self.training and self.config.bag_dropout_prob > 0:
+            mask = _thinned(mask, self.config.bag_dropout_prob)
+        pooled, weights = self.pooling(hidden_states, mask)
+        if weights.dim() == 4:
+            weights = weights.mean((1, 2))
+        return UHopMILModelOutput(last_hidden_state=hidden_states, pooler_output=pooled.flatten(1), instance_weights=weights)
+
+    def memory_sets(self, instances: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
+        """The memories that Stage I separates: the embedded instances of each bag as the feature map sees them, padding masked."""
+        if self.config.pooling != "hopfield":
+            raise ValueError(f"pooling {self.config.pooling!r} stores no memories; 'hopfield' does")
+        hidden_states, mask = self._embed(instances, attention_mask)
+        pooling = cast(HopfieldPooling, self.pooling)
+        yield MemorySet(cast(FeatureMap, pooling.attention.feature_map), pooling.memories(hidden_states), mask)
+
+    def _embed(self, instances: torch.Tensor | None, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embedded instances (B, N, hidden_size), zeros for padding, and the boolean mask (B, N)."""
+        if instances is None:
+            raise ValueError("instances is required, got None")
+        mask = self._checked_mask(instances, attention_mask)
+        instances = instances.to(cast(UHopMILEmbeddingLayer, self.layers[0]).dense.weight.dtype).masked_fill(
+            ~_widened(mask, instances), 0.0
+        )
+        if is_readable(instances) and not bool(instances.isfinite().all()):
+            bag, instance = (~instances.flatten(2).isfinite()).any(-1).nonzero()[0].tolist()
+            raise ValueError(f"instances must be finite, but instance {instance} of bag {bag} of the batch is not")
+        hidden_states = instances
+        if self.embedding is not None:
+            # Padding is left out, not masked: batch norms would count it, and images cost much.
+            vectors = self.embedding(instances[mask]) if bool(mask.any()) else instances.new_zeros(0, self.embedding.out_dim)
+            hidden_states = vectors.new_zeros(*mask.shape, self.embedding.out_dim).masked_scatter(mask.unsqueeze(-1), vectors)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return hidden_states.masked_fill(~mask.unsqueeze(-1), 0.0), mask
+
+    def _checked_mask(self, instances: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        config = self.config
+        if config.instance_type == "vector":
+            expected, fits = f"(B, N, {config.instance_dim})", instances.dim() == 3 and instances.shape[-1] == config.instance_dim
+        else:
+            expected = f"(B, N, {config.num_channels}, height, width)"
+            fits = instances.dim() == 5 and instances.shape[2] == config.num_channels
+        if not fits:
+            raise ValueError(f"instances must have shape {expected}, got {tuple(instances.shape)}")
+        if attention_mask is None:
+            return torch.ones(instances.shape[:2], dtype=torch.bool, device=instances.device)
+        if attention_mask.shape != instances.shape[:2]:
+            raise ValueError(f"attention_mask must have shape {tuple(instances.shape[:2])}, got {tuple(attention_mask.shape)}")
+        return attention_mask.bool()
+
+
+class UHopMILForBagClassification(UHopMILPreTrainedModel):
+    """U-Hop multiple-instance model with a linear classifier on what the queries retrieved.
+
+    `config.problem_type` selects the loss as everywhere in transformers: "single_label_classification" (binary with two labels, or
+    multi-class), "multi_label_classification", or "regression".
+    """
+
+    def __init__(self, config: UHopMILConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels or 0
+        self.loss_type = "ForSequenceClassification"
+        self.mil = UHopMILModel(config)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        num_queries = config.num_queries if config.pooling == "hopfield" else 1
+        self.classifier = nn.Linear(num_queries * config.hidden_size, self.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        instances: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> UHopMILBagClassifierOutput:
+        """
+        Args:
+            instances, attention_mask: As in `UHopMILModel.forward`.
+            labels: (B,) class indices in [0, num_labels), or what `config.problem_type` asks for.
+
+        Raises:
+            ValueError: As `UHopMILModel.forward`, and (on CPU) for a class index outside its range.
+        """
+        outputs: UHopMILModelOutput = self.mil(instances, attention_mask=attention_mask, **kwargs)
+        logits = self.classifier(self.dropout(self.activation_fn(outputs.pooler_output)))
+        loss = None
+        if labels is not None:
+            check_class_indices(labels, self.num_labels)
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return UHopMILBagClassifierOutput(
+            loss=loss,
+            logits=logits,
+            instance_weights=outputs.instance_weights,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def memory_sets(self, instances: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
+        """The memories that Stage I separates; see `UHopMILModel.memory_sets`."""
+        return self.mil.memory_sets(instances, attention_mask, **kwargs)
+
+
+def _widened(mask: torch.Tensor, instances: torch.Tensor) -> torch.Tensor:
+    return mask.reshape(*mask.shape, *(1,) * (instances.dim() - 2))
+
+
+def _thinned(mask: torch.Tensor, probability: float) -> torch.Tensor:
+    """The mask with each instance left out at this probability; a bag keeps the last one standing."""
+    chance = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
+    kept = (chance >= probability) | (chance == chance.amax(-1, keepdim=True))
+    return kept & mask
+
+
+__all__ = ["UHopMILBagClassifierOutput", "UHopMILForBagClassification", "UHopMILModel", "UHopMILModelOutput", "UHopMILPreTrainedModel"]

@@ -1,0 +1,84 @@
+"""The pipeline "multiple-instance-classification"."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import AutoModelForSequenceClassification, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+
+TASK = "multiple-instance-classification"
+
+
+class MultipleInstanceClassificationPipeline(Pipeline):
+    """Classifies bags, and says which instances the model looked at.
+
+    A bag is an array (instances, features), one of images (instances, channels, height, width), or a DataFrame; call it with one, or with a
+    list of them. For each bag:
+
+    - `label` and `score` of the likeliest class (of every class with a score of at least `threshold`, as lists, under
+      "multi_label_classification");
+    - `instances`: `{"index": i, "weight": w}` for each instance, largest weight first, the first `top_k` of them.
+
+    Arguments of a call, or of `pipeline(...)`:
+        top_k: How many instances to name; `None` for all.
+        threshold: For "multi_label_classification", 0.5.
+
+    Weights say what the model retrieved from, averaged over heads. They are not a cause: other instances may carry the same evidence.
+    """
+
+    _load_processor: Any = False
+    _load_image_processor: Any = False
+    _load_feature_extractor: Any = True
+    _load_tokenizer: Any = False
+
+    def _sanitize_parameters(self, top_k: int | None = None, threshold: float | None = None, **kwargs):
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None for all, got {top_k}")
+        given = {"top_k": top_k, "threshold": threshold}
+        return {}, {}, {name: value for name, value in given.items() if value is not None}
+
+    def __call__(self, inputs: Any, *args, **kwargs) -> Any:
+        return super().__call__(np.asarray(inputs) if _is_rows(inputs) else inputs, *args, **kwargs)
+
+    def preprocess(self, input_: Any, **preprocess_parameters) -> Any:
+        extractor: Any = self.feature_extractor
+        return extractor([input_], return_tensors="pt")
+
+    def _forward(self, input_tensors: Any, **forward_parameters) -> Any:
+        outputs = self.model(**input_tensors)
+        return {"logits": outputs.logits, "weights": outputs.instance_weights, "attention_mask": input_tensors["attention_mask"]}
+
+    def postprocess(  # type: ignore[override]
+        self, model_outputs: Any, top_k: int | None = None, threshold: float = 0.5, **postprocess_parameters
+    ) -> dict[str, Any]:
+        names: dict[int, str] = self.model.config.id2label  # type: ignore[assignment]
+        logits = model_outputs["logits"][0].float()
+        weights = model_outputs["weights"][0][model_outputs["attention_mask"][0].bool()].float()
+        order = weights.argsort(descending=True, stable=True)[:top_k].tolist()
+        instances = [{"index": index, "weight": weights[index].item()} for index in order]
+        if self.model.config.problem_type == "multi_label_classification":
+            scores = logits.sigmoid()
+            found = [index for index in scores.argsort(descending=True).tolist() if scores[index] >= threshold]
+            return {"label": [names[i] for i in found], "score": [scores[i].item() for i in found], "instances": instances}
+        scores = logits.softmax(-1)
+        best = int(scores.argmax())
+        return {"label": names[best], "score": scores[best].item(), "instances": instances}
+
+
+def _is_rows(bag: Any) -> bool:
+    """Whether a plain list holds rows of numbers, that is one bag, and not several bags."""
+    row = bag[0] if isinstance(bag, Sequence) and len(bag) > 0 else None
+    return isinstance(row, Sequence) and len(row) > 0 and isinstance(row[0], (int, float))
+
+
+def register() -> None:
+    """Make `pipeline("multiple-instance-classification")` known to transformers."""
+    if TASK not in PIPELINE_REGISTRY.get_supported_tasks():
+        PIPELINE_REGISTRY.register_pipeline(
+            TASK, pipeline_class=MultipleInstanceClassificationPipeline, pt_model=AutoModelForSequenceClassification, type="multimodal"
+        )
+
+
+__all__ = ["MultipleInstanceClassificationPipeline"]

@@ -1,0 +1,43 @@
+"""Checks that several models share."""
+
+import torch
+
+
+def check_hopfield(config) -> None:
+    """Ranges and combinations of a configuration's Hopfield fields that types alone do not express; a `ValueError` names the field."""
+    if not 1.0 <= config.alpha <= 2.0:
+        raise ValueError(f"alpha must lie in [1, 2], got {config.alpha}")
+    if config.learnable_alpha and not 1.0 < config.alpha < 2.0:
+        raise ValueError(f"a learnable alpha must begin strictly between 1 and 2, got alpha={config.alpha}")
+    if config.beta is not None and not 0 < config.beta < float("inf"):
+        raise ValueError(f"beta must be positive and finite, or None for 1 / sqrt(head width), got {config.beta}")
+    if config.feature_dim is not None and config.feature_dim < 1:
+        raise ValueError(f"feature_dim must be at least 1, or None for hidden_size, got {config.feature_dim}")
+    features = config.feature_dim if config.use_feature_map and config.feature_dim is not None else config.hidden_size
+    if config.value_source == "projected_memory" and features != config.hidden_size:
+        raise ValueError(
+            "value_source 'projected_memory' applies W_K to features and to raw memories, so feature_dim must equal "
+            f"hidden_size {config.hidden_size}, got {features}"
+        )
+
+
+def check_at_least_one(config, *names: str) -> None:
+    """A `ValueError` for the first of these fields that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether Python may look at values: on an accelerator this would stall every step, and a traced graph cannot branch on them."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def check_class_indices(labels: torch.Tensor, num_labels: int) -> None:
+    """A `ValueError` for a class index outside [0, num_labels), save -100, which the loss ignores; labels of other kinds pass."""
+    class_indices = num_labels > 1 and labels.dtype in (torch.long, torch.int) and labels.dim() == 1
+    if not class_indices or not is_readable(labels):
+        return
+    outside = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
+    if outside.numel() > 0:
+        raise ValueError(f"labels must lie in [0, {num_labels}), got {outside[0].item()}")

@@ -1,0 +1,309 @@
+"""Training with bags: data, cross-validation, metrics, baselines, comparisons, the script."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from bags import Bags, digit_bags, load_bags
+from compare_mil import BASELINES, compare, paired, set_kernel_svm, table
+from metrics import bag_metrics
+from recipe import BagDataRecipe, MILRecipe, RecipeError, load_recipe
+from scipy import stats
+from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.svm import SVC
+from train_mil import _seed, check, cross_validate, cross_validate_fold, fit, instance_auc, logits_of, run, splits, summarize, weights_of
+
+from modeling_uhop import SeparationCallback
+
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").glob("mil_*.yaml"))
+FAST = {"num_train_epochs": 2, "per_device_train_batch_size": 8}
+
+
+def _bags(count: int = 24, width: int = 3, seed: int = 0) -> Bags:
+    """Every second bag has an instance far from the others."""
+    random = np.random.default_rng(seed)
+    instances = [random.normal(size=(int(random.integers(1, 6)), width)) for _ in range(count)]
+    for index in range(0, count, 2):
+        instances[index][0] += 6.0
+    return Bags(instances, (np.arange(count) % 2 == 0).astype(np.int64), ["no", "yes"])
+
+
+def _recipe(**fields) -> MILRecipe:
+    defaults = {"model": {"hidden_size": 16}, "training": FAST, "folds": 3, "repeats": 1}
+    return MILRecipe(name="test", data=BagDataRecipe("digits"), **{**defaults, **fields})
+
+
+def _write(path: Path, bags: Bags, **changes) -> Path:
+    pd.DataFrame({"instances": [bag.tolist() for bag in bags.instances], "label": bags.labels, **changes}).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(path):
+    recipe = load_recipe(path, [], MILRecipe)
+    check(recipe)
+    assert recipe.name == path.stem
+
+
+def test_digit_bags():
+    bags = digit_bags()
+    assert len(bags.instances) == 300
+    assert bags.labels.tolist() == [int(marks.any()) for marks in bags.instance_labels] == [1, 0] * 150
+    assert {int(marks.sum()) for marks in bags.instance_labels} == {0, 1, 2}
+    assert {len(bag) for bag in bags.instances} == set(range(6, 15))
+    images = [{tuple(row) for row in bag} for bag in bags.instances]
+    for one in range(0, 60):
+        for other in range(one):
+            assert bags.groups[one] == bags.groups[other] or not images[one] & images[other]
+    again = digit_bags()
+    assert all(np.array_equal(a, b) for a, b in zip(bags.instances, again.instances, strict=True))
+
+
+def test_bags_from_a_file(tmp_path):
+    bags = _bags()
+    loaded = load_bags(BagDataRecipe(str(_write(tmp_path / "bags.parquet", bags))))
+    assert all(np.array_equal(a, b) for a, b in zip(loaded.instances, bags.instances, strict=True))
+    assert loaded.labels.tolist() == bags.labels.tolist()
+    _write(tmp_path / "named.parquet", bags, label=np.where(bags.labels, "sick", "healthy"))
+    named = load_bags(BagDataRecipe(str(tmp_path / "named.parquet")))
+    assert named.names == ["healthy", "sick"]
+    assert named.labels.tolist() == bags.labels.tolist()
+
+
+def test_bad_files_are_named(tmp_path):
+    bags = _bags()
+    path = _write(tmp_path / "bags.parquet", bags)
+    with pytest.raises(RecipeError, match=r"has no column 'x'; it has \['instances', 'label'\]"):
+        load_bags(BagDataRecipe(str(path), label_column="x"))
+    with pytest.raises(RecipeError, match="there is no file or folder"):
+        load_bags(BagDataRecipe(str(tmp_path / "none.parquet")))
+    unequal = [bag.tolist() for bag in bags.instances]
+    unequal[3].append([1.0])
+    pd.DataFrame({"instances": unequal, "label": bags.labels}).to_parquet(path)
+    with pytest.raises(RecipeError, match="bag 3 has instances of unequal width"):
+        load_bags(BagDataRecipe(str(path)))
+    _write(path, bags, label=[None, *bags.labels[1:].tolist()])
+    with pytest.raises(RecipeError, match=r"bag 0 of .* has no label"):
+        load_bags(BagDataRecipe(str(path)))
+
+
+@pytest.mark.parametrize("judge", ["test", "validation"])
+def test_folds_cover_all_bags_once(judge):
+    bags, recipe = _bags(30), _recipe(judge=judge, folds=5)
+    parts = splits(recipe, bags, 0)
+    for train, scored in parts:
+        assert not set(train) & set(scored)
+        assert abs(bags.labels[scored].mean() - 0.5) < 0.2
+    everything = np.sort(np.concatenate([scored for _, scored in parts]))
+    if judge == "test":
+        assert everything.tolist() == list(range(30))
+    else:
+        outer = splits(_recipe(folds=5), bags, 0)
+        assert all(set(train) | set(scored) == set(outer_train) for (train, scored), (outer_train, _) in zip(parts, outer, strict=True))
+    assert [scored.tolist() for _, scored in splits(recipe, bags, 1)] != [scored.tolist() for _, scored in parts]
+
+
+def test_groups_are_kept_together():
+    bags = digit_bags()
+    for judge in ("test", "validation"):
+        for train, scored in splits(_recipe(judge=judge, folds=10), bags, 0):
+            assert not set(bags.groups[train]) & set(bags.groups[scored])
+
+
+def test_a_class_too_small_for_the_folds():
+    bags = _bags(9)
+    with pytest.raises(RecipeError, match="class 'no' has 4 bags, too few for one in each of 5 folds"):
+        splits(_recipe(folds=5), bags, 0)
+
+
+def test_metrics_are_those_of_scikit_learn():
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(size=(20, 2)), random.integers(0, 2, 20)
+    metrics = bag_metrics(logits, labels)
+    assert metrics["auc"] == pytest.approx(roc_auc_score(labels, logits[:, 1] - logits[:, 0]))
+    assert metrics["accuracy"] == pytest.approx((logits.argmax(-1) == labels).mean())
+    assert metrics["f1"] == pytest.approx(f1_score(labels, logits.argmax(-1)))
+    logits, labels = random.normal(size=(30, 3)), np.arange(30) % 3
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    assert bag_metrics(logits, labels, ["auc"])["auc"] == pytest.approx(roc_auc_score(labels, probabilities, multi_class="ovr"))
+    assert bag_metrics(logits, labels)["f1"] == pytest.approx(f1_score(labels, logits.argmax(-1), average="macro"))
+    with pytest.raises(ValueError, match=r"metrics must be among .* got 'recall'"):
+        bag_metrics(logits, labels, ["recall"])
+
+
+def test_instance_auc():
+    truth = [np.array([0, 1, 0]), np.array([0, 0]), np.array([1, 1, 0, 0])]
+    weights = [np.array([0.1, 0.8, 0.1]), np.array([0.5, 0.5]), np.array([0.4, 0.1, 0.3, 0.2])]
+    assert instance_auc(weights, truth) == pytest.approx((1.0 + 0.5) / 2)
+
+
+def test_cross_validation_is_exact_and_honest():
+    bags, recipe = _bags(), _recipe(ensemble=2, training={**FAST, "num_train_epochs": 20})
+    outcomes = cross_validate(recipe, bags)
+    assert outcomes == cross_validate(recipe, bags)
+    assert sorted(index for outcome in outcomes for index in outcome["bags"]) == list(range(24))
+    assert summarize(outcomes)["auc"]["mean"] > 0.9
+    # The labels of scored bags are not looked at: with them turned round, the logits are the same and the AUC is 1 less it.
+    train, scored = splits(recipe, bags, 0)[0]
+    turned = Bags(bags.instances, bags.labels.copy(), bags.names)
+    turned.labels[scored] = 1 - turned.labels[scored]
+    outcome = cross_validate_fold(recipe, turned, 0, 0, train, scored)
+    assert outcome["logits"] == outcomes[0]["logits"]
+    assert outcome["auc"] == pytest.approx(1 - outcomes[0]["auc"])
+
+
+def test_an_ensemble_averages_logits():
+    bags = _bags()
+    train, scored = splits(_recipe(), bags, 0)[0]
+    members = []
+    for member in range(2):
+        recipe = _recipe()
+        model, extractor = fit(recipe, [bags.instances[i] for i in train], bags.labels[train], bags.names, _seed(recipe, 0, 0, member))
+        members.append(logits_of(model, extractor, [bags.instances[i] for i in scored]))
+    outcome = cross_validate(_recipe(ensemble=2), bags)[0]
+    np.testing.assert_allclose(outcome["logits"], sum(members) / 2, atol=1e-4)
+
+
+def test_the_extractor_sees_training_bags_alone():
+    bags = _bags()
+    model, extractor = fit(_recipe(), bags.instances[:10], bags.labels[:10], bags.names, 0)
+    np.testing.assert_allclose(extractor.mean, np.concatenate(bags.instances[:10]).mean(0))
+    weights = weights_of(model, extractor, bags.instances[10:13])
+    assert [len(row) for row in weights] == [len(bag) for bag in bags.instances[10:13]]
+    assert [row.sum() for row in weights] == pytest.approx([1.0] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("pool_memories", [True, False])
+def test_separation_before_training(pool_memories):
+    bags = _bags()
+    separation = {"schedule": "train_begin", "steps": 20, "kind": "average", "lr": 0.5, "batch_size": 8, "pool_memories": pool_memories}
+    kept: list[SeparationCallback] = []
+
+    class Kept(SeparationCallback):
+        def __init__(self, **options):
+            super().__init__(**options)
+            kept.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_mil.SeparationCallback", Kept)
+        fit(_recipe(separation=separation), bags.instances, bags.labels, bags.names, 0)
+    losses = [entry["separation_loss"] for entry in kept[0].history]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_summary_of_folds():
+    outcomes = [{"repeat": r, "fold": f, "auc": value} for r, f, value in ((0, 0, 0.5), (0, 1, 0.7), (1, 0, 0.9), (1, 1, 0.9))]
+    summary = summarize(outcomes)["auc"]
+    assert summary["by_repeat"] == pytest.approx([0.6, 0.9])
+    assert summary["mean"] == pytest.approx(0.75)
+    assert summary["std_repeats"] == pytest.approx(np.std([0.6, 0.9], ddof=1))
+    assert summary["std_folds"] == pytest.approx(np.std([0.5, 0.7, 0.9, 0.9], ddof=1))
+
+
+def test_paired_difference():
+    first, second = [0.9, 0.8, 0.7, 0.95], [0.85, 0.8, 0.6, 0.9]
+    results = {name: [{"outcomes": [{"auc": value} for value in values]}] for name, values in (("first", first), ("second", second))}
+    outcome = paired(results, "first", "second", folds=4)
+    difference = np.subtract(first, second)
+    assert outcome["difference"] == pytest.approx(0.05)
+    expected = stats.t.ppf(0.975, 3) * math.sqrt((1 / 4 + 1 / 3) * difference.var(ddof=1))
+    assert outcome["half_width"] == pytest.approx(expected)
+
+
+def test_the_set_kernel():
+    """Against loops, through the decision function of a support vector machine on a kernel computed pair by pair."""
+    bags = _bags(16)
+
+    def similarity(a, b):
+        return rbf_kernel(a, b, gamma=1 / 3).mean()
+
+    def normalised(a, b):
+        return similarity(a, b) / math.sqrt(similarity(a, a) * similarity(b, b))
+
+    train, unseen = bags.instances[:10], bags.instances[10:]
+    machine = SVC(kernel="precomputed").fit([[normalised(a, b) for b in train] for a in train], bags.labels[:10])
+    expected = machine.decision_function([[normalised(a, b) for b in train] for a in unseen])
+    np.testing.assert_allclose(set_kernel_svm(train, bags.labels[:10], unseen), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_learn(name):
+    bags = _bags(60)
+    scores = BASELINES[name](bags.instances[:40], bags.labels[:40], bags.instances[40:])
+    assert roc_auc_score(bags.labels[40:], scores) > 0.9
+
+
+def test_a_comparison_is_resumed(tmp_path, monkeypatch):
+    sweep = {
+        "recipes": ["mil_digits"],
+        "repeats": 2,
+        "variants": {
+            "dense": ["folds=2", "training.num_train_epochs=1", "model.use_feature_map=false"],
+            "untrained Phi": ["folds=2", "training.num_train_epochs=1", "model.use_feature_map=true"],
+        },
+        "baselines": ["mean, logistic regression"],
+        "pairs": [["untrained Phi", "dense"]],
+        "published": {"mil_digits": {"somebody": "0.9"}},
+    }
+    target = tmp_path / "results" / "mil_digits.json"
+    compare(sweep, "mil_digits", None, tmp_path / "runs", target)
+    first = json.loads(target.read_text())
+    assert first["parameters"]["untrained Phi"] > first["parameters"]["dense"]
+    assert {len(result["auc"]["by_repeat"]) for result in first["results"].values()} == {2}
+    assert "| published: somebody | 0.9 |" in table([first])
+    monkeypatch.setattr("compare_mil.cross_validate", lambda *args: pytest.fail("a finished cross-validation was run again"))
+    compare(sweep, "mil_digits", None, tmp_path / "runs", target)
+    assert json.loads(target.read_text())["results"] == first["results"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metrics": ["recall"]}, "metrics must be among .* got 'recall'"),
+        ({"metrics": []}, "at least one"),
+        ({"folds": 1}, "folds must be at least 2, got 1"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"ensemble": 0}, "ensemble must be at least 1, got 0"),
+        ({"judge": "train"}, "judge must be 'test' or 'validation', got 'train'"),
+    ],
+)
+def test_bad_recipes_are_refused(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        check(_recipe(**fields))
+
+
+def test_the_script_leaves_a_model_that_reloads(tmp_path):
+    content = {"data": {"dataset": "digits"}, "training": FAST, "folds": 2, "repeats": 1, "model": {"alpha": 1.5}}
+    (tmp_path / "mil.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "training/train_mil.py", str(tmp_path / "mil.yaml"), "--output_dir", str(tmp_path / "out")]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "logits agree" in finished.stdout
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"auc", "accuracy", "f1", "instance_auc", "cross_validation_seconds"} == set(results["metrics"])
+    assert len(results["outcomes"]) == 2
+    assert (tmp_path / "out" / "bag.png").stat().st_size > 5000
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode != 0
+    assert "is not empty; pass --overwrite" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_a_run_with_the_same_seed_is_the_same(tmp_path):
+    recipe = _recipe(folds=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_mil.check_reload", lambda *args: None)
+        first = run(recipe, tmp_path / "first")
+        second = run(recipe, tmp_path / "second")
+    assert first["auc"] == second["auc"]
+    assert torch.isfinite(torch.tensor(first["auc"]["mean"]))

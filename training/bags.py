@@ -1,0 +1,95 @@
+"""Bags for multiple-instance learning: a data set's bags, checked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import load_dataset
+from recipe import BagDataRecipe, RecipeError
+from sklearn.datasets import load_digits
+
+
+@dataclass
+class Bags:
+    """Bags with their classes.
+
+    Attributes:
+        instances: An array (instances, features) a bag.
+        labels: Class of each bag, from 0.
+        names: Names of the classes.
+        instance_labels: Which instances make a bag positive, where that is known.
+        groups: Bags of one group must not be divided between training and test; `None` where every bag stands for itself.
+    """
+
+    instances: list[np.ndarray]
+    labels: np.ndarray
+    names: list[str]
+    instance_labels: list[np.ndarray] | None = None
+    groups: np.ndarray | None = None
+
+
+def load_bags(data: BagDataRecipe) -> Bags:
+    """The bags of a recipe.
+
+    Raises:
+        RecipeError: If the data set, a column or a label is missing, or a bag is not a list of equally long instances; naming the bag.
+    """
+    if data.dataset == "digits":
+        return digit_bags()
+    path = Path(data.dataset).expanduser()
+    if path.is_file():
+        loaded = load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
+    elif data.dataset.startswith((".", "/", "~")) and not path.is_dir():
+        raise RecipeError(f"there is no file or folder {data.dataset}")
+    else:
+        splits = load_dataset(data.dataset)
+        if data.split not in splits:
+            raise RecipeError(f"{data.dataset} has no split {data.split!r}; it has {sorted(splits)}")
+        loaded = splits[data.split]
+    for column in (data.instances_column, data.label_column):
+        if column not in loaded.column_names:
+            raise RecipeError(f"{data.dataset} has no column {column!r}; it has {loaded.column_names}")
+    given = loaded[data.label_column]
+    missing = [index for index, label in enumerate(given) if label is None]
+    if missing:
+        raise RecipeError(f"bag {missing[0]} of {data.dataset} has no label")
+    values = sorted(set(given))
+    return Bags(
+        instances=[_as_array(index, bag) for index, bag in enumerate(loaded[data.instances_column])],
+        labels=np.searchsorted(values, given),
+        names=[str(value) for value in values],
+    )
+
+
+def _as_array(index: int, bag: Any) -> np.ndarray:
+    try:
+        array = np.asarray(bag, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"bag {index} has instances of unequal width, or that are not numbers") from error
+    if array.ndim != 2:
+        raise RecipeError(f"bag {index} must have shape (instances, features), got {array.shape}")
+    return array
+
+
+def digit_bags(target: int = 9, num_bags: int = 300, smallest: int = 6, largest: int = 14, num_groups: int = 20, seed: int = 0) -> Bags:
+    """Bags of scikit-learn's digits, every second one positive: it has one or two images of `target`.
+
+    The images are divided into groups, and a bag draws from one of them alone, so that bags of different groups share no image.
+    """
+    random = np.random.default_rng(seed)
+    digits = load_digits()
+    images, group_of_image = digits.data / 16.0, random.permutation(len(digits.target)) % num_groups
+    instances, instance_labels, groups = [], [], []
+    for index in range(num_bags):
+        group = index // 2 % num_groups
+        positive = int(random.integers(1, 3)) if index % 2 == 0 else 0
+        negative = int(random.integers(smallest, largest + 1)) - positive
+        there, others = (np.flatnonzero((group_of_image == group) & mask) for mask in (digits.target == target, digits.target != target))
+        drawn = np.concatenate([random.choice(there, positive, replace=False), random.choice(others, negative, replace=False)])
+        chosen = random.permutation(drawn)
+        instances.append(images[chosen])
+        instance_labels.append((digits.target[chosen] == target).astype(np.int64))
+        groups.append(group)
+    labels = np.array([marks.max() for marks in instance_labels])
+    return Bags(instances, labels, ["without a 9", "with a 9"], instance_labels, np.array(groups))

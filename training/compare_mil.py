@@ -1,0 +1,180 @@
+"""Compare multiple-instance models on the same folds: variants of a recipe, and baselines of scikit-learn.
+
+Finished cross-validations are kept, so a comparison can be resumed.
+
+python training/compare_mil.py configs/sweeps/mil.yaml --recipes mil_digits
+python training/compare_mil.py configs/sweeps/mil.yaml --data_dir path/to/folder
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bags import Bags, load_bags
+from metrics import bag_metrics
+from recipe import MILRecipe, RecipeError, as_recorded, errors_in_one_line, load_recipe, provenance, read_yaml
+from scipy.stats import t as student_t
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.svm import SVC
+from train_mil import check, cross_validate, splits, summarize
+from transformers.utils import logging
+
+from modeling_uhop import UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
+
+
+ROOT = Path(__file__).parent.parent
+# Scores of the scored bags from (training bags, their labels, scored bags), all standardised.
+Baseline = Callable[[list[np.ndarray], np.ndarray, list[np.ndarray]], np.ndarray]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", help="YAML file: recipes, variants as lists of overrides, baselines, pairs to compare")
+    parser.add_argument("--recipes", nargs="+", help="only these of its recipes")
+    parser.add_argument("--data_dir", help="folder with a file NAME.parquet for each recipe's data set, instead of the Hub")
+    parser.add_argument("--runs", default="runs/mil", help="folder of the finished cross-validations")
+    parser.add_argument("--results", default="benchmarks/results", help="folder of the gathered results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with errors_in_one_line():
+        sweep = read_yaml(Path(args.sweep))
+        for name in args.recipes or sweep["recipes"]:
+            if name not in sweep["recipes"]:
+                raise RecipeError(f"recipes must be among {sweep['recipes']}, got {name!r}")
+            compare(sweep, name, args.data_dir, Path(args.runs) / name, Path(args.results) / f"{name}.json")
+
+
+def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, target: Path) -> None:
+    """Run every variant and baseline on one recipe's folds, and write what came of it."""
+    variants = {variant: load(name, sweep["repeats"], data_dir, overrides) for variant, overrides in sweep["variants"].items()}
+    plain = load(name, sweep["repeats"], data_dir, [])
+    bags = load_bags(plain.data)
+    runs.mkdir(parents=True, exist_ok=True)
+    jobs: dict[str, Callable[[int], list[dict[str, Any]]]] = {
+        **{variant: partial(run_variant, recipe, bags) for variant, recipe in variants.items()},
+        **{baseline: partial(run_baseline, BASELINES[baseline], plain, bags) for baseline in sweep["baselines"]},
+    }
+    results: dict[str, Any] = {}
+    progress = logging.tqdm([(job, repeat) for job in jobs for repeat in range(plain.repeats)], desc=name)
+    for job, repeat in progress:
+        path = runs / f"{job.replace(' ', '_').replace(',', '')}_{repeat}.json"
+        if not path.is_file():
+            started = time.perf_counter()
+            content = {"outcomes": jobs[job](repeat), "seconds": time.perf_counter() - started}
+            path.write_text(json.dumps(content))
+        results.setdefault(job, []).append(json.loads(path.read_text()))
+    gathered = {
+        "results": {job: gather(content) for job, content in results.items()},
+        "parameters": {variant: parameters(recipe, bags) for variant, recipe in variants.items()},
+        "paired": [paired(results, first, second, plain.folds) for first, second in sweep["pairs"]],
+        "published": sweep.get("published", {}).get(name, {}),
+        "recipe": as_recorded(plain),
+        "variants": sweep["variants"],
+        **provenance(),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(gathered, indent=1) + "\n")
+    print(table([gathered]), target, sep="\n")
+
+
+def load(name: str, repeats: int, data_dir: str | None, overrides: list[str]) -> MILRecipe:
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", overrides, MILRecipe)
+    recipe.repeats = repeats
+    if data_dir is not None and recipe.data.dataset != "digits":
+        recipe.data.dataset = str(Path(data_dir) / f"{recipe.data.dataset.rpartition('/')[2]}.parquet")
+    check(recipe)
+    return recipe
+
+
+def parameters(recipe: MILRecipe, bags: Bags) -> int:
+    width = recipe.data.num_components or bags.instances[0].shape[1]
+    return UHopMILForBagClassification(UHopMILConfig(**{"instance_dim": width, **recipe.model})).num_parameters()
+
+
+def gather(contents: list[dict[str, Any]]) -> dict[str, Any]:
+    """Summary of a job's cross-validations, with the first metric of every fold."""
+    outcomes = [outcome for content in contents for outcome in content["outcomes"]]
+    by_fold = [[outcome["auc"] for outcome in content["outcomes"]] for content in contents]
+    return {**summarize(outcomes), "auc_by_fold": by_fold, "seconds": round(sum(content["seconds"] for content in contents), 1)}
+
+
+def paired(results: dict[str, list[dict[str, Any]]], first: str, second: str, folds: int) -> dict[str, Any]:
+    """Mean difference in AUC on the same folds; 95 % interval of Nadeau and Bengio (2003), which allows for shared training bags."""
+    aucs = [np.array([outcome["auc"] for content in results[job] for outcome in content["outcomes"]]) for job in (first, second)]
+    difference = aucs[0] - aucs[1]
+    count = len(difference)
+    half_width = student_t.ppf(0.975, count - 1) * np.sqrt((1.0 / count + 1.0 / (folds - 1)) * difference.var(ddof=1))
+    return {"first": first, "second": second, "difference": float(difference.mean()), "half_width": float(half_width)}
+
+
+def run_variant(recipe: MILRecipe, bags: Bags, repeat: int) -> list[dict[str, Any]]:
+    return cross_validate(recipe, bags, range(repeat, repeat + 1))
+
+
+def run_baseline(baseline: Baseline, recipe: MILRecipe, bags: Bags, repeat: int) -> list[dict[str, Any]]:
+    outcomes = []
+    for fold, (train, scored) in enumerate(splits(recipe, bags, repeat)):
+        extractor = UHopMILFeatureExtractor(recipe.data.standardize, recipe.data.clip).fit([bags.instances[i] for i in train])
+        standardised = extractor.transform(bags.instances)
+        chosen, unseen = [standardised[i] for i in train], [standardised[i] for i in scored]
+        scores = baseline(chosen, bags.labels[train], unseen)
+        logits = np.stack([-scores, scores], axis=-1)
+        outcomes.append({"repeat": repeat, "fold": fold, **bag_metrics(logits, bags.labels[scored], recipe.metrics)})
+    return outcomes
+
+
+def mean_and_logistic_regression(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
+    means = [np.stack([bag.mean(0) for bag in bags]) for bags in (chosen, unseen)]
+    return LogisticRegression(C=0.01, max_iter=1000).fit(means[0], labels).decision_function(means[1])
+
+
+def statistics_and_random_forest(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
+    """Minimum, maximum, mean and standard deviation of each feature over a bag."""
+    described = [np.stack([np.concatenate([bag.min(0), bag.max(0), bag.mean(0), bag.std(0)]) for bag in bags]) for bags in (chosen, unseen)]
+    forest = RandomForestClassifier(300, random_state=0).fit(described[0], labels)
+    return forest.predict_proba(described[1])[:, 1] - 0.5
+
+
+def set_kernel_svm(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
+    """The normalised set kernel (Gaertner et al., 2002): the mean RBF kernel over pairs of instances, at gamma = 1 / features."""
+    bags = chosen + unseen
+    rows = np.concatenate(bags).astype(np.float64)
+    starts = np.cumsum([0] + [len(bag) for bag in bags[:-1]])
+    kernel = np.stack(
+        [np.add.reduceat(rbf_kernel(bag.astype(np.float64), rows, gamma=1.0 / rows.shape[1]).mean(0), starts) for bag in bags]
+    )
+    kernel /= [len(bag) for bag in bags]
+    kernel /= np.sqrt(np.outer(kernel.diagonal(), kernel.diagonal()))
+    count = len(chosen)
+    return SVC(kernel="precomputed").fit(kernel[:count, :count], labels).decision_function(kernel[count:, :count])
+
+
+BASELINES: dict[str, Baseline] = {
+    "mean, logistic regression": mean_and_logistic_regression,
+    "statistics, random forest": statistics_and_random_forest,
+    "set kernel, SVM": set_kernel_svm,
+}
+
+
+def table(gathered: list[dict[str, Any]]) -> str:
+    """Mean AUC and its standard deviation over repeats, a column for each data set."""
+    titles = [Path(result["recipe"]["data"]["dataset"]).stem for result in gathered]
+    lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
+    for job in gathered[0]["results"]:
+        cells = [f"{r['results'][job]['auc']['mean']:.3f} ± {r['results'][job]['auc']['std_repeats']:.3f}" for r in gathered]
+        lines.append(f"| {job} | " + " | ".join(cells) + " |")
+    for row in dict.fromkeys(row for result in gathered for row in result["published"]):
+        lines.append(f"| published: {row} | " + " | ".join(result["published"].get(row, "") for result in gathered) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Cross-validate a multiple-instance model from a recipe, then train it on all bags: results, figure, model folder, reload.
+
+python training/train_mil.py configs/mil_digits.yaml
+python training/train_mil.py configs/mil_tiger.yaml --dataset path/to/tiger.parquet
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bags import Bags, load_bags
+from figures import bag_figure
+from metrics import BAG_METRICS, bag_metrics
+from recipe import (
+    MILRecipe,
+    RecipeError,
+    check_output_dir,
+    clear_output_dir,
+    command_line,
+    errors_in_one_line,
+    load_recipe,
+    write_recipe,
+    write_results,
+)
+from reload import check_reload
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
+
+from modeling_uhop import DataCollatorForBags, SeparationCallback, UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
+
+
+TRAINING_DEFAULTS = {
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 1e-3,
+    "weight_decay": 1e-2,
+    "lr_scheduler_type": "cosine",
+}
+
+
+def main() -> None:
+    parser = command_line(__doc__.splitlines()[0], resume=False)
+    parser.add_argument(
+        "--judge", choices=("test", "validation"), help="score test folds, or parts of the training folds held out to choose by"
+    )
+    args = parser.parse_args()
+    # The layers are small: threads would cost more than they give.
+    torch.set_num_threads(1)
+    with errors_in_one_line():
+        recipe = load_recipe(args.recipe, args.set, MILRecipe)
+        recipe.data.dataset = args.dataset or recipe.data.dataset
+        recipe.seed = recipe.seed if args.seed is None else args.seed
+        recipe.judge = args.judge or recipe.judge
+        run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite)
+
+
+def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Run a recipe and leave everything it makes in `folder`; the metrics."""
+    check_output_dir(folder, overwrite, resume=False)
+    check(recipe)
+    bags = load_bags(recipe.data)
+    UHopMILConfig(**{"instance_dim": bags.instances[0].shape[1], **recipe.model})
+    started = time.perf_counter()
+    outcomes = cross_validate(recipe, bags)
+    seconds = time.perf_counter() - started
+    metrics = {**summarize(outcomes), "cross_validation_seconds": round(seconds, 1)}
+    clear_output_dir(folder)
+    write_recipe(recipe, folder)
+    write_results(folder / "results.json", recipe, metrics, outcomes=outcomes)
+    print(describe(recipe, bags, metrics))
+
+    model, extractor = fit(recipe, bags.instances, bags.labels, bags.names, recipe.seed)
+    model.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    shown = next((index for index, label in enumerate(bags.labels) if label == 1), 0)
+    bag = bags.instances[shown]
+    bag_figure(
+        folder / "bag.png", bag, weights_of(model, extractor, [bag])[0], f"{recipe.name}: bag {shown}, {bags.names[bags.labels[shown]]}"
+    )
+    check_reload(folder, "multiple-instance-classification", bags.instances[:64], logits_of(model, extractor, bags.instances[:64]))
+    return metrics
+
+
+def check(recipe: MILRecipe) -> None:
+    """A `RecipeError` for a number or name out of its range."""
+    for name in recipe.metrics:
+        if name not in BAG_METRICS:
+            raise RecipeError(f"metrics must be among {BAG_METRICS}, got {name!r}")
+    if not recipe.metrics:
+        raise RecipeError(f"metrics must have at least one of {BAG_METRICS}")
+    for name, least in (("folds", 2), ("repeats", 1), ("ensemble", 1)):
+        if getattr(recipe, name) < least:
+            raise RecipeError(f"{name} must be at least {least}, got {getattr(recipe, name)}")
+    if recipe.judge not in ("test", "validation"):
+        raise RecipeError(f"judge must be 'test' or 'validation', got {recipe.judge!r}")
+
+
+def splits(recipe: MILRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Indices (trained on, scored) for each fold of one cross-validation: stratified by label, groups kept together."""
+    counts = np.bincount(bags.labels)
+    if counts.min() < recipe.folds:
+        scarce = int(counts.argmin())
+        raise RecipeError(
+            f"class {bags.names[scarce]!r} has {counts[scarce]} bags, too few for one in each of {recipe.folds} folds; set `folds` lower"
+        )
+    outer = list(divided(bags, np.arange(len(bags.labels)), recipe.folds, recipe.seed + repeat))
+    if recipe.judge == "test":
+        return outer
+    return [next(divided(bags, train, 5, _seed(recipe, repeat, fold))) for fold, (train, _) in enumerate(outer)]
+
+
+def _seed(recipe: MILRecipe, *parts: int) -> int:
+    """A seed for a part of the cross-validation, unrelated to those of other parts."""
+    return int(np.random.SeedSequence([recipe.seed, *parts]).generate_state(1)[0] >> 1)
+
+
+def divided(bags: Bags, among: np.ndarray, folds: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Folds of some of the bags, as indices of all."""
+    labels = bags.labels[among]
+    if bags.groups is None:
+        parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
+    else:
+        parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, bags.groups[among])
+    for train, scored in parts:
+        yield among[train], among[scored]
+
+
+def cross_validate(recipe: MILRecipe, bags: Bags, repeats: range | None = None) -> list[dict[str, Any]]:
+    """For each repeat and fold the metrics of what was scored, its bags and their logits."""
+    repeats = range(recipe.repeats) if repeats is None else repeats
+    jobs = [(repeat, fold, *split) for repeat in repeats for fold, split in enumerate(splits(recipe, bags, repeat))]
+    return [
+        cross_validate_fold(recipe, bags, repeat, fold, train, scored)
+        for repeat, fold, train, scored in logging.tqdm(jobs, desc=f"{recipe.name}, folds")
+    ]
+
+
+def cross_validate_fold(recipe: MILRecipe, bags: Bags, repeat: int, fold: int, train: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
+    """Train on some bags and score others."""
+    chosen, unseen = [bags.instances[i] for i in train], [bags.instances[i] for i in scored]
+    total, weights = np.zeros((len(scored), len(bags.names))), [np.zeros(len(bag)) for bag in unseen]
+    for member in range(recipe.ensemble):
+        model, extractor = fit(recipe, chosen, bags.labels[train], bags.names, _seed(recipe, repeat, fold, member))
+        total += logits_of(model, extractor, unseen) / recipe.ensemble
+        weights = [sum_ + new / recipe.ensemble for sum_, new in zip(weights, weights_of(model, extractor, unseen), strict=True)]
+    outcome = {"repeat": repeat, "fold": fold, **bag_metrics(total, bags.labels[scored], recipe.metrics)}
+    if bags.instance_labels is not None:
+        outcome["instance_auc"] = instance_auc(weights, [bags.instance_labels[i] for i in scored])
+    return {**outcome, "bags": scored.tolist(), "logits": total.round(4).tolist()}
+
+
+def fit(
+    recipe: MILRecipe, instances: list[np.ndarray], labels: np.ndarray, names: list[str], seed: int
+) -> tuple[UHopMILForBagClassification, UHopMILFeatureExtractor]:
+    """A model trained on bags, and the extractor that was fitted on them."""
+    data = recipe.data
+    extractor = UHopMILFeatureExtractor(data.standardize, data.clip, data.num_components).fit(instances)
+    examples = [{"instances": bag, "label": label} for bag, label in zip(extractor.transform(instances), labels.tolist(), strict=True)]
+    set_seed(seed)
+    config = UHopMILConfig(
+        **{"instance_dim": extractor.instance_dim, **recipe.model},
+        id2label=dict(enumerate(names)),
+        label2id={name: index for index, name in enumerate(names)},
+    )
+    model = UHopMILForBagClassification(config)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training}
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(output_dir=folder, seed=seed, **arguments),
+            train_dataset=examples,
+            data_collator=DataCollatorForBags(max_instances=data.max_instances),
+            processing_class=extractor,
+            callbacks=[] if recipe.separation is None else [SeparationCallback(**recipe.separation)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return model.eval(), extractor
+
+
+@torch.no_grad()
+def outputs_of(model: UHopMILForBagClassification, extractor: UHopMILFeatureExtractor, instances: list[np.ndarray]) -> Any:
+    return model(**extractor(instances, return_tensors="pt").to(model.device))
+
+
+def logits_of(model: UHopMILForBagClassification, extractor: UHopMILFeatureExtractor, instances: list[np.ndarray]) -> np.ndarray:
+    return outputs_of(model, extractor, instances).logits.cpu().double().numpy()
+
+
+def weights_of(model: UHopMILForBagClassification, extractor: UHopMILFeatureExtractor, instances: list[np.ndarray]) -> list[np.ndarray]:
+    """Weights of each bag's instances."""
+    weights = outputs_of(model, extractor, instances).instance_weights.cpu().double().numpy()
+    return [row[: len(bag)] for row, bag in zip(weights, instances, strict=True)]
+
+
+def instance_auc(weights: list[np.ndarray], truth: list[np.ndarray]) -> float:
+    """How well weights rank the instances that make a bag positive above its others: mean AUC over positive bags."""
+    mixed = [(marks, row) for marks, row in zip(truth, weights, strict=True) if 0 < marks.sum() < len(marks)]
+    return float(np.mean([roc_auc_score(marks, row) for marks, row in mixed]))
+
+
+def summarize(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """For each metric: mean over folds by repeat, their mean, and the standard deviations over repeats and over folds."""
+    summary: dict[str, Any] = {}
+    repeats = sorted({outcome["repeat"] for outcome in outcomes})
+    for name in [key for key, value in outcomes[0].items() if isinstance(value, float)]:
+        by_repeat = [float(np.mean([o[name] for o in outcomes if o["repeat"] == repeat])) for repeat in repeats]
+        over_repeats = float(np.std(by_repeat, ddof=1)) if len(by_repeat) > 1 else 0.0
+        over_folds = float(np.std([outcome[name] for outcome in outcomes], ddof=1))
+        summary[name] = {"mean": float(np.mean(by_repeat)), "std_repeats": over_repeats, "std_folds": over_folds, "by_repeat": by_repeat}
+    return summary
+
+
+def describe(recipe: MILRecipe, bags: Bags, metrics: dict[str, Any]) -> str:
+    sizes = [len(bag) for bag in bags.instances]
+    lines = [
+        f"{recipe.name}: {len(sizes)} bags of {min(sizes)} to {max(sizes)} instances, {bags.instances[0].shape[1]} features; "
+        f"{recipe.repeats} x {recipe.folds} folds, scored on {recipe.judge} bags, {metrics['cross_validation_seconds']} s"
+    ]
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            spread = f"over repeats {value['std_repeats']:.4f}, over folds {value['std_folds']:.4f}"
+            lines.append(f"  {name:<14} {value['mean']:.4f}   standard deviation {spread}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
