@@ -14,7 +14,15 @@ from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification, separation_loss
+from modeling_uhop import (
+    DataCollatorForBags,
+    SeparationCallback,
+    UHopMILConfig,
+    UHopMILForBagClassification,
+    UHopViTConfig,
+    UHopViTForImageClassification,
+    separation_loss,
+)
 from modeling_uhop.callbacks import STATE_FILE
 
 
@@ -445,3 +453,23 @@ def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SeparationCallback(**arguments)
+
+
+@pytest.mark.parametrize("pool_memories", [True, False])
+def test_pooled_memories_are_one_set(tmp_path, pool_memories):
+    torch.manual_seed(0)
+    model = UHopMILForBagClassification(UHopMILConfig(instance_dim=5, hidden_size=8, num_attention_heads=2))
+    bags = [{"instances": torch.randn(size, 5), "label": size % 2} for size in (1, 4, 2, 6)]
+    collate = DataCollatorForBags()
+    separation = SeparationCallback("train_begin", kind="average", pool_memories=pool_memories, batch_size=4)
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=1, report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False
+    )
+    (expected_set,) = model.eval().memory_sets(**collate(bags))
+    features = expected_set.feature_map(expected_set.memories).detach()
+    if pool_memories:
+        expected = separation_loss(features[expected_set.mask])
+    else:
+        expected = torch.stack([separation_loss(features[i, :size]) for i, size in ((1, 4), (2, 2), (3, 6))]).mean()
+    Trainer(model, arguments, collate, bags, callbacks=[separation]).train()
+    assert separation.history[0]["separation_loss"] == pytest.approx(expected.item(), rel=1e-5)

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from compare_mil import table as bag_table
 from sweep import table
 
 
@@ -17,10 +18,15 @@ def render(readme: str) -> str:
 
     def from_results(match: re.Match[str]) -> str:
         results = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in match[2].split()}
-        only, *others = results.values()
-        return f"{match[1]}{table(only['variants']) if 'variants' in only else retrieval_table([only, *others])}\n{match[3]}"
+        return f"{match[1]}{_table(list(results.values()))}\n{match[3]}"
 
     return MARKED.sub(from_results, readme)
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    if "paired" in results[0]:
+        return bag_table(results)
+    return retrieval_table(results) if "rows" in results[0] else table(results[0]["variants"])
 
 
 def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta 10", sizes: tuple[str, ...] = ("100", "500")) -> str:
