@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from bags import Bags, load_bags
 from metrics import bag_metrics
 from recipe import MILRecipe, RecipeError, as_recorded, errors_in_one_line, load_recipe, provenance, read_yaml
@@ -24,7 +23,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import SVC
-from train_mil import check, cross_validate, splits, summarize
+from train_mil import check, cross_validate, prepare_for_many_runs, splits, summarize
 from transformers.utils import logging
 
 from modeling_uhop import UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/mil", help="folder of the finished cross-validations")
     parser.add_argument("--results", default="benchmarks/results", help="folder of the gathered results")
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    prepare_for_many_runs()
     with errors_in_one_line():
         sweep = read_yaml(Path(args.sweep))
         for name in args.recipes or sweep["recipes"]:
