@@ -264,6 +264,9 @@ def test_a_comparison_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr("compare_mil.cross_validate", lambda *args: pytest.fail("a finished cross-validation was run again"))
     compare(sweep, "mil_digits", None, tmp_path / "runs", target)
     assert json.loads(target.read_text())["results"] == first["results"]
+    sweep["variants"]["dense"].append("model.hidden_size=32")
+    with pytest.raises(pytest.fail.Exception, match="was run again"):
+        compare(sweep, "mil_digits", None, tmp_path / "runs", target)
 
 
 @pytest.mark.parametrize(

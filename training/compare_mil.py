@@ -1,6 +1,6 @@
 """Compare multiple-instance models on the same folds: variants of a recipe, and baselines of scikit-learn.
 
-Finished cross-validations are kept, so a comparison can be resumed.
+Finished cross-validations of the same settings are kept, so a comparison can be resumed.
 
 python training/compare_mil.py configs/sweeps/mil.yaml --recipes mil_digits
 python training/compare_mil.py configs/sweeps/mil.yaml --data_dir path/to/folder
@@ -65,11 +65,14 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
     progress = logging.tqdm([(job, repeat) for job in jobs for repeat in range(plain.repeats)], desc=name)
     for job, repeat in progress:
         path = runs / f"{job.replace(' ', '_').replace(',', '')}_{repeat}.json"
-        if not path.is_file():
+        settings = as_recorded(variants.get(job, plain))
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        if content.get("settings") != settings:
             started = time.perf_counter()
-            content = {"outcomes": jobs[job](repeat), "seconds": time.perf_counter() - started}
+            outcomes = jobs[job](repeat)
+            content = {"settings": settings, "outcomes": outcomes, "seconds": time.perf_counter() - started}
             path.write_text(json.dumps(content))
-        results.setdefault(job, []).append(json.loads(path.read_text()))
+        results.setdefault(job, []).append(content)
     gathered = {
         "results": {job: gather(content) for job, content in results.items()},
         "parameters": {variant: parameters(recipe, bags) for variant, recipe in variants.items()},
