@@ -19,7 +19,7 @@ from scipy import stats
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import SVC
-from train_mil import _seed, check, cross_validate, cross_validate_fold, fit, instance_auc, logits_of, run, splits, summarize, weights_of
+from train_mil import _seed, check, cross_validate, cross_validate_fold, fit, instance_auc, predict, run, splits, summarize
 
 from modeling_uhop import SeparationCallback
 
@@ -169,7 +169,7 @@ def test_an_ensemble_averages_logits():
     for member in range(2):
         recipe = _recipe()
         model, extractor = fit(recipe, [bags.instances[i] for i in train], bags.labels[train], bags.names, _seed(recipe, 0, 0, member))
-        members.append(logits_of(model, extractor, [bags.instances[i] for i in scored]))
+        members.append(predict(model, extractor, [bags.instances[i] for i in scored])[0])
     outcome = cross_validate(_recipe(ensemble=2), bags)[0]
     np.testing.assert_allclose(outcome["logits"], sum(members) / 2, atol=1e-4)
 
@@ -178,7 +178,7 @@ def test_the_extractor_sees_training_bags_alone():
     bags = _bags()
     model, extractor = fit(_recipe(), bags.instances[:10], bags.labels[:10], bags.names, 0)
     np.testing.assert_allclose(extractor.mean, np.concatenate(bags.instances[:10]).mean(0))
-    weights = weights_of(model, extractor, bags.instances[10:13])
+    weights = predict(model, extractor, bags.instances[10:13])[1]
     assert [len(row) for row in weights] == [len(bag) for bag in bags.instances[10:13]]
     assert [row.sum() for row in weights] == pytest.approx([1.0] * 3, rel=1e-5)
 

@@ -1,5 +1,6 @@
 """Bags for multiple-instance learning: a data set's bags, checked."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,25 +52,39 @@ def load_bags(data: BagDataRecipe) -> Bags:
         if column not in loaded.column_names:
             raise RecipeError(f"{data.dataset} has no column {column!r}; it has {loaded.column_names}")
     given = loaded[data.label_column]
-    missing = [index for index, label in enumerate(given) if label is None]
+    missing = [index for index, label in enumerate(given) if label is None or label != label]
     if missing:
         raise RecipeError(f"bag {missing[0]} of {data.dataset} has no label")
     values = sorted(set(given))
     return Bags(
-        instances=[_as_array(index, bag) for index, bag in enumerate(loaded[data.instances_column])],
+        instances=_as_arrays(loaded[data.instances_column]),
         labels=np.searchsorted(values, given),
         names=[str(value) for value in values],
     )
 
 
-def _as_array(index: int, bag: Any) -> np.ndarray:
-    try:
-        array = np.asarray(bag, dtype=np.float64)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"bag {index} has instances of unequal width, or that are not numbers") from error
-    if array.ndim != 2:
-        raise RecipeError(f"bag {index} must have shape (instances, features), got {array.shape}")
-    return array
+def _as_arrays(bags: Iterable[Any]) -> list[np.ndarray]:
+    """Arrays (instances, features) of one width and finite; an empty bag takes on the width of the others."""
+    arrays: list[np.ndarray] = []
+    width = None
+    for index, bag in enumerate(bags):
+        try:
+            array = np.asarray(bag, dtype=np.float64)
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"bag {index} has instances of unequal width, or that are not numbers") from error
+        if array.size > 0:
+            if array.ndim != 2:
+                raise RecipeError(f"bag {index} must have shape (instances, features), got {array.shape}")
+            width = array.shape[1] if width is None else width
+            if array.shape[1] != width:
+                raise RecipeError(f"bag {index} has {array.shape[1]} features, and the bags before it have {width}")
+            bad = np.flatnonzero(~np.isfinite(array).all(1))
+            if len(bad) > 0:
+                raise RecipeError(f"bag {index} has entries that are not finite, first in its instance {bad[0]}")
+        arrays.append(array)
+    if width is None:
+        raise RecipeError("there is no instance in any bag")
+    return [array if array.size > 0 else np.zeros((0, width)) for array in arrays]
 
 
 def digit_bags(target: int = 9, num_bags: int = 300, smallest: int = 6, largest: int = 14, num_groups: int = 20, seed: int = 0) -> Bags:

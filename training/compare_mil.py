@@ -53,9 +53,18 @@ def main() -> None:
 
 def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, target: Path) -> None:
     """Run every variant and baseline on one recipe's folds, and write what came of it."""
-    variants = {variant: load(name, sweep["repeats"], data_dir, overrides) for variant, overrides in sweep["variants"].items()}
-    plain = load(name, sweep["repeats"], data_dir, [])
+    shared = sweep.get("overrides", [])
+    plain = load(name, sweep["repeats"], data_dir, shared)
+    variants = {variant: load(name, sweep["repeats"], data_dir, [*shared, *overrides]) for variant, overrides in sweep["variants"].items()}
+    for variant, recipe in variants.items():
+        if (recipe.folds, recipe.seed, recipe.judge, recipe.data.dataset) != (plain.folds, plain.seed, plain.judge, plain.data.dataset):
+            raise RecipeError(f"variant {variant!r} must not change folds, seed, judge or dataset: put these in the sweep's `overrides`")
+    unknown = sorted(set(sweep["baselines"]) - set(BASELINES))
+    if unknown:
+        raise RecipeError(f"baselines must be among {tuple(BASELINES)}, got {unknown[0]!r}")
     bags = load_bags(plain.data)
+    if sweep["baselines"] and len(bags.names) != 2:
+        raise RecipeError(f"the baselines are for two classes, and {name} has {len(bags.names)}")
     runs.mkdir(parents=True, exist_ok=True)
     jobs: dict[str, Callable[[int], list[dict[str, Any]]]] = {
         **{variant: partial(run_variant, recipe, bags) for variant, recipe in variants.items()},
@@ -71,12 +80,14 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
             started = time.perf_counter()
             outcomes = jobs[job](repeat)
             content = {"settings": settings, "outcomes": outcomes, "seconds": time.perf_counter() - started}
-            path.write_text(json.dumps(content))
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text(json.dumps(content))
+            unfinished.rename(path)
         results.setdefault(job, []).append(content)
     gathered = {
-        "results": {job: gather(content) for job, content in results.items()},
+        "results": {job: gather(content, plain.metrics[0]) for job, content in results.items()},
         "parameters": {variant: parameters(recipe, bags) for variant, recipe in variants.items()},
-        "paired": [paired(results, first, second, plain.folds) for first, second in sweep["pairs"]],
+        "paired": [paired(results, first, second, plain.metrics[0]) for first, second in sweep["pairs"]],
         "published": sweep.get("published", {}).get(name, {}),
         "recipe": as_recorded(plain),
         "variants": sweep["variants"],
@@ -101,19 +112,21 @@ def parameters(recipe: MILRecipe, bags: Bags) -> int:
     return UHopMILForBagClassification(UHopMILConfig(**{"instance_dim": width, **recipe.model})).num_parameters()
 
 
-def gather(contents: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summary of a job's cross-validations, with the first metric of every fold."""
+def gather(contents: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """Summary of a job's cross-validations, with the metric that matters in every fold."""
     outcomes = [outcome for content in contents for outcome in content["outcomes"]]
-    by_fold = [[outcome["auc"] for outcome in content["outcomes"]] for content in contents]
-    return {**summarize(outcomes), "auc_by_fold": by_fold, "seconds": round(sum(content["seconds"] for content in contents), 1)}
+    by_fold = [[outcome[metric] for outcome in content["outcomes"]] for content in contents]
+    return {**summarize(outcomes), f"{metric}_by_fold": by_fold, "seconds": round(sum(content["seconds"] for content in contents), 1)}
 
 
-def paired(results: dict[str, list[dict[str, Any]]], first: str, second: str, folds: int) -> dict[str, Any]:
-    """Mean difference in AUC on the same folds; 95 % interval of Nadeau and Bengio (2003), which allows for shared training bags."""
-    aucs = [np.array([outcome["auc"] for content in results[job] for outcome in content["outcomes"]]) for job in (first, second)]
-    difference = aucs[0] - aucs[1]
-    count = len(difference)
-    half_width = student_t.ppf(0.975, count - 1) * np.sqrt((1.0 / count + 1.0 / (folds - 1)) * difference.var(ddof=1))
+def paired(results: dict[str, list[dict[str, Any]]], first: str, second: str, metric: str) -> dict[str, Any]:
+    """Mean difference on the same folds; 95 % interval of Nadeau and Bengio (2003), which allows for shared training bags."""
+    outcomes = [[outcome for content in results[job] for outcome in content["outcomes"]] for job in (first, second)]
+    if [outcome["bags"] for outcome in outcomes[0]] != [outcome["bags"] for outcome in outcomes[1]]:
+        raise ValueError(f"{first!r} and {second!r} were scored on other bags")
+    difference = np.array([one[metric] - other[metric] for one, other in zip(*outcomes, strict=True)])
+    ratio = np.mean([len(outcome["bags"]) / outcome["trained_on"] for outcome in outcomes[0]])
+    half_width = student_t.ppf(0.975, len(difference) - 1) * np.sqrt((1.0 / len(difference) + ratio) * difference.var(ddof=1))
     return {"first": first, "second": second, "difference": float(difference.mean()), "half_width": float(half_width)}
 
 
@@ -129,7 +142,8 @@ def run_baseline(baseline: Baseline, recipe: MILRecipe, bags: Bags, repeat: int)
         chosen, unseen = [standardised[i] for i in train], [standardised[i] for i in scored]
         scores = baseline(chosen, bags.labels[train], unseen)
         logits = np.stack([-scores, scores], axis=-1)
-        outcomes.append({"repeat": repeat, "fold": fold, **bag_metrics(logits, bags.labels[scored], recipe.metrics)})
+        metrics = bag_metrics(logits, bags.labels[scored], recipe.metrics)
+        outcomes.append({"repeat": repeat, "fold": fold, **metrics, "trained_on": len(train), "bags": scored.tolist()})
     return outcomes
 
 
@@ -167,11 +181,12 @@ BASELINES: dict[str, Baseline] = {
 
 
 def table(gathered: list[dict[str, Any]]) -> str:
-    """Mean AUC and its standard deviation over repeats, a column for each data set."""
+    """Mean of the metric that matters and its standard deviation over repeats, a column for each data set."""
+    metric = gathered[0]["recipe"]["metrics"][0]
     titles = [Path(result["recipe"]["data"]["dataset"]).stem for result in gathered]
     lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for job in gathered[0]["results"]:
-        cells = [f"{r['results'][job]['auc']['mean']:.3f} ± {r['results'][job]['auc']['std_repeats']:.3f}" for r in gathered]
+        cells = [f"{r['results'][job][metric]['mean']:.3f} ± {r['results'][job][metric]['std_repeats']:.3f}" for r in gathered]
         lines.append(f"| {job} | " + " | ".join(cells) + " |")
     for row in dict.fromkeys(row for result in gathered for row in result["published"]):
         lines.append(f"| published: {row} | " + " | ".join(result["published"].get(row, "") for result in gathered) + " |")

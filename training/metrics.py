@@ -47,7 +47,7 @@ class RocAuc(evaluate.Metric):
 
 
 class F1(evaluate.Metric):
-    """F1 score of the positive class; of several classes, the mean over classes."""
+    """F1 score of the positive class; with average="macro", the mean over classes."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -56,9 +56,8 @@ class F1(evaluate.Metric):
             features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
         )
 
-    def _compute(self, predictions, references) -> dict[str, float]:
-        binary = set(np.unique([*predictions, *references])) <= {0, 1}
-        return {"f1": float(f1_score(references, predictions, average="binary" if binary else "macro", zero_division=0.0))}
+    def _compute(self, predictions, references, average: str = "binary") -> dict[str, float]:
+        return {"f1": float(f1_score(references, predictions, average=average, zero_division=0.0))}
 
 
 BAG_METRICS = ("auc", "accuracy", "f1")
@@ -72,6 +71,6 @@ def bag_metrics(logits: np.ndarray, labels: np.ndarray, names: Sequence[str] = B
     metrics: dict[str, Callable[[], dict[str, float] | None]] = {
         "auc": lambda: RocAuc().compute(predictions=logits, references=labels),
         "accuracy": lambda: Accuracy().compute(predictions=logits.argmax(-1), references=labels),
-        "f1": lambda: F1().compute(predictions=logits.argmax(-1), references=labels),
+        "f1": lambda: F1().compute(predictions=logits.argmax(-1), references=labels, average="binary" if logits.shape[1] == 2 else "macro"),
     }
     return {name: (metrics[name]() or {})[name] for name in names}

@@ -76,7 +76,7 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False) -> dict[str
     check_output_dir(folder, overwrite, resume=False)
     check(recipe)
     bags = load_bags(recipe.data)
-    UHopMILConfig(**{"instance_dim": bags.instances[0].shape[1], **recipe.model})
+    model_config(recipe, bags.instances[0].shape[1], bags.names)
     started = time.perf_counter()
     outcomes = cross_validate(recipe, bags)
     seconds = time.perf_counter() - started
@@ -89,12 +89,12 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False) -> dict[str
     model, extractor = fit(recipe, bags.instances, bags.labels, bags.names, recipe.seed)
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
-    shown = next((index for index, label in enumerate(bags.labels) if label == 1), 0)
-    bag = bags.instances[shown]
-    bag_figure(
-        folder / "bag.png", bag, weights_of(model, extractor, [bag])[0], f"{recipe.name}: bag {shown}, {bags.names[bags.labels[shown]]}"
-    )
-    check_reload(folder, "multiple-instance-classification", bags.instances[:64], logits_of(model, extractor, bags.instances[:64]))
+    shown = next((i for i, bag in enumerate(bags.instances) if bags.labels[i] == 1 and len(bag) > 0), 0)
+    probes = bags.instances[:64]
+    logits, _ = predict(model, extractor, probes)
+    _, (weights,) = predict(model, extractor, [bags.instances[shown]])
+    bag_figure(folder / "bag.png", bags.instances[shown], weights, f"{recipe.name}: bag {shown}, {bags.names[bags.labels[shown]]}")
+    check_reload(folder, "multiple-instance-classification", probes, logits)
     return metrics
 
 
@@ -114,16 +114,23 @@ def check(recipe: MILRecipe) -> None:
 
 def splits(recipe: MILRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Indices (trained on, scored) for each fold of one cross-validation: stratified by label, groups kept together."""
-    counts = np.bincount(bags.labels)
+    counts = np.bincount(bags.labels, minlength=len(bags.names))
+    if len(counts) < 2:
+        raise RecipeError(f"there is nothing to classify: every bag is of class {bags.names[0]!r}")
     if counts.min() < recipe.folds:
         scarce = int(counts.argmin())
         raise RecipeError(
             f"class {bags.names[scarce]!r} has {counts[scarce]} bags, too few for one in each of {recipe.folds} folds; set `folds` lower"
         )
-    outer = list(divided(bags, np.arange(len(bags.labels)), recipe.folds, recipe.seed + repeat))
-    if recipe.judge == "test":
-        return outer
-    return [next(divided(bags, train, 5, _seed(recipe, repeat, fold))) for fold, (train, _) in enumerate(outer)]
+    parts = list(divided(bags, np.arange(len(bags.labels)), recipe.folds, _seed(recipe, repeat)))
+    if recipe.judge == "validation":
+        parts = [next(divided(bags, train, 5, _seed(recipe, repeat, fold))) for fold, (train, _) in enumerate(parts)]
+    for fold, part in enumerate(parts):
+        for name, indices in zip(("training", recipe.judge), part, strict=True):
+            missing = set(range(len(bags.names))) - set(bags.labels[indices].tolist())
+            if missing:
+                raise RecipeError(f"fold {fold} has no {name} bag of class {bags.names[min(missing)]!r}; set `folds` otherwise")
+    return parts
 
 
 def _seed(recipe: MILRecipe, *parts: int) -> int:
@@ -155,15 +162,26 @@ def cross_validate(recipe: MILRecipe, bags: Bags, repeats: range | None = None) 
 def cross_validate_fold(recipe: MILRecipe, bags: Bags, repeat: int, fold: int, train: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
     """Train on some bags and score others."""
     chosen, unseen = [bags.instances[i] for i in train], [bags.instances[i] for i in scored]
-    total, weights = np.zeros((len(scored), len(bags.names))), [np.zeros(len(bag)) for bag in unseen]
+    answers = []
     for member in range(recipe.ensemble):
         model, extractor = fit(recipe, chosen, bags.labels[train], bags.names, _seed(recipe, repeat, fold, member))
-        total += logits_of(model, extractor, unseen) / recipe.ensemble
-        weights = [sum_ + new / recipe.ensemble for sum_, new in zip(weights, weights_of(model, extractor, unseen), strict=True)]
-    outcome = {"repeat": repeat, "fold": fold, **bag_metrics(total, bags.labels[scored], recipe.metrics)}
+        answers.append(predict(model, extractor, unseen))
+    logits = np.mean([member_logits for member_logits, _ in answers], axis=0)
+    outcome = {"repeat": repeat, "fold": fold, **bag_metrics(logits, bags.labels[scored], recipe.metrics)}
     if bags.instance_labels is not None:
+        weights = [np.mean(rows, axis=0) for rows in zip(*(member_weights for _, member_weights in answers), strict=True)]
         outcome["instance_auc"] = instance_auc(weights, [bags.instance_labels[i] for i in scored])
-    return {**outcome, "bags": scored.tolist(), "logits": total.round(4).tolist()}
+    return {**outcome, "trained_on": len(train), "bags": scored.tolist(), "logits": logits.round(4).tolist()}
+
+
+def model_config(recipe: MILRecipe, instance_dim: int | None, names: list[str]) -> UHopMILConfig:
+    """The recipe's configuration for these classes; a `RecipeError` if it asks for another number of them."""
+    config = UHopMILConfig(**{"instance_dim": instance_dim, "num_labels": len(names), **recipe.model})
+    if config.num_labels != len(names):
+        raise RecipeError(f"model.num_labels is {config.num_labels}, and the bags have {len(names)} classes, {names}")
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    return config
 
 
 def fit(
@@ -174,12 +192,7 @@ def fit(
     extractor = UHopMILFeatureExtractor(data.standardize, data.clip, data.num_components).fit(instances)
     examples = [{"instances": bag, "label": label} for bag, label in zip(extractor.transform(instances), labels.tolist(), strict=True)]
     set_seed(seed)
-    config = UHopMILConfig(
-        **{"instance_dim": extractor.instance_dim, **recipe.model},
-        id2label=dict(enumerate(names)),
-        label2id={name: index for index, name in enumerate(names)},
-    )
-    model = UHopMILForBagClassification(config)
+    model = UHopMILForBagClassification(model_config(recipe, extractor.instance_dim, names))
     with tempfile.TemporaryDirectory() as folder:
         arguments = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training}
         trainer = Trainer(
@@ -196,18 +209,18 @@ def fit(
 
 
 @torch.no_grad()
-def outputs_of(model: UHopMILForBagClassification, extractor: UHopMILFeatureExtractor, instances: list[np.ndarray]) -> Any:
-    return model(**extractor(instances, return_tensors="pt").to(model.device))
-
-
-def logits_of(model: UHopMILForBagClassification, extractor: UHopMILFeatureExtractor, instances: list[np.ndarray]) -> np.ndarray:
-    return outputs_of(model, extractor, instances).logits.cpu().double().numpy()
-
-
-def weights_of(model: UHopMILForBagClassification, extractor: UHopMILFeatureExtractor, instances: list[np.ndarray]) -> list[np.ndarray]:
-    """Weights of each bag's instances."""
-    weights = outputs_of(model, extractor, instances).instance_weights.cpu().double().numpy()
-    return [row[: len(bag)] for row, bag in zip(weights, instances, strict=True)]
+def predict(
+    model: UHopMILForBagClassification, extractor: UHopMILFeatureExtractor, instances: list[np.ndarray], batch_size: int = 64
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Logits (bags, classes), and the weights of each bag's instances."""
+    logits, weights = [], []
+    for start in range(0, len(instances), batch_size):
+        batch = instances[start : start + batch_size]
+        outputs = model(**extractor(batch, return_tensors="pt").to(model.device))
+        logits.append(outputs.logits.cpu().double().numpy())
+        rows = outputs.instance_weights.cpu().double().numpy()
+        weights += [row[: len(bag)] for row, bag in zip(rows, batch, strict=True)]
+    return np.concatenate(logits), weights
 
 
 def instance_auc(weights: list[np.ndarray], truth: list[np.ndarray]) -> float:
