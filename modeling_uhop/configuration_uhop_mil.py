@@ -82,6 +82,10 @@ class UHopMILConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone_config, dict):
+            if self.backbone_config.get("model_type") not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"backbone_config needs a model_type that transformers knows, got {self.backbone_config.get('model_type')!r}"
+                )
             self.backbone_config = CONFIG_MAPPING[self.backbone_config["model_type"]](**self.backbone_config)
         if TASK in PIPELINE_REGISTRY.get_supported_tasks():
             # The task is known here, and transformers would run the folder's copy of its code instead, and ask for trust.

@@ -27,7 +27,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         clip (`float`, *optional*, defaults to 5): Standardised values are clipped to [-clip, clip]; `None` for no clipping.
         num_components (`int`, *optional*): Number of principal components that replace the features, divided by the first one's standard
             deviation so that they stay of order 1; `None` to keep the features. For vectors only; needs scikit-learn to fit.
-        mean, scale, components, component_mean, feature_names: What `fit` measured.
+        mean, scale, components, component_mean, feature_names, image_size: What `fit` measured.
 
     >>> import numpy as np
     >>> from modeling_uhop import UHopMILFeatureExtractor
@@ -50,6 +50,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         components: Sequence[Sequence[float]] | None = None,
         component_mean: Sequence[float] | None = None,
         feature_names: Sequence[str] | None = None,
+        image_size: Sequence[int] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -65,6 +66,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         self.components = _array(components)
         self.component_mean = _array(component_mean)
         self.feature_names = None if feature_names is None else list(feature_names)
+        self.image_size = None if image_size is None else list(image_size)
 
     @property
     def num_features(self) -> int | None:
@@ -82,13 +84,18 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         Raises:
             ValueError: For bags that differ in their features, entries that are not finite, or no instance at all; naming the bag.
         """
-        self.mean = self.scale = self.components = self.component_mean = self.feature_names = None
+        if is_one_bag(bags):
+            raise ValueError("fit takes a list of bags, got a single one")
         columns = getattr(bags[0], "columns", None) if len(bags) > 0 else None
-        self.feature_names = None if columns is None else [str(name) for name in columns]
-        arrays = self._checked(bags)
-        if sum(map(len, arrays)) == 0:
+        names = None if columns is None else [str(name) for name in columns]
+        arrays = [array for array in as_arrays(bags, feature_names=names) if len(array) > 0]
+        if not arrays:
             raise ValueError("there is no instance to fit on")
-        rows = np.concatenate([array for array in arrays if len(array) > 0])
+        rows = np.concatenate(arrays)
+        if self.num_components is not None:
+            self._check_components(rows)
+        self.components = self.component_mean = None
+        self.feature_names, self.image_size = names, list(rows.shape[2:])
         axes = (0,) if rows.ndim == 2 else (0, 2, 3)
         self.mean, self.scale = rows.mean(axes), rows.std(axes)
         # Rounding leaves a little spread in a constant column.
@@ -99,7 +106,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
             self._fit_components(rows)
         return self
 
-    def _fit_components(self, rows: np.ndarray) -> None:
+    def _check_components(self, rows: np.ndarray) -> None:
         if PCA is None:
             raise ImportError("num_components needs scikit-learn to fit")
         if rows.ndim != 2:
@@ -109,6 +116,8 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
                 f"num_components must be at most the {min(rows.shape)} that {rows.shape[0]} instances of {rows.shape[1]} features have, "
                 f"got {self.num_components}"
             )
+
+    def _fit_components(self, rows: np.ndarray) -> None:
         pca = PCA(self.num_components, svd_solver="full").fit(self._standardized(rows))
         self.component_mean = pca.mean_
         self.components = pca.components_ / np.sqrt(max(pca.explained_variance_[0], np.finfo(float).tiny))
@@ -129,7 +138,9 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         """
         if self.mean is None:
             raise ValueError("the extractor knows no mean and scale yet: call fit on the training bags")
-        transformed = [self._standardized(array) for array in self._checked(bags)]
+        empty = (len(self.mean), *(self.image_size or ()))
+        arrays = as_arrays(bags, num_features=len(self.mean), feature_names=self.feature_names, empty_shape=empty)
+        transformed = [self._standardized(array) for array in arrays]
         if self.components is not None:
             transformed = [(array - self.component_mean) @ self.components.T for array in transformed]
         return [array.astype(np.float32) for array in transformed]
@@ -139,51 +150,89 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
 
         Args:
             bags: A list of bags: arrays, tensors or lists (instances, features), images (instances, channels, height, width), or DataFrames
-                with a row for each instance. A single array or DataFrame is one bag. A bag may be empty.
+                with a row for each instance. A single bag is taken for a list of one. A bag may be empty.
             return_tensors: "pt" for torch, "np" or `None` for NumPy.
             padding: `False` for lists of unpadded arrays.
 
         Returns:
             `instances` (B, N, ...) and `attention_mask` (B, N), 1 where there is an instance.
         """
-        arrays = self.transform([bags] if hasattr(bags, "columns") or getattr(bags, "ndim", 0) in (2, 4) else bags)
+        arrays = self.transform([bags] if is_one_bag(bags) else bags)
         masks = [np.ones(len(array), dtype=np.int64) for array in arrays]
         if not padding:
             return BatchFeature({"instances": arrays, "attention_mask": masks})
         data = {"instances": _padded(arrays), "attention_mask": _padded(masks)}
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _checked(self, bags: Sequence[Any]) -> list[np.ndarray]:
-        """Bags as float64 arrays of the same features; an empty one has none to check."""
-        if len(bags) == 0:
-            raise ValueError("there are no bags")
-        shapes: dict[int, tuple[int, ...]] = {}
-        arrays = []
-        for index, bag in enumerate(bags):
-            columns = getattr(bag, "columns", None)
-            if columns is not None and self.feature_names is not None and [str(name) for name in columns] != self.feature_names:
-                raise ValueError(f"bag {index} must have the columns {self.feature_names}, in this order, got {list(columns)}")
-            try:
-                array = np.asarray(bag, dtype=np.float64)
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"bag {index} is not numbers of one shape for every instance: {error}") from error
-            if len(array) > 0:
-                if array.ndim not in (2, 4):
-                    raise ValueError(
-                        f"bag {index} must have shape (instances, features), or (instances, channels, height, width), got {array.shape}"
-                    )
-                shapes[index] = array.shape[1:]
-                first = next(iter(shapes))
-                if shapes[index] != shapes[first]:
-                    raise ValueError(f"bag {index} has instances of shape {shapes[index]}, and bag {first} of {shapes[first]}")
-                if self.num_features not in (None, array.shape[1]):
-                    raise ValueError(f"bag {index} has {array.shape[1]} features, and the extractor was fitted on {self.num_features}")
-                bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
-                if len(bad) > 0:
-                    raise ValueError(f"bag {index} has entries that are not finite, first in its instance {bad[0]}")
-            arrays.append(array)
-        shape = next(iter(shapes.values()), (self.num_features or 0,))
-        return [array if len(array) > 0 else np.zeros((0, *shape)) for array in arrays]
+
+def is_one_bag(bags: Any) -> bool:
+    """Whether this is a bag, and not several: a DataFrame, an array with 2 axes (4 for images), or lists nested so deep."""
+    return hasattr(bags, "columns") or _depth(bags) in (2, 4)
+
+
+def _depth(entry: Any) -> int:
+    if hasattr(entry, "ndim"):
+        return entry.ndim
+    return 1 + _depth(entry[0]) if isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) > 0 else 0
+
+
+def as_arrays(
+    bags: Sequence[Any],
+    *,
+    num_features: int | None = None,
+    feature_names: list[str] | None = None,
+    empty_shape: tuple[int, ...] | None = None,
+) -> list[np.ndarray]:
+    """Bags as float64 arrays whose instances have one shape; an empty one takes on `empty_shape`, by default that of the others.
+
+    Raises:
+        ValueError: For bags that differ from each other or from what is asked for, or are not finite; naming the bag.
+    """
+    if len(bags) == 0:
+        raise ValueError("there are no bags")
+    arrays = []
+    first, shape = 0, None
+    for index in range(len(bags)):
+        array = _as_array(index, bags[index], feature_names)
+        if len(array) > 0:
+            if array.ndim not in (2, 4):
+                raise ValueError(
+                    f"bag {index} must have shape (instances, features), or (instances, channels, height, width), got {array.shape}"
+                )
+            if shape is None:
+                first, shape = index, array.shape[1:]
+            if array.shape[1:] != shape:
+                raise ValueError(f"bag {index} has instances of shape {array.shape[1:]}, and bag {first} of {shape}")
+            if num_features not in (None, array.shape[1]):
+                raise ValueError(f"bag {index} has {array.shape[1]} features, and the extractor was fitted on {num_features}")
+            bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
+            if len(bad) > 0:
+                raise ValueError(f"bag {index} has entries that are not finite, first in its instance {bad[0]}")
+        arrays.append(array)
+    filled = shape or empty_shape or (0,)
+    return [array if len(array) > 0 else np.zeros((0, *filled)) for array in arrays]
+
+
+def _as_array(index: int, bag: Any, feature_names: list[str] | None) -> np.ndarray:
+    columns = getattr(bag, "columns", None)
+    if columns is not None and feature_names is not None and [str(name) for name in columns] != feature_names:
+        raise ValueError(f"bag {index} must have the columns {feature_names}, in this order, got {list(columns)}")
+    try:
+        array = bag.detach().cpu().double().numpy() if isinstance(bag, torch.Tensor) else np.asarray(bag, dtype=np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"bag {index} is not numbers of one shape for every instance: {error}") from error
+    if array.ndim == 0:
+        raise ValueError(f"bag {index} must be a set of instances, got {bag!r}")
+    return array
+
+
+def _as_labels(labels: list[np.ndarray]) -> torch.Tensor:
+    """Class indices as integers; several labels, or numbers to regress on, as floats."""
+    for index, label in enumerate(labels):
+        if label.shape != labels[0].shape or label.dtype.kind not in "biuf":
+            raise ValueError(f"bag {index} of the batch has a label that is no number, or not shaped like the first one's: {label}")
+    stacked = np.stack(labels)
+    return torch.as_tensor(stacked, dtype=torch.long if stacked.ndim == 1 and stacked.dtype.kind in "biu" else torch.float32)
 
 
 def _array(values: Any) -> np.ndarray | None:
@@ -207,8 +256,8 @@ class DataCollatorForBags:
         max_instances: Bags with more instances are reduced to this many; `None` for no limit.
         selection: Which ones: "random" (drawn anew each time, from torch's random state), "first", or "spread" (evenly over the bag).
 
-    To batch bags of similar length, give the data set a column `length` and train with
-    `TrainingArguments(train_sampling_strategy="group_by_length")`.
+    The Trainer batches bags of similar length with `TrainingArguments(train_sampling_strategy="group_by_length")`, given a feature
+    extractor as its `processing_class` or a column `length`. It evaluates through the same collator: "random" makes that random too.
 
     Raises:
         ValueError: If `max_instances` is below 1, `selection` is unknown, or some examples have a label and others not.
@@ -227,7 +276,7 @@ class DataCollatorForBags:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         bags = [self._reduced(example["instances"]) for example in examples]
         if self.feature_extractor is None:
-            arrays = [np.asarray(bag, dtype=np.float32) for bag in bags]
+            arrays = [array.astype(np.float32) for array in as_arrays(bags)]
             masks = [np.ones(len(array), dtype=np.int64) for array in arrays]
             batch = {"instances": torch.from_numpy(_padded(arrays)), "attention_mask": torch.from_numpy(_padded(masks))}
         else:
@@ -237,9 +286,7 @@ class DataCollatorForBags:
         if 0 < len(unlabelled) < len(labels):
             raise ValueError(f"bag {unlabelled[0]} of the batch has no label, and others have")
         if not unlabelled:
-            stacked = np.stack([np.asarray(label) for label in labels])
-            whole = np.issubdtype(stacked.dtype, np.integer) and stacked.ndim == 1
-            batch["labels"] = torch.as_tensor(stacked, dtype=torch.long if whole else torch.float32)
+            batch["labels"] = _as_labels([np.asarray(label) for label in labels])
         return batch
 
     def _reduced(self, bag: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoBackbone, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -28,7 +29,7 @@ class UHopMILModelOutput(ModelOutput):
         last_hidden_state: (B, N, hidden_size), embedded instances; zeros where there is none.
         pooler_output: (B, num_queries * hidden_size), what the queries retrieved.
         instance_weights: (B, N), how much each instance counts: association weights averaged over heads and queries, which sum to 1 over a
-            bag. For "max" pooling, the share of features that an instance decides.
+            bag (but for their dropout in training). For "max" pooling, the share of features that an instance decides.
         hidden_states: Output of each embedding layer, (B, N, hidden_size).
         attentions: Association weights of every head, (B, H, num_queries, N).
     """
@@ -83,7 +84,7 @@ class UHopMILBackboneEmbedding(nn.Module):
         return self.backbone(images).feature_maps[-1].mean((-1, -2))
 
 
-class UHopMILEmbeddingLayer(nn.Module):
+class UHopMILEmbeddingLayer(GradientCheckpointingLayer):
     def __init__(self, config: UHopMILConfig, in_dim: int):
         super().__init__()
         self.dense = nn.Linear(in_dim, config.hidden_size)
@@ -111,7 +112,8 @@ class UHopMILMaxPooling(nn.Module):
         present = mask.unsqueeze(-1)
         largest, winners = states.masked_fill(~present, torch.finfo(states.dtype).min).max(1, keepdim=True)
         filled = present.any(1, keepdim=True)
-        shares = nn.functional.one_hot(winners.squeeze(1), states.shape[1]).to(states.dtype).mean(1)
+        votes = torch.full_like(winners.squeeze(1), 1.0 / states.shape[2], dtype=states.dtype)
+        shares = torch.zeros_like(mask, dtype=states.dtype).scatter_add(1, winners.squeeze(1), votes)
         return torch.where(filled, largest, 0.0), shares * mask
 
 
@@ -120,6 +122,9 @@ class UHopMILPreTrainedModel(PreTrainedModel):
     config_class = UHopMILConfig
     base_model_prefix = "mil"
     main_input_name = "instances"
+    supports_gradient_checkpointing = True
+    # The losses of several labels and of regression are means over a batch, whatever `num_items_in_batch` says.
+    accepts_loss_kwargs = False
     _no_split_modules = ["UHopMILImageEmbedding", "UHopMILBackboneEmbedding", "HopfieldPooling"]
     _can_record_outputs = {
         "hidden_states": OutputRecorder(UHopMILEmbeddingLayer, capture_initial_hidden_state=False),
@@ -272,7 +277,7 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
         Raises:
             ValueError: As `UHopMILModel.forward`, and (on CPU) for a class index outside its range.
         """
-        outputs: UHopMILModelOutput = self.mil(instances, attention_mask=attention_mask, **kwargs)
+        outputs: UHopMILModelOutput = self.mil(instances, attention_mask=attention_mask, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(self.activation_fn(outputs.pooler_output)))
         loss = None
         if labels is not None:

@@ -333,7 +333,7 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
             ValueError: As `UHopViTModel.forward`, and (on CPU) for a class index outside its range.
         """
         outputs: BaseModelOutputWithPooling = self.vit(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, **kwargs
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, return_dict=True, **kwargs
         )
         tokens = cast(torch.Tensor, outputs.last_hidden_state)
         logits = self.classifier(tokens[:, 0])

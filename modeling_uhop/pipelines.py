@@ -1,11 +1,13 @@
 """The pipeline "multiple-instance-classification"."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import AutoModelForSequenceClassification, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
+
+from .feature_extraction_uhop_mil import is_one_bag
 
 
 TASK = "multiple-instance-classification"
@@ -17,8 +19,8 @@ class MultipleInstanceClassificationPipeline(Pipeline):
     A bag is an array (instances, features), one of images (instances, channels, height, width), or a DataFrame; call it with one, or with a
     list of them. For each bag:
 
-    - `label` and `score` of the likeliest class (of every class with a score of at least `threshold`, as lists, under
-      "multi_label_classification");
+    - `label` and `score` of the likeliest class; of every class with a score of at least `threshold`, as lists, under
+      "multi_label_classification"; of a model with one label, its value as it is;
     - `instances`: `{"index": i, "weight": w}` for each instance, largest weight first, the first `top_k` of them.
 
     Arguments of a call, or of `pipeline(...)`:
@@ -33,14 +35,19 @@ class MultipleInstanceClassificationPipeline(Pipeline):
     _load_feature_extractor: Any = True
     _load_tokenizer: Any = False
 
-    def _sanitize_parameters(self, top_k: int | None = None, threshold: float | None = None, **kwargs):
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all, got {top_k}")
-        given = {"top_k": top_k, "threshold": threshold}
-        return {}, {}, {name: value for name, value in given.items() if value is not None}
+    def _sanitize_parameters(self, **kwargs):
+        given = {name: kwargs[name] for name in ("top_k", "threshold") if name in kwargs}
+        if given.get("top_k") is not None and given["top_k"] < 1:
+            raise ValueError(f"top_k must be at least 1, or None for all, got {given['top_k']}")
+        return {}, {}, given
 
     def __call__(self, inputs: Any, *args, **kwargs) -> Any:
-        return super().__call__(np.asarray(inputs) if _is_rows(inputs) else inputs, *args, **kwargs)
+        # A list is several inputs to a pipeline, and so is an array to us where it is several bags.
+        if not isinstance(inputs, (list, np.ndarray, torch.Tensor)):
+            return super().__call__(inputs, *args, **kwargs)
+        if is_one_bag(inputs):
+            return super().__call__([inputs], *args, **kwargs)[0]
+        return super().__call__(list(inputs), *args, **kwargs)
 
     def preprocess(self, input_: Any, **preprocess_parameters) -> Any:
         extractor: Any = self.feature_extractor
@@ -62,15 +69,11 @@ class MultipleInstanceClassificationPipeline(Pipeline):
             scores = logits.sigmoid()
             found = [index for index in scores.argsort(descending=True).tolist() if scores[index] >= threshold]
             return {"label": [names[i] for i in found], "score": [scores[i].item() for i in found], "instances": instances}
+        if len(logits) == 1:
+            return {"label": names[0], "score": logits.item(), "instances": instances}
         scores = logits.softmax(-1)
         best = int(scores.argmax())
         return {"label": names[best], "score": scores[best].item(), "instances": instances}
-
-
-def _is_rows(bag: Any) -> bool:
-    """Whether a plain list holds rows of numbers, that is one bag, and not several bags."""
-    row = bag[0] if isinstance(bag, Sequence) and len(bag) > 0 else None
-    return isinstance(row, Sequence) and len(row) > 0 and isinstance(row[0], (int, float))
 
 
 def register() -> None:

@@ -96,6 +96,7 @@ def test_round_trip(tmp_path):
         ({"bag_dropout_prob": 1.0}, r"bag_dropout_prob must lie in \[0, 1\), got 1.0"),
         ({"hidden_dropout_prob": -0.1}, r"hidden_dropout_prob must lie in \[0, 1\), got -0.1"),
         ({"instance_type": "backbone"}, "'backbone' needs a backbone_config"),
+        ({"instance_type": "backbone", "backbone_config": {"depths": [1]}}, "needs a model_type that transformers knows, got None"),
         ({"backbone_config": BACKBONE}, "no other takes one, got instance_type='vector'"),
         ({"value_source": "projected_memory", "feature_dim": 24}, "must equal hidden_size 16, got 24"),
     ],

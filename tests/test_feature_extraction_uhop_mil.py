@@ -120,12 +120,37 @@ def test_saving_and_loading(bags, tmp_path):
         ([np.ones((2, 5)), [[1.0] * 5, [1.0] * 4]], "bag 1 is not numbers of one shape for every instance"),
         ([np.ones((2, 5)), [["a"] * 5]], "bag 1 is not numbers"),
         ([np.ones((2, 5)), np.array([[1.0] * 5, [np.nan] * 5])], "bag 1 has entries that are not finite, first in its instance 1"),
+        ([np.ones((2, 5)), None], "bag 1 must be a set of instances, got None"),
         ([np.full((1, 5), np.inf)], "bag 0 has entries that are not finite"),
     ],
 )
 def test_bad_bags_are_named(bags, given, message):
     with pytest.raises(ValueError, match=message):
         UHopMILFeatureExtractor().fit(bags)(given)
+
+
+def test_a_single_bag_in_every_form(bags):
+    extractor = UHopMILFeatureExtractor().fit(bags)
+    expected = extractor([bags[0]])["instances"]
+    rows = [list(map(np.float32, row)) for row in bags[0]]
+    for given in (bags[0], bags[0].tolist(), list(bags[0]), torch.from_numpy(bags[0]).requires_grad_(), rows):
+        np.testing.assert_allclose(extractor(given)["instances"], expected, rtol=1e-5, atol=1e-6)
+    low = extractor(torch.from_numpy(bags[0]).bfloat16())["instances"]
+    np.testing.assert_allclose(low, expected, atol=0.05)
+    images = np.random.default_rng(0).normal(size=(3, 2, 4, 4))
+    of_images = UHopMILFeatureExtractor().fit([images])
+    np.testing.assert_array_equal(of_images(images.tolist())["instances"], of_images([images])["instances"])
+    assert of_images([[]])["instances"].shape == (1, 0, 2, 4, 4)
+    assert of_images(np.zeros((0, 2, 4, 4)))["instances"].shape == (1, 0, 2, 4, 4)
+
+
+def test_a_fit_that_fails_changes_nothing(bags):
+    extractor = UHopMILFeatureExtractor(num_components=2).fit(bags)
+    before = extractor.transform(bags)
+    for wrong in ([np.full((2, 5), np.nan)], [np.ones((1, 5))], bags[0], pd.DataFrame(bags[0])):
+        with pytest.raises(ValueError):
+            extractor.fit(wrong)
+    np.testing.assert_array_equal(np.concatenate(extractor.transform(bags)), np.concatenate(before))
 
 
 def test_bad_settings_are_refused(bags):
@@ -152,6 +177,8 @@ def test_the_collator_pads_and_labels(bags):
     many = [{"instances": bags[0], "labels": [0.0, 1.0]}]
     assert DataCollatorForBags(extractor)(many)["labels"].tolist() == [[0.0, 1.0]]
     assert "labels" not in DataCollatorForBags(extractor)([{"instances": bags[0]}])
+    assert DataCollatorForBags()([{"instances": bags[0], "label": label} for label in (True, False)])["labels"].tolist() == [1, 0]
+    assert DataCollatorForBags()([{"instances": []}, {"instances": bags[0]}])["attention_mask"].sum(-1).tolist() == [0, 4]
 
 
 @pytest.mark.parametrize("selection", ["random", "first", "spread"])
@@ -174,5 +201,10 @@ def test_bad_collators_are_refused(bags):
         DataCollatorForBags(max_instances=0)
     with pytest.raises(ValueError, match=r"selection must be one of .* got 'last'"):
         DataCollatorForBags(selection="last")
+    for labels in (["a", "b"], [[0.0], [1.0, 2.0]]):
+        with pytest.raises(ValueError, match=r"bag [01] of the batch has a label that is no number, or not shaped like"):
+            DataCollatorForBags()([{"instances": bags[0], "label": label} for label in labels])
+    with pytest.raises(ValueError, match=r"bag 1 has instances of shape \(1,\), and bag 0 of \(5,\)"):
+        DataCollatorForBags()([{"instances": bags[0]}, {"instances": np.ones((2, 1))}])
     with pytest.raises(ValueError, match="bag 1 of the batch has no label"):
         DataCollatorForBags()([{"instances": bags[0], "label": 1}, {"instances": bags[1]}])

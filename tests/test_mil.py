@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from bags import Bags, digit_bags, load_bags
-from compare_mil import BASELINES, compare, paired, set_kernel_svm, table
+from compare_mil import BASELINES, compare, paired, run_baseline, set_kernel_svm, table
 from metrics import bag_metrics
 from recipe import BagDataRecipe, MILRecipe, RecipeError, load_recipe
 from scipy import stats
@@ -90,8 +91,22 @@ def test_bad_files_are_named(tmp_path):
     unequal = [bag.tolist() for bag in bags.instances]
     unequal[3].append([1.0])
     pd.DataFrame({"instances": unequal, "label": bags.labels}).to_parquet(path)
-    with pytest.raises(RecipeError, match="bag 3 has instances of unequal width"):
+    with pytest.raises(ValueError, match="bag 3 is not numbers of one shape for every instance"):
         load_bags(BagDataRecipe(str(path)))
+    for change, message in (
+        (lambda bag: bag[:, :2], r"bag 3 has instances of shape \(2,\), and bag 0 of \(3,\)"),
+        (lambda bag: bag * np.nan, "bag 3 has entries that are not finite, first in its instance 0"),
+    ):
+        changed = [change(bag) if index == 3 else bag for index, bag in enumerate(bags.instances)]
+        _write(path, Bags(changed, bags.labels, bags.names))
+        with pytest.raises(ValueError, match=message):
+            load_bags(BagDataRecipe(str(path)))
+    _write(path, bags, label=[np.nan, *bags.labels[1:].astype(float)])
+    with pytest.raises(RecipeError, match=r"bag 0 of .* has no label"):
+        load_bags(BagDataRecipe(str(path)))
+    emptied = [bag[:0] if index == 3 else bag for index, bag in enumerate(bags.instances)]
+    _write(path, Bags(emptied, bags.labels, bags.names))
+    assert load_bags(BagDataRecipe(str(path))).instances[3].shape == (0, 3)
     _write(path, bags, label=[None, *bags.labels[1:].tolist()])
     with pytest.raises(RecipeError, match=r"bag 0 of .* has no label"):
         load_bags(BagDataRecipe(str(path)))
@@ -137,6 +152,8 @@ def test_metrics_are_those_of_scikit_learn():
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     assert bag_metrics(logits, labels, ["auc"])["auc"] == pytest.approx(roc_auc_score(labels, probabilities, multi_class="ovr"))
     assert bag_metrics(logits, labels)["f1"] == pytest.approx(f1_score(labels, logits.argmax(-1), average="macro"))
+    two_of_three = np.eye(3)[[0, 1, 0, 0]]
+    assert bag_metrics(two_of_three, np.array([0, 1, 1, 0]), ["f1"])["f1"] == pytest.approx((0.8 + 2 / 3) / 2)
     with pytest.raises(ValueError, match=r"metrics must be among .* got 'recall'"):
         bag_metrics(logits, labels, ["recall"])
 
@@ -174,13 +191,70 @@ def test_an_ensemble_averages_logits():
     np.testing.assert_allclose(outcome["logits"], sum(members) / 2, atol=1e-4)
 
 
-def test_the_extractor_sees_training_bags_alone():
+def test_scored_bags_do_not_influence_each_other_nor_the_model():
+    recipe, bags = _recipe(), _bags()
+    train, scored = splits(recipe, bags, 0)[0]
+    changed = Bags([bag.copy() for bag in bags.instances], bags.labels, bags.names)
+    changed.instances[scored[0]] *= 100.0
+    first, second = (cross_validate_fold(recipe, given, 0, 0, train, scored)["logits"] for given in (bags, changed))
+    assert first[1:] == second[1:]
+    assert first[0] != second[0]
+    kept = []
+
+    def remember(chosen, labels, unseen):
+        kept.append((chosen, unseen))
+        return np.zeros(len(unseen))
+
+    for given in (bags, changed):
+        run_baseline(remember, recipe, given, 0)
+    np.testing.assert_array_equal(np.concatenate(kept[0][0]), np.concatenate(kept[3][0]))
+
+
+def test_predictions_in_batches():
     bags = _bags()
     model, extractor = fit(_recipe(), bags.instances[:10], bags.labels[:10], bags.names, 0)
-    np.testing.assert_allclose(extractor.mean, np.concatenate(bags.instances[:10]).mean(0))
-    weights = predict(model, extractor, bags.instances[10:13])[1]
-    assert [len(row) for row in weights] == [len(bag) for bag in bags.instances[10:13]]
-    assert [row.sum() for row in weights] == pytest.approx([1.0] * 3, rel=1e-5)
+    logits, weights = predict(model, extractor, bags.instances)
+    assert [len(row) for row in weights] == [len(bag) for bag in bags.instances]
+    assert [row.sum() for row in weights] == pytest.approx([1.0] * 24, rel=1e-5)
+    again, others = predict(model, extractor, bags.instances, batch_size=5)
+    np.testing.assert_allclose(again, logits, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(others), np.concatenate(weights), atol=1e-6)
+
+
+def test_folds_without_a_class_are_refused():
+    random = np.random.default_rng(0)
+    instances = [random.normal(size=(2, 3)) for _ in range(23)]
+    labels = np.array([0] * 20 + [1] * 3)
+    with pytest.raises(RecipeError, match=r"fold . has no validation bag of class 'yes'"):
+        splits(_recipe(judge="validation"), Bags(instances, labels, ["no", "yes"]), 0)
+    with pytest.raises(RecipeError, match="every bag is of class 'no'"):
+        splits(_recipe(), Bags(instances, labels * 0, ["no"]), 0)
+    grouped = Bags(instances, labels, ["no", "yes"], groups=np.where(labels == 1, 99, np.arange(23)))
+    with pytest.raises(RecipeError, match=r"has no .* bag of class 'yes'"):
+        splits(_recipe(), grouped, 0)
+
+
+def test_another_number_of_classes_is_refused():
+    bags = _bags()
+    with pytest.raises(RecipeError, match=r"model.num_labels is 3, and the bags have 2 classes"):
+        fit(_recipe(model={"num_labels": 3}), bags.instances, bags.labels, bags.names, 0)
+
+
+def test_three_classes():
+    random = np.random.default_rng(0)
+    labels = np.arange(30) % 3
+    instances = [random.normal(size=(3, 3)) + 4.0 * np.eye(3)[label] for label in labels]
+    outcomes = cross_validate(_recipe(training={**FAST, "num_train_epochs": 20}), Bags(instances, labels, ["a", "b", "c"]))
+    assert summarize(outcomes)["auc"]["mean"] > 0.9
+
+
+@pytest.mark.parametrize("options", [{"train_sampling_strategy": "group_by_length"}, {"dataloader_num_workers": 1}])
+def test_options_of_the_trainer(options):
+    bags = _bags()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a worker process forks
+        model, extractor = fit(_recipe(training={**FAST, **options}), bags.instances, bags.labels, bags.names, 0)
+    assert np.isfinite(predict(model, extractor, bags.instances)[0]).all()
 
 
 @pytest.mark.parametrize("pool_memories", [True, False])
@@ -212,12 +286,18 @@ def test_summary_of_folds():
 
 def test_paired_difference():
     first, second = [0.9, 0.8, 0.7, 0.95], [0.85, 0.8, 0.6, 0.9]
-    results = {name: [{"outcomes": [{"auc": value} for value in values]}] for name, values in (("first", first), ("second", second))}
-    outcome = paired(results, "first", "second", folds=4)
+    results = {
+        name: [{"outcomes": [{"auc": value, "bags": [fold], "trained_on": 3} for fold, value in enumerate(values)]}]
+        for name, values in (("first", first), ("second", second))
+    }
+    outcome = paired(results, "first", "second", "auc")
     difference = np.subtract(first, second)
     assert outcome["difference"] == pytest.approx(0.05)
     expected = stats.t.ppf(0.975, 3) * math.sqrt((1 / 4 + 1 / 3) * difference.var(ddof=1))
     assert outcome["half_width"] == pytest.approx(expected)
+    results["second"][0]["outcomes"].reverse()
+    with pytest.raises(ValueError, match="'first' and 'second' were scored on other bags"):
+        paired(results, "first", "second", "auc")
 
 
 def test_the_set_kernel():
@@ -247,9 +327,10 @@ def test_a_comparison_is_resumed(tmp_path, monkeypatch):
     sweep = {
         "recipes": ["mil_digits"],
         "repeats": 2,
+        "overrides": ["folds=2", "training.num_train_epochs=1"],
         "variants": {
-            "dense": ["folds=2", "training.num_train_epochs=1", "model.use_feature_map=false"],
-            "untrained Phi": ["folds=2", "training.num_train_epochs=1", "model.use_feature_map=true"],
+            "dense": ["model.use_feature_map=false"],
+            "untrained Phi": ["model.use_feature_map=true"],
         },
         "baselines": ["mean, logistic regression"],
         "pairs": [["untrained Phi", "dense"]],
@@ -264,6 +345,12 @@ def test_a_comparison_is_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr("compare_mil.cross_validate", lambda *args: pytest.fail("a finished cross-validation was run again"))
     compare(sweep, "mil_digits", None, tmp_path / "runs", target)
     assert json.loads(target.read_text())["results"] == first["results"]
+    for wrong, message in (
+        ({"variants": {"a": ["seed=5"]}}, "variant 'a' must not change"),
+        ({"baselines": ["nope"]}, "baselines must be"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            compare({**sweep, **wrong}, "mil_digits", None, tmp_path / "runs", target)
     sweep["variants"]["dense"].append("model.hidden_size=32")
     with pytest.raises(pytest.fail.Exception, match="was run again"):
         compare(sweep, "mil_digits", None, tmp_path / "runs", target)

@@ -6,9 +6,9 @@ import torch
 from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModel, AutoModelForSequenceClassification, ResNetConfig, SwinConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, ResNetConfig, SwinConfig, Trainer, TrainingArguments
 
-from modeling_uhop import HopfieldPooling, UHopMILConfig, UHopMILForBagClassification, UHopMILModel, separation_loss
+from modeling_uhop import DataCollatorForBags, HopfieldPooling, UHopMILConfig, UHopMILForBagClassification, UHopMILModel, separation_loss
 
 
 SMALL = {"instance_dim": 6, "hidden_size": 16, "num_attention_heads": 2, "initializer_range": 1.0, "hidden_dropout_prob": 0.0}
@@ -303,6 +303,39 @@ def test_saving_and_loading(variant, tmp_path):
     base = AutoModel.from_pretrained(tmp_path)
     assert type(base) is UHopMILModel
     assert torch.equal(base(instances, mask).pooler_output, model.mil(instances, mask).pooler_output)
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_labels": 3, "problem_type": "multi_label_classification"}], ids=["single", "multi"])
+def test_gradient_accumulation_changes_nothing(fields, tmp_path):
+    weights = []
+    labels = torch.rand(8, 3).round() if fields else torch.randint(2, (8,))
+    bags = [{"instances": torch.randn(3, 6), "label": label.tolist()} for label in labels]
+    for batch_size in (8, 2):
+        torch.manual_seed(0)
+        model = _model(**fields)
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            activation_checkpointing=batch_size == 2,
+            optim="sgd",
+            max_grad_norm=0.0,
+            learning_rate=1.0,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        Trainer(model, arguments, DataCollatorForBags(), bags).train()
+        weights.append(model.classifier.weight)
+    assert_close(weights[1], weights[0])
+
+
+def test_a_configuration_without_return_dict():
+    model = _model(return_dict=False)
+    instances, mask = _bags()
+    assert torch.equal(model(instances, mask)[0], _same(model)(instances, mask).logits)
 
 
 def test_it_compiles_in_one_graph():

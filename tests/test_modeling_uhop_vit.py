@@ -348,3 +348,10 @@ def test_bad_images_are_refused(pixel_values, message):
 def test_a_label_outside_its_range_is_refused(label):
     with pytest.raises(ValueError, match=rf"labels must lie in \[0, 5\), got {label}"):
         _model()(_images(2), labels=torch.tensor([0, label]))
+
+
+def test_a_configuration_without_return_dict():
+    model, images = _model(return_dict=False), _images()
+    twin = _model()
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(model(images)[0], twin(images).logits)

@@ -51,8 +51,14 @@ def test_one_bag_in_every_form(tmp_path, bags):
     classify = pipeline(TASK, model=str(tmp_path))
     expected = classify(bags[0])
     frame = pd.DataFrame(bags[0])
-    for given in (bags[0].tolist(), torch.from_numpy(bags[0]), frame):
+    for given in (bags[0].tolist(), list(bags[0]), torch.from_numpy(bags[0]), frame):
         assert classify(given) == expected
+    several = np.stack([bags[0], bags[0] + 1.0])
+    assert classify(several) == classify(list(several))
+    assert [len(answer["instances"]) for answer in classify(bags, batch_size=1)] == [5, 1, 3]
+    brief = pipeline(TASK, model=str(tmp_path), top_k=1)
+    assert len(brief(bags[0])["instances"]) == 1
+    assert brief(bags[0], top_k=None) == expected
     assert classify([bags[0]]) == [expected]
     assert [answer["label"] for answer in classify([bag.tolist() for bag in bags])] == [answer["label"] for answer in classify(bags)]
     assert classify(bags[0], top_k=2)["instances"] == expected["instances"][:2]
@@ -61,6 +67,21 @@ def test_one_bag_in_every_form(tmp_path, bags):
         classify(bags[0], top_k=0)
     with pytest.raises(ValueError, match="bag 0 has 3 features"):
         classify(np.zeros((2, 3)))
+
+
+def test_padding_is_no_instance(tmp_path, bags):
+    _, extractor = _save(tmp_path, bags)
+    classify = pipeline(TASK, model=str(tmp_path))
+    inputs = extractor(bags, return_tensors="pt")
+    padded = {name: tensor[2:] for name, tensor in inputs.items()}
+    answer = classify.postprocess(classify.forward(padded))
+    assert sorted(instance["index"] for instance in answer["instances"]) == [0, 1, 2]
+
+
+def test_a_model_with_one_label_answers_with_its_value(tmp_path, bags):
+    model, extractor = _save(tmp_path, bags, num_labels=1)
+    answer = pipeline(TASK, model=str(tmp_path))(bags[0])
+    assert answer["score"] == pytest.approx(model(**extractor(bags[:1], return_tensors="pt")).logits.item(), rel=1e-5)
 
 
 def test_several_labels(tmp_path, bags):

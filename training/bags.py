@@ -1,14 +1,14 @@
 """Bags for multiple-instance learning: a data set's bags, checked."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import load_dataset
 from recipe import BagDataRecipe, RecipeError
 from sklearn.datasets import load_digits
+
+from modeling_uhop.feature_extraction_uhop_mil import as_arrays
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Bags:
         labels: Class of each bag, from 0.
         names: Names of the classes.
         instance_labels: Which instances make a bag positive, where that is known.
+        image_shape: Channels, height and width, where an instance is a flattened image; (-1,) where it is not.
         groups: Bags of one group must not be divided between training and test; `None` where every bag stands for itself.
     """
 
@@ -28,13 +29,15 @@ class Bags:
     names: list[str]
     instance_labels: list[np.ndarray] | None = None
     groups: np.ndarray | None = None
+    image_shape: tuple[int, ...] = (-1,)
 
 
 def load_bags(data: BagDataRecipe) -> Bags:
     """The bags of a recipe.
 
     Raises:
-        RecipeError: If the data set, a column or a label is missing, or a bag is not a list of equally long instances; naming the bag.
+        RecipeError: If the data set, a column or a label is missing.
+        ValueError: If bags differ in their features or are not finite; naming the bag.
     """
     if data.dataset == "digits":
         return digit_bags()
@@ -57,34 +60,10 @@ def load_bags(data: BagDataRecipe) -> Bags:
         raise RecipeError(f"bag {missing[0]} of {data.dataset} has no label")
     values = sorted(set(given))
     return Bags(
-        instances=_as_arrays(loaded[data.instances_column]),
+        instances=as_arrays(loaded[data.instances_column]),
         labels=np.searchsorted(values, given),
         names=[str(value) for value in values],
     )
-
-
-def _as_arrays(bags: Iterable[Any]) -> list[np.ndarray]:
-    """Arrays (instances, features) of one width and finite; an empty bag takes on the width of the others."""
-    arrays: list[np.ndarray] = []
-    width = None
-    for index, bag in enumerate(bags):
-        try:
-            array = np.asarray(bag, dtype=np.float64)
-        except (ValueError, TypeError) as error:
-            raise RecipeError(f"bag {index} has instances of unequal width, or that are not numbers") from error
-        if array.size > 0:
-            if array.ndim != 2:
-                raise RecipeError(f"bag {index} must have shape (instances, features), got {array.shape}")
-            width = array.shape[1] if width is None else width
-            if array.shape[1] != width:
-                raise RecipeError(f"bag {index} has {array.shape[1]} features, and the bags before it have {width}")
-            bad = np.flatnonzero(~np.isfinite(array).all(1))
-            if len(bad) > 0:
-                raise RecipeError(f"bag {index} has entries that are not finite, first in its instance {bad[0]}")
-        arrays.append(array)
-    if width is None:
-        raise RecipeError("there is no instance in any bag")
-    return [array if array.size > 0 else np.zeros((0, width)) for array in arrays]
 
 
 def digit_bags(target: int = 9, num_bags: int = 300, smallest: int = 6, largest: int = 14, num_groups: int = 20, seed: int = 0) -> Bags:
@@ -107,4 +86,4 @@ def digit_bags(target: int = 9, num_bags: int = 300, smallest: int = 6, largest:
         instance_labels.append((digits.target[chosen] == target).astype(np.int64))
         groups.append(group)
     labels = np.array([marks.max() for marks in instance_labels])
-    return Bags(instances, labels, ["without a 9", "with a 9"], instance_labels, np.array(groups))
+    return Bags(instances, labels, ["without a 9", "with a 9"], instance_labels, np.array(groups), (1, 8, 8))

@@ -119,7 +119,7 @@ def retrieval_figure(path: Path, experiment: str, rows: list[dict[str, Any]], da
 
 
 def bag_figure(path: Path, instances: np.ndarray, weights: np.ndarray, title: str, most: int = 16) -> None:
-    """The instances of a bag, largest weight first: as pictures where they are square images, and a bar for each weight.
+    """The instances of a bag, largest weight first: as pictures where they are images, and a bar for each weight.
 
     Args:
         path: PNG file to write.
@@ -129,10 +129,7 @@ def bag_figure(path: Path, instances: np.ndarray, weights: np.ndarray, title: st
         most: How many instances to show.
     """
     order = np.argsort(-weights, kind="stable")[:most]
-    side = math.isqrt(instances.shape[-1]) if instances.ndim == 2 else 0
-    pictures = instances.reshape(-1, side, side) if side > 1 and side**2 == instances.shape[-1] else None
-    if instances.ndim == 4:
-        pictures = instances.mean(1)
+    pictures = instances.mean(1) if instances.ndim == 4 else None
     figure = plt.figure(figsize=(1.0 + 0.7 * len(order), 3.4 if pictures is not None else 2.4), layout="constrained")
     grid = figure.add_gridspec(2 if pictures is not None else 1, len(order), height_ratios=(1, 2)[-2 if pictures is not None else -1 :])
     if pictures is not None:

@@ -7,6 +7,7 @@ python training/train_mil.py configs/mil_tiger.yaml --dataset path/to/tiger.parq
 import gc
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False) -> dict[str
     probes = bags.instances[:64]
     logits, _ = predict(model, extractor, probes)
     _, (weights,) = predict(model, extractor, [bags.instances[shown]])
-    bag_figure(folder / "bag.png", bags.instances[shown], weights, f"{recipe.name}: bag {shown}, {bags.names[bags.labels[shown]]}")
+    pictures = bags.instances[shown].reshape(-1, *bags.image_shape)
+    bag_figure(folder / "bag.png", pictures, weights, f"{recipe.name}: bag {shown}, {bags.names[bags.labels[shown]]}")
     check_reload(folder, "multiple-instance-classification", probes, logits)
     return metrics
 
@@ -145,8 +147,11 @@ def divided(bags: Bags, among: np.ndarray, folds: int, seed: int) -> Iterator[tu
         parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
     else:
         parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, bags.groups[among])
-    for train, scored in parts:
-        yield among[train], among[scored]
+    with warnings.catch_warnings():
+        # A class too small for its folds is the caller's to refuse.
+        warnings.simplefilter("ignore", UserWarning)
+        for train, scored in parts:
+            yield among[train], among[scored]
 
 
 def cross_validate(recipe: MILRecipe, bags: Bags, repeats: range | None = None) -> list[dict[str, Any]]:
