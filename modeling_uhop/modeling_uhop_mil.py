@@ -223,7 +223,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
             # Padding is left out, not masked: batch norms would count it, and images cost much.
             vectors = self.embedding(instances[mask]) if bool(mask.any()) else instances.new_zeros(0, self.embedding.out_dim)
             hidden_states = vectors.new_zeros(*mask.shape, self.embedding.out_dim).masked_scatter(mask.unsqueeze(-1), vectors)
-        if self.is_gradient_checkpointing and torch.is_grad_enabled() and not hidden_states.requires_grad:
+        if getattr(self.layers[0], "gradient_checkpointing", False) and torch.is_grad_enabled() and not hidden_states.requires_grad:
             # A reentrant checkpoint gives its layer gradients only if its input asks for one.
             hidden_states = hidden_states.detach().requires_grad_()
         for layer in self.layers:
