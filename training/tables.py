@@ -1,4 +1,7 @@
-"""Write the README's tables anew from the results files: each stands between `<!-- results: NAME ... -->` and `<!-- end -->`."""
+"""Write the README's tables anew from the results files, and draw the retrieval figures anew.
+
+A table stands between `<!-- results: NAME ... -->` and `<!-- end -->`.
+"""
 
 import json
 import re
@@ -6,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_mil import table as bag_table
+from figures import retrieval_figure
 from sweep import table
 
 
@@ -43,3 +47,7 @@ def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta
 if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(render(path.read_text()))
+    for results_path in sorted((ROOT / "benchmarks" / "results").glob("retrieval_*.json")):
+        results = json.loads(results_path.read_text())
+        data = results["recipe"]["data"]["dataset"]
+        retrieval_figure(results_path.with_suffix(".png"), results["recipe"]["experiment"], results["rows"], data)
