@@ -146,3 +146,26 @@ def bag_figure(path: Path, instances: np.ndarray, weights: np.ndarray, title: st
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def paired_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
+    """Paired differences with their intervals, a panel for each data set.
+
+    Args:
+        path: PNG file to write.
+        gathered: Results of `compare_mil.compare`.
+    """
+    rows = math.ceil(len(gathered) / 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(15, 3.4 * rows), layout="constrained", sharey=True, squeeze=False)
+    for axis in axes.flat[len(gathered) :]:
+        axis.set_axis_off()
+    for axis, result in zip(axes.flat, gathered, strict=False):
+        pairs = result["paired"]
+        places = range(len(pairs))
+        axis.errorbar([pair["difference"] for pair in pairs], places, xerr=[pair["half_width"] for pair in pairs], fmt="o", capsize=3)
+        axis.axvline(0.0, color="grey", linewidth=1)
+        axis.set(title=Path(result["recipe"]["data"]["dataset"]).stem, xlabel=f"difference in {result['recipe']['metrics'][0]}")
+        axis.set_yticks(places, [f"{pair['first']} - {pair['second']}" for pair in pairs])
+    axes[0, 0].invert_yaxis()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)

@@ -1,4 +1,4 @@
-"""Write the README's tables anew from the results files, and draw the retrieval figures anew.
+"""Write the README's tables anew from the results files, and draw anew the figures that they alone make.
 
 A table stands between `<!-- results: NAME ... -->` and `<!-- end -->`.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_mil import table as bag_table
-from figures import retrieval_figure
+from figures import paired_figure, retrieval_figure
 from sweep import table
 
 
@@ -51,3 +51,6 @@ if __name__ == "__main__":
         results = json.loads(results_path.read_text())
         data = results["recipe"]["data"]["dataset"]
         retrieval_figure(results_path.with_suffix(".png"), results["recipe"]["experiment"], results["rows"], data)
+    compared = [json.loads(results_path.read_text()) for results_path in sorted((ROOT / "benchmarks" / "results").glob("mil_*.json"))]
+    if compared:
+        paired_figure(ROOT / "benchmarks" / "results" / "mil_paired.png", compared)
