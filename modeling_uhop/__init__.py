@@ -6,10 +6,12 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    AutoModelForTimeSeriesPrediction,
 )
 
 from .callbacks import SeparationCallback
 from .capacity import MemoryReport
+from .configuration_stanhop import STanHopConfig
 from .configuration_uhop_memory import UHopMemoryConfig
 from .configuration_uhop_mil import UHopMILConfig
 from .configuration_uhop_vit import UHopViTConfig
@@ -18,6 +20,7 @@ from .energy import association, energy, retrieve, similarity_scores
 from .feature_extraction_uhop_mil import DataCollatorForBags, UHopMILFeatureExtractor
 from .feature_map import FeatureMap
 from .hopfield import HopfieldAttention, HopfieldPooling, hopfield_attention
+from .modeling_stanhop import STanHopForPrediction, STanHopModel
 from .modeling_uhop_memory import UHopMemoryModel
 from .modeling_uhop_mil import UHopMILForBagClassification, UHopMILModel
 from .modeling_uhop_vit import UHopViTForImageClassification, UHopViTModel
@@ -38,6 +41,9 @@ AutoModel.register(UHopMILConfig, UHopMILModel, exist_ok=True)
 AutoModelForSequenceClassification.register(UHopMILConfig, UHopMILForBagClassification, exist_ok=True)
 AutoFeatureExtractor.register(UHopMILConfig, UHopMILFeatureExtractor, exist_ok=True)
 register()
+AutoConfig.register("stanhop", STanHopConfig, exist_ok=True)
+AutoModel.register(STanHopConfig, STanHopModel, exist_ok=True)
+AutoModelForTimeSeriesPrediction.register(STanHopConfig, STanHopForPrediction, exist_ok=True)
 
 UHopMemoryConfig.register_for_auto_class()
 UHopMemoryModel.register_for_auto_class("AutoModel")
@@ -48,6 +54,9 @@ UHopMILConfig.register_for_auto_class()
 UHopMILModel.register_for_auto_class("AutoModel")
 UHopMILForBagClassification.register_for_auto_class("AutoModelForSequenceClassification")
 UHopMILFeatureExtractor.register_for_auto_class()
+STanHopConfig.register_for_auto_class()
+STanHopModel.register_for_auto_class("AutoModel")
+STanHopForPrediction.register_for_auto_class("AutoModelForTimeSeriesPrediction")
 
 __all__ = [
     "DataCollatorForBags",
@@ -56,6 +65,9 @@ __all__ = [
     "HopfieldPooling",
     "MemoryReport",
     "MultipleInstanceClassificationPipeline",
+    "STanHopConfig",
+    "STanHopForPrediction",
+    "STanHopModel",
     "SeparationCallback",
     "UHopMILConfig",
     "UHopMILFeatureExtractor",

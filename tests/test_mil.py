@@ -304,13 +304,15 @@ def test_the_set_kernel():
     """Against loops, through the decision function of a support vector machine on a kernel computed pair by pair."""
     bags = _bags(16)
 
+    train, unseen = bags.instances[:10], bags.instances[10:]
+    gamma = 1.0 / (3 * np.concatenate(train).var())
+
     def similarity(a, b):
-        return rbf_kernel(a, b, gamma=1 / 3).mean()
+        return rbf_kernel(a, b, gamma=gamma).mean()
 
     def normalised(a, b):
         return similarity(a, b) / math.sqrt(similarity(a, a) * similarity(b, b))
 
-    train, unseen = bags.instances[:10], bags.instances[10:]
     machine = SVC(kernel="precomputed").fit([[normalised(a, b) for b in train] for a in train], bags.labels[:10])
     expected = machine.decision_function([[normalised(a, b) for b in train] for a in unseen])
     np.testing.assert_allclose(set_kernel_svm(train, bags.labels[:10], unseen), expected, atol=1e-6)

@@ -160,7 +160,10 @@ def statistics_and_random_forest(chosen: list[np.ndarray], labels: np.ndarray, u
 
 
 def set_kernel_svm(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
-    """The normalised set kernel (Gaertner et al., 2002): the mean RBF kernel over pairs of instances, at gamma = 1 / features."""
+    """The normalised set kernel (Gaertner et al., 2002): the mean RBF kernel over pairs of instances.
+
+    Gamma is 1 / (features x variance) of the training instances, scikit-learn's "scale", so that constant features do not count.
+    """
     bags = chosen + unseen
     rows = np.concatenate(bags).astype(np.float64)
     starts = np.cumsum([0] + [len(bag) for bag in bags[:-1]])

@@ -1,0 +1,438 @@
+"""PyTorch STanHop model: forecasting by retrieval over time and over series."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import SampleTSPredictionOutput
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_stanhop import STanHopConfig
+from .feature_map import FeatureMap
+from .hopfield import HopfieldAttention, MemorySet
+from .validation import is_readable
+
+
+@dataclass
+class STanHopModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state: (B, C, patches, d_model), the coarsest scale.
+        scales: Embedded patches, then each scale, (B, C, patches of the scale, d_model).
+        hidden_states: The same, where hidden states were asked for.
+        attentions: Association weights of every Hopfield layer, in the order they are computed: over time (B C, H, P, P), of prototypes
+            (B P, H, num_prototypes, C), over series (B P, H, C, num_prototypes), for each block.
+        loc, scale: (B, 1, C), what the window was scaled by.
+        scaled_values: (B, L, C), the scaled window; zeros where it was not observed.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    scales: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    loc: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    scaled_values: torch.Tensor | None = None
+
+
+@dataclass
+class STanHopForPredictionOutput(ModelOutput):
+    """
+    Args:
+        loss: A scalar, where future values are given.
+        prediction_outputs: (B, H, C), in the units of the past values.
+        hidden_states, attentions, loc, scale: As in `STanHopModelOutput`.
+        decoder_attentions: Association weights of the decoder's layers: those of its block, then from output patches to a scale of the
+            encoder, (B C, H, output patches, patches of the scale).
+    """
+
+    loss: torch.Tensor | None = None
+    prediction_outputs: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    decoder_attentions: tuple[torch.Tensor, ...] | None = None
+    loc: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+
+@dataclass
+class STanHopDecoderOutput(ModelOutput):
+    """
+    Args:
+        forecast: (B, H, C), in the scale of the scaled window.
+        attentions: As `decoder_attentions` of `STanHopForPredictionOutput`.
+    """
+
+    forecast: torch.Tensor | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class STanHopMLP(nn.Module):
+    def __init__(self, config: STanHopConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
+        self.activation_fn = ACT2FN[config.activation_function]
+        self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class STanHopRetrieval(nn.Module):
+    """Post-norm sub-block: states retrieve from memories, then an MLP: `LN(LN(X + GSH(X, Y)) + MLP(...))`."""
+
+    def __init__(self, config: STanHopConfig):
+        super().__init__()
+        self.attention = HopfieldAttention(config)
+        self.mlp = STanHopMLP(config)
+        self.layernorm_retrieved = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.layernorm_mlp = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.ff_dropout)
+
+    def forward(self, states: torch.Tensor, memories: torch.Tensor, **kwargs) -> torch.Tensor:
+        retrieved, _ = self.attention(states, memories, **kwargs)
+        states = self.layernorm_retrieved(states + self.dropout(retrieved))
+        return self.layernorm_mlp(states + self.dropout(self.mlp(states)))
+
+
+class STanHopBlock(GradientCheckpointingLayer):
+    """TimeGSH, then SeriesGSH: (B, C, P, d_model) to the same.
+
+    Over time each series retrieves from its own patches, with weights shared by all series. Over series the C patches of a position are
+    first pooled to a few prototypes, learned queries that retrieve from them, and then retrieve from these.
+    """
+
+    def __init__(self, config: STanHopConfig):
+        super().__init__()
+        self.time = STanHopRetrieval(config)
+        self.prototypes = nn.Parameter(torch.empty(1, config.num_prototypes, config.d_model))
+        self.pooling = HopfieldAttention(config)
+        self.series = STanHopRetrieval(config)
+
+    def over_time(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        tokens = hidden_states.flatten(0, 1)
+        return self.time(tokens, tokens, **kwargs).unflatten(0, hidden_states.shape[:2])
+
+    def series_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The patches of all series at one position, (B P, C, d_model)."""
+        return hidden_states.transpose(1, 2).flatten(0, 1)
+
+    def pooled(self, series: torch.Tensor, **kwargs) -> torch.Tensor:
+        """What the prototypes retrieve from a position's series, (B P, num_prototypes, d_model)."""
+        return self.pooling(self.prototypes.expand(len(series), -1, -1), series, **kwargs)[0]
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states = self.over_time(hidden_states, **kwargs)
+        batch_size, _, positions, _ = hidden_states.shape
+        series = self.series_of(hidden_states)
+        mixed = self.series(series, self.pooled(series, **kwargs), **kwargs)
+        return mixed.unflatten(0, (batch_size, positions)).transpose(1, 2)
+
+    def memory_sets(self, hidden_states: torch.Tensor) -> Iterator[MemorySet]:
+        """What the three Hopfield layers retrieve from: a series' patches, a position's series, a position's pooled series."""
+        yield _memory_set(self.time.attention, hidden_states.flatten(0, 1))
+        series = self.series_of(self.over_time(hidden_states))
+        yield _memory_set(self.pooling, series)
+        yield _memory_set(self.series.attention, self.pooled(series))
+
+
+class STanHopCoarseGraining(nn.Module):
+    """Merges `merge_window` neighbouring patches; a last group that is short is filled with the last patches."""
+
+    def __init__(self, config: STanHopConfig):
+        super().__init__()
+        self.window = config.merge_window
+        self.layernorm = nn.LayerNorm(self.window * config.d_model, eps=config.norm_eps)
+        self.dense = nn.Linear(self.window * config.d_model, config.d_model)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        missing = -hidden_states.shape[2] % self.window
+        if missing > 0:
+            # The last patches again; where there are fewer than are missing, the last one.
+            order = torch.arange(hidden_states.shape[2] + missing, device=hidden_states.device)
+            order = torch.where(order < hidden_states.shape[2], order, order - missing).clamp(max=hidden_states.shape[2] - 1)
+            hidden_states = hidden_states[:, :, order]
+        return self.dense(self.layernorm(hidden_states.unflatten(2, (-1, self.window)).flatten(3)))
+
+
+class STanHopDecoderLayer(GradientCheckpointingLayer):
+    """A block over the output patches, which then retrieve from a scale of the encoder; and what this scale adds to the forecast."""
+
+    def __init__(self, config: STanHopConfig):
+        super().__init__()
+        self.block = STanHopBlock(config)
+        self.cross = STanHopRetrieval(config)
+        self.head = nn.Linear(config.d_model, config.patch_length)
+
+    def forward(self, hidden_states: torch.Tensor, encoded: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output patches (B, C, Q, d_model), and their values (B, C, Q * patch_length)."""
+        hidden_states = self.block(hidden_states, **kwargs)
+        crossed = self.cross(hidden_states.flatten(0, 1), encoded.flatten(0, 1), **kwargs)
+        hidden_states = crossed.unflatten(0, hidden_states.shape[:2])
+        return hidden_states, self.head(hidden_states).flatten(2)
+
+
+class STanHopScaler(nn.Module):
+    """Location and scale of each series over its observed values, of a window (B, L, C) and its mask."""
+
+    def __init__(self, config: STanHopConfig):
+        super().__init__()
+        self.scaling = config.scaling
+        self.minimum_scale = config.minimum_scale
+
+    def forward(self, values: torch.Tensor, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, 1, C) each; a series without any observed value has location 0 and scale 1."""
+        count = observed.sum(1, keepdim=True)
+        if self.scaling is None:
+            return torch.zeros_like(count), torch.ones_like(count)
+        if self.scaling == "mean":
+            loc = torch.zeros_like(count)
+            scale = values.abs().sum(1, keepdim=True) / count.clamp(min=1)
+        else:
+            loc = values.sum(1, keepdim=True) / count.clamp(min=1)
+            scale = (((values - loc) * observed).square().sum(1, keepdim=True) / count.clamp(min=1)).sqrt()
+        return loc, torch.where(count > 0, scale.clamp(min=self.minimum_scale), 1.0)
+
+
+class STanHopPreTrainedModel(PreTrainedModel):
+    config: STanHopConfig
+    config_class = STanHopConfig
+    base_model_prefix = "model"
+    main_input_name = "past_values"
+    input_modalities = ["time"]
+    supports_gradient_checkpointing = True
+    # The loss is a mean over what was observed, whatever `num_items_in_batch` says.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["STanHopBlock", "STanHopDecoderLayer"]
+
+    def __init__(self, config: STanHopConfig, *args, **kwargs):
+        # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
+        config.validate_hopfield()
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (FeatureMap, HopfieldAttention)):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            # PyTorch's own scale, as in the authors' code.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+        elif isinstance(module, STanHopBlock):
+            init.normal_(module.prototypes, mean=0.0, std=self.config.init_std)
+        elif isinstance(module, (STanHopModel, STanHopDecoder)):
+            init.normal_(module.position_embeddings, mean=0.0, std=self.config.position_init_std)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        self.config.auto_map = {
+            "AutoConfig": "configuration_stanhop.STanHopConfig",
+            "AutoModel": "modeling_stanhop.STanHopModel",
+            "AutoModelForTimeSeriesPrediction": "modeling_stanhop.STanHopForPrediction",
+        }
+        super().save_pretrained(*args, **kwargs)
+
+
+class STanHopModel(STanHopPreTrainedModel):
+    """The bare encoder: a window of C series to patches at several scales."""
+
+    _can_record_outputs = {
+        "hidden_states": STanHopBlock,
+        "attentions": HopfieldAttention,
+    }
+
+    def __init__(self, config: STanHopConfig):
+        super().__init__(config)
+        self.num_patches = math.ceil(config.context_length / config.patch_length)
+        self.scaler = STanHopScaler(config)
+        self.patch_embedding = nn.Linear(config.patch_length, config.d_model)
+        self.position_embeddings = nn.Parameter(torch.empty(1, config.num_input_channels, self.num_patches, config.d_model))
+        self.layernorm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
+        scales = range(config.num_hidden_layers)
+        self.blocks = nn.ModuleList([STanHopBlock(config) for _ in scales])
+        self.mergers = nn.ModuleList([STanHopCoarseGraining(config) for _ in scales[1:]])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self, past_values: torch.Tensor | None = None, past_observed_mask: torch.Tensor | None = None, **kwargs
+    ) -> STanHopModelOutput:
+        """
+        Args:
+            past_values: (B, context_length, num_input_channels).
+            past_observed_mask: The same shape, 1 where a value was observed; others are never looked at, and may be NaN. `None`: all that
+                are not NaN were.
+
+        Raises:
+            ValueError: If `past_values` is missing, of a wrong shape, or (on CPU) infinite where it was observed.
+        """
+        values, observed = self.checked(past_values, past_observed_mask)
+        loc, scale = self.scaler(values, observed)
+        scaled = (values - loc) / scale * observed
+        hidden_states = self.embed(scaled)
+        scales = [hidden_states]
+        for index, block in enumerate(self.blocks):
+            if index > 0:
+                hidden_states = self.mergers[index - 1](hidden_states)
+            hidden_states = block(hidden_states, **kwargs)
+            scales.append(hidden_states)
+        return STanHopModelOutput(last_hidden_state=hidden_states, scales=tuple(scales), loc=loc, scale=scale, scaled_values=scaled)
+
+    def checked(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values with zeros where nothing was observed, and the mask as numbers."""
+        if past_values is None:
+            raise ValueError("past_values is required, got None")
+        expected = (self.config.context_length, self.config.num_input_channels)
+        if past_values.dim() != 3 or past_values.shape[1:] != expected:
+            raise ValueError(
+                f"past_values must have shape (B, context_length={expected[0]}, num_input_channels={expected[1]}), "
+                f"got {tuple(past_values.shape)}"
+            )
+        observed = ~past_values.isnan()
+        if mask is not None:
+            if mask.shape != past_values.shape:
+                shapes = f"{tuple(past_values.shape)}, got {tuple(mask.shape)}"
+                raise ValueError(f"past_observed_mask must have the shape of past_values, {shapes}")
+            observed = observed & mask.bool()
+        values = past_values.to(self.dtype).masked_fill(~observed, 0.0)
+        if is_readable(values) and not bool(values.isfinite().all()):
+            row, _, channel = (~values.isfinite()).nonzero()[0].tolist()
+            raise ValueError(f"observed past_values must be finite in {self.dtype}, but series {channel} of window {row} is not")
+        return values, observed.to(values.dtype)
+
+    def embed(self, scaled: torch.Tensor) -> torch.Tensor:
+        """A scaled window (B, L, C) as embedded patches (B, C, num_patches, d_model)."""
+        series = scaled.transpose(1, 2)
+        missing = self.num_patches * self.config.patch_length - series.shape[-1]
+        if missing > 0:
+            series = torch.cat([series[..., :1].expand(-1, -1, missing), series], dim=-1)
+        patches = series.unflatten(-1, (self.num_patches, self.config.patch_length))
+        return self.layernorm(self.patch_embedding(patches) + self.position_embeddings)
+
+    def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
+        """The memories that Stage I separates, block by block, as each layer's feature map sees them; see `STanHopBlock.memory_sets`."""
+        values, observed = self.checked(past_values, past_observed_mask)
+        loc, scale = self.scaler(values, observed)
+        hidden_states = self.embed((values - loc) / scale * observed)
+        for index, block in enumerate(self.blocks):
+            if index > 0:
+                hidden_states = self.mergers[index - 1](self.blocks[index - 1](hidden_states))
+            yield from cast(STanHopBlock, block).memory_sets(hidden_states)
+
+
+class STanHopDecoder(STanHopPreTrainedModel):
+    """Output patches, which begin as position embeddings, retrieve from one scale of the encoder after another."""
+
+    _can_record_outputs = {"attentions": HopfieldAttention}
+
+    def __init__(self, config: STanHopConfig):
+        super().__init__(config)
+        num_patches = math.ceil(config.prediction_length / config.patch_length)
+        self.position_embeddings = nn.Parameter(torch.empty(1, config.num_input_channels, num_patches, config.d_model))
+        self.layers = nn.ModuleList([STanHopDecoderLayer(config) for _ in range(config.num_hidden_layers + 1)])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(self, scales: tuple[torch.Tensor, ...], **kwargs) -> STanHopDecoderOutput:
+        """The forecast of the encoder's scales (num_hidden_layers + 1 of them), scaled."""
+        hidden_states = self.position_embeddings.expand(len(scales[0]), -1, -1, -1)
+        forecast = None
+        for layer, encoded in zip(self.layers, scales, strict=True):
+            hidden_states, part = layer(hidden_states, encoded, **kwargs)
+            forecast = part if forecast is None else forecast + part
+        return STanHopDecoderOutput(forecast=cast(torch.Tensor, forecast)[..., : self.config.prediction_length].transpose(1, 2))
+
+
+class STanHopForPrediction(STanHopPreTrainedModel):
+    """STanHop-Net: the encoder, and a decoder whose patches retrieve from each of its scales; optionally beside a linear skip."""
+
+    def __init__(self, config: STanHopConfig):
+        super().__init__(config)
+        self.model = STanHopModel(config)
+        self.decoder = STanHopDecoder(config)
+        self.linear_skip = nn.Linear(config.context_length, config.prediction_length) if config.use_linear_skip else None
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        past_values: torch.Tensor | None = None,
+        past_observed_mask: torch.Tensor | None = None,
+        future_values: torch.Tensor | None = None,
+        future_observed_mask: torch.Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> STanHopForPredictionOutput:
+        """
+        Args:
+            past_values, past_observed_mask: As in `STanHopModel.forward`.
+            future_values: (B, prediction_length, num_input_channels), for a loss.
+            future_observed_mask: The same shape, 1 where a value was observed; `None`: all that are not NaN were. Others have no part in
+                the loss; where none was observed it is 0.
+            return_loss: Whether to compute a loss where there are future values. The Trainer looks for this name.
+
+        Raises:
+            ValueError: As `STanHopModel.forward`, and for future values or a mask of a wrong shape.
+        """
+        outputs: STanHopModelOutput = self.model(past_values, past_observed_mask, return_dict=True, **kwargs)
+        decoded: STanHopDecoderOutput = self.decoder(outputs.scales, return_dict=True, **kwargs)
+        forecast, scaled = cast(torch.Tensor, decoded.forecast), cast(torch.Tensor, outputs.scaled_values)
+        if self.linear_skip is not None:
+            forecast = forecast + self.linear_skip(scaled.mT).mT
+        prediction = forecast * cast(torch.Tensor, outputs.scale) + cast(torch.Tensor, outputs.loc)
+        loss = None
+        if future_values is not None and return_loss:
+            loss = self._loss(prediction, future_values, future_observed_mask)
+        return STanHopForPredictionOutput(
+            loss=loss,
+            prediction_outputs=prediction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            decoder_attentions=decoded.attentions,
+            loc=outputs.loc,
+            scale=outputs.scale,
+        )
+
+    @torch.no_grad()
+    def generate(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None) -> SampleTSPredictionOutput:
+        """The forecast as `sequences` (B, 1, prediction_length, num_input_channels): a point forecast is one sample."""
+        outputs = self(past_values, past_observed_mask=past_observed_mask, return_dict=True)
+        return SampleTSPredictionOutput(sequences=outputs.prediction_outputs.unsqueeze(1))
+
+    def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
+        """The memories that Stage I separates: the encoder's; see `STanHopModel.memory_sets`."""
+        return self.model.memory_sets(past_values, past_observed_mask, **kwargs)
+
+    def _loss(self, prediction: torch.Tensor, future: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        for name, tensor in (("future_values", future), ("future_observed_mask", mask)):
+            if tensor is not None and tensor.shape != prediction.shape:
+                expected = f"(B, prediction_length, num_input_channels) = {tuple(prediction.shape)}"
+                raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+        observed = ~future.isnan() if mask is None else ~future.isnan() & mask.bool()
+        errors = prediction.float() - future.to(prediction.device).float().masked_fill(~observed, 0.0)
+        errors = errors.abs() if self.config.loss == "mae" else errors.square()
+        return (errors * observed).sum() / observed.sum().clamp(min=1)
+
+
+def _memory_set(attention: HopfieldAttention, memories: torch.Tensor) -> MemorySet:
+    return MemorySet(cast(FeatureMap, attention.feature_map), memories)
+
+
+__all__ = [
+    "STanHopDecoder",
+    "STanHopForPrediction",
+    "STanHopForPredictionOutput",
+    "STanHopModel",
+    "STanHopModelOutput",
+    "STanHopPreTrainedModel",
+]
