@@ -19,6 +19,7 @@ from recipe import BagDataRecipe, MILRecipe, RecipeError, load_recipe
 from scipy import stats
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
 from train_mil import _seed, check, cross_validate, cross_validate_fold, fit, instance_auc, predict, run, splits, summarize
 
@@ -313,7 +314,8 @@ def test_the_set_kernel():
     def normalised(a, b):
         return similarity(a, b) / math.sqrt(similarity(a, a) * similarity(b, b))
 
-    machine = SVC(kernel="precomputed").fit([[normalised(a, b) for b in train] for a in train], bags.labels[:10])
+    kernel = [[normalised(a, b) for b in train] for a in train]
+    machine = GridSearchCV(SVC(kernel="precomputed"), {"C": [1.0, 10.0, 100.0]}, scoring="roc_auc", cv=3).fit(kernel, bags.labels[:10])
     expected = machine.decision_function([[normalised(a, b) for b in train] for a in unseen])
     np.testing.assert_allclose(set_kernel_svm(train, bags.labels[:10], unseen), expected, atol=1e-6)
 

@@ -22,6 +22,7 @@ from scipy.stats import t as student_t
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import rbf_kernel
+from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
 from train_mil import check, cross_validate, prepare_for_many_runs, splits, summarize
 from transformers.utils import logging
@@ -162,18 +163,19 @@ def statistics_and_random_forest(chosen: list[np.ndarray], labels: np.ndarray, u
 def set_kernel_svm(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
     """The normalised set kernel (Gaertner et al., 2002): the mean RBF kernel over pairs of instances.
 
-    Gamma is 1 / (features x variance) of the training instances, scikit-learn's "scale", so that constant features do not count.
+    Gamma is 1 / (features x variance) of the training instances, scikit-learn's "scale", so that constant features do not count; C is chosen
+    among 1, 10 and 100 by cross-validation within the training bags.
     """
     bags = chosen + unseen
     rows = np.concatenate(bags).astype(np.float64)
     starts = np.cumsum([0] + [len(bag) for bag in bags[:-1]])
-    kernel = np.stack(
-        [np.add.reduceat(rbf_kernel(bag.astype(np.float64), rows, gamma=1.0 / rows.shape[1]).mean(0), starts) for bag in bags]
-    )
-    kernel /= [len(bag) for bag in bags]
+    gamma = 1.0 / (rows.shape[1] * np.concatenate(chosen).var())
+    similarity = [rbf_kernel(bag.astype(np.float64), rows, gamma=gamma).mean(0) for bag in bags]
+    kernel = np.stack([np.add.reduceat(row, starts) for row in similarity]) / [len(bag) for bag in bags]
     kernel /= np.sqrt(np.outer(kernel.diagonal(), kernel.diagonal()))
     count = len(chosen)
-    return SVC(kernel="precomputed").fit(kernel[:count, :count], labels).decision_function(kernel[count:, :count])
+    search = GridSearchCV(SVC(kernel="precomputed"), {"C": [1.0, 10.0, 100.0]}, scoring="roc_auc", cv=3)
+    return search.fit(kernel[:count, :count], labels).decision_function(kernel[count:, :count])
 
 
 BASELINES: dict[str, Baseline] = {
