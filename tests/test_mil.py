@@ -314,9 +314,9 @@ def test_the_set_kernel():
     def normalised(a, b):
         return similarity(a, b) / math.sqrt(similarity(a, a) * similarity(b, b))
 
-    kernel = [[normalised(a, b) for b in train] for a in train]
+    kernel = np.array([[normalised(a, b) for b in train] for a in train])
     machine = GridSearchCV(SVC(kernel="precomputed"), {"C": [1.0, 10.0, 100.0]}, scoring="roc_auc", cv=3).fit(kernel, bags.labels[:10])
-    expected = machine.decision_function([[normalised(a, b) for b in train] for a in unseen])
+    expected = machine.decision_function(np.array([[normalised(a, b) for b in train] for a in unseen]))
     np.testing.assert_allclose(set_kernel_svm(train, bags.labels[:10], unseen), expected, atol=1e-6)
 
 

@@ -163,8 +163,8 @@ def statistics_and_random_forest(chosen: list[np.ndarray], labels: np.ndarray, u
 def set_kernel_svm(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
     """The normalised set kernel (Gaertner et al., 2002): the mean RBF kernel over pairs of instances.
 
-    Gamma is 1 / (features x variance) of the training instances, scikit-learn's "scale", so that constant features do not count; C is chosen
-    among 1, 10 and 100 by cross-validation within the training bags.
+    Gamma is 1 / (features x variance) of the training instances, scikit-learn's "scale", so that constant features do not count. C is
+    chosen among 1, 10 and 100 by cross-validation within the training bags.
     """
     bags = chosen + unseen
     rows = np.concatenate(bags).astype(np.float64)
