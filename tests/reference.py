@@ -114,3 +114,21 @@ def hopfield_pooling(queries, items, norms, projections, heads, beta, alpha, ste
             found.append(sum(p * value for p, value in zip(weights, values, strict=True)))
         outputs.append(wo @ np.concatenate(found) + bo)
     return np.stack(outputs)
+
+
+def attend(states, memories, linears, heads, beta, alpha, phi=None):
+    """Multi-head GSH of STanHop: q = W_Q Phi(R), k = W_K Phi(Y), v = W_V (W_K Y), each with bias; linears: (W, b) of q, k, v, output."""
+    (wq, bq), (wk, bk), (wv, bv), (wo, bo) = linears
+    width = len(bq) // heads
+    outputs = []
+    for state in states:
+        found = []
+        for head in range(heads):
+            part = slice(head * width, (head + 1) * width)
+            query = (wq @ (state if phi is None else phi @ state) + bq)[part]
+            keys = [(wk @ (memory if phi is None else phi @ memory) + bk)[part] for memory in memories]
+            values = [(wv @ (wk @ memory + bk) + bv)[part] for memory in memories]
+            weights = entmax([beta * kernel(query, key) for key in keys], alpha)
+            found.append(sum(p * value for p, value in zip(weights, values, strict=True)))
+        outputs.append(wo @ np.concatenate(found) + bo)
+    return np.stack(outputs)

@@ -1,0 +1,393 @@
+"""STanHop models: configuration, values against loops, scaling and masks, losses, Stage I, saving and loading, refusals."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import assert_close
+from transformers import AutoConfig, AutoModel, AutoModelForTimeSeriesPrediction, PreTrainedConfig, Trainer, TrainingArguments
+
+from modeling_uhop import SeparationCallback, STanHopConfig, STanHopForPrediction, STanHopModel
+from modeling_uhop.modeling_stanhop import STanHopBlock, STanHopCoarseGraining, STanHopScaler
+
+
+SMALL = {
+    "num_input_channels": 3,
+    "context_length": 20,
+    "prediction_length": 10,
+    "patch_length": 4,
+    "num_hidden_layers": 2,
+    "num_prototypes": 4,
+    "d_model": 8,
+    "num_attention_heads": 2,
+    "ffn_dim": 12,
+    "init_std": 1.0,
+}
+
+CHANGES = {
+    "num_input_channels": 4,
+    "context_length": 24,
+    "prediction_length": 13,
+    "patch_length": 5,
+    "num_hidden_layers": 3,
+    "merge_window": 3,
+    "num_prototypes": 5,
+    "d_model": 16,
+    "num_attention_heads": 4,
+    "ffn_dim": 16,
+    "activation_function": "relu",
+    "attention_dropout": 0.5,
+    "ff_dropout": 0.5,
+    "norm_eps": 1.0,
+    "init_std": 0.1,
+    "position_init_std": 0.1,
+    "scaling": "mean",
+    "minimum_scale": 100.0,
+    "use_linear_skip": True,
+    "loss": "mae",
+    "qkv_bias": False,
+    "alpha": 1.2,
+    "learnable_alpha": False,
+    "beta": 4.0,
+    "use_feature_map": False,
+    "feature_dim": 11,
+    "feature_init": "normal",
+    "update_steps": 2,
+    "value_source": "memory",
+}
+
+
+def _model(**fields) -> STanHopForPrediction:
+    return STanHopForPrediction(STanHopConfig(**{**SMALL, **fields})).eval()
+
+
+def _windows(batch=2, length=20, channels=3, dtype=torch.float32) -> torch.Tensor:
+    return 3.0 + 2.0 * torch.randn(batch, length, channels, dtype=dtype).cumsum(1)
+
+
+def _observed(config: STanHopConfig) -> tuple[int, torch.Tensor, float]:
+    """Parameter count, forecast and loss of a seeded model in training mode, so that dropout shows too."""
+    torch.manual_seed(0)
+    model = STanHopForPrediction(config).train()
+    generator = torch.Generator().manual_seed(1)
+    past = torch.randn(2, config.context_length, config.num_input_channels, generator=generator)
+    future = torch.randn(2, config.prediction_length, config.num_input_channels, generator=generator)
+    torch.manual_seed(2)
+    outputs = model(past, future_values=future)
+    return model.num_parameters(), outputs.prediction_outputs, outputs.loss.item()
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_field_changes_the_model(field):
+    # Values need not fit W_V W_K Y for a feature map of another width.
+    base = {**SMALL, "value_source": "memory"} if field == "feature_dim" else SMALL
+    parameters, forecast, loss = _observed(STanHopConfig(**base))
+    changed_parameters, changed_forecast, changed_loss = _observed(STanHopConfig(**{**base, field: CHANGES[field]}))
+    same = forecast.shape == changed_forecast.shape and torch.allclose(forecast, changed_forecast, atol=1e-6)
+    assert parameters != changed_parameters or not same or loss != changed_loss
+
+
+def test_every_field_is_in_the_table_above():
+    inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    assert {field.name for field in dataclasses.fields(STanHopConfig)} - inherited == set(CHANGES)
+
+
+def test_round_trip(tmp_path):
+    config = STanHopConfig(**{**SMALL, **CHANGES, "learnable_alpha": True, "use_feature_map": True})
+    config.save_pretrained(tmp_path)
+    for loaded in (STanHopConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is STanHopConfig
+        assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+    assert (config.hidden_size, config.attention_probs_dropout_prob) == (16, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"alpha": 1.0}, "strictly between 1 and 2, got alpha=1.0"),
+        ({"context_length": 0}, "context_length must be at least 1, got 0"),
+        ({"merge_window": 1}, "merge_window must be at least 2 where there are several scales, got 1"),
+        ({"minimum_scale": 0.0}, "minimum_scale must be positive, got 0.0"),
+        ({"ff_dropout": 1.0}, r"ff_dropout must lie in \[0, 1\), got 1.0"),
+        ({"activation_function": "gelo"}, "activation_function must be one of .* got 'gelo'"),
+        ({"feature_dim": 24}, "must equal hidden_size 8, got 24"),
+    ],
+)
+def test_values_out_of_range_are_refused(fields, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        STanHopConfig(**{**SMALL, **fields})
+
+
+@pytest.mark.parametrize(("field", "value"), [("scaling", "max"), ("loss", "nll"), ("value_source", "keys")])
+def test_unknown_choices_are_refused(field, value):
+    with pytest.raises(Exception, match=rf"(?s){field}.*{value}"):
+        STanHopConfig(**{**SMALL, field: value})
+
+
+def _linears(attention):
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in layers]
+
+
+def _retrieval(module, states, memories):
+    """LN(LN(X + GSH(X, Y)) + MLP(...)) by loops."""
+    attention = module.attention
+    found = reference.attend(states, memories, _linears(attention), 2, 4**-0.5, 1.5, attention.feature_map.weight.detach().numpy())
+    norms = [(norm.weight.tolist(), norm.bias.tolist()) for norm in (module.layernorm_retrieved, module.layernorm_mlp)]
+    outputs = []
+    for state, retrieved in zip(states, found, strict=True):
+        state = reference.layer_norm(state + retrieved, norms[0], 1e-5)
+        mixed = module.mlp(torch.from_numpy(state)).detach().numpy()
+        outputs.append(reference.layer_norm(state + mixed, norms[1], 1e-5))
+    return np.stack(outputs)
+
+
+def test_a_block_is_the_loops():
+    block = STanHopBlock(STanHopConfig(**SMALL)).double().eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    for attention in (block.time.attention, block.pooling, block.series.attention):
+        torch.nn.init.zeros_(attention.alpha_logit)
+    states = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    actual = block(states)
+    for window in range(2):
+        patches = states[window].numpy()
+        over_time = np.stack([_retrieval(block.time, series, series) for series in patches])
+        for position in range(5):
+            series = over_time[:, position]
+            prototypes = block.prototypes[0].detach().numpy()
+            phi = block.pooling.feature_map.weight.detach().numpy()
+            pooled = reference.attend(prototypes, series, _linears(block.pooling), 2, 4**-0.5, 1.5, phi)
+            assert_close(actual[window, :, position], _retrieval(block.series, series, pooled))
+
+
+def test_series_and_windows_do_not_leak_over_time():
+    """Over time a series sees itself alone, and prototypes mix series at one position alone."""
+    block = STanHopBlock(STanHopConfig(**SMALL)).eval()
+    states = torch.randn(2, 3, 5, 8)
+    changed = states.clone()
+    changed[0, 1, 2] += 1.0
+    first, second = block.over_time(states), block.over_time(changed)
+    assert torch.equal(first[1], second[1])
+    assert torch.equal(first[0, [0, 2]], second[0, [0, 2]])
+    assert not torch.equal(first[0, 1], second[0, 1])
+    series, other = block.series_of(states), block.series_of(changed)
+    different = (block.pooled(series) != block.pooled(other)).flatten(1).any(1)
+    assert different.tolist() == [index == 2 for index in range(10)]
+
+
+@pytest.mark.parametrize(("patches", "window", "order"), [(4, 2, [0, 1, 2, 3]), (5, 2, [0, 1, 2, 3, 4, 4]), (4, 3, [0, 1, 2, 3, 2, 3])])
+def test_coarse_graining_fills_up_with_the_last_patches(patches, window, order):
+    merge = STanHopCoarseGraining(STanHopConfig(**{**SMALL, "merge_window": window}))
+    states = torch.randn(2, 3, patches, 8)
+    groups = states[:, :, order].reshape(2, 3, len(order) // window, window * 8)
+    assert_close(merge(states), merge.dense(merge.layernorm(groups)))
+    assert merge(states[:, :, :1]).shape == (2, 3, 1, 8)
+
+
+def test_a_window_is_continued_to_the_left():
+    model = _model(context_length=18, scaling=None).model
+    values = torch.randn(2, 18, 3)
+    full = _model(context_length=20, scaling=None).model
+    full.load_state_dict(model.state_dict())
+    assert_close(model.embed(values), full.embed(torch.cat([values[:, :1].expand(-1, 2, -1), values], 1)))
+
+
+@pytest.mark.parametrize("scaling", ["std", "mean", None])
+def test_scaling(scaling):
+    scaler = STanHopScaler(STanHopConfig(**{**SMALL, "scaling": scaling}))
+    values = _windows(dtype=torch.float64)
+    observed = (torch.rand(values.shape) < 0.7).double()
+    observed[0, :, 1] = 0.0
+    values[1, :, 2] = 5.0
+    loc, scale = scaler(values * observed, observed)
+    for window in range(2):
+        for channel in range(3):
+            seen = values[window, :, channel][observed[window, :, channel].bool()].numpy()
+            wanted = (0.0, 1.0)
+            if scaling == "std" and len(seen) > 0:
+                wanted = (seen.mean(), max(seen.std(), 1e-2))
+            elif scaling == "mean" and len(seen) > 0:
+                wanted = (0.0, max(np.abs(seen).mean(), 1e-2))
+            assert_close(torch.stack([loc[window, 0, channel], scale[window, 0, channel]]), wanted)
+
+
+@pytest.mark.parametrize("use_linear_skip", [False, True])
+def test_a_forecast_follows_the_units_of_its_window(use_linear_skip):
+    model = _model(use_linear_skip=use_linear_skip)
+    past = _windows()
+    first = model(past).prediction_outputs
+    second = model(past * 10.0 + 7.0).prediction_outputs
+    assert_close(second, first * 10.0 + 7.0, scale=100)
+
+
+def test_the_forecast_is_the_sum_over_scales_and_the_skip():
+    model = _model(use_linear_skip=True)
+    past = _windows()
+    outputs = model.model(past)
+    states = model.decoder.position_embeddings.expand(2, -1, -1, -1)
+    forecast = model.linear_skip(outputs.scaled_values.transpose(1, 2))
+    for layer, scale in zip(model.decoder.layers, outputs.scales, strict=True):
+        states = layer.block(states)
+        states = torch.stack([layer.cross(states[:, c], scale[:, c]) for c in range(3)], 1)
+        forecast = forecast + layer.head(states).flatten(2)[..., :10]
+    assert_close(model(past).prediction_outputs, forecast.transpose(1, 2) * outputs.scale + outputs.loc, scale=10)
+
+
+def test_values_that_were_not_observed_change_nothing():
+    model = _model(use_linear_skip=True)
+    past, future = _windows(), _windows(length=10)
+    mask, future_mask = torch.rand(past.shape) < 0.7, torch.rand(future.shape) < 0.7
+    outputs = model(past, mask, future, future_mask)
+    for filler in (torch.nan, 1e6, torch.inf):
+        same = model(torch.where(mask, past, filler), mask, torch.where(future_mask, future, filler), future_mask)
+        assert torch.equal(same.prediction_outputs, outputs.prediction_outputs)
+        assert torch.equal(same.loss, outputs.loss)
+    inferred = model(torch.where(mask, past, torch.nan), None, torch.where(future_mask, future, torch.nan))
+    assert torch.equal(inferred.loss, outputs.loss)
+
+
+@pytest.mark.parametrize("loss", ["mse", "mae"])
+def test_losses(loss):
+    model = _model(loss=loss)
+    past, future = _windows(), _windows(length=10)
+    mask = torch.rand(future.shape) < 0.5
+    outputs = model(past, future_values=future, future_observed_mask=mask)
+    errors = (outputs.prediction_outputs - future)[mask]
+    assert_close(outputs.loss, errors.abs().mean() if loss == "mae" else errors.square().mean(), scale=100)
+    assert model(past, future_values=future, future_observed_mask=torch.zeros_like(mask)).loss == 0.0
+    assert model(past, future_values=future, return_loss=False).loss is None
+    assert model(past).loss is None
+
+
+def test_windows_without_any_value_or_variation():
+    model = _model()
+    past = _windows()
+    past[0, :, 1] = torch.nan
+    past[1, :, 0] = 4.0
+    outputs = model.train()(past, future_values=_windows(length=10))
+    outputs.loss.backward()
+    assert outputs.prediction_outputs.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert (outputs.scale[1, 0, 0], outputs.loc[1, 0, 0]) == (pytest.approx(1e-2), 4.0)
+    everything = model.eval()(torch.full((2, 20, 3), torch.nan)).prediction_outputs
+    assert everything.isfinite().all()
+    assert_close(everything[0], everything[1])
+
+
+def test_outputs():
+    model = _model()
+    past = _windows()
+    outputs = model(past, output_hidden_states=True, output_attentions=True)
+    base = model.model(past)
+    assert [tuple(state.shape) for state in outputs.hidden_states] == [(2, 3, 5, 8), (2, 3, 5, 8), (2, 3, 3, 8)]
+    for captured, scale in zip(outputs.hidden_states, base.scales[:2], strict=False):
+        assert_close(captured, scale)
+    shapes = [tuple(weights.shape) for weights in outputs.attentions]
+    assert shapes == [(6, 2, 5, 5), (10, 2, 4, 3), (10, 2, 3, 4), (6, 2, 3, 3), (6, 2, 4, 3), (6, 2, 3, 4)]
+    assert len(outputs.decoder_attentions) == 12
+    assert [tuple(weights.shape) for weights in outputs.decoder_attentions[3::4]] == [(6, 2, 3, 5), (6, 2, 3, 5), (6, 2, 3, 3)]
+    for weights in outputs.attentions + outputs.decoder_attentions:
+        assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    assert isinstance(model(past, return_dict=False), tuple)
+    generated = model.generate(past)
+    assert torch.equal(generated.sequences[:, 0], model(past).prediction_outputs)
+
+
+def test_memory_sets_are_what_the_layers_retrieve_from():
+    model = _model()
+    past = _windows()
+    seen = []
+    for module in model.model.modules():
+        if type(module).__name__ == "HopfieldAttention":
+            module.register_forward_pre_hook(lambda module, arguments: seen.append((module.feature_map, arguments[1])))
+    model.model(past)
+    expected, seen[:] = list(seen), []
+    sets = list(model.memory_sets(past, future_values=None))
+    assert len(sets) == 6
+    for memory_set, (feature_map, memories) in zip(sets, expected, strict=True):
+        assert memory_set.feature_map is feature_map
+        assert_close(memory_set.memories, memories)
+
+
+@pytest.mark.parametrize("parameters", ["feature_maps", "upstream"])
+def test_training_with_stage_one(tmp_path, parameters):
+    examples = [{"past_values": _windows(1)[0], "future_values": _windows(1, 10)[0]} for _ in range(16)]
+    separation = SeparationCallback("step", kind="average", parameters=parameters, batch_size=4)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        label_names=["future_values"],
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    model = _model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer = Trainer(model, arguments, train_dataset=examples, eval_dataset=examples, callbacks=[separation])
+    trainer.train()
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert np.isfinite([entry["separation_loss"] for entry in separation.history]).all()
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_model_overfits():
+    torch.manual_seed(0)
+    model = _model(attention_dropout=0.0, ff_dropout=0.0).train()
+    past, future = _windows(4), _windows(4, 10)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(150):
+        loss = model(past, future_values=future).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_saving_and_loading(tmp_path):
+    for fields in ({}, {"use_linear_skip": True, "use_feature_map": False, "learnable_alpha": False, "alpha": 1.0}):
+        model, past = _model(**fields), _windows()
+        model.save_pretrained(tmp_path)
+        for loaded in (STanHopForPrediction.from_pretrained(tmp_path), AutoModelForTimeSeriesPrediction.from_pretrained(tmp_path)):
+            assert type(loaded) is STanHopForPrediction
+            assert torch.equal(loaded(past).prediction_outputs, model(past).prediction_outputs)
+        base = AutoModel.from_pretrained(tmp_path)
+        assert type(base) is STanHopModel
+        assert torch.equal(base(past).last_hidden_state, model.model(past).last_hidden_state)
+
+
+def test_low_precision():
+    model, past = _model(), _windows()
+    expected = model(past).prediction_outputs
+    actual = model.bfloat16()(past).prediction_outputs
+    assert actual.dtype == torch.bfloat16
+    assert_close(actual, expected, scale=40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "past_values is required"),
+        ({"past_values": torch.zeros(2, 19, 3)}, r"\(B, context_length=20, num_input_channels=3\), got \(2, 19, 3\)"),
+        ({"past_values": torch.zeros(2, 20, 4)}, r"got \(2, 20, 4\)"),
+        ({"past_values": torch.full((2, 20, 3), torch.inf)}, "must be finite in torch.float32, but series 0 of window 0 is not"),
+        ({"past_values": torch.zeros(2, 20, 3), "past_observed_mask": torch.ones(2, 20)}, "past_observed_mask must have the shape"),
+        (
+            {"past_values": torch.zeros(2, 20, 3), "future_values": torch.zeros(2, 11, 3)},
+            r"future_values must have shape .* got \(2, 11, 3\)",
+        ),
+        (
+            {"past_values": torch.zeros(2, 20, 3), "future_values": torch.zeros(2, 10, 3), "future_observed_mask": torch.ones(2, 10)},
+            r"future_observed_mask must have shape .* got \(2, 10\)",
+        ),
+    ],
+)
+def test_bad_calls_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _model()(**arguments)
