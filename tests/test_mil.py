@@ -382,7 +382,7 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     command = [sys.executable, "training/train_mil.py", str(tmp_path / "mil.yaml"), "--output_dir", str(tmp_path / "out")]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert "logits agree" in finished.stdout
+    assert "answers agree" in finished.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"auc", "accuracy", "f1", "instance_auc", "cross_validation_seconds"} == set(results["metrics"])
     assert len(results["outcomes"]) == 2

@@ -290,7 +290,7 @@ def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
     assert evaluation.dataset_name == "digits"
     assert card.data.library_name == "transformers"
     output = capfd.readouterr().out
-    assert "logits agree" in output
+    assert "answers agree" in output
     assert "test_accuracy" in output
 
 

@@ -169,3 +169,31 @@ def paired_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
     axes[0, 0].invert_yaxis()
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+def forecast_figure(path: Path, past: np.ndarray, future: np.ndarray, forecast: np.ndarray, names: list[str], most: int = 6) -> None:
+    """A forecast against the truth, a panel for each of the first series.
+
+    Args:
+        path: PNG file to write.
+        past: (L, C).
+        future, forecast: (H, C).
+        names: Of the series.
+        most: How many series to show.
+    """
+    count = min(most, past.shape[1])
+    rows = math.ceil(count / 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 2.2 * rows), layout="constrained", sharex=True, squeeze=False)
+    before, after = np.arange(-len(past), 0), np.arange(len(future))
+    for index, axis in enumerate(axes.flat):
+        if index >= count:
+            axis.set_axis_off()
+            continue
+        axis.plot(before, past[:, index], color="grey", linewidth=1, label="past")
+        axis.plot(after, future[:, index], color="black", linewidth=1, label="truth")
+        axis.plot(after, forecast[:, index], color="C0", label="forecast")
+        axis.set(title=names[index])
+    axes[0, 0].legend(fontsize="small")
+    axes[-1, 0].set(xlabel="step")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -21,7 +21,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
-from modeling_uhop import SeparationCallback, UHopMILConfig, UHopViTConfig
+from modeling_uhop import SeparationCallback, STanHopConfig, UHopMILConfig, UHopViTConfig
 
 
 @dataclass
@@ -80,6 +80,21 @@ class BagDataRecipe:
 
 
 @dataclass
+class SeriesDataRecipe:
+    """Where a multivariate series comes from and how it is split.
+
+    Attributes:
+        dataset: "synthetic" (made from a seed), a CSV or parquet file with a row for each time step, or a Hub id.
+        date_column: Column of time stamps; it is checked and left out. Every other column is a series.
+        split: Rows of training, validation and test, or their fractions of all rows.
+    """
+
+    dataset: str
+    date_column: str = "date"
+    split: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.2])
+
+
+@dataclass
 class ViTRecipe:
     """A vision experiment: `model` holds fields of `UHopViTConfig`, `separation` arguments of `SeparationCallback` (or nothing, for a run
     without Stage I), `training` those of `TrainingArguments`."""
@@ -122,6 +137,33 @@ class MILRecipe:
     ensemble: int = 1
     metrics: list[str] = field(default_factory=lambda: ["auc", "accuracy", "f1"])
     judge: str = "test"
+
+
+@dataclass
+class STanHopRecipe:
+    """A forecasting experiment: `model` holds fields of `STanHopConfig`, the others are as in `ViTRecipe`.
+
+    Attributes:
+        patience: Epochs without a lower validation loss after which training ends; the best checkpoint is restored.
+        season: Steps in a season, for the anchor that repeats one.
+        anchor_lengths: Steps that the linear anchors see; the memory sees the fewest of them.
+    """
+
+    config_class: ClassVar[type] = STanHopConfig
+    data_class: ClassVar[type] = SeriesDataRecipe
+
+    name: str
+    data: SeriesDataRecipe
+    model: dict[str, Any] = field(default_factory=dict)
+    separation: dict[str, Any] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    patience: int = 3
+    season: int = 24
+    anchor_lengths: list[int] = field(default_factory=lambda: [168, 336])
+
+
+Recipe = ViTRecipe | MILRecipe | STanHopRecipe
 
 
 class RecipeError(ValueError):
@@ -252,7 +294,7 @@ def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
         raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, --resume to go on, or another --output_dir")
 
 
-def check_same_recipe(recipe: ViTRecipe | MILRecipe, folder: Path) -> None:
+def check_same_recipe(recipe: Recipe, folder: Path) -> None:
     """Refuse to resume a run with other data, model, separation or seed than it began with; only `training` may change."""
     earlier = yaml.safe_load((folder / "recipe.yaml").read_text())
     for section, value in dataclasses.asdict(recipe).items():
@@ -267,12 +309,12 @@ def clear_output_dir(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def write_recipe(recipe: ViTRecipe | MILRecipe, folder: Path) -> None:
+def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Write the recipe as it was run, overrides included."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
 
 
-def write_results(path: Path, recipe: ViTRecipe | MILRecipe, metrics: dict[str, Any], **details: Any) -> None:
+def write_results(path: Path, recipe: Recipe, metrics: dict[str, Any], **details: Any) -> None:
     """Write a results file: metrics with the recipe, seed, versions and commit that they come from."""
     results = {
         "name": recipe.name,

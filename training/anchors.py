@@ -1,0 +1,122 @@
+"""Forecasters that any network should be compared with: repetition, linear maps, and a memory without training."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from series import Series
+from torch.nn.functional import normalize
+
+from modeling_uhop import simplex_map
+
+
+# A forecast (B, H, C) of windows (B, L, C).
+Forecaster = Callable[[torch.Tensor], torch.Tensor]
+
+
+@torch.no_grad()
+def errors_of(forecaster: Forecaster, series: Series, split: str, context_length: int, prediction_length: int) -> dict[str, float]:
+    """Mean squared and absolute error over every window of a split, on scaled values; values that are missing do not count."""
+    windows = series.windows(split, context_length, prediction_length)
+    totals = np.zeros(3)
+    for start in range(0, len(windows), 256):
+        examples = [windows[index] for index in range(start, min(start + 256, len(windows)))]
+        past, future = (torch.stack([example[name] for example in examples]) for name in ("past_values", "future_values"))
+        errors = (forecaster(past) - future)[~future.isnan()].double()
+        totals += [errors.square().sum().item(), errors.abs().sum().item(), errors.numel()]
+    return {"mse": float(totals[0] / totals[2]), "mae": float(totals[1] / totals[2])}
+
+
+def repeat_last(prediction_length: int) -> Forecaster:
+    """The last value."""
+    return lambda past: past[:, -1:].expand(-1, prediction_length, -1)
+
+
+def repeat_season(prediction_length: int, season: int) -> Forecaster:
+    """The last `season` steps, over and over."""
+    return lambda past: past[:, -season:].repeat(1, -(-prediction_length // season), 1)[:, :prediction_length]
+
+
+def linear_map(series: Series, context_length: int, prediction_length: int, *, last_value: bool) -> Forecaster:
+    """A ridge map from the past to the future, one for all series; the function class of DLinear, or with `last_value`, on differences
+    to the last value, of NLinear. The penalty is chosen by squared error on validation windows."""
+    first, last = series.rows["train"]
+    size = context_length + 1
+    gram, target = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, prediction_length, dtype=torch.float64)
+    span = context_length + prediction_length
+    count = 0
+    for channel in range(series.values.shape[1]):
+        for rows in series.values[first:last, channel].double().unfold(0, span, 1).split(2048):
+            past, future = rows[:, :context_length], rows[:, context_length:]
+            if last_value:
+                past, future = past - rows[:, context_length - 1 : context_length], future - rows[:, context_length - 1 : context_length]
+            past = torch.cat([past, torch.ones(len(past), 1, dtype=torch.float64)], 1)
+            gram += past.T @ past
+            target += past.T @ future
+            count += len(rows)
+
+    def forecaster(penalty: float) -> Forecaster:
+        ridge = penalty * count * torch.eye(size, dtype=torch.float64)
+        ridge[-1, -1] = 0.0
+        weights = torch.linalg.solve(gram + ridge, target).float()
+
+        def forecast(past: torch.Tensor) -> torch.Tensor:
+            offset = past[:, -1:] if last_value else torch.zeros_like(past[:, -1:])
+            return ((past - offset).mT @ weights[:-1] + weights[-1]).mT + offset
+
+        return forecast
+
+    candidates = [forecaster(penalty) for penalty in (1e-4, 1e-3, 1e-2, 1e-1)]
+    return min(candidates, key=lambda candidate: errors_of(candidate, series, "validation", context_length, prediction_length)["mse"])
+
+
+class WindowMemory:
+    """A Hopfield memory of windows, without training: the past retrieves its like, and the answer is what followed them.
+
+    Every `stride`-th training window of each series is stored, with location and scale taken off; a query retrieves from the windows of its
+    own series, by cosine, and the retrieved future is scaled back. The scale has a floor, as futures of constant windows are anything.
+    """
+
+    def __init__(
+        self, series: Series, context_length: int, prediction_length: int, *, beta: float = 12.0, alpha: float = 1.0, stride: int = 2
+    ):
+        first, last = series.rows["train"]
+        windows = series.values[first:last].unfold(0, context_length + prediction_length, stride)
+        self.beta, self.alpha = beta, alpha
+        past, future = windows[..., :context_length], windows[..., context_length:]
+        loc, scale = _loc_and_scale(past)
+        self.keys = normalize((past - loc) / scale, dim=-1).transpose(0, 1)
+        self.futures = ((future - loc) / scale).transpose(0, 1)
+
+    def __call__(self, past: torch.Tensor) -> torch.Tensor:
+        series = past.permute(2, 0, 1)
+        loc, scale = _loc_and_scale(series)
+        similarity = normalize((series - loc) / scale, dim=-1) @ self.keys.mT
+        weights = simplex_map(self.beta * similarity, self.alpha)
+        return (weights @ self.futures * scale + loc).permute(1, 2, 0)
+
+
+def _loc_and_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return values.mean(-1, keepdim=True), (values.var(-1, keepdim=True, unbiased=False) + 0.1).sqrt()
+
+
+def anchors(series: Series, prediction_length: int, season: int, context_lengths: list[int]) -> dict[str, dict[str, float]]:
+    """Test errors of every anchor; the memory's beta is chosen by squared error on validation windows."""
+    longest = max(context_lengths)
+    forecasters: dict[str, tuple[Forecaster, int]] = {
+        "repeat last": (repeat_last(prediction_length), longest),
+        f"repeat last {season}": (repeat_season(prediction_length, season), longest),
+    }
+    for length in context_lengths:
+        for name, last_value in (("linear", False), ("normalised linear", True)):
+            forecasters[f"{name}, {length}"] = (linear_map(series, length, prediction_length, last_value=last_value), length)
+    shortest = min(context_lengths)
+    memory = WindowMemory(series, shortest, prediction_length)
+
+    def at(beta: float) -> float:
+        memory.beta = beta
+        return errors_of(memory, series, "validation", shortest, prediction_length)["mse"]
+
+    memory.beta = min((8.0, 12.0, 16.0, 24.0), key=at)
+    forecasters[f"memory of windows, {shortest}"] = (memory, shortest)
+    return {name: errors_of(forecaster, series, "test", length, prediction_length) for name, (forecaster, length) in forecasters.items()}

@@ -1,0 +1,132 @@
+"""Multivariate series for forecasting: reading, splits, scaling, and windows that are views of one array."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas
+import torch
+from datasets import load_dataset
+from recipe import RecipeError, SeriesDataRecipe
+from torch.utils.data import Dataset
+
+
+class Windows(Dataset):
+    """Every window of `context_length` steps and the `prediction_length` steps behind it, at stride 1, without a copy of any.
+
+    Args:
+        values: (T, C).
+        first, last: Rows [first, last) that are predicted; the past of a window may begin before `first`.
+        context_length, prediction_length: L and H.
+    """
+
+    def __init__(self, values: torch.Tensor, first: int, last: int, context_length: int, prediction_length: int):
+        self.values, self.first = values, first
+        self.context_length, self.prediction_length = context_length, prediction_length
+        self.count = last - first - prediction_length + 1
+        if first < context_length:
+            raise RecipeError(f"the rows before row {first} are fewer than context_length={context_length}")
+        if self.count < 1:
+            raise RecipeError(f"{last - first} rows hold no window of prediction_length={prediction_length}")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(f"there are {self.count} windows, and no window {index}")
+        now = self.first + index
+        return {
+            "past_values": self.values[now - self.context_length : now],
+            "future_values": self.values[now : now + self.prediction_length],
+        }
+
+
+@dataclass
+class Series:
+    """A scaled series with its splits.
+
+    Attributes:
+        values: (T, C), z-scored by the training rows.
+        names: Names of the C series.
+        mean, std: Of the training rows, (C,): what the values were scaled by.
+        rows: First and last row (exclusive) of each split, "train", "validation" and "test".
+    """
+
+    values: torch.Tensor
+    names: list[str]
+    mean: np.ndarray
+    std: np.ndarray
+    rows: dict[str, tuple[int, int]]
+
+    def windows(self, split: str, context_length: int, prediction_length: int) -> Windows:
+        """Windows whose future lies in a split; in training the past does too."""
+        first, last = self.rows[split]
+        return Windows(self.values, first + context_length if first == 0 else first, last, context_length, prediction_length)
+
+
+def load_series(data: SeriesDataRecipe) -> Series:
+    """Read and scale a series.
+
+    Raises:
+        RecipeError: If the data set is missing, its time stamps are not sorted, a column is not numbers, or the splits do not fit.
+    """
+    frame = synthetic_series() if data.dataset == "synthetic" else _read(data)
+    if data.date_column in frame.columns:
+        dates = pandas.to_datetime(frame.pop(data.date_column))
+        backwards = np.flatnonzero(dates.diff().dt.total_seconds().to_numpy()[1:] <= 0)
+        if len(backwards) > 0:
+            raise RecipeError(
+                f"time stamps must increase, and row {backwards[0] + 1} of {data.dataset} does not come after the row before it"
+            )
+    for name in frame.columns:
+        if not pandas.api.types.is_numeric_dtype(frame[name]):
+            raise RecipeError(f"column {name!r} of {data.dataset} is not numbers; if it holds time stamps, set data.date_column")
+    values = frame.to_numpy(dtype=np.float64)
+    rows = split_rows(len(values), data.split)
+    train = values[slice(*rows["train"])]
+    mean, std = np.nanmean(train, 0), np.nanstd(train, 0)
+    scaled = (values - mean) / np.where(std > 0, std, 1.0)
+    return Series(torch.from_numpy(scaled.astype(np.float32)), [str(name) for name in frame.columns], mean, std, rows)
+
+
+def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:
+    """Rows of training, validation and test, one behind the other: numbers of rows, or fractions of all."""
+    if len(split) != 3 or min(split) <= 0:
+        raise RecipeError(f"split must be three positive numbers, got {split}")
+    if max(split) < 1:
+        test, train = int(count * split[2]), int(count * split[0])
+        sizes = [train, count - train - test, test]
+    else:
+        sizes = [int(size) for size in split]
+    ends = np.cumsum(sizes).tolist()
+    if ends[-1] > count:
+        raise RecipeError(f"split {split} needs {ends[-1]} rows, and there are {count}")
+    return dict(zip(("train", "validation", "test"), zip([0, *ends[:-1]], ends, strict=True), strict=True))
+
+
+def _read(data: SeriesDataRecipe) -> pandas.DataFrame:
+    path = Path(data.dataset).expanduser()
+    if path.suffix == ".csv" and path.is_file():
+        return pandas.read_csv(path)
+    if path.suffix == ".parquet" and path.is_file():
+        return pandas.read_parquet(path)
+    if data.dataset.startswith((".", "/", "~")) or path.suffix in (".csv", ".parquet"):
+        raise RecipeError(f"there is no file {data.dataset}")
+    return load_dataset(data.dataset, split="train").to_pandas()
+
+
+def synthetic_series(num_steps: int = 2400, num_series: int = 4, seed: int = 0) -> pandas.DataFrame:
+    """Hourly series with a daily and a weekly cycle of their own phases, a common slow drift, and autoregressive noise."""
+    random = np.random.default_rng(seed)
+    hours = np.arange(num_steps)
+    noise = np.zeros((num_steps, num_series))
+    for step in range(1, num_steps):
+        noise[step] = 0.8 * noise[step - 1] + 0.3 * random.standard_normal(num_series)
+    drift = 0.03 * random.standard_normal(num_steps).cumsum()
+    phases = random.uniform(0.0, 2.0 * np.pi, (2, num_series))
+    daily = np.sin(2.0 * np.pi * hours[:, None] / 24.0 + phases[0])
+    weekly = 0.5 * np.sin(2.0 * np.pi * hours[:, None] / 168.0 + phases[1])
+    frame = pandas.DataFrame(daily + weekly + drift[:, None] + noise, columns=[f"series_{index}" for index in range(num_series)])
+    frame.insert(0, "date", pandas.date_range("2024-01-01", periods=num_steps, freq="h"))
+    return frame

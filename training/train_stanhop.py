@@ -1,0 +1,116 @@
+"""Train STanHop-Net from a recipe, with the separation step: training, test errors beside simple forecasters, model folder, reload.
+
+python training/train_stanhop.py configs/stanhop_synthetic.yaml
+python training/train_stanhop.py configs/stanhop_etth1_96.yaml --dataset path/to/ETTh1.csv
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from anchors import anchors, errors_of
+from figures import forecast_figure
+from recipe import (
+    STanHopRecipe,
+    check_output_dir,
+    clear_output_dir,
+    command_line,
+    errors_in_one_line,
+    load_recipe,
+    write_recipe,
+    write_results,
+)
+from reload import check_reload
+from series import load_series
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+
+from modeling_uhop import SeparationCallback, STanHopConfig, STanHopForPrediction
+
+
+TRAINING_DEFAULTS = {
+    "report_to": "none",
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "load_best_model_at_end": True,
+    "label_names": ["future_values"],
+    "prediction_loss_only": True,
+    "per_device_eval_batch_size": 256,
+    "max_grad_norm": 5.0,
+}
+
+
+def main() -> None:
+    args = command_line(__doc__.splitlines()[0], resume=False).parse_args()
+    with errors_in_one_line():
+        recipe = load_recipe(args.recipe, args.set, STanHopRecipe)
+        recipe.data.dataset = args.dataset or recipe.data.dataset
+        recipe.seed = recipe.seed if args.seed is None else args.seed
+        run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite)
+
+
+def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Run a recipe and leave everything it makes in `folder`; the metrics."""
+    check_output_dir(folder, overwrite, resume=False)
+    series = load_series(recipe.data)
+    config = STanHopConfig(**{**recipe.model, "num_input_channels": series.values.shape[1]})
+    lengths = (config.context_length, config.prediction_length)
+    train, validation = series.windows("train", *lengths), series.windows("validation", *lengths)
+    set_seed(recipe.seed)
+    model = STanHopForPrediction(config)
+    clear_output_dir(folder)
+    write_recipe(recipe, folder)
+    print(f"{recipe.name}: {model.num_parameters():,} parameters; windows: {len(train):,} train, {len(validation):,} validation")
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder),
+            seed=recipe.seed,
+            **{**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training},
+        ),
+        train_dataset=train,
+        eval_dataset=validation,
+        callbacks=[
+            EarlyStoppingCallback(recipe.patience),
+            *([] if recipe.separation is None else [SeparationCallback(**recipe.separation)]),
+        ],
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    model.eval().cpu()
+    metrics: dict[str, Any] = {split: errors_of(forecaster(model), series, split, *lengths) for split in ("validation", "test")}
+    metrics["train_seconds"] = round(seconds, 1)
+    metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths)
+    trainer.save_model()
+    write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), log_history=trainer.state.log_history)
+    examples = [series.windows("test", *lengths)[index] for index in range(0, len(series.windows("test", *lengths)), 500)]
+    past = torch.stack([example["past_values"] for example in examples])
+    future = torch.stack([example["future_values"] for example in examples])
+    forecasts = forecaster(model)(past)
+    forecast_figure(folder / "forecast.png", past[0].numpy(), future[0].numpy(), forecasts[0].numpy(), series.names)
+    print(describe(metrics))
+    check_reload(folder, "time-series-forecasting", list(past.numpy()), forecasts.numpy())
+    return metrics
+
+
+def forecaster(model: STanHopForPrediction):
+    """The model as a function from past to future values."""
+
+    @torch.no_grad()
+    def forecast(past: torch.Tensor) -> torch.Tensor:
+        return model(past_values=past).prediction_outputs
+
+    return forecast
+
+
+def describe(metrics: dict[str, Any]) -> str:
+    """Test errors of the model and of every anchor."""
+    rows = {"STanHop": metrics["test"], **metrics["anchors"]}
+    lines = [f"  {name:<28} {errors['mse']:.4f}  {errors['mae']:.4f}" for name, errors in rows.items()]
+    return "\n".join([f"Test errors on scaled values ({metrics['train_seconds']} s of training):", f"  {'':<28} MSE     MAE", *lines])
+
+
+if __name__ == "__main__":
+    main()
