@@ -34,7 +34,7 @@ def test_the_readmes_code_runs(block, tmp_path, monkeypatch):
 
 
 def test_the_readme_has_code_to_run():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "modeling_uhop").glob("*.py") if path.stem != "__init__"))

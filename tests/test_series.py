@@ -1,0 +1,194 @@
+"""Forecasting: series, splits, windows, anchors against loops and scikit-learn, the script."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from anchors import WindowMemory, anchors, errors_of, linear_map, repeat_last, repeat_season
+from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
+from series import Series, Windows, load_series, split_rows, synthetic_series
+from sklearn.linear_model import Ridge
+
+from modeling_uhop import STanHopConfig
+
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "configs").glob("stanhop_*.yaml"))
+
+
+@pytest.fixture
+def series() -> Series:
+    return load_series(SeriesDataRecipe("synthetic", split=[600, 200, 200]))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads(path):
+    recipe = load_recipe(path, [], STanHopRecipe)
+    assert recipe.name == path.stem
+    STanHopConfig(**recipe.model)
+
+
+def test_windows_are_views_of_one_array():
+    values = torch.arange(40.0).reshape(20, 2)
+    windows = Windows(values, 8, 15, 5, 3)
+    assert len(windows) == 5
+    for index in (0, 4):
+        example = windows[index]
+        assert torch.equal(example["past_values"], values[3 + index : 8 + index])
+        assert torch.equal(example["future_values"], values[8 + index : 11 + index])
+        assert example["past_values"].untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
+    with pytest.raises(IndexError):
+        windows[5]
+    with pytest.raises(RecipeError, match="the rows before row 4 are fewer than context_length=5"):
+        Windows(values, 4, 15, 5, 3)
+    with pytest.raises(RecipeError, match="2 rows hold no window of prediction_length=3"):
+        Windows(values, 8, 10, 5, 3)
+
+
+def test_splits_share_no_future(series):
+    rows = {"train": set(), "validation": set(), "test": set()}
+    for split, seen in rows.items():
+        windows = series.windows(split, 48, 12)
+        for index in range(len(windows)):
+            now = windows.first + index
+            seen.update(range(now, now + 12))
+        assert max(seen) < series.rows[split][1]
+    assert (min(rows["train"]), min(rows["validation"]), max(rows["test"])) == (48, 600, 999)
+    assert not rows["train"] & rows["validation"]
+    assert not rows["validation"] & rows["test"]
+    assert len(series.windows("test", 48, 12)) == 200 - 12 + 1
+
+
+def test_scaling_is_by_training_rows():
+    frame = synthetic_series()
+    series = load_series(SeriesDataRecipe("synthetic", split=[0.5, 0.2, 0.3]))
+    train = frame.drop(columns="date").to_numpy()[:1200]
+    np.testing.assert_allclose(series.values.numpy(), (frame.drop(columns="date") - train.mean(0)) / train.std(0), atol=1e-5)
+    assert series.names == [f"series_{index}" for index in range(4)]
+    assert series.rows == {"train": (0, 1200), "validation": (1200, 1680), "test": (1680, 2400)}
+
+
+@pytest.mark.parametrize(
+    ("split", "message"), [([0.5, 0.5], "three positive numbers"), ([0.9, 0, 0.1], "positive"), ([90, 10, 1], "needs 101 rows")]
+)
+def test_bad_splits_are_refused(split, message):
+    with pytest.raises(RecipeError, match=message):
+        split_rows(100, split)
+
+
+def test_files(tmp_path):
+    frame = synthetic_series(300)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_parquet(tmp_path / "a.parquet")
+    one, other = (load_series(SeriesDataRecipe(str(tmp_path / name))) for name in ("a.csv", "a.parquet"))
+    assert torch.allclose(one.values, other.values, atol=1e-5)
+    gaps = frame.copy()
+    gaps.loc[5, "series_1"] = np.nan
+    gaps.loc[:, "series_2"] = 3.0
+    gaps.to_csv(tmp_path / "gaps.csv", index=False)
+    loaded = load_series(SeriesDataRecipe(str(tmp_path / "gaps.csv")))
+    assert loaded.values.isnan().sum() == 1
+    assert (loaded.values[:, 2] == 0).all()
+
+
+def test_bad_files_are_refused(tmp_path):
+    frame = synthetic_series(300)
+    path = tmp_path / "a.csv"
+    for change, message in (
+        (lambda f: f.iloc[[0, 1, 3, 2, *range(4, 300)]], "row 3 of .* does not come after the row before it"),
+        (lambda f: f.rename(columns={"date": "when"}), "column 'when' of .* is not numbers; if it holds time stamps, set data.date_column"),
+    ):
+        change(frame).to_csv(path, index=False)
+        with pytest.raises(RecipeError, match=message):
+            load_series(SeriesDataRecipe(str(path)))
+    with pytest.raises(RecipeError, match="there is no file"):
+        load_series(SeriesDataRecipe(str(tmp_path / "none.csv")))
+
+
+def test_errors_are_means_over_every_window(series):
+    windows = series.windows("test", 24, 6)
+    errors = [(windows[i]["future_values"] - windows[i]["past_values"][-1:]).double() for i in range(len(windows))]
+    found = errors_of(repeat_last(6), series, "test", 24, 6)
+    assert found["mse"] == pytest.approx(torch.stack(errors).square().mean().item())
+    assert found["mae"] == pytest.approx(torch.stack(errors).abs().mean().item())
+    series.values[850, 1] = torch.nan
+    assert np.isfinite(errors_of(lambda past: torch.zeros(len(past), 6, 4), series, "test", 24, 6)["mse"])
+
+
+def test_repeated_seasons():
+    past = torch.arange(14.0).reshape(1, 7, 2)
+    assert repeat_season(7, 3)(past)[0, :, 0].tolist() == [8, 10, 12, 8, 10, 12, 8]
+
+
+@pytest.mark.parametrize("last_value", [False, True])
+def test_the_linear_map_is_ridge_regression(series, last_value):
+    """Whichever penalty it chose, it is that of scikit-learn's ridge regression."""
+    forecast = linear_map(series, 30, 5, last_value=last_value)
+    rows = torch.cat([series.values[:600, channel].unfold(0, 35, 1) for channel in range(4)]).double().numpy()
+    offset = rows[:, 29:30] if last_value else 0.0
+    past = torch.randn(3, 30, 4)
+    matches = []
+    for penalty in (1e-4, 1e-3, 1e-2, 1e-1):
+        ridge = Ridge(penalty * len(rows)).fit(rows[:, :30] - offset, rows[:, 30:] - offset)
+        flat = past.permute(0, 2, 1).reshape(12, 30).numpy()
+        shift = flat[:, 29:30] if last_value else 0.0
+        expected = (ridge.predict(flat - shift) + shift).reshape(3, 4, 5).transpose(0, 2, 1)
+        matches.append(np.allclose(forecast(past).numpy(), expected, atol=2e-3))
+    assert sum(matches) == 1
+
+
+def test_the_memory_of_windows_by_loops(series):
+    memory = WindowMemory(series, 24, 6, beta=5.0, stride=7)
+    past = series.windows("test", 24, 6)[3]["past_values"]
+    for channel in range(4):
+        values = series.values[:600, channel].double().numpy()
+        query = past[:, channel].double().numpy()
+        loc, scale = query.mean(), np.sqrt(query.var() + 0.1)
+        query = (query - loc) / scale
+        scores, futures = [], []
+        for start in range(0, 600 - 30 + 1, 7):
+            window = values[start : start + 24]
+            centre, width = window.mean(), np.sqrt(window.var() + 0.1)
+            key = (window - centre) / width
+            scores.append(5.0 * (query @ key) / np.linalg.norm(query) / np.linalg.norm(key))
+            futures.append((values[start + 24 : start + 30] - centre) / width)
+        weights = np.exp(scores - np.max(scores))
+        expected = weights @ np.stack(futures) / weights.sum() * scale + loc
+        np.testing.assert_allclose(memory(past.unsqueeze(0))[0, :, channel], expected, atol=1e-4)
+
+
+def test_anchors_know_the_season(series):
+    table = anchors(series, 24, 24, [48, 96])
+    assert len(table) == 7
+    assert table["repeat last 24"]["mse"] < table["repeat last"]["mse"]
+    assert table["linear, 96"]["mse"] < table["repeat last 24"]["mse"]
+    assert table["memory of windows, 48"]["mse"] < table["repeat last"]["mse"]
+
+
+def test_the_script_leaves_a_model_that_reloads(tmp_path):
+    content = {
+        "data": {"dataset": "synthetic", "split": [400, 150, 150]},
+        "model": {"context_length": 48, "prediction_length": 12, "d_model": 16, "ffn_dim": 16},
+        "separation": {"schedule": "train_begin", "steps": 2, "batch_size": 4},
+        "training": {"num_train_epochs": 1, "per_device_train_batch_size": 64},
+        "anchor_lengths": [24, 48],
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, "training/train_stanhop.py", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert "answers agree" in finished.stdout
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {"validation", "test", "train_seconds", "anchors"} == set(results["metrics"])
+    assert (tmp_path / "out" / "forecast.png").stat().st_size > 10_000
+    (tmp_path / "a.csv").write_text(pd.DataFrame({"date": ["2024-01-02", "2024-01-01"], "x": [1.0, 2.0]}).to_csv(index=False))
+    refused = subprocess.run([*command, "--dataset", str(tmp_path / "a.csv"), "--overwrite"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "time stamps must increase" in refused.stderr
+    assert "Traceback" not in refused.stderr
