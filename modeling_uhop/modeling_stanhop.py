@@ -213,6 +213,7 @@ class STanHopPreTrainedModel(PreTrainedModel):
     # The loss is a mean over what was observed, whatever `num_items_in_batch` says.
     accepts_loss_kwargs = False
     _no_split_modules = ["STanHopBlock", "STanHopDecoderLayer"]
+    _input_embed_layer = "patch_embedding"
 
     def __init__(self, config: STanHopConfig, *args, **kwargs):
         # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
