@@ -40,6 +40,13 @@ class STanHopConfig(PreTrainedConfig):
         minimum_scale (`float`, defaults to 1e-2): Least scale; a constant window is divided by it.
         use_linear_skip (`bool`, defaults to `False`): Whether a linear map from the scaled window to the horizon, one for all series, is
             added to the forecast.
+        memory_type (`str`, *optional*): What stored windows are for, beside `STanHopModel.recall`. The papers' equations of both are not
+            available to us, and these are reconstructions. "plug": a window is completed by what it retrieves, with nothing learned,
+            `LN(R + Sep_alpha(beta cos(R, Y)) Y)`. "tune": the futures of retrieved windows go through a linear map that is trained with the
+            model, and are added to the forecast.
+        num_memories (`int`, defaults to 0): Number of stored windows; `store` sets it.
+        memory_beta (`float`, defaults to 12): Inverse temperature of their retrieval.
+        memory_alpha (`float`, defaults to 1): Tsallis exponent in [1, 2] of their retrieval.
         loss (`str`, defaults to `"mse"`): "mse" or "mae", over observed future values in their own units.
         qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
         alpha, learnable_alpha (default to 1.5 and `True`), beta, use_feature_map, feature_dim, feature_init, update_steps: The Hopfield
@@ -78,6 +85,10 @@ class STanHopConfig(PreTrainedConfig):
     scaling: Literal["std", "mean"] | None = "std"
     minimum_scale: float | int = 1e-2
     use_linear_skip: bool = False
+    memory_type: Literal["plug", "tune"] | None = None
+    num_memories: int = 0
+    memory_beta: float | int = 12.0
+    memory_alpha: float | int = 1.0
     loss: Literal["mse", "mae"] = "mse"
     qkv_bias: bool = True
     alpha: float | int = 1.5
@@ -104,6 +115,12 @@ class STanHopConfig(PreTrainedConfig):
         for name in ("attention_dropout", "ff_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.num_memories < 0:
+            raise ValueError(f"num_memories must be at least 0, got {self.num_memories}")
+        if not 0 < self.memory_beta < float("inf"):
+            raise ValueError(f"memory_beta must be positive and finite, got {self.memory_beta}")
+        if not 1.0 <= self.memory_alpha <= 2.0:
+            raise ValueError(f"memory_alpha must lie in [1, 2], got {self.memory_alpha}")
         if not self.minimum_scale > 0:
             raise ValueError(f"minimum_scale must be positive, got {self.minimum_scale}")
         check_hopfield(self)

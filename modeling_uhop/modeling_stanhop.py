@@ -1,5 +1,6 @@
 """PyTorch STanHop model: forecasting by retrieval over time and over series."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_stanhop import STanHopConfig
-from .feature_map import FeatureMap
+from .feature_map import FeatureMap, unit_norm
 from .hopfield import HopfieldAttention, MemorySet
+from .simplex import simplex_map
 from .validation import is_readable
 
 
@@ -203,6 +205,41 @@ class STanHopScaler(nn.Module):
         return loc, torch.where(count > 0, scale.clamp(min=self.minimum_scale), 1.0)
 
 
+class STanHopWindowMemory(nn.Module):
+    """Stored windows, scaled: each series retrieves windows of its own, by the cosine of their pasts.
+
+    `p = Sep_alpha(beta cos(R, Y))` for a past R and the stored pasts Y; it recalls `p Y`, and what followed, `p Y_future`.
+    """
+
+    def __init__(self, config: STanHopConfig):
+        super().__init__()
+        self.config = config
+        shape = (config.num_input_channels, config.num_memories)
+        self.register_buffer("pasts", torch.zeros(*shape, config.context_length))
+        self.register_buffer("futures", torch.zeros(*shape, config.prediction_length))
+        self.pasts: torch.Tensor
+        self.futures: torch.Tensor
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        init.zeros_(self.pasts)
+        init.zeros_(self.futures)
+
+    def weights(self, scaled: torch.Tensor) -> torch.Tensor:
+        """Association weights (C, B, num_memories) of windows (B, L, C)."""
+        similarity = unit_norm(scaled.permute(2, 0, 1)) @ unit_norm(self.pasts).mT
+        return simplex_map(self.config.memory_beta * similarity, self.config.memory_alpha).to(scaled.dtype)
+
+    def forward(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The recalled past (B, L, C) and future (B, H, C) of windows (B, L, C)."""
+        weights = self.weights(scaled)
+        return (weights @ self.pasts).permute(1, 2, 0), (weights @ self.futures).permute(1, 2, 0)
+
+
+class STanHopMemoryHead(nn.Linear):
+    """What a recalled future adds to the forecast: nothing, before it is trained."""
+
+
 class STanHopPreTrainedModel(PreTrainedModel):
     config: STanHopConfig
     config_class = STanHopConfig
@@ -223,8 +260,10 @@ class STanHopPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (FeatureMap, HopfieldAttention)):
+        if isinstance(module, (FeatureMap, HopfieldAttention, STanHopWindowMemory)):
             module.reset_parameters()
+        elif isinstance(module, STanHopMemoryHead):
+            init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
             # PyTorch's own scale, as in the authors' code.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -251,9 +290,11 @@ class STanHopModel(STanHopPreTrainedModel):
     }
 
     def __init__(self, config: STanHopConfig):
-        super().__init__(config)
+        # A copy: `store` keeps num_memories up to date, and two models may be built from one configuration.
+        super().__init__(copy.deepcopy(config))
         self.num_patches = math.ceil(config.context_length / config.patch_length)
         self.scaler = STanHopScaler(config)
+        self.memory = STanHopWindowMemory(config)
         self.patch_embedding = nn.Linear(config.patch_length, config.d_model)
         self.position_embeddings = nn.Parameter(torch.empty(1, config.num_input_channels, self.num_patches, config.d_model))
         self.layernorm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
@@ -276,9 +317,7 @@ class STanHopModel(STanHopPreTrainedModel):
         Raises:
             ValueError: If `past_values` is missing, of a wrong shape, or (on CPU) infinite where it was observed.
         """
-        values, observed = self.checked(past_values, past_observed_mask)
-        loc, scale = self.scaler(values, observed)
-        scaled = (values - loc) / scale * observed
+        scaled, loc, scale = self.scaled(past_values, past_observed_mask)
         hidden_states = self.embed(scaled)
         scales = [hidden_states]
         for index, block in enumerate(self.blocks):
@@ -287,6 +326,43 @@ class STanHopModel(STanHopPreTrainedModel):
             hidden_states = block(hidden_states, **kwargs)
             scales.append(hidden_states)
         return STanHopModelOutput(last_hidden_state=hidden_states, scales=tuple(scales), loc=loc, scale=scale, scaled_values=scaled)
+
+    def scaled(
+        self, past_values: torch.Tensor | None, past_observed_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The window with location and scale taken off, zeros where it was not observed; and both, (B, 1, C)."""
+        values, observed = self.checked(past_values, past_observed_mask)
+        loc, scale = self.scaler(values, observed)
+        return (values - loc) / scale * observed, loc, scale
+
+    @torch.no_grad()
+    def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
+        """Replace the stored windows by these, (M, context_length, C) and what followed, (M, prediction_length, C).
+
+        Each window is scaled by its own past. Missing futures count as the window's location.
+
+        Raises:
+            ValueError: As `forward`, and for futures of a wrong shape.
+        """
+        expected = (len(past_values), self.config.prediction_length, self.config.num_input_channels)
+        if future_values.shape != expected:
+            raise ValueError(f"future_values must have shape (M, prediction_length, C) = {expected}, got {tuple(future_values.shape)}")
+        scaled, loc, scale = self.scaled(past_values.to(self.device), None)
+        futures = ((future_values.to(self.device, self.dtype) - loc) / scale).nan_to_num(nan=0.0)
+        self.memory.pasts, self.memory.futures = scaled.permute(2, 0, 1).contiguous(), futures.permute(2, 0, 1).contiguous()
+        self.config.num_memories = len(past_values)
+
+    @torch.no_grad()
+    def recall(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """A forecast (B, prediction_length, C) without training: what followed the stored windows that are like this one.
+
+        Raises:
+            ValueError: If nothing is stored; and as `forward`.
+        """
+        if self.config.num_memories == 0:
+            raise ValueError("no window is stored: call store(past_values, future_values) first")
+        scaled, loc, scale = self.scaled(past_values, past_observed_mask)
+        return self.memory(scaled)[1] * scale + loc
 
     def checked(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Values with zeros where nothing was observed, and the mask as numbers."""
@@ -312,6 +388,9 @@ class STanHopModel(STanHopPreTrainedModel):
 
     def embed(self, scaled: torch.Tensor) -> torch.Tensor:
         """A scaled window (B, L, C) as embedded patches (B, C, num_patches, d_model)."""
+        if self.config.memory_type == "plug" and self.config.num_memories > 0:
+            completed = scaled + self.memory(scaled)[0]
+            scaled = nn.functional.layer_norm(completed.mT, completed.shape[1:2], eps=self.config.norm_eps).mT
         series = scaled.transpose(1, 2)
         missing = self.num_patches * self.config.patch_length - series.shape[-1]
         if missing > 0:
@@ -321,9 +400,7 @@ class STanHopModel(STanHopPreTrainedModel):
 
     def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
         """The memories that Stage I separates, block by block, as each layer's feature map sees them; see `STanHopBlock.memory_sets`."""
-        values, observed = self.checked(past_values, past_observed_mask)
-        loc, scale = self.scaler(values, observed)
-        hidden_states = self.embed((values - loc) / scale * observed)
+        hidden_states = self.embed(self.scaled(past_values, past_observed_mask)[0])
         for index, block in enumerate(self.blocks):
             if index > 0:
                 hidden_states = self.mergers[index - 1](self.blocks[index - 1](hidden_states))
@@ -360,8 +437,12 @@ class STanHopForPrediction(STanHopPreTrainedModel):
     def __init__(self, config: STanHopConfig):
         super().__init__(config)
         self.model = STanHopModel(config)
+        # The model keeps its configuration's num_memories up to date, and this one's with it.
+        self.config = self.model.config
         self.decoder = STanHopDecoder(config)
         self.linear_skip = nn.Linear(config.context_length, config.prediction_length) if config.use_linear_skip else None
+        tuned = config.memory_type == "tune"
+        self.memory_head = STanHopMemoryHead(config.prediction_length, config.prediction_length, bias=False) if tuned else None
         self.post_init()
 
     @can_return_tuple
@@ -390,6 +471,8 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         forecast, scaled = cast(torch.Tensor, decoded.forecast), cast(torch.Tensor, outputs.scaled_values)
         if self.linear_skip is not None:
             forecast = forecast + self.linear_skip(scaled.mT).mT
+        if self.memory_head is not None and self.config.num_memories > 0:
+            forecast = forecast + self.memory_head(self.model.memory(scaled)[1].mT).mT
         prediction = forecast * cast(torch.Tensor, outputs.scale) + cast(torch.Tensor, outputs.loc)
         loss = None
         if future_values is not None and return_loss:
@@ -403,6 +486,14 @@ class STanHopForPrediction(STanHopPreTrainedModel):
             loc=outputs.loc,
             scale=outputs.scale,
         )
+
+    def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
+        """Store windows; see `STanHopModel.store`."""
+        self.model.store(past_values, future_values)
+
+    def recall(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """A forecast from stored windows alone; see `STanHopModel.recall`."""
+        return self.model.recall(past_values, past_observed_mask)
 
     @torch.no_grad()
     def generate(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None) -> SampleTSPredictionOutput:

@@ -46,6 +46,7 @@ CHANGES = {
     "scaling": "mean",
     "minimum_scale": 100.0,
     "use_linear_skip": True,
+    "memory_type": "tune",
     "loss": "mae",
     "qkv_bias": False,
     "alpha": 1.2,
@@ -91,7 +92,8 @@ def test_every_field_changes_the_model(field):
 
 def test_every_field_is_in_the_table_above():
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    assert {field.name for field in dataclasses.fields(STanHopConfig)} - inherited == set(CHANGES)
+    of_memory = {"num_memories", "memory_beta", "memory_alpha"}
+    assert {field.name for field in dataclasses.fields(STanHopConfig)} - inherited == set(CHANGES) | of_memory
 
 
 def test_round_trip(tmp_path):
@@ -109,6 +111,9 @@ def test_round_trip(tmp_path):
         ({"alpha": 1.0}, "strictly between 1 and 2, got alpha=1.0"),
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
         ({"merge_window": 1}, "merge_window must be at least 2 where there are several scales, got 1"),
+        ({"num_memories": -1}, "num_memories must be at least 0, got -1"),
+        ({"memory_beta": 0.0}, "memory_beta must be positive and finite, got 0.0"),
+        ({"memory_alpha": 2.5}, r"memory_alpha must lie in \[1, 2\], got 2.5"),
         ({"minimum_scale": 0.0}, "minimum_scale must be positive, got 0.0"),
         ({"ff_dropout": 1.0}, r"ff_dropout must lie in \[0, 1\), got 1.0"),
         ({"activation_function": "gelo"}, "activation_function must be one of .* got 'gelo'"),
@@ -191,7 +196,7 @@ def test_a_window_is_continued_to_the_left():
     model = _model(context_length=18, scaling=None).model
     values = torch.randn(2, 18, 3)
     full = _model(context_length=20, scaling=None).model
-    full.load_state_dict(model.state_dict())
+    full.load_state_dict({**model.state_dict(), "memory.pasts": torch.zeros(3, 0, 20)})
     assert_close(model.embed(values), full.embed(torch.cat([values[:, :1].expand(-1, 2, -1), values], 1)))
 
 
@@ -333,6 +338,74 @@ def test_training_with_stage_one(tmp_path, parameters):
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert np.isfinite([entry["separation_loss"] for entry in separation.history]).all()
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_recalled_futures_by_loops(alpha):
+    model = _model(memory_beta=3.0, memory_alpha=alpha, minimum_scale=0.5).double()
+    past, future = _windows(7, dtype=torch.float64), _windows(7, 10, dtype=torch.float64)
+    past[2, :, 1] = 4.0
+    model.store(past, future)
+    query = _windows(1, dtype=torch.float64)
+    recalled = model.recall(query)[0]
+    for channel in range(3):
+        scaled, futures = [], []
+        for stored, following in zip(past[:, :, channel].numpy(), future[:, :, channel].numpy(), strict=True):
+            scale = max(stored.std(), 0.5)
+            scaled.append((stored - stored.mean()) / scale)
+            futures.append((following - stored.mean()) / scale)
+        window = query[0, :, channel].numpy()
+        mine = (window - window.mean()) / max(window.std(), 0.5)
+        scores = [3.0 * (mine @ key) / (np.linalg.norm(mine) * (np.linalg.norm(key) or 1.0)) for key in scaled]
+        expected = reference.entmax(scores, alpha) @ np.stack(futures) * max(window.std(), 0.5) + window.mean()
+        assert_close(recalled[:, channel], expected, scale=10)
+
+
+def test_a_stored_window_is_recalled():
+    model = _model(memory_beta=1e4)
+    past, future = _windows(30), _windows(30, 10)
+    model.store(past, future)
+    assert model.config.num_memories == 30
+    assert_close(model.recall(past * 2.0 + 1.0), future * 2.0 + 1.0, scale=100)
+
+
+@pytest.mark.parametrize("memory_type", ["plug", "tune"])
+def test_external_memory(memory_type, tmp_path):
+    model, plain = _model(memory_type=memory_type), _model()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name != "memory_head.weight"})
+    query, past, future = _windows(3), _windows(7), _windows(7, 10)
+    expected = plain(query).prediction_outputs
+    assert torch.equal(model(query).prediction_outputs, expected)
+    model.store(past, future)
+    scaled = model.model.scaled(query, None)[0]
+    recalled_past, recalled_future = model.model.memory(scaled)
+    outputs = model(query, future_values=_windows(3, 10))
+    if memory_type == "plug":
+        completed = torch.nn.functional.layer_norm((scaled + recalled_past).mT, (20,), eps=1e-5).mT
+        plain.model.scaler.scaling = None
+        assert_close(outputs.prediction_outputs, plain(completed).prediction_outputs * outputs.scale + outputs.loc, scale=100)
+    else:
+        assert torch.equal(outputs.prediction_outputs, expected)
+        outputs.loss.backward()
+        assert (model.memory_head.weight.grad != 0).any()
+        torch.nn.init.eye_(model.memory_head.weight)
+        tuned = model(query).prediction_outputs
+        assert_close(tuned, expected + recalled_future * outputs.scale, scale=100)
+    model.save_pretrained(tmp_path)
+    loaded = STanHopForPrediction.from_pretrained(tmp_path)
+    assert loaded.config.num_memories == 7
+    assert torch.equal(loaded(query).prediction_outputs, model(query).prediction_outputs)
+    assert torch.equal(loaded.recall(query), model.recall(query))
+
+
+def test_bad_memories_are_refused():
+    model = _model()
+    with pytest.raises(ValueError, match="no window is stored"):
+        model.recall(_windows())
+    with pytest.raises(ValueError, match=r"future_values must have shape \(M, prediction_length, C\) = \(2, 10, 3\), got \(2, 9, 3\)"):
+        model.store(_windows(), _windows(length=9))
+    with pytest.raises(ValueError, match="past_values must have shape"):
+        model.store(_windows(length=19), _windows(length=10))
 
 
 def test_a_model_overfits():

@@ -52,7 +52,7 @@ def test_windows_are_views_of_one_array():
 
 
 def test_splits_share_no_future(series):
-    rows = {"train": set(), "validation": set(), "test": set()}
+    rows: dict[str, set[int]] = {"train": set(), "validation": set(), "test": set()}
     for split, seen in rows.items():
         windows = series.windows(split, 48, 12)
         for index in range(len(windows)):
