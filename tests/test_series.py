@@ -14,8 +14,9 @@ from anchors import WindowMemory, anchors, errors_of, linear_map, repeat_last, r
 from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
+from train_stanhop import weights_of
 
-from modeling_uhop import STanHopConfig
+from modeling_uhop import STanHopConfig, STanHopForPrediction
 
 
 ROOT = Path(__file__).parent.parent
@@ -163,6 +164,22 @@ def test_the_memory_of_windows_by_loops(series):
         np.testing.assert_allclose(memory(past.unsqueeze(0))[0, :, channel], expected, atol=1e-4)
 
 
+def test_the_closest_windows(series):
+    memory = WindowMemory(series, 24, 6, stride=3)
+    stored = series.values[30:60]
+    closest = memory.closest(stored[:24], count=2)
+    assert closest.shape == (2, 30, 4)
+    assert torch.allclose(closest[0], stored, atol=1e-4)
+
+
+def test_weights_of_the_first_block(series):
+    model = STanHopForPrediction(STanHopConfig(num_input_channels=4, context_length=24, prediction_length=12, d_model=16, ffn_dim=16))
+    over_time, over_series = weights_of(model.eval(), series.values[:24].unsqueeze(0))
+    assert (over_time.shape, over_series.shape) == ((2, 2), (4, 4))
+    np.testing.assert_allclose(over_time.sum(-1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(over_series.sum(-1), 1.0, atol=1e-5)
+
+
 def test_anchors_know_the_season(series):
     table = anchors(series, 24, 24, [48, 96])
     assert len(table) == 7
@@ -186,7 +203,8 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     assert "answers agree" in finished.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"validation", "test", "train_seconds", "anchors"} == set(results["metrics"])
-    assert (tmp_path / "out" / "forecast.png").stat().st_size > 10_000
+    for name in ("forecast.png", "weights.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 10_000
     (tmp_path / "a.csv").write_text(pd.DataFrame({"date": ["2024-01-02", "2024-01-01"], "x": [1.0, 2.0]}).to_csv(index=False))
     refused = subprocess.run([*command, "--dataset", str(tmp_path / "a.csv"), "--overwrite"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode != 0

@@ -85,15 +85,28 @@ class WindowMemory:
         self.beta, self.alpha = beta, alpha
         past, future = windows[..., :context_length], windows[..., context_length:]
         loc, scale = _loc_and_scale(past)
-        self.keys = normalize((past - loc) / scale, dim=-1).transpose(0, 1)
+        self.pasts = ((past - loc) / scale).transpose(0, 1)
+        self.keys = normalize(self.pasts, dim=-1)
         self.futures = ((future - loc) / scale).transpose(0, 1)
 
     def __call__(self, past: torch.Tensor) -> torch.Tensor:
+        weights, loc, scale = self.weights(past)
+        return (weights @ self.futures * scale + loc).permute(1, 2, 0)
+
+    def weights(self, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Association weights (C, B, M) of windows (B, L, C), and what these were scaled by, (C, B, 1)."""
         series = past.permute(2, 0, 1)
         loc, scale = _loc_and_scale(series)
         similarity = normalize((series - loc) / scale, dim=-1) @ self.keys.mT
-        weights = simplex_map(self.beta * similarity, self.alpha)
-        return (weights @ self.futures * scale + loc).permute(1, 2, 0)
+        return simplex_map(self.beta * similarity, self.alpha), loc, scale
+
+    def closest(self, past: torch.Tensor, count: int = 3) -> torch.Tensor:
+        """The stored windows that weigh most, (count, L + H, C), at the location and scale of one window (L, C)."""
+        weights, loc, scale = self.weights(past.unsqueeze(0))
+        best = weights[:, 0].topk(count).indices
+        series = torch.arange(len(best)).unsqueeze(1)
+        windows = torch.cat([self.pasts[series, best], self.futures[series, best]], -1)
+        return (windows * scale + loc).permute(1, 2, 0)
 
 
 def _loc_and_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

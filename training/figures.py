@@ -171,13 +171,22 @@ def paired_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
     plt.close(figure)
 
 
-def forecast_figure(path: Path, past: np.ndarray, future: np.ndarray, forecast: np.ndarray, names: list[str], most: int = 6) -> None:
-    """A forecast against the truth, a panel for each of the first series.
+def forecast_figure(
+    path: Path,
+    past: np.ndarray,
+    future: np.ndarray,
+    forecast: np.ndarray,
+    memories: np.ndarray,
+    names: list[str],
+    most: int = 6,
+) -> None:
+    """A forecast against the truth and the stored windows that a memory finds most like the past, a panel for each of the first series.
 
     Args:
         path: PNG file to write.
         past: (L, C).
         future, forecast: (H, C).
+        memories: (k, steps, C), windows that end with the horizon.
         names: Of the series.
         most: How many series to show.
     """
@@ -189,11 +198,34 @@ def forecast_figure(path: Path, past: np.ndarray, future: np.ndarray, forecast: 
         if index >= count:
             axis.set_axis_off()
             continue
+        for rank, memory in enumerate(memories):
+            steps = np.arange(len(future) - len(memory), len(future))
+            axis.plot(steps, memory[:, index], color="C1", alpha=0.35, linewidth=1, label="retrieved windows" if rank == 0 else None)
         axis.plot(before, past[:, index], color="grey", linewidth=1, label="past")
         axis.plot(after, future[:, index], color="black", linewidth=1, label="truth")
         axis.plot(after, forecast[:, index], color="C0", label="forecast")
         axis.set(title=names[index])
     axes[0, 0].legend(fontsize="small")
     axes[-1, 0].set(xlabel="step")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def retrieval_weights_figure(path: Path, over_time: np.ndarray, over_series: np.ndarray, names: list[str]) -> None:
+    """Which patches a series' patches retrieve from, and which series the series of a position do, through the prototypes.
+
+    Args:
+        path: PNG file to write.
+        over_time: (P, P), weights averaged over heads and series.
+        over_series: (C, C), weights averaged over heads and positions.
+        names: Of the series.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
+    for axis, weights, title in zip(axes, (over_time, over_series), ("over time", "over series"), strict=True):
+        figure.colorbar(axis.imshow(weights, cmap="viridis", vmin=0.0), ax=axis)
+        axis.set(title=title)
+    axes[0].set(xlabel="patch retrieved from", ylabel="patch")
+    axes[1].set_xticks(range(len(names)), names, rotation=90)
+    axes[1].set_yticks(range(len(names)), names)
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from anchors import anchors, errors_of
-from figures import forecast_figure
+from anchors import WindowMemory, anchors, errors_of
+from figures import forecast_figure, retrieval_weights_figure
 from recipe import (
     STanHopRecipe,
     check_output_dir,
@@ -85,11 +86,13 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths)
     trainer.save_model()
     write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), log_history=trainer.state.log_history)
-    examples = [series.windows("test", *lengths)[index] for index in range(0, len(series.windows("test", *lengths)), 500)]
-    past = torch.stack([example["past_values"] for example in examples])
-    future = torch.stack([example["future_values"] for example in examples])
+    windows = series.windows("test", *lengths)
+    examples = [windows[index] for index in range(0, len(windows), 500)]
+    past, future = (torch.stack([example[name] for example in examples]) for name in ("past_values", "future_values"))
     forecasts = forecaster(model)(past)
-    forecast_figure(folder / "forecast.png", past[0].numpy(), future[0].numpy(), forecasts[0].numpy(), series.names)
+    memories = WindowMemory(series, min(recipe.anchor_lengths), config.prediction_length).closest(past[0, -min(recipe.anchor_lengths) :])
+    forecast_figure(folder / "forecast.png", past[0].numpy(), future[0].numpy(), forecasts[0].numpy(), memories.numpy(), series.names)
+    retrieval_weights_figure(folder / "weights.png", *weights_of(model, past[:1]), series.names)
     print(describe(metrics))
     check_reload(folder, "time-series-forecasting", list(past.numpy()), forecasts.numpy())
     return metrics
@@ -103,6 +106,13 @@ def forecaster(model: STanHopForPrediction):
         return model(past_values=past).prediction_outputs
 
     return forecast
+
+
+@torch.no_grad()
+def weights_of(model: STanHopForPrediction, past: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean weights of the first block: (P, P) over time, and (C, C) over series, those of series on prototypes times theirs on series."""
+    over_time, pooling, over_prototypes = model(past_values=past, output_attentions=True).attentions[:3]
+    return over_time.mean((0, 1)).numpy(), (over_prototypes.mean(1) @ pooling.mean(1)).mean(0).numpy()
 
 
 def describe(metrics: dict[str, Any]) -> str:
