@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from .callbacks import SeparationCallback
-from .capacity import MemoryReport
+from .capacity import MemoryReport, metastable_sizes
 from .configuration_stanhop import STanHopConfig
 from .configuration_uhop_memory import UHopMemoryConfig
 from .configuration_uhop_mil import UHopMILConfig
@@ -86,6 +86,7 @@ __all__ = [
     "hopfield_attention",
     "mask_patterns",
     "maximize_separation",
+    "metastable_sizes",
     "retrieve",
     "separation_loss",
     "similarity_scores",

@@ -99,6 +99,7 @@ class MemoryReport:
         weight: Weight of a memory in its own retrieval.
         exact: Whether it is certified to retrieve itself alone (alpha > 1), in the memory's own precision.
         metastable_size: Number of memories that its retrieval mixes.
+        query_metastable_size: The same for each query that was given, (Q,); `None` if none was.
         separation: Smallest `1 - cos` between two features, one number; nan for fewer than two memories.
         separation_bounds: Bounds on the largest separation that is possible (Proposition 3.1); nan where they do not apply.
         well_separated: Whether unit-norm features meet the well-separation condition.
@@ -117,6 +118,7 @@ class MemoryReport:
     weight: torch.Tensor
     exact: torch.Tensor
     metastable_size: torch.Tensor
+    query_metastable_size: torch.Tensor | None
     separation: float
     separation_bounds: tuple[float, float]
     well_separated: bool
@@ -140,7 +142,7 @@ class MemoryReport:
         return (self.metastable_size == 1) & (self.weight > 0.5)
 
     def _columns(self) -> dict[str, list[Any]]:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "query_metastable_size"}
         return {name: value.tolist() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
     def to_dataframe(self) -> Any:
@@ -193,7 +195,17 @@ class MemoryReport:
             f"  well separated        {'yes' if self.well_separated else 'no'}",
             f"  duplicates            {self.duplicates if self.duplicates else 'none'}",
         ]
+        if self.query_metastable_size is not None and len(self.query_metastable_size) > 0:
+            sizes, counts = self.query_metastable_size.unique(return_counts=True)
+            mixed = ", ".join(f"{size} ({count})" for size, count in zip(sizes.tolist(), counts.tolist(), strict=True))
+            lines.append(f"  memories in a query's retrieval (queries)  {mixed}")
         shown = self.confusions[:10]
         lines += [f"  confusions            {len(self.confusions)}" + (", the largest:" if shown else "")]
         lines += [f"    {memory} also recalls {other} (weight {weight:.3f})" for memory, other, weight in shown]
+        lines.append(
+            f"  {'memory':>8} {'margin':>10} {'rival':>6} {'weight':>7} {'error':>10} {'bound (1.3)':>12}   smallest margins first"
+        )
+        for index in self.margin.argsort()[:10].tolist():
+            numbers = [column[index].item() for column in (self.margin, self.rival, self.weight, self.error, self.error_bound)]
+            lines.append("    {:>6} {:>10.4g} {:>6} {:>7.3f} {:>10.4g} {:>12.4g}".format(index, *numbers))
         return "\n".join(lines)

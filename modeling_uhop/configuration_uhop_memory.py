@@ -57,8 +57,8 @@ class UHopMemoryConfig(PreTrainedConfig):
             raise ValueError(f"feature_dim must be at least 1, or None for pattern_dim, got {self.feature_dim}")
         if not 1.0 <= self.alpha <= 2.0:
             raise ValueError(f"alpha must lie in [1, 2], got {self.alpha}")
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
+        if not 0 < self.beta < float("inf"):
+            raise ValueError(f"beta must be positive and finite, got {self.beta}")
 
 
 __all__ = ["UHopMemoryConfig"]

@@ -105,7 +105,8 @@ def association(
     if memories.shape[-2] == 0:
         raise ValueError("there is nothing to retrieve from: memories must hold at least one pattern, got 0")
     scores = similarity_scores(queries, memories, feature_map=feature_map, similarity=similarity, degree=degree)
-    return simplex_map(beta * scores, alpha, mask=mask)
+    # In fp32: half-precision scores, scaled, may overflow.
+    return simplex_map(beta * at_least_fp32(scores), alpha, mask=mask).to(scores.dtype)
 
 
 def retrieve(

@@ -131,6 +131,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         """Forget the memories at `indices`; an index that does not exist is an `IndexError`."""
         count = len(self)
         given = torch.as_tensor(indices)
+        if given.numel() == 0:
+            return
         if given.is_floating_point() or given.dtype == torch.bool:
             raise TypeError(f"indices must be integers, got {given.dtype}")
         positions = given.reshape(-1).tolist()
@@ -238,11 +240,14 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         return output if return_dict is None or return_dict else output.to_tuple()
 
     @torch.no_grad()
-    def report(self) -> MemoryReport:
+    def report(self, queries: torch.Tensor | None = None) -> MemoryReport:
         """What this memory set can hold, in feature space ("kernel") or pattern space ("dot"); see `MemoryReport`.
 
+        Args:
+            queries: (Q, pattern_dim), to see how many memories each of them retrieves, after `config.update_steps`.
+
         Raises:
-            ValueError: If nothing is stored, or the similarity is not an inner product.
+            ValueError: If nothing is stored, or the similarity is not an inner product; and as `forward`.
         """
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"a report needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
@@ -270,6 +275,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             weight=weights.diagonal(),
             exact=is_exactly_retrieved(certain, self.config.beta, self.config.alpha),
             metastable_size=metastable_sizes(weights, self.config.alpha),
+            query_metastable_size=None if queries is None else metastable_sizes(self(queries).association, self.config.alpha),
             separation=separation,
             separation_bounds=separation_bounds(count, feature_dim) if count > 1 and feature_dim > 1 else (float("nan"), float("nan")),
             well_separated=unit_features and is_well_separated(features, self.config.beta),

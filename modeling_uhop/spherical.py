@@ -25,7 +25,7 @@ def spherical_code(num_points: int, dim: int, *, restarts: int | None = None, ge
     Args:
         num_points: M, at least 1.
         dim: D, at least 1.
-        restarts: Random starts, at least 2; `None` for 2 million over M squared, but 64 to 512: a minute on one core for M up to 250.
+        restarts: Random starts, at least 2; `None` for as many as a minute or so on one core allows, 512 for few points and 4 for 1000.
         generator: Random state of the starts; `None` for a fixed one.
 
     Raises:
@@ -41,7 +41,9 @@ def spherical_code(num_points: int, dim: int, *, restarts: int | None = None, ge
         return torch.cat([torch.eye(dim, dtype=torch.float64), -torch.eye(dim, dtype=torch.float64)])[:num_points]
     if dim == 1:
         raise ValueError(f"on a line at most 2 directions differ, got num_points={num_points}")
-    restarts = restarts or int(min(512, max(64, 2_000_000 / num_points**2)))
+    # A step on one start costs num_points squared.
+    affordable = 4_000_000 / num_points**2
+    restarts = restarts or int(min(512, max(0.5 * affordable, min(64, affordable), 4)))
     generator = generator or torch.Generator().manual_seed(0)
     points = torch.randn(restarts, num_points, dim, dtype=torch.float64, generator=generator)
     points /= points.norm(dim=-1, keepdim=True)
@@ -49,7 +51,7 @@ def spherical_code(num_points: int, dim: int, *, restarts: int | None = None, ge
     starts = torch.where(rough, 0.03, 0.3).to(torch.float64).view(-1, 1, 1)
     bar = logging.tqdm(total=_COARSE_STEPS + _FINE_STEPS, desc="spherical code", leave=False, delay=3)
     points = _descend(points, starts, 0.01, 0.05, 0.01, _COARSE_STEPS, bar)
-    best = closest_similarity(points).argsort()[:_KEPT]
+    best = closest_similarity(points).argsort()[: int(min(_KEPT, max(0.375 * affordable, 2)))]
     points = _descend(points[best], torch.full((1, 1, 1), 0.01, dtype=torch.float64), 2e-5, 0.01, 1e-5, _FINE_STEPS, bar)
     bar.close()
     return points[closest_similarity(points).argmin()]
@@ -98,8 +100,10 @@ def _descend(
 
 
 def are_independent(memories: torch.Tensor) -> bool:
-    """Whether memories (M, d) are linearly independent beyond the rounding of their own dtype."""
-    tolerance = max(memories.shape) * torch.finfo(memories.dtype).eps
+    """Whether memories (M, d) are linearly independent beyond the rounding of their own dtype, or of fp32 where that is coarser."""
+    if len(memories) > memories.shape[1]:
+        return False
+    tolerance = max(memories.shape) * min(torch.finfo(memories.dtype).eps, torch.finfo(torch.float32).eps)
     return bool(torch.linalg.matrix_rank(memories.double(), rtol=tolerance) == len(memories))
 
 

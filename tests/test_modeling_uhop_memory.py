@@ -99,6 +99,7 @@ def test_store_append_delete():
     memory.append(patterns[3])
     memory.append(patterns[4:])
     assert torch.equal(memory.memories, patterns)
+    memory.delete([])
     memory.delete([0, -1])
     assert torch.equal(memory.memories, patterns[1:4])
     memory.delete(1)
@@ -285,7 +286,7 @@ def test_it_saves_and_loads_with_its_memories(tmp_path, dtype):
 
 def test_a_bad_field_is_refused_on_load_too(tmp_path):
     _memory().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="beta must be positive, got -1"):
+    with pytest.raises(ValueError, match="beta must be positive and finite, got -1"):
         UHopMemoryModel.from_pretrained(tmp_path, beta=-1.0)
 
 
@@ -313,6 +314,27 @@ def test_tens_of_thousands_of_memories_are_separated_in_batches():
     assert len(history) == 4
     assert all(math.isfinite(loss) for loss in history)
     memory.separate(3)
+
+
+def test_a_report_of_queries():
+    memory = _memory(torch.eye(4) * 3.0, similarity="dot", alpha=2.0, beta=1.0)
+    report = memory.report(torch.tensor([[3.0, 0, 0, 0], [1.0, 1.0, 0, 0], [1.0, 1.0, 1.0, 1.0]]))
+    assert report.query_metastable_size.tolist() == [1, 2, 4]
+    assert "1 (1), 2 (1), 4 (1)" in str(report)
+    assert len(report.to_dataframe()) == 4
+    assert "smallest margins first" in str(report)
+
+
+def test_an_optimal_code_in_half_precision():
+    memory = _memory(torch.rand(12, 30) - 0.5, feature_dim=3, dtype=torch.bfloat16)
+    assert len(memory.separate(method="uhop+")) == 2
+    assert memory.report().separation == pytest.approx(1 - 1 / math.sqrt(5), abs=0.03)
+
+
+def test_large_scores_in_fp16():
+    patterns = 20.0 * torch.randn(8, 16)
+    weights = _memory(patterns, similarity="dot", dtype=torch.float16, beta=50.0)(patterns).association
+    assert_close(weights, torch.eye(8))
 
 
 def test_a_report_names_what_contradicts_theory():

@@ -150,6 +150,13 @@ def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
     updated = subprocess.run([sys.executable, *script, "--update", "U-Hop"], cwd=ROOT, capture_output=True, text=True)
     assert updated.returncode == 0, updated.stderr
     assert json.loads((tmp_path / "retrieval_memory_size_tiny.json").read_text())["rows"] == results["rows"]
+    longer = recipe.read_text().replace("repeats: ", "repeats: 1")
+    kept = recipe.read_text()
+    for content, model, message in ((longer, "U-Hop", "was made with repeats="), (kept, "L2", "models must be among those of the recipe")):
+        recipe.write_text(content)
+        refused = subprocess.run([sys.executable, *script, "--update", model], cwd=ROOT, capture_output=True, text=True)
+        assert refused.returncode == 1
+        assert message in refused.stderr
     for content, message in (("values: [5000]", "RecipeError: there are 1293 images"), ("steps: 3", "TypeError: ")):
         recipe.write_text(f"experiment: memory_size\ndata: {{dataset: digits}}\nmodels: [U-Hop]\n{content}\n")
         refused = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)

@@ -113,7 +113,8 @@ def retrieval_figure(path: Path, experiment: str, rows: list[dict[str, Any]], da
             axis.errorbar(values, means, half_widths, marker=".", capsize=2, color=color, linestyle=style, label=model)
         axis.set(title=panel, xlabel=label, ylabel="sum of squared pixel errors", xscale=scale, yscale="log")
         # Below a millionth nothing can be seen in a picture.
-        axis.set_ylim(bottom=max(1e-6, axis.get_ylim()[0]))
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(low, min(1e-6, 0.1 * high)), high)
     axes[0, -1].legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize="small")
     figure.suptitle(f"Retrieval on {Path(dataset).name}")
     figure.savefig(path, dpi=100)

@@ -151,7 +151,8 @@ def improved_at_random(count: int, recipe: GeometryRecipe, draws: int = 50) -> f
     """Share of draws of `count` random angles on the arc in which the last of U-Hop+'s steps leaves memories further apart."""
     improved = 0
     for seed in range(draws):
-        angles = math.radians(recipe.arc) * torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        places = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.5
+        angles = math.pi / 4.0 + math.radians(recipe.arc) * places
         memories = torch.stack([angles.cos(), angles.sin()], dim=-1)
         separations = [separation_of(phi, memories) for phi in separated_maps(memories, recipe).values()]
         improved += separations[-1] > separations[0]
@@ -280,7 +281,7 @@ def circle(recipe: GeometryRecipe) -> Result:
             figure = circles(maps, memories, names, best)
     results: dict[str, Any] = {"separation": {name: spread(values) for name, values in separations.items()}, "best_possible": best}
     if neighbours:
-        results["similar_pairs_that_are_neighbours"] = {"share": float(np.mean(neighbours)), "by_chance": 2.0 / (len(names) - 1)}
+        results["similar_pairs_that_are_neighbours"] = {"share": float(np.mean(neighbours)), "by_chance": min(1.0, 2.0 / (len(names) - 1))}
     return results, figure
 
 

@@ -43,6 +43,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "U-Hop, closest pair": ({"similarity": "kernel"}, {"method": "uhop", "kind": "nearest"}),
     "U-Hop+": ({"similarity": "kernel"}, {"method": "uhop+"}),
     "denoising": ({"similarity": "kernel"}, {"method": "denoising"}),
+    "denoising, learned from noise": ({"similarity": "kernel"}, {"method": "denoising", "corruption": add_noise}),
 }
 
 
@@ -100,14 +101,28 @@ def main() -> None:
     target = Path(args.output_dir) / f"retrieval_{Path(args.recipe).stem}"
     with errors_in_one_line():
         recipe = load(Path(args.recipe))
-        kept = json.loads(target.with_suffix(".json").read_text())["rows"] if args.update else []
         if args.dataset:
             recipe.data.dataset = args.dataset
+        kept = earlier_rows(recipe, target.with_suffix(".json"), args.update) if args.update else []
         patterns = load_patterns(recipe.data)
         measured = dataclasses.replace(recipe, models=args.update or recipe.models)
         rows = [row for row in kept if row["model"] not in measured.models] + list(run(measured, patterns))
     rows.sort(key=lambda row: recipe.models.index(row["model"]))
     write(recipe, rows, target)
+
+
+def earlier_rows(recipe: RetrievalRecipe, path: Path, update: list[str]) -> list[dict[str, Any]]:
+    """The rows of an earlier run of this recipe; a `RecipeError` if it was run with other settings, but for its models."""
+    if not path.is_file():
+        raise RecipeError(f"there is no {path} to update")
+    earlier = json.loads(path.read_text())
+    for name, value in as_recorded(recipe).items():
+        if name != "models" and earlier["recipe"].get(name) != value:
+            raise RecipeError(f"{path} was made with {name}={earlier['recipe'].get(name)}, and cannot be updated with {name}={value}")
+    for model in [*update, *(row["model"] for row in earlier["rows"])]:
+        if model not in recipe.models:
+            raise RecipeError(f"models must be among those of the recipe, {recipe.models}, got {model!r}")
+    return earlier["rows"]
 
 
 def load(path: Path) -> RetrievalRecipe:
@@ -150,10 +165,13 @@ def build(name: str, panel: Panel, memories: torch.Tensor, recipe: RetrievalReci
         warnings.simplefilter("ignore")  # equal images are stored twice, and say so
         model.store(memories)
     if separation is not None and steps > 0:
-        options: dict[str, Any] = {} if separation["method"] == "uhop+" else {"optimizer": panel.optimizer}
+        options: dict[str, Any] = {}
+        if separation["method"] != "uhop+":
+            # U-Hop+ ends at an optimal code, or moves by its own optimizer at its own rate.
+            options = {"optimizer": panel.optimizer, "lr": panel.lr if lr is None else lr}
         if separation["method"] == "denoising":
             options["corruption"] = corruption_of(recipe, None)
-        model.separate(steps=steps, lr=panel.lr if lr is None else lr, **separation, **options)
+        model.separate(steps=steps, **{**options, **separation})
     return model
 
 
