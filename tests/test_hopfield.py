@@ -154,7 +154,7 @@ def test_phi_could_be_folded_into_the_projections():
 
 def test_learnable_alpha_begins_where_it_is_told():
     layer = _layer(alpha=1.3, learnable_alpha=True)
-    layer.alpha_logit.data.fill_(layer.start_alpha_logit())
+    layer.reset_parameters()
     assert_close(layer.alpha.flatten(), torch.full((3,), 1.3))
     states = torch.randn(2, 6, 12)
     fixed = _layer(alpha=1.3)

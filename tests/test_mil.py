@@ -27,6 +27,7 @@ from modeling_uhop import SeparationCallback
 
 
 ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
 RECIPES = sorted((ROOT / "configs").glob("mil_*.yaml"))
 FAST = {"num_train_epochs": 2, "per_device_train_batch_size": 8}
 
@@ -55,6 +56,28 @@ def test_every_recipe_loads(path):
     recipe = load_recipe(path, [], MILRecipe)
     check(recipe)
     assert recipe.name == path.stem
+    header = path.read_text().partition("\ndata:")[0]
+    assert all(word in header for word in ("# Command:", "# Cost:", "# Source:"))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "positive", "width"),
+    [
+        ("tiger", 200, 100, 230),
+        ("fox", 200, 100, 230),
+        ("elephant", 200, 100, 230),
+        ("ucsb_breast_cancer", 58, 26, 708),
+        ("musk1", 92, 47, 166),
+        ("musk2", 102, 39, 166),
+    ],
+)
+def test_the_real_bags(name, count, positive, width):
+    path = SHARED / "mil" / f"{name}.parquet"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not on this machine")
+    bags = load_bags(BagDataRecipe(str(path)))
+    assert (len(bags.instances), int(bags.labels.sum())) == (count, positive)
+    assert {bag.shape[1] for bag in bags.instances} == {width}
 
 
 def test_digit_bags():

@@ -23,7 +23,7 @@ from modeling_uhop import SeparationCallback, UHopViTConfig
 
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs").glob("vit_*.yaml"))
 SHARED = ROOT.parent / "shared" / "data"
 TINY = [
     "training.num_train_epochs=2",

@@ -20,6 +20,7 @@ from modeling_uhop import STanHopConfig, STanHopForPrediction
 
 
 ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
 RECIPES = sorted((ROOT / "configs").glob("stanhop_*.yaml"))
 
 
@@ -33,6 +34,21 @@ def test_every_recipe_loads(path):
     recipe = load_recipe(path, [], STanHopRecipe)
     assert recipe.name == path.stem
     STanHopConfig(**recipe.model)
+    header = path.read_text().partition("\ndata:")[0]
+    assert all(word in header for word in ("# Command:", "# Cost:", "# Source:"))
+
+
+@pytest.mark.parametrize(("folder", "name", "channels"), [("ett", "ETTh1", 7), ("ett", "ETTh2", 7), ("wth", "WTH", 12)])
+def test_the_real_series(folder, name, channels):
+    path = SHARED / folder / f"{name}.csv"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is not on this machine")
+    data = load_recipe(ROOT / "configs" / f"stanhop_{name.lower()}_96.yaml", [], STanHopRecipe).data
+    series = load_series(SeriesDataRecipe(str(path), split=data.split))
+    assert series.values.shape[1] == channels
+    assert len(series.windows("test", 336, 96)) == data.split[2] - 96 + 1
+    train = series.values[: int(data.split[0])]
+    assert torch.allclose(train.mean(0), torch.zeros(channels), atol=1e-3)
 
 
 def test_windows_are_views_of_one_array():

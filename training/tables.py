@@ -39,8 +39,9 @@ def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta
     titles = [f"{result['recipe']['data']['dataset'].rpartition('/')[2]}, M = {size}" for result, size in columns]
     lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(columns)]
     for model in results[0]["summary"][panel]:
-        errors = [result["summary"][panel][model][size] for result, size in columns]
-        lines.append(f"| {model} | " + " | ".join(f"{error['mean']:.2f} ± {error['std']:.2f}" for error in errors) + " |")
+        errors = [result["summary"][panel].get(model, {}).get(size) for result, size in columns]
+        cells = ["" if error is None else f"{error['mean']:.2f} ± {error['std']:.2f}" for error in errors]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
