@@ -375,6 +375,68 @@ def test_any_finite_patterns_can_be_stored_and_retrieved(patterns):
     assert_close(output.association.sum(-1), torch.ones(len(patterns)))
 
 
+@given(
+    shape=st.tuples(st.integers(1, 6), st.integers(1, 5)),
+    bad=st.sampled_from([math.nan, math.inf, -math.inf]),
+    count=st.integers(1, 4),
+    data=st.data(),
+)
+def test_patterns_that_are_not_finite_are_refused_wherever_they_are(shape, bad, count, data):
+    patterns = torch.randn(shape)
+    places = data.draw(st.lists(st.integers(0, patterns.numel() - 1), min_size=1, max_size=count, unique=True))
+    patterns.view(-1)[places] = bad
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=shape[1]))
+    message = rf"must be finite in torch.float32, got {len(places)} entries that are not"
+    for refused in (memory.store, memory.append):
+        with pytest.raises(ValueError, match="patterns " + message):
+            refused(patterns)
+    memory.store(torch.ones(1, shape[1]))
+    with pytest.raises(ValueError, match="queries " + message):
+        memory(patterns)
+    assert len(memory) == 1
+
+
+@given(
+    patterns=arrays(
+        st.sampled_from([np.int8, np.int32, np.int64, np.uint8]), st.tuples(st.integers(1, 5), st.just(4)), elements=st.integers(0, 100)
+    ),
+    similarity=st.sampled_from(SIMILARITIES),
+)
+def test_integer_patterns_are_numbers(patterns, similarity):
+    integers = torch.from_numpy(patterns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        memory = _memory(integers, similarity=similarity, degree=2, normalize_features=True)
+    assert torch.equal(memory.memories, integers.float())
+    assert torch.equal(memory(integers).association, memory(integers.float()).association)
+    # Zero vectors among them have no direction, and are retrieved from all the same.
+    assert memory(torch.zeros(1, 4)).retrieved.isfinite().all()
+
+
+@given(count=st.integers(1, 6), repeated=st.lists(st.integers(0, 5), min_size=1, max_size=4))
+def test_duplicates_are_named_wherever_they_are(count, repeated):
+    patterns = torch.randn(count, 3)
+    repeated = [index % count for index in repeated]
+    expected = [(index, count + place) for place, index in enumerate(repeated)]
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=3))
+    with pytest.warns(
+        UserWarning, match=rf"{len(expected)} memories equal an earlier one, as pairs: \[\({expected[0][0]}, {expected[0][1]}\)"
+    ):
+        memory.store(torch.cat([patterns, patterns[repeated]]))
+    assert sorted(memory.report().duplicates) == sorted(expected)
+
+
+@given(width=st.integers(1, 6), given_width=st.integers(1, 6), rows=st.integers(0, 3))
+def test_a_wrong_width_is_refused(width, given_width, rows):
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=width))
+    if width == given_width:
+        memory.store(torch.randn(rows, given_width))
+        assert len(memory) == rows
+    else:
+        with pytest.raises(ValueError, match=rf"patterns must have shape \(..., {width}\), got \({rows}, {given_width}\)"):
+            memory.store(torch.randn(rows, given_width))
+
+
 def test_no_memories():
     memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=3))
     assert len(memory) == 0
