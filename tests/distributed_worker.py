@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from test_callbacks import Images, _model, _trainer
 
 from modeling_uhop import SeparationCallback
@@ -30,6 +31,9 @@ def main() -> None:
     logged = [entry for entry in trainer.state.log_history if "separation_loss" in entry]
     result = {"weights": dict(trainer.model.named_parameters()), "logged": logged, "history": callback.history}
     torch.save(result, folder / f"rank_{trainer.args.process_index}_of_{trainer.args.world_size}.pt")
+    # A process that exits with its group open may be aborted by gloo's threads.
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
