@@ -212,12 +212,10 @@ class UHopMILModel(UHopMILPreTrainedModel):
         if instances is None:
             raise ValueError("instances is required, got None")
         mask = self._checked_mask(instances, attention_mask)
-        instances = instances.to(cast(UHopMILEmbeddingLayer, self.layers[0]).dense.weight.dtype).masked_fill(
-            ~_widened(mask, instances), 0.0
-        )
+        instances = instances.to(self.dtype).masked_fill(~_widened(mask, instances), 0.0)
         if is_readable(instances) and not bool(instances.isfinite().all()):
             bag, instance = (~instances.flatten(2).isfinite()).any(-1).nonzero()[0].tolist()
-            raise ValueError(f"instances must be finite, but instance {instance} of bag {bag} of the batch is not")
+            raise ValueError(f"instances must be finite in {self.dtype}, but instance {instance} of bag {bag} of the batch is not")
         hidden_states = instances
         if self.embedding is not None:
             # Padding is left out, not masked: batch norms would count it, and images cost much.

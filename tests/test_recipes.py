@@ -288,7 +288,7 @@ def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
     (evaluation,) = card.data.eval_results
     assert evaluation.metric_value == metrics["test_accuracy"]
     assert evaluation.dataset_name == "digits"
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     output = capfd.readouterr().out
     assert "answers agree" in output
     assert "test_accuracy" in output

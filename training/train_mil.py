@@ -43,7 +43,6 @@ TRAINING_DEFAULTS = {
     "save_strategy": "no",
     "logging_strategy": "no",
     "disable_tqdm": True,
-    "per_device_eval_batch_size": 64,
     "learning_rate": 1e-3,
     "weight_decay": 1e-2,
     "lr_scheduler_type": "cosine",
