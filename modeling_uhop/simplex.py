@@ -127,6 +127,7 @@ class _Entmax(torch.autograd.Function):
     def forward(ctx, scores, eps, dim):
         scores = (scores - scores.amax(dim, keepdim=True)).clamp(min=_LOWEST)
         threshold = torch.zeros_like(scores.narrow(dim, 0, 1))
+        readable = scores.device.type == "cpu" and not torch.compiler.is_compiling()
         # Newton's method on the (1 / eps)-norm of the truncated scores: convex and falling in the threshold, so that starting
         # from the left (where the largest weight is 1) it climbs to the root without overshooting. At eps = 0 one step is exact.
         for _ in range(_NEWTON_STEPS):
@@ -134,6 +135,8 @@ class _Entmax(torch.autograd.Function):
             total = weights.sum(dim, keepdim=True)
             log_total = total.log()
             threshold = threshold + total * log_total * _expm1_ratio(-eps * log_total) / slopes.sum(dim, keepdim=True)
+            if readable and bool((log_total.abs() < 16 * torch.finfo(scores.dtype).eps).all()):
+                break
         weights, _ = _q_exponential(scores - threshold, eps)
         weights = weights / weights.sum(dim, keepdim=True)
         ctx.save_for_backward(weights, *([eps] if isinstance(eps, torch.Tensor) else []))
@@ -153,8 +156,9 @@ class _Entmax(torch.autograd.Function):
             # (p^-eps - 1) / eps and (p^-eps - 1 + eps log p) / eps^2, both finite at eps = 0.
             log_weights = _safe_log(weights)
             power = -eps * log_weights
-            first = -log_weights * _expm1_ratio(power)
-            second = log_weights.square() * _expm1_remainder(power)
+            remainder = _expm1_remainder(power)
+            first = -log_weights * (1.0 + power * remainder)
+            second = log_weights.square() * remainder
             entropy = -(weights * log_weights).sum(dim, keepdim=True)
             mean_first = (weights * first).sum(dim, keepdim=True)
             mean_second = (weights * second).sum(dim, keepdim=True)
@@ -169,12 +173,12 @@ def _q_exponential(scores: torch.Tensor, eps: float | torch.Tensor) -> tuple[tor
         if eps in (0.5, 1.0):
             root = (1.0 + eps * scores).clamp(min=0.0)
             return (root.square(), root) if eps == 0.5 else (root, (root > 0).to(root.dtype))
-        eps = torch.full((), eps, dtype=scores.dtype, device=scores.device)
-    root = eps * scores
-    present = root > -1.0
-    safe_eps = torch.where(eps > 0, eps, 1.0)
-    log_weights = torch.where(eps > 0, torch.log1p(torch.where(present, root, 0.0)) / safe_eps, scores)
-    return log_weights.exp() * present, ((1.0 - eps) * log_weights).exp() * present
+    # addcmul adds the scores themselves where eps = 0, whose limit is exp(z).
+    eps = torch.as_tensor(eps, dtype=scores.dtype, device=scores.device)
+    root = (eps * scores).clamp(min=-1.0)
+    log_weights = torch.addcmul(torch.log1p(root) / torch.where(eps > 0, eps, 1.0), scores, (eps == 0).to(scores.dtype))
+    weights = log_weights.exp()
+    return weights, weights / (1.0 + root).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
 def _safe_log(weights: torch.Tensor) -> torch.Tensor:
@@ -191,8 +195,9 @@ def _expm1_ratio(x: torch.Tensor) -> torch.Tensor:
 def _expm1_remainder(x: torch.Tensor) -> torch.Tensor:
     """`(exp(x) - 1 - x) / x^2`, 1/2 at 0; by its series where the subtraction would cancel."""
     small = x.abs() < 0.5
-    series = torch.ones_like(x)
+    one = torch.ones_like(x)
+    near, series = torch.where(small, x, 0.0), one
     for k in range(14, 2, -1):
-        series = 1.0 + torch.where(small, x, 0.0) / k * series
+        series = torch.addcmul(one, near, series, value=1.0 / k)
     large = torch.where(small, 1.0, x)
     return torch.where(small, series / 2.0, (torch.expm1(large) - large) / large.square())

@@ -8,6 +8,7 @@ python training/compare_mil.py configs/sweeps/mil.yaml --data_dir path/to/folder
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -74,7 +75,7 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
     results: dict[str, Any] = {}
     progress = logging.tqdm([(job, repeat) for job in jobs for repeat in range(plain.repeats)], desc=name)
     for job, repeat in progress:
-        path = runs / f"{job.replace(' ', '_').replace(',', '')}_{repeat}.json"
+        path = runs / f"{re.sub(r'[^\w.+-]', '', job.replace(' ', '_'))}_{repeat}.json"
         settings = as_recorded(variants.get(job, plain))
         content = json.loads(path.read_text()) if path.is_file() else {}
         if content.get("settings") != settings:
