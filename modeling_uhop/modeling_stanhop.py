@@ -236,8 +236,9 @@ class STanHopWindowMemory(nn.Module):
         return (weights @ self.pasts).permute(1, 2, 0), (weights @ self.futures).permute(1, 2, 0)
 
 
-class STanHopMemoryHead(nn.Linear):
-    """What a recalled future adds to the forecast: nothing, before it is trained."""
+class STanHopSkip(nn.Linear):
+    """A linear map that is added to the forecast, and adds nothing before it is trained: of directions in which windows hardly vary,
+    training would leave random weights as they are."""
 
 
 class STanHopPreTrainedModel(PreTrainedModel):
@@ -262,7 +263,7 @@ class STanHopPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (FeatureMap, HopfieldAttention, STanHopWindowMemory)):
             module.reset_parameters()
-        elif isinstance(module, STanHopMemoryHead):
+        elif isinstance(module, STanHopSkip):
             init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
             # PyTorch's own scale, as in the authors' code.
@@ -440,9 +441,9 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         # The model keeps its configuration's num_memories up to date, and this one's with it.
         self.config = self.model.config
         self.decoder = STanHopDecoder(config)
-        self.linear_skip = nn.Linear(config.context_length, config.prediction_length) if config.use_linear_skip else None
+        self.linear_skip = STanHopSkip(config.context_length, config.prediction_length) if config.use_linear_skip else None
         tuned = config.memory_type == "tune"
-        self.memory_head = STanHopMemoryHead(config.prediction_length, config.prediction_length, bias=False) if tuned else None
+        self.memory_head = STanHopSkip(config.prediction_length, config.prediction_length, bias=False) if tuned else None
         self.post_init()
 
     @can_return_tuple

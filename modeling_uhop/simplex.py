@@ -169,10 +169,9 @@ class _Entmax(torch.autograd.Function):
 
 def _q_exponential(scores: torch.Tensor, eps: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`p = (1 + eps z)_+^(1 / eps)`, exp(z) at eps = 0, and its slope `p^(1 - eps)`, both 0 off the support."""
-    if not isinstance(eps, torch.Tensor):
-        if eps in (0.5, 1.0):
-            root = (1.0 + eps * scores).clamp(min=0.0)
-            return (root.square(), root) if eps == 0.5 else (root, (root > 0).to(root.dtype))
+    if not isinstance(eps, torch.Tensor) and eps in (0.5, 1.0):
+        root = (1.0 + eps * scores).clamp(min=0.0)
+        return (root.square(), root) if eps == 0.5 else (root, (root > 0).to(root.dtype))
     # addcmul adds the scores themselves where eps = 0, whose limit is exp(z).
     eps = torch.as_tensor(eps, dtype=scores.dtype, device=scores.device)
     root = (eps * scores).clamp(min=-1.0)

@@ -199,9 +199,9 @@ def test_weights_of_the_first_block(series):
 def test_anchors_know_the_season(series):
     table = anchors(series, 24, 24, [48, 96])
     assert len(table) == 7
-    assert table["repeat last 24"]["mse"] < table["repeat last"]["mse"]
-    assert table["linear, 96"]["mse"] < table["repeat last 24"]["mse"]
-    assert table["memory of windows, 48"]["mse"] < table["repeat last"]["mse"]
+    assert table["repeat last 24"]["test_mse"] < table["repeat last"]["test_mse"]
+    assert table["linear, 96"]["test_mse"] < table["repeat last 24"]["test_mse"]
+    assert table["memory of windows, 48"]["test_mse"] < table["repeat last"]["test_mse"]
 
 
 def test_the_script_leaves_a_model_that_reloads(tmp_path):
@@ -218,7 +218,7 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "answers agree" in finished.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {"validation", "test", "train_seconds", "anchors"} == set(results["metrics"])
+    assert {"validation_mse", "validation_mae", "test_mse", "test_mae", "train_seconds", "anchors"} == set(results["metrics"])
     for name in ("forecast.png", "weights.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
     (tmp_path / "a.csv").write_text(pd.DataFrame({"date": ["2024-01-02", "2024-01-01"], "x": [1.0, 2.0]}).to_csv(index=False))

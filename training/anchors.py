@@ -114,7 +114,9 @@ def _loc_and_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def anchors(series: Series, prediction_length: int, season: int, context_lengths: list[int]) -> dict[str, dict[str, float]]:
-    """Test errors of every anchor; the memory's beta is chosen by squared error on validation windows."""
+    """Test errors of every anchor, none where there are no lengths; the memory's beta is chosen by squared error on validation windows."""
+    if not context_lengths:
+        return {}
     longest = max(context_lengths)
     forecasters: dict[str, tuple[Forecaster, int]] = {
         "repeat last": (repeat_last(prediction_length), longest),
@@ -132,4 +134,5 @@ def anchors(series: Series, prediction_length: int, season: int, context_lengths
 
     memory.beta = min((8.0, 12.0, 16.0, 24.0), key=at)
     forecasters[f"memory of windows, {shortest}"] = (memory, shortest)
-    return {name: errors_of(forecaster, series, "test", length, prediction_length) for name, (forecaster, length) in forecasters.items()}
+    errors = {name: errors_of(forecaster, series, "test", length, prediction_length) for name, (forecaster, length) in forecasters.items()}
+    return {name: {f"test_{metric}": error for metric, error in found.items()} for name, found in errors.items()}

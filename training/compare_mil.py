@@ -75,7 +75,8 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
     results: dict[str, Any] = {}
     progress = logging.tqdm([(job, repeat) for job in jobs for repeat in range(plain.repeats)], desc=name)
     for job, repeat in progress:
-        path = runs / f"{re.sub(r'[^\w.+-]', '', job.replace(' ', '_'))}_{repeat}.json"
+        stem = re.sub(r"[^\w.+-]", "", job.replace(" ", "_"))
+        path = runs / f"{stem}_{repeat}.json"
         settings = as_recorded(variants.get(job, plain))
         content = json.loads(path.read_text()) if path.is_file() else {}
         if content.get("settings") != settings:

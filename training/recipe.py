@@ -146,7 +146,7 @@ class STanHopRecipe:
     Attributes:
         patience: Epochs without a lower validation loss after which training ends; the best checkpoint is restored.
         season: Steps in a season, for the anchor that repeats one.
-        anchor_lengths: Steps that the linear anchors see; the memory sees the fewest of them.
+        anchor_lengths: Steps that the linear anchors see; the memory sees the fewest of them. Without any there are no anchors.
     """
 
     config_class: ClassVar[type] = STanHopConfig
@@ -233,7 +233,7 @@ def build_recipe(content: dict[str, Any], recipe_class: Any) -> Any:
     sections = {name: content.get(name) or {} for name in ("model", "separation", "training")}
     strictly("data", data, recipe_class.data_class)
     strictly("model", sections["model"], recipe_class.config_class)
-    _check_keys("separation", sections["separation"], list(inspect.signature(SeparationCallback).parameters))
+    check_keys("separation", sections["separation"], list(inspect.signature(SeparationCallback).parameters))
     strictly("training", sections["training"], TrainingArguments)
     for owned in ("output_dir", "seed"):
         if owned in sections["training"]:
@@ -244,7 +244,7 @@ def build_recipe(content: dict[str, Any], recipe_class: Any) -> Any:
 
 def strictly(section: str, given: dict[str, Any], cls: type) -> dict[str, Any]:
     """The same mapping, if every key of it is a field of the dataclass."""
-    _check_keys(section, given, _field_names(cls))
+    check_keys(section, given, _field_names(cls))
     return given
 
 
@@ -252,7 +252,7 @@ def _field_names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _check_keys(section: str, given: dict[str, Any], valid: list[str]) -> None:
+def check_keys(section: str, given: dict[str, Any], valid: list[str]) -> None:
     if not isinstance(given, dict):
         raise RecipeError(f"{section} must be a mapping, got {given!r}")
     for key in given:

@@ -1,94 +1,194 @@
-"""Run a recipe for several seeds and variants, and gather the results in one file, with the picture of the first run beside it.
+"""Run recipes for several seeds and variants, and gather the results of each recipe in one file, with pictures of its first run beside it.
 
-Finished runs are kept, so a sweep can be resumed.
+Finished runs of the same command are kept, so a sweep can be resumed.
 
 python training/sweep.py configs/sweeps/vit_digits.yaml
+python training/sweep.py configs/sweeps/stanhop.yaml --data_dir path/to/folder --jobs 2
 """
 
 import argparse
 import json
+import os
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import yaml
+from recipe import RecipeError, check_keys, errors_in_one_line, read_yaml
+from scipy.stats import t as student_t
 from transformers.utils import logging
 
 
 ROOT = Path(__file__).parent.parent
+KEYS = ("script", "recipes", "seeds", "variants", "once", "metrics", "pairs", "figures", "published")
+EMBEDDED = ("digits", "synthetic")
+
+
+class Run(NamedTuple):
+    """One training run of a sweep: its command without the place where it writes, and that place."""
+
+    recipe: str
+    variant: str
+    seed: int
+    command: list[str]
+    folder: Path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", help="YAML file in configs/sweeps/: recipe, seeds, and a list of overrides for each variant")
-    parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
+    parser.add_argument("sweep", help="YAML file in configs/sweeps/: script, recipes, seeds, and a list of overrides for each variant")
+    parser.add_argument("--recipes", nargs="+", help="only these of its recipes")
+    parser.add_argument("--data_dir", help="folder with each recipe's data set as a folder or file of its name, instead of the Hub")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; each gets its share of the cores")
     parser.add_argument("--runs", default="runs/sweeps", help="folder of the single runs")
     parser.add_argument("--results", default="benchmarks/results", help="folder of the gathered results")
     args = parser.parse_args()
-    name = Path(args.sweep).stem
-    sweep = yaml.safe_load(Path(args.sweep).read_text())
-    jobs = [(variant, seed) for variant in sweep["variants"] for seed in sweep["seeds"]]
-    for variant, seed in logging.tqdm(jobs, desc=name):
-        run(sweep, variant, seed, run_folder(args.runs, name, variant, seed), args.dataset)
-    gathered = gather(sweep, lambda variant, seed: run_folder(args.runs, name, variant, seed))
-    target = Path(args.results) / f"{name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(gathered, indent=2) + "\n")
-    shutil.copyfile(run_folder(args.runs, name, *jobs[0]) / "training.png", target.with_suffix(".png"))
-    print(table(gathered["variants"]), f"\n{target}")
+    with errors_in_one_line():
+        sweep = read_sweep(Path(args.sweep))
+        chosen = args.recipes or sweep["recipes"]
+        for recipe in chosen:
+            if recipe not in sweep["recipes"]:
+                raise RecipeError(f"recipes must be among {sweep['recipes']}, got {recipe!r}")
+        runs = [run for recipe in chosen for run in runs_of(sweep, recipe, Path(args.runs) / Path(args.sweep).stem, args.data_dir)]
+        execute(runs, args.jobs)
+        for recipe in chosen:
+            own = [run for run in runs if run.recipe == recipe]
+            gathered = gather(sweep, recipe, own)
+            target = Path(args.results) / f"{recipe}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(gathered, indent=1) + "\n")
+            for figure in sweep["figures"]:
+                shutil.copyfile(own[0].folder / f"{figure}.png", target.with_name(f"{recipe}_{figure}.png"))
+            print(table([gathered]), f"\n{target}")
 
 
-def run_folder(runs: str, name: str, variant: str, seed: int) -> Path:
-    return Path(runs) / name / variant.replace(" ", "_") / f"seed_{seed}"
+def read_sweep(path: Path) -> dict[str, Any]:
+    """A sweep with every key it may have.
+
+    Raises:
+        RecipeError: For a key that no sweep has, or a pair of a variant that there is not.
+    """
+    sweep = read_yaml(path)
+    check_keys("sweep", sweep, list(KEYS))
+    sweep = {"once": [], "metrics": ["test_accuracy", "validation_accuracy"], "pairs": [], "figures": [], "published": {}, **sweep}
+    for name in ("script", "recipes", "seeds", "variants"):
+        if not sweep.get(name):
+            raise RecipeError(f"a sweep needs {name}")
+    for pair in sweep["pairs"]:
+        for variant in pair:
+            if variant not in sweep["variants"]:
+                raise RecipeError(f"pairs must be of variants, {list(sweep['variants'])}, got {variant!r}")
+    return sweep
 
 
-def run(sweep: dict[str, Any], variant: str, seed: int, folder: Path, dataset: str | None) -> None:
-    """One run in a process of its own, unless its results are there already; its log lies beside its folder."""
-    if (folder / "results.json").is_file():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "training" / "train_vit.py"), sweep["recipe"], "--output_dir", str(folder), "--seed", str(seed)]
-    command += ["--overwrite"] if folder.exists() else []
-    command += ["--dataset", dataset] if dataset else []
-    for override in sweep["variants"][variant]:
-        command += ["--set", override]
-    log = folder.with_suffix(".log")
-    with log.open("w") as stream:
-        finished = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT)
-    if finished.returncode != 0:
-        sys.exit(f"{variant}, seed {seed} failed; see {log}")
+def runs_of(sweep: dict[str, Any], recipe: str, folder: Path, data_dir: str | None) -> list[Run]:
+    """Every run of a recipe; only the first is given the overrides that are to be applied `once`."""
+    path = ROOT / "configs" / f"{recipe}.yaml"
+    dataset = None if data_dir is None else local_dataset(read_yaml(path)["data"]["dataset"], Path(data_dir))
+    runs: list[Run] = []
+    for variant, overrides in sweep["variants"].items():
+        for seed in sweep["seeds"]:
+            command = [sys.executable, str(ROOT / "training" / f"{sweep['script']}.py"), str(path), "--seed", str(seed)]
+            command += [] if dataset is None else ["--dataset", dataset]
+            for override in [*overrides, *(sweep["once"] if not runs else [])]:
+                command += ["--set", override]
+            runs.append(Run(recipe, variant, seed, command, folder / recipe / variant.replace(" ", "_") / f"seed_{seed}"))
+    return runs
 
 
-def gather(sweep: dict[str, Any], folder_of: Callable[[str, int], Path]) -> dict[str, Any]:
-    """Every metric of every variant: its values by seed, their mean and standard deviation."""
+def local_dataset(name: str, data_dir: Path) -> str | None:
+    """Where a data set lies, or `None` for one that needs no place."""
+    if name in EMBEDDED:
+        return None
+    stem = name.rpartition("/")[2]
+    for candidate in (stem, f"{stem}.csv", f"{stem}.parquet"):
+        if (data_dir / candidate).exists():
+            return str(data_dir / candidate)
+    raise RecipeError(f"{data_dir} has no folder or file {stem}, {stem}.csv or {stem}.parquet")
+
+
+def execute(runs: list[Run], jobs: int) -> None:
+    """Run what is not finished, each in a process of its own, with its log beside its folder.
+
+    Raises:
+        RecipeError: After the last run, if some failed.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if jobs > 1 else None
+
+    def run_one(run: Run) -> Path | None:
+        command = shlex.join(run.command[2:])
+        log = run.folder.with_suffix(".log")
+        if (run.folder / "results.json").is_file() and log.is_file() and log.read_text().startswith(command + "\n"):
+            return None
+        run.folder.parent.mkdir(parents=True, exist_ok=True)
+        existing = ["--overwrite"] if run.folder.exists() else []
+        with log.open("w") as stream:
+            print(command, file=stream, flush=True)
+            where = ["--output_dir", str(run.folder), *existing]
+            finished = subprocess.run([*run.command, *where], stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        return log if finished.returncode != 0 else None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = [str(log) for log in logging.tqdm(pool.map(run_one, runs), total=len(runs), desc="runs") if log is not None]
+    if failed:
+        raise RecipeError(f"{len(failed)} of {len(runs)} runs failed; see {', '.join(failed)}")
+
+
+def gather(sweep: dict[str, Any], recipe: str, runs: list[Run]) -> dict[str, Any]:
+    """Every number among the metrics of every variant: its values by seed, their mean and standard deviation; and paired differences."""
+    results = [json.loads((run.folder / "results.json").read_text()) for run in runs]
     variants: dict[str, Any] = {}
     for variant in sweep["variants"]:
-        runs = [json.loads((folder_of(variant, seed) / "results.json").read_text()) for seed in sweep["seeds"]]
-        metrics = {key: [run["metrics"][key] for run in runs] for key in runs[0]["metrics"]}
+        own = [result for run, result in zip(runs, results, strict=True) if run.variant == variant]
+        numbers = [key for key, value in own[0]["metrics"].items() if isinstance(value, float)]
         variants[variant] = {
-            "num_parameters": runs[0]["num_parameters"],
-            "metrics": {
-                key: {"mean": statistics.mean(values), "std": statistics.stdev(values), "values": values} for key, values in metrics.items()
-            },
+            "num_parameters": own[0]["num_parameters"],
+            "metrics": {key: spread([result["metrics"][key] for result in own]) for key in numbers},
         }
-    shared = {key: runs[0][key] for key in ("versions", "commit")}
-    return {"sweep": sweep, "variants": variants, **shared}
+    return {
+        "sweep": sweep,
+        "recipe": results[0]["recipe"],
+        "variants": variants,
+        "paired": [paired(variants, first, second, metric) for first, second in sweep["pairs"] for metric in sweep["metrics"]],
+        "anchors": results[0]["metrics"].get("anchors", {}),
+        "published": sweep["published"].get(recipe, {}),
+        **{key: results[0][key] for key in ("versions", "commit")},
+    }
 
 
-def table(variants: dict[str, Any]) -> str:
-    lines = ["| variant | parameters | test accuracy | validation accuracy | seconds |", "| --- | --- | --- | --- | --- |"]
-    for variant, result in variants.items():
-        cells = [
-            f"{result['metrics'][key]['mean']:.4f} ± {result['metrics'][key]['std']:.4f}"
-            for key in ("test_accuracy", "validation_accuracy")
-        ]
-        seconds = f"{result['metrics']['train_seconds']['mean']:.0f}"
-        lines.append(f"| {variant} | {result['num_parameters']:,} | {cells[0]} | {cells[1]} | {seconds} |")
-    return "\n".join(lines)
+def spread(values: list[float]) -> dict[str, Any]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0, "values": values}
+
+
+def paired(variants: dict[str, Any], first: str, second: str, metric: str) -> dict[str, Any]:
+    """Mean difference at equal seeds, and half the width of its 95 % interval (Student's t); `None` from one seed."""
+    values = [variants[variant]["metrics"][metric]["values"] for variant in (first, second)]
+    difference = spread([one - other for one, other in zip(*values, strict=True)])
+    count = len(difference["values"])
+    half_width = float(student_t.ppf(0.975, count - 1)) * difference["std"] / count**0.5 if count > 1 else None
+    return {"first": first, "second": second, "metric": metric, "difference": difference["mean"], "half_width": half_width}
+
+
+def table(gathered: list[dict[str, Any]]) -> str:
+    """A row for each variant, anchor and published figure, columns for each recipe and metric."""
+    metrics = gathered[0]["sweep"].get("metrics", ["test_accuracy", "validation_accuracy"])
+    columns = [(result, metric) for result in gathered for metric in metrics]
+    titles = ["" if len(gathered) == 1 else result["recipe"]["name"] + ", " for result, _ in columns]
+    header = ["", "parameters", *(title + metric.replace("_", " ") for title, (_, metric) in zip(titles, columns, strict=True))]
+    rows = []
+    for variant, result in gathered[0]["variants"].items():
+        cells = [(r["variants"][variant]["metrics"][metric]) for r, metric in columns]
+        rows.append([variant, f"{result['num_parameters']:,}", *(f"{cell['mean']:.4f} ± {cell['std']:.4f}" for cell in cells)])
+    for anchor in gathered[0].get("anchors", {}):
+        rows.append([anchor, "", *(f"{r['anchors'][anchor][metric]:.4f}" for r, metric in columns)])
+    for source in dict.fromkeys(source for result in gathered for source in result.get("published", {})):
+        rows.append([f"published: {source}", "", *(str(r["published"].get(source, {}).get(metric, "")) for r, metric in columns)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 if __name__ == "__main__":

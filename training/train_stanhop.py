@@ -81,7 +81,9 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     trainer.train()
     seconds = time.perf_counter() - started
     model.eval().cpu()
-    metrics: dict[str, Any] = {split: errors_of(forecaster(model), series, split, *lengths) for split in ("validation", "test")}
+    metrics: dict[str, Any] = {}
+    for split in ("validation", "test"):
+        metrics |= {f"{split}_{name}": error for name, error in errors_of(forecaster(model), series, split, *lengths).items()}
     metrics["train_seconds"] = round(seconds, 1)
     metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths)
     trainer.save_model()
@@ -90,7 +92,7 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     examples = [windows[index] for index in range(0, len(windows), 500)]
     past, future = (torch.stack([example[name] for example in examples]) for name in ("past_values", "future_values"))
     forecasts = forecaster(model)(past)
-    memories = WindowMemory(series, min(recipe.anchor_lengths), config.prediction_length).closest(past[0, -min(recipe.anchor_lengths) :])
+    memories = WindowMemory(series, *lengths).closest(past[0])
     forecast_figure(folder / "forecast.png", past[0].numpy(), future[0].numpy(), forecasts[0].numpy(), memories.numpy(), series.names)
     retrieval_weights_figure(folder / "weights.png", *weights_of(model, past[:1]), series.names)
     print(describe(metrics))
@@ -117,8 +119,8 @@ def weights_of(model: STanHopForPrediction, past: torch.Tensor) -> tuple[np.ndar
 
 def describe(metrics: dict[str, Any]) -> str:
     """Test errors of the model and of every anchor."""
-    rows = {"STanHop": metrics["test"], **metrics["anchors"]}
-    lines = [f"  {name:<28} {errors['mse']:.4f}  {errors['mae']:.4f}" for name, errors in rows.items()]
+    rows = {"STanHop": metrics, **metrics["anchors"]}
+    lines = [f"  {name:<28} {errors['test_mse']:.4f}  {errors['test_mae']:.4f}" for name, errors in rows.items()]
     return "\n".join([f"Test errors on scaled values ({metrics['train_seconds']} s of training):", f"  {'':<28} MSE     MAE", *lines])
 
 

@@ -1,0 +1,127 @@
+"""Sweeps: what is run, what is kept, and what is gathered from several seeds."""
+
+import json
+import statistics
+
+import pytest
+import sweep as sweep_module
+import yaml
+from recipe import RecipeError
+from scipy.stats import ttest_1samp
+from sweep import execute, gather, read_sweep, runs_of, table
+
+
+SCRIPT = """
+import json, pathlib, sys
+arguments = sys.argv[1:]
+value = lambda name: arguments[arguments.index(name) + 1]
+sets = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--set"]
+folder, seed = pathlib.Path(value("--output_dir")), int(value("--seed"))
+if "fail=true" in sets and seed == 1:
+    sys.exit("no luck")
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "calls").open("a").write("x")
+error = {0: 0.5, 1: 0.25, 2: 0.375}[seed] - (0.1 * seed if "better=true" in sets else 0.0)
+metrics = {"test_mse": error, "train_seconds": 1.0, "anchors": {"repeat": {"test_mse": 2.0}} if "anchors=true" in sets else {}}
+recipe = {"name": "fake", "data": {"dataset": value("--dataset") if "--dataset" in arguments else "fake"}}
+content = {"metrics": metrics, "num_parameters": 1234, "recipe": recipe, "versions": {}, "commit": "abc"}
+(folder / "results.json").write_text(json.dumps(content))
+"""
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project whose training script answers at once."""
+    for folder in ("training", "configs", "data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "training" / "fake.py").write_text(SCRIPT)
+    (tmp_path / "configs" / "fake.yaml").write_text("data: {dataset: somewhere/ETTh1}\n")
+    monkeypatch.setattr(sweep_module, "ROOT", tmp_path)
+    return tmp_path
+
+
+def write(project, **changes):
+    content = {
+        "script": "fake",
+        "recipes": ["fake"],
+        "seeds": [0, 1, 2],
+        "variants": {"plain": [], "better one": ["better=true"]},
+        "once": ["anchors=true"],
+        "metrics": ["test_mse"],
+        "pairs": [["better one", "plain"]],
+        "published": {"fake": {"theirs": {"test_mse": 0.9}}},
+        **changes,
+    }
+    (project / "sweep.yaml").write_text(
+        yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
+    )
+    return project / "sweep.yaml"
+
+
+def test_runs_are_gathered_with_spread_and_paired_intervals(project):
+    sweep = read_sweep(write(project))
+    runs = runs_of(sweep, "fake", project / "runs", None)
+    execute(runs, jobs=2)
+    gathered = gather(sweep, "fake", runs)
+    plain = gathered["variants"]["plain"]["metrics"]["test_mse"]
+    assert plain == {"mean": statistics.mean([0.5, 0.25, 0.375]), "std": statistics.stdev([0.5, 0.25, 0.375]), "values": [0.5, 0.25, 0.375]}
+    (pair,) = gathered["paired"]
+    assert pair["difference"] == pytest.approx(-0.1)
+    low, high = ttest_1samp([0.0, -0.1, -0.2], 0.0).confidence_interval(0.95)
+    assert pair["half_width"] == pytest.approx((high - low) / 2)
+    assert gathered["anchors"] == {"repeat": {"test_mse": 2.0}}
+    assert table([gathered]).splitlines() == [
+        "|  | parameters | test mse |",
+        "| --- | --- | --- |",
+        "| plain | 1,234 | 0.3750 ± 0.1250 |",
+        "| better one | 1,234 | 0.2750 ± 0.1953 |",
+        "| repeat |  | 2.0000 |",
+        "| published: theirs |  | 0.9 |",
+    ]
+
+
+def test_finished_runs_of_the_same_command_are_kept(project):
+    def calls():
+        return [len((run.folder / "calls").read_text()) for run in runs]
+
+    sweep = read_sweep(write(project))
+    runs = runs_of(sweep, "fake", project / "runs", None)
+    execute(runs, jobs=1)
+    execute(runs, jobs=1)
+    assert calls() == [1] * 6
+    sweep = read_sweep(write(project, variants={"plain": ["new=1"], "better one": ["better=true"]}))
+    runs = runs_of(sweep, "fake", project / "runs", None)
+    execute(runs, jobs=1)
+    assert calls() == [2, 2, 2, 1, 1, 1]
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_run(project):
+    sweep = read_sweep(write(project, variants={"plain": ["fail=true"]}, pairs=None))
+    runs = runs_of(sweep, "fake", project / "runs", None)
+    with pytest.raises(RecipeError, match=r"1 of 3 runs failed; see .*seed_1.log"):
+        execute(runs, jobs=1)
+    assert (runs[2].folder / "results.json").is_file()
+    assert "no luck" in runs[1].folder.with_suffix(".log").read_text()
+
+
+def test_a_local_data_set_is_found_by_its_name(project):
+    sweep = read_sweep(write(project))
+    with pytest.raises(RecipeError, match="no folder or file ETTh1"):
+        runs_of(sweep, "fake", project / "runs", str(project / "data"))
+    (project / "data" / "ETTh1.csv").write_text("")
+    runs = runs_of(sweep, "fake", project / "runs", str(project / "data"))
+    execute(runs[:1], jobs=1)
+    assert json.loads((runs[0].folder / "results.json").read_text())["recipe"]["data"]["dataset"] == str(project / "data" / "ETTh1.csv")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": [1]}, "unknown key 'seed' in sweep; the nearest valid one is 'seeds'"),
+        ({"seeds": None}, "a sweep needs seeds"),
+        ({"pairs": [["plain", "best"]]}, "got 'best'"),
+    ],
+)
+def test_wrong_sweeps_are_refused(project, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        read_sweep(write(project, **changes))
