@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, ViTImageProcessorPil
 
 import modeling_uhop
-from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, UHopViTConfig, UHopViTForImageClassification, UHopViTModel
+from modeling_uhop import (
+    STanHopConfig,
+    STanHopForPrediction,
+    UHopMemoryConfig,
+    UHopMemoryModel,
+    UHopViTConfig,
+    UHopViTForImageClassification,
+    UHopViTModel,
+)
 
 
 FIELDS = {
@@ -108,6 +116,38 @@ save_file({"retrieved": again(load_file(folder + "/probe.safetensors")["queries"
     assert finished.returncode == 0, finished.stderr
     assert "6 memories at beta=10, alpha=1.5" in finished.stdout
     assert torch.equal(load_file(tmp_path / "outputs.safetensors")["retrieved"], memory(queries).retrieved)
+
+
+def test_a_forecaster_loads_with_its_windows_without_the_package(tmp_path):
+    sizes = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6}
+    model = STanHopForPrediction(STanHopConfig(**sizes, memory_type="plug", use_linear_skip=True, num_hidden_layers=2)).eval()
+    model.store(torch.randn(5, 24, 3), torch.randn(5, 6, 3))
+    model.save_pretrained(tmp_path / "model")
+    past = torch.randn(2, 24, 3)
+    save_file({"past": past}, tmp_path / "probe.safetensors")
+    script = """
+import sys
+sys.modules["modeling_uhop"] = None
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForTimeSeriesPrediction
+
+folder = sys.argv[1]
+past = load_file(folder + "/probe.safetensors")["past"]
+outputs = {}
+for name, then in (("model", "again"), ("again", "last")):
+    model = AutoModelForTimeSeriesPrediction.from_pretrained(folder + "/" + name, trust_remote_code=True)
+    assert AutoConfig.from_pretrained(folder + "/" + name, trust_remote_code=True).num_memories == 5
+    outputs[name] = model(past_values=past).prediction_outputs.detach().contiguous()
+    outputs[name + " recalled"] = model.recall(past).contiguous()
+    model.save_pretrained(folder + "/" + then)
+save_file(outputs, folder + "/outputs.safetensors")
+"""
+    finished = _run(script, str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    outputs = load_file(tmp_path / "outputs.safetensors")
+    for name in ("model", "again"):
+        assert torch.equal(outputs[name], model(past_values=past).prediction_outputs)
+        assert torch.equal(outputs[f"{name} recalled"], model.recall(past))
 
 
 def test_the_folder_names_every_auto_class_and_has_no_pickle(tmp_path):

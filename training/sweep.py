@@ -24,7 +24,15 @@ from transformers.utils import logging
 
 
 ROOT = Path(__file__).parent.parent
-KEYS = ("script", "recipes", "seeds", "variants", "once", "metrics", "pairs", "figures", "published")
+REQUIRED = ("script", "recipes", "seeds", "variants")
+OPTIONAL: dict[str, Any] = {
+    "overrides": [],
+    "once": [],
+    "metrics": ["test_accuracy", "validation_accuracy"],
+    "pairs": [],
+    "figures": [],
+    "published": {},
+}
 EMBEDDED = ("digits", "synthetic")
 
 
@@ -73,9 +81,9 @@ def read_sweep(path: Path) -> dict[str, Any]:
         RecipeError: For a key that no sweep has, or a pair of a variant that there is not.
     """
     sweep = read_yaml(path)
-    check_keys("sweep", sweep, list(KEYS))
-    sweep = {"once": [], "metrics": ["test_accuracy", "validation_accuracy"], "pairs": [], "figures": [], "published": {}, **sweep}
-    for name in ("script", "recipes", "seeds", "variants"):
+    check_keys("sweep", sweep, [*REQUIRED, *OPTIONAL])
+    sweep = {**OPTIONAL, **sweep}
+    for name in REQUIRED:
         if not sweep.get(name):
             raise RecipeError(f"a sweep needs {name}")
     for pair in sweep["pairs"]:
@@ -86,7 +94,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 
 def runs_of(sweep: dict[str, Any], recipe: str, folder: Path, data_dir: str | None) -> list[Run]:
-    """Every run of a recipe; only the first is given the overrides that are to be applied `once`."""
+    """Every run of a recipe, with the overrides of the sweep and of its variant; the first also with those to be applied `once`."""
     path = ROOT / "configs" / f"{recipe}.yaml"
     dataset = None if data_dir is None else local_dataset(read_yaml(path)["data"]["dataset"], Path(data_dir))
     runs: list[Run] = []
@@ -94,7 +102,7 @@ def runs_of(sweep: dict[str, Any], recipe: str, folder: Path, data_dir: str | No
         for seed in sweep["seeds"]:
             command = [sys.executable, str(ROOT / "training" / f"{sweep['script']}.py"), str(path), "--seed", str(seed)]
             command += [] if dataset is None else ["--dataset", dataset]
-            for override in [*overrides, *(sweep["once"] if not runs else [])]:
+            for override in [*sweep["overrides"], *overrides, *(sweep["once"] if not runs else [])]:
                 command += ["--set", override]
             runs.append(Run(recipe, variant, seed, command, folder / recipe / variant.replace(" ", "_") / f"seed_{seed}"))
     return runs
