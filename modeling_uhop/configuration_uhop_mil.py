@@ -1,6 +1,5 @@
 """UHopMIL model configuration"""
 
-import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -28,8 +27,6 @@ class UHopMILConfig(PreTrainedConfig):
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the backbone; needed by "backbone" alone.
         hidden_size (`int`, defaults to 64): Width of an embedded instance.
         num_embedding_layers (`int`, defaults to 1): Linear layers, each with `hidden_act` and dropout, that an instance goes through.
-        kernel_gamma (`float`, *optional*): If given, the first of these layers is made of random Fourier features instead,
-            `sqrt(2) cos(W x + b)`, that begin as those of the RBF kernel `exp(-kernel_gamma |x - y|^2)`, and has no other activation.
         hidden_act (`str`, defaults to `"relu"`): Their activation, and that before the classifier.
         hidden_dropout_prob (`float`, defaults to 0.25): Dropout of embedded instances, and before the classifier.
         attention_probs_dropout_prob (`float`, defaults to 0): Dropout of association weights.
@@ -63,7 +60,6 @@ class UHopMILConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     hidden_size: int = 64
     num_embedding_layers: int = 1
-    kernel_gamma: float | int | None = None
     hidden_act: str = "relu"
     hidden_dropout_prob: float | int = 0.25
     attention_probs_dropout_prob: float | int = 0.0
@@ -111,8 +107,6 @@ class UHopMILConfig(PreTrainedConfig):
         check_at_least_one(self, *sizes)
         if self.head_dim is not None and self.head_dim < 1:
             raise ValueError(f"head_dim must be at least 1, or None for hidden_size // num_attention_heads, got {self.head_dim}")
-        if self.kernel_gamma is not None and not 0.0 < self.kernel_gamma < math.inf:
-            raise ValueError(f"kernel_gamma must be positive and finite, or None for a linear layer, got {self.kernel_gamma}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "bag_dropout_prob"):

@@ -95,29 +95,6 @@ class UHopMILEmbeddingLayer(GradientCheckpointingLayer):
         return self.dropout(self.activation_fn(self.dense(hidden_states)))
 
 
-class UHopMILFourierLayer(GradientCheckpointingLayer):
-    """Random Fourier features (Rahimi and Recht, 2007), trained from there: `sqrt(2) cos(W x + b)`.
-
-    Rows of `W` begin as draws from N(0, 2 gamma I) and `b` from U(0, 2 pi), so that the mean of products of the features of two
-    instances is about their RBF kernel, `exp(-gamma |x - y|^2)`, and the mean over a bag is about its embedding under the set kernel.
-    """
-
-    def __init__(self, config: UHopMILConfig, in_dim: int):
-        super().__init__()
-        self.gamma = cast(float, config.kernel_gamma)
-        self.weight = nn.Parameter(torch.empty(config.hidden_size, in_dim))
-        self.bias = nn.Parameter(torch.empty(config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        init.normal_(self.weight, std=math.sqrt(2.0 * self.gamma))
-        init.uniform_(self.bias, 0.0, 2.0 * math.pi)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(math.sqrt(2.0) * nn.functional.linear(hidden_states, self.weight, self.bias).cos())
-
-
 class UHopMILMeanPooling(nn.Module):
     """The mean of a bag, zeros of an empty one."""
 
@@ -150,10 +127,7 @@ class UHopMILPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _no_split_modules = ["UHopMILImageEmbedding", "UHopMILBackboneEmbedding", "HopfieldPooling"]
     _can_record_outputs = {
-        "hidden_states": [
-            OutputRecorder(UHopMILFourierLayer, capture_initial_hidden_state=False),
-            OutputRecorder(UHopMILEmbeddingLayer, capture_initial_hidden_state=False),
-        ],
+        "hidden_states": OutputRecorder(UHopMILEmbeddingLayer, capture_initial_hidden_state=False),
         "attentions": HopfieldAttention,
     }
 
@@ -165,7 +139,7 @@ class UHopMILPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (FeatureMap, HopfieldAttention, HopfieldPooling, UHopMILFourierLayer)):
+        if isinstance(module, (FeatureMap, HopfieldAttention, HopfieldPooling)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             # PyTorch's own scale: at a fixed 0.02 these narrow layers would begin close to zero.
@@ -199,8 +173,6 @@ class UHopMILModel(UHopMILPreTrainedModel):
         widths = [config.instance_dim if self.embedding is None else self.embedding.out_dim]
         widths += [config.hidden_size] * (config.num_embedding_layers - 1)
         self.layers = nn.ModuleList([UHopMILEmbeddingLayer(config, width) for width in widths])
-        if config.kernel_gamma is not None:
-            self.layers[0] = UHopMILFourierLayer(config, widths[0])
         self.pooling: HopfieldPooling | UHopMILMeanPooling | UHopMILMaxPooling
         if config.pooling == "hopfield":
             self.pooling = HopfieldPooling(config)
