@@ -80,7 +80,7 @@ def test_runs_are_gathered_with_spread_and_paired_intervals(project):
     ]
 
 
-def test_finished_runs_of_the_same_command_are_kept(project):
+def test_finished_runs_of_the_same_command_and_recipe_are_kept(project):
     def calls():
         return [len((run.folder / "calls").read_text()) for run in runs]
 
@@ -93,6 +93,9 @@ def test_finished_runs_of_the_same_command_are_kept(project):
     runs = runs_of(sweep, "fake", project / "runs", None)
     execute(runs, jobs=1)
     assert calls() == [2, 2, 2, 1, 1, 1]
+    (project / "configs" / "fake.yaml").write_text("data: {dataset: somewhere/ETTh2}\n")
+    execute(runs, jobs=1)
+    assert calls() == [3, 3, 3, 2, 2, 2]
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_run(project):

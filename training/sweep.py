@@ -1,6 +1,6 @@
 """Run recipes for several seeds and variants, and gather the results of each recipe in one file, with pictures of its first run beside it.
 
-Finished runs of the same command are kept, so a sweep can be resumed.
+Finished runs of the same command and recipe are kept, so a sweep can be resumed.
 
 python training/sweep.py configs/sweeps/vit_digits.yaml
 python training/sweep.py configs/sweeps/stanhop.yaml --data_dir path/to/folder --jobs 2
@@ -129,14 +129,14 @@ def execute(runs: list[Run], jobs: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if jobs > 1 else None
 
     def run_one(run: Run) -> Path | None:
-        command = shlex.join(run.command[2:])
-        log = run.folder.with_suffix(".log")
-        if (run.folder / "results.json").is_file() and log.is_file() and log.read_text().startswith(command + "\n"):
+        log, recipe = run.folder.with_suffix(".log"), Path(run.command[2])
+        heading = f"{shlex.join(run.command[3:])}\n{recipe.read_text()}\n"
+        if (run.folder / "results.json").is_file() and log.is_file() and log.read_text().startswith(heading):
             return None
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         existing = ["--overwrite"] if run.folder.exists() else []
         with log.open("w") as stream:
-            print(command, file=stream, flush=True)
+            print(heading, file=stream, flush=True)
             where = ["--output_dir", str(run.folder), *existing]
             finished = subprocess.run([*run.command, *where], stdout=stream, stderr=subprocess.STDOUT, env=environment)
         return log if finished.returncode != 0 else None
