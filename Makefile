@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test experiments lint types unit format tables clean
+.PHONY: train test experiments bags forecasts lint types unit format tables clean
 
 train: $(READY)
 	$(BIN)/python training/train_vit.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
@@ -15,6 +15,15 @@ GEOMETRY := $(filter-out %_mnist.yaml %_cifar10.yaml,$(wildcard configs/geometry
 experiments: $(READY)
 	for recipe in $(RETRIEVAL); do $(BIN)/python training/run_retrieval.py $$recipe || exit 1; done
 	for recipe in $(GEOMETRY); do $(BIN)/python training/run_geometry.py $$recipe || exit 1; done
+
+# Folder with the data sets of the recipes, each a file of its name: tiger.parquet, ETTh1.csv, ...
+DATA ?= data
+
+bags: $(READY)
+	$(BIN)/python training/compare_mil.py configs/sweeps/mil.yaml --data_dir $(DATA)
+
+forecasts: $(READY)
+	$(BIN)/python training/sweep.py configs/sweeps/stanhop.yaml --data_dir $(DATA) --jobs 2
 
 test: lint types unit
 

@@ -28,9 +28,9 @@ def render(readme: str) -> str:
 
 
 def _table(results: list[dict[str, Any]]) -> str:
-    if "paired" in results[0]:
+    if "results" in results[0]:
         return bag_table(results)
-    return retrieval_table(results) if "rows" in results[0] else table(results[0]["variants"])
+    return retrieval_table(results) if "rows" in results[0] else table(results)
 
 
 def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta 10", sizes: tuple[str, ...] = ("100", "500")) -> str:
