@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .attention import chunked_hopfield_attention
 from .feature_map import FeatureMap
 from .simplex import simplex_map
 
@@ -73,6 +75,54 @@ def eager_attention_forward(
     weights = hopfield_weights(query, key, alpha=alpha, scaling=scaling, attention_mask=attention_mask)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), weights
+
+
+def hopfield_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    alpha: float | torch.Tensor = 1.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention that transformers knows as "hopfield": the fastest kernel for the case at hand, and weights only where they are formed.
+
+    At alpha = 1 `scaled_dot_product_attention`; above, on a CPU, `chunked_hopfield_attention`; `eager_attention_forward` where that
+    kernel is none (accelerators, traced graphs, a mask that asks for a gradient) and where `output_attentions` asks for weights.
+    """
+    softmax = not isinstance(alpha, torch.Tensor) and alpha == 1.0
+    known = softmax or (query.device.type == "cpu" and not torch.compiler.is_compiling())
+    if not known or kwargs.get("output_attentions") or (attention_mask is not None and attention_mask.requires_grad):
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, alpha, **kwargs)
+    if softmax:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dropout = dropout if module.training else 0.0
+    output = chunked_hopfield_attention(query, key, value, alpha=alpha, scaling=scaling, attention_mask=attention_mask, dropout=dropout)
+    return output.transpose(1, 2), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("hopfield", hopfield_attention_forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register("hopfield", sdpa_mask)
+
+
+def hopfield_kernel(config, requested: str | None) -> str | None:
+    """The attention to use where `requested` was asked for: "hopfield" for alpha > 1 if none was.
+
+    Raises:
+        ValueError: For one that computes softmax while the model has alpha > 1.
+    """
+    if config.alpha == 1.0 and not config.learnable_alpha:
+        return requested
+    if requested not in (None, "eager", "hopfield"):
+        raise ValueError(
+            f"attn_implementation={requested!r} computes softmax attention (alpha = 1), and this model has "
+            f"alpha={config.alpha}, learnable_alpha={config.learnable_alpha}; use 'hopfield' or 'eager'"
+        )
+    return requested or "hopfield"
 
 
 class MemorySet(NamedTuple):

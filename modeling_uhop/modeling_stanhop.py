@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap, unit_norm
-from .hopfield import HopfieldAttention, MemorySet
+from .hopfield import HopfieldAttention, MemorySet, hopfield_kernel
 from .simplex import simplex_map
 from .validation import is_readable
 
@@ -272,6 +272,9 @@ class STanHopPreTrainedModel(PreTrainedModel):
             init.normal_(module.prototypes, mean=0.0, std=self.config.init_std)
         elif isinstance(module, (STanHopModel, STanHopDecoder)):
             init.normal_(module.position_embeddings, mean=0.0, std=self.config.position_init_std)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        return super().get_correct_attn_implementation(hopfield_kernel(self.config, requested_attention), is_init_check)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         self.config.auto_map = {

@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_uhop_vit import UHopViTConfig
 from .feature_map import FeatureMap
-from .hopfield import HopfieldAttention, MemorySet
+from .hopfield import HopfieldAttention, MemorySet, hopfield_kernel
 from .validation import check_class_indices, is_readable
 
 
@@ -190,19 +190,13 @@ class UHopViTPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        # The stock kernels know softmax only.
-        softmax = self.config.alpha == 1.0 and not self.config.learnable_alpha
-        if not softmax and requested_attention not in (None, "eager"):
-            raise ValueError(
-                f"attn_implementation={requested_attention!r} computes softmax attention (alpha = 1), and this model has "
-                f"alpha={self.config.alpha}, learnable_alpha={self.config.learnable_alpha}; use 'eager'"
-            )
-        if self.config.encoder_type == "class_query" and requested_attention not in (None, "eager", "sdpa"):
+        requested_attention = hopfield_kernel(self.config, requested_attention)
+        if self.config.encoder_type == "class_query" and requested_attention not in (None, "eager", "sdpa", "hopfield"):
             raise ValueError(
                 f"encoder_type 'class_query' masks a single query, which attn_implementation={requested_attention!r} cannot; "
-                "use 'sdpa' or 'eager'"
+                "use 'sdpa', 'hopfield' or 'eager'"
             )
-        return super().get_correct_attn_implementation(requested_attention if softmax else "eager", is_init_check)
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         # save_pretrained writes only the saved class's own entry; the folder's code serves all three.

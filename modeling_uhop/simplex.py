@@ -125,20 +125,8 @@ class _Entmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, eps, dim):
-        scores = (scores - scores.amax(dim, keepdim=True)).clamp(min=_LOWEST)
-        threshold = torch.zeros_like(scores.narrow(dim, 0, 1))
-        readable = scores.device.type == "cpu" and not torch.compiler.is_compiling()
-        # Newton's method on the (1 / eps)-norm of the truncated scores: convex and falling in the threshold, so that starting
-        # from the left (where the largest weight is 1) it climbs to the root without overshooting. At eps = 0 one step is exact.
-        for _ in range(_NEWTON_STEPS):
-            weights, slopes = _q_exponential(scores - threshold, eps)
-            total = weights.sum(dim, keepdim=True)
-            log_total = total.log()
-            threshold = threshold + total * log_total * _expm1_ratio(-eps * log_total) / slopes.sum(dim, keepdim=True)
-            if readable and bool((log_total.abs() < 16 * torch.finfo(scores.dtype).eps).all()):
-                break
-        weights, _ = _q_exponential(scores - threshold, eps)
-        weights = weights / weights.sum(dim, keepdim=True)
+        base = entmax_base(scores, scores.amax(dim, keepdim=True), eps)
+        weights, _ = entmax_weights(base, entmax_threshold(base, eps, dim), eps, dim)
         ctx.save_for_backward(weights, *([eps] if isinstance(eps, torch.Tensor) else []))
         ctx.eps, ctx.dim = None if isinstance(eps, torch.Tensor) else eps, dim
         return weights
@@ -146,38 +134,104 @@ class _Entmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weights, *saved_eps = ctx.saved_tensors
-        eps, dim = saved_eps[0] if saved_eps else ctx.eps, ctx.dim
-        escort = torch.where(weights > 0, weights, 1.0).pow(1.0 - eps) * (weights > 0)  # p^(2 - alpha) on the support
-        mass = escort.sum(dim, keepdim=True)
-        grad_scores = escort * (grad - (escort * grad).sum(dim, keepdim=True) / mass)
-        grad_eps = None
-        if ctx.needs_input_grad[1]:
-            # Correia et al. (2019), equation 10, with its two poles at alpha = 1 cancelled by hand: first and second are
-            # (p^-eps - 1) / eps and (p^-eps - 1 + eps log p) / eps^2, both finite at eps = 0.
-            log_weights = _safe_log(weights)
-            power = -eps * log_weights
-            remainder = _expm1_remainder(power)
-            first = -log_weights * (1.0 + power * remainder)
-            second = log_weights.square() * remainder
-            entropy = -(weights * log_weights).sum(dim, keepdim=True)
-            mean_first = (weights * first).sum(dim, keepdim=True)
-            mean_second = (weights * second).sum(dim, keepdim=True)
-            slope = weights * (mean_second - second - log_weights * mean_first - first * entropy) / mass
-            grad_eps = (grad * slope).sum_to_size(eps.shape)
-        return grad_scores, grad_eps, None
+        eps = saved_eps[0] if saved_eps else ctx.eps
+        escort = weights.sign() if has_root(eps) and eps == 1.0 else torch.where(weights > 0, weights, 1.0).pow(1.0 - eps) * (weights > 0)
+        grad_eps = entmax_eps_gradient(weights, escort, grad, eps, ctx.dim).sum_to_size(eps.shape) if ctx.needs_input_grad[1] else None
+        return entmax_score_gradient(escort, grad, ctx.dim), grad_eps, None
+
+
+def has_root(eps: float | torch.Tensor) -> bool:
+    """Whether weights are a power that needs no logarithm: 1.5-entmax and sparsemax."""
+    return not isinstance(eps, torch.Tensor) and eps in (0.5, 1.0)
+
+
+def entmax_base(scores: torch.Tensor, largest: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
+    """What the solver works on: `z = scores - largest`, and `1 + eps z` where weights have a root."""
+    return 1.0 + eps * (scores - largest) if has_root(eps) else scores - largest
+
+
+def entmax_threshold(base: torch.Tensor, eps: float | torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """The threshold of each row of `entmax_base`: `c`, and `eps c` where weights have a root.
+
+    Newton's method on the (1 / eps)-norm of the truncated scores: convex and falling in the threshold, so that starting from the left
+    (where the largest weight is 1) it climbs to the root without overshooting. At eps = 0 one step is exact.
+    """
+    threshold = torch.zeros_like(base.narrow(dim, 0, 1))
+    for _ in range(_NEWTON_STEPS):
+        if not has_root(eps):
+            weights, slopes = _q_exponential(base - threshold, eps)
+            total = weights.sum(dim, keepdim=True)
+            excess = total.log()
+            step = total * excess * _expm1_ratio(-eps * excess) / slopes.sum(dim, keepdim=True)
+        elif eps == 0.5:
+            root = torch.relu_(base - threshold)
+            norm = torch.linalg.vector_norm(root, dim=dim, keepdim=True)
+            excess = norm - 1.0
+            step = norm * excess / root.sum(dim, keepdim=True)
+        else:
+            root = torch.relu_(base - threshold)
+            excess = root.sum(dim, keepdim=True) - 1.0
+            step = excess / root.sign_().sum(dim, keepdim=True)
+        threshold += step
+        if _is_rounding(excess):
+            break
+    return threshold
+
+
+def _is_rounding(excess: torch.Tensor) -> bool:
+    """Whether no row's sum of weights is off by more than rounding; never while tracing, or where looking would stall an accelerator."""
+    if excess.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool((excess.abs() < 16 * torch.finfo(excess.dtype).eps).all())
+
+
+def entmax_weights(
+    base: torch.Tensor, threshold: torch.Tensor, eps: float | torch.Tensor, dim: int = -1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, and their escort `p^(2 - alpha)`, 0 off the support. What the threshold leaves of a row's sum of weights is taken off."""
+    if has_root(eps):
+        root = torch.relu_(base - threshold)
+        weights, escort = (root.square(), root) if eps == 0.5 else (root, root.sign())
+    else:
+        weights, escort = _q_exponential(base - threshold, eps)
+    return weights / weights.sum(dim, keepdim=True), escort
+
+
+def entmax_score_gradient(escort: torch.Tensor, grad: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Gradient for the scores: `(diag(u) - u u^T / sum u) grad` with the escort u."""
+    return escort * (grad - (escort * grad).sum(dim, keepdim=True) / escort.sum(dim, keepdim=True))
+
+
+def entmax_eps_gradient(weights: torch.Tensor, escort: torch.Tensor, grad: torch.Tensor, eps: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Terms along `dim` of the gradient for eps: Correia et al. (2019), equation 10, its two poles at alpha = 1 cancelled by hand.
+
+    `first` and `second` are `(p^-eps - 1) / eps` and `(p^-eps - 1 + eps log p) / eps^2`, both finite at eps = 0.
+    """
+    log_weights = _safe_log(weights)
+    power = -eps * log_weights
+    remainder = _expm1_remainder(power)
+    first = -log_weights * (1.0 + power * remainder)
+    second = log_weights.square() * remainder
+    entropy = -(weights * log_weights).sum(dim, keepdim=True)
+    mean_first = (weights * first).sum(dim, keepdim=True)
+    mean_second = (weights * second).sum(dim, keepdim=True)
+    slope = weights * (mean_second - second - log_weights * mean_first - first * entropy) / escort.sum(dim, keepdim=True)
+    return grad * slope
 
 
 def _q_exponential(scores: torch.Tensor, eps: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`p = (1 + eps z)_+^(1 / eps)`, exp(z) at eps = 0, and its slope `p^(1 - eps)`, both 0 off the support."""
-    if not isinstance(eps, torch.Tensor) and eps in (0.5, 1.0):
-        root = (1.0 + eps * scores).clamp(min=0.0)
-        return (root.square(), root) if eps == 0.5 else (root, (root > 0).to(root.dtype))
-    # addcmul adds the scores themselves where eps = 0, whose limit is exp(z).
     eps = torch.as_tensor(eps, dtype=scores.dtype, device=scores.device)
-    root = (eps * scores).clamp(min=-1.0)
-    log_weights = torch.addcmul(torch.log1p(root) / torch.where(eps > 0, eps, 1.0), scores, (eps == 0).to(scores.dtype))
-    weights = log_weights.exp()
-    return weights, weights / (1.0 + root).clamp(min=torch.finfo(scores.dtype).tiny)
+    scores = scores.clamp(min=_LOWEST)
+    # Off the support the root is held above 0, as exponentials of -inf are slow, and the weight is set to 0 behind it.
+    root = (1.0 + eps * scores).relu_()
+    present = root.sign()
+    excess = (eps * scores).clamp_(min=torch.finfo(scores.dtype).eps - 1.0)
+    log_weights = torch.log1p(excess).div_(torch.where(eps > 0, eps, 1.0))
+    # Where eps = 0 this adds the scores themselves: the limit is exp(z).
+    log_weights = log_weights.addcmul_(scores, (eps == 0).to(scores.dtype))
+    weights = log_weights.exp_().mul_(present)
+    return weights, weights / root.clamp_(min=torch.finfo(scores.dtype).tiny)
 
 
 def _safe_log(weights: torch.Tensor) -> torch.Tensor:

@@ -218,7 +218,7 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "answers agree" in finished.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {"validation_mse", "validation_mae", "test_mse", "test_mae", "train_seconds", "anchors"} == set(results["metrics"])
+    assert {"validation_loss", "test_mse", "test_mae", "train_seconds", "anchors"} == set(results["metrics"])
     for name in ("forecast.png", "weights.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
     (tmp_path / "a.csv").write_text(pd.DataFrame({"date": ["2024-01-02", "2024-01-01"], "x": [1.0, 2.0]}).to_csv(index=False))

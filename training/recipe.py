@@ -87,11 +87,13 @@ class SeriesDataRecipe:
         dataset: "synthetic" (made from a seed), a CSV or parquet file with a row for each time step, or a Hub id.
         date_column: Column of time stamps; it is checked and left out. Every other column is a series.
         split: Rows of training, validation and test, or their fractions of all rows.
+        validation_stride: Training looks at every so many-th validation window. Test errors are over every test window.
     """
 
     dataset: str
     date_column: str = "date"
     split: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.2])
+    validation_stride: int = 1
 
 
 @dataclass

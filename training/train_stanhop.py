@@ -24,6 +24,7 @@ from recipe import (
 )
 from reload import check_reload
 from series import load_series
+from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
 from modeling_uhop import SeparationCallback, STanHopConfig, STanHopForPrediction
@@ -58,6 +59,7 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     config = STanHopConfig(**{**recipe.model, "num_input_channels": series.values.shape[1]})
     lengths = (config.context_length, config.prediction_length)
     train, validation = series.windows("train", *lengths), series.windows("validation", *lengths)
+    validation = Subset(validation, range(0, len(validation), recipe.data.validation_stride))
     set_seed(recipe.seed)
     model = STanHopForPrediction(config)
     clear_output_dir(folder)
@@ -81,10 +83,8 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     trainer.train()
     seconds = time.perf_counter() - started
     model.eval().cpu()
-    metrics: dict[str, Any] = {}
-    for split in ("validation", "test"):
-        metrics |= {f"{split}_{name}": error for name, error in errors_of(forecaster(model), series, split, *lengths).items()}
-    metrics["train_seconds"] = round(seconds, 1)
+    metrics: dict[str, Any] = {f"test_{name}": error for name, error in errors_of(forecaster(model), series, "test", *lengths).items()}
+    metrics |= {"validation_loss": trainer.state.best_metric, "train_seconds": round(seconds, 1)}
     metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths)
     trainer.save_model()
     write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), log_history=trainer.state.log_history)
