@@ -98,6 +98,7 @@ def hopfield_attention_forward(
     if not known or kwargs.get("output_attentions") or (attention_mask is not None and attention_mask.requires_grad):
         return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, alpha, **kwargs)
     if softmax:
+        kwargs["is_causal"] = False
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     dropout = dropout if module.training else 0.0

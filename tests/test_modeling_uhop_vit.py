@@ -86,12 +86,12 @@ def test_eager_and_sdpa_agree_at_alpha_1():
 
 def test_the_kernel_follows_alpha():
     assert _model().config._attn_implementation == "sdpa"
-    assert _model(alpha=1.5).config._attn_implementation == "eager"
-    assert _model(alpha=1.5, learnable_alpha=True).config._attn_implementation == "eager"
+    assert _model(alpha=1.5).config._attn_implementation == "hopfield"
+    assert _model(alpha=1.5, learnable_alpha=True).config._attn_implementation == "hopfield"
     with pytest.raises(ValueError, match=r"'sdpa' computes softmax attention .* alpha=1.5"):
         _model(alpha=1.5, attn_implementation="sdpa")
     model = _model(alpha=1.5)
-    with pytest.raises(ValueError, match="use 'eager'"):
+    with pytest.raises(ValueError, match="use 'hopfield' or 'eager'"):
         model.set_attn_implementation("sdpa")
 
 
@@ -270,7 +270,7 @@ def test_a_bad_field_is_refused_on_load_too(tmp_path, fields):
 
 @pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
 def test_kernels_that_cannot_mask_one_query_are_refused(kernel):
-    with pytest.raises(ValueError, match=r"class_query.* use 'sdpa' or 'eager'"):
+    with pytest.raises(ValueError, match=r"class_query.* use 'sdpa', 'hopfield' or 'eager'"):
         _model(encoder_type="class_query", attn_implementation=kernel)
 
 

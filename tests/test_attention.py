@@ -1,0 +1,186 @@
+"""The chunked kernel against the plain one, whose scores are all there at once; and what transformers calls "hopfield"."""
+
+import pytest
+import torch
+from conftest import assert_close
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from modeling_uhop import STanHopConfig, STanHopForPrediction, UHopViTConfig, UHopViTForImageClassification, attention, hopfield_attention
+from modeling_uhop.attention import chunked_hopfield_attention
+from modeling_uhop.hopfield import hopfield_attention_forward
+
+
+@pytest.fixture(params=[7, 40, 10**6], ids=["rows", "heads", "one piece"])
+def piece(request, monkeypatch):
+    monkeypatch.setattr(attention, "_PIECE", request.param)
+
+
+def _inputs(dtype=torch.float64, queries=5, keys=9):
+    shapes = ((2, 3, queries, 4), (2, 3, keys, 4), (2, 3, keys, 6))
+    return [(2.0 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_() for shape in shapes]
+
+
+def _masks(dtype=torch.float64):
+    present = torch.rand(2, 1, 5, 9) < 0.6
+    present[0, 0, 2] = False
+    bias = torch.randn(2, 3, 5, 9).to(dtype)
+    added = bias.masked_fill(torch.rand(2, 3, 5, 9) < 0.3, -torch.inf)
+    lowest = torch.zeros(2, 1, 1, 9, dtype=dtype).masked_fill(torch.rand(2, 1, 1, 9) < 0.5, torch.finfo(dtype).min)
+    return {"none": None, "boolean": present, "padding": present[:, :, :1], "added": added, "lowest": lowest}
+
+
+@pytest.mark.parametrize("mask", ["none", "boolean", "padding", "added", "lowest"])
+@pytest.mark.parametrize("alpha", [1.0001, 1.3, 1.5, 2.0, "heads"])
+def test_outputs_and_gradients_are_those_of_the_plain_kernel(alpha, mask, piece):
+    inputs = _inputs()
+    attention_mask = _masks()[mask]
+    if alpha == "heads":
+        alpha = torch.tensor([1.0, 1.4, 2.0], dtype=torch.float64).view(3, 1, 1).requires_grad_()
+        inputs.append(alpha)
+    results = []
+    for kernel in (chunked_hopfield_attention, hopfield_attention):
+        output = kernel(*inputs[:3], alpha=alpha, scaling=0.6, attention_mask=attention_mask)
+        grad = torch.linspace(-1.0, 2.0, output.numel(), dtype=torch.float64).view_as(output)
+        results.append([output, *torch.autograd.grad(output, inputs, grad)])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, scale=10)
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lower_precision(alpha, dtype):
+    query, key, value = _inputs(dtype, queries=33, keys=70)
+    output = chunked_hopfield_attention(query, key, value, alpha=alpha, scaling=0.5)
+    assert output.dtype == dtype
+    expected = hopfield_attention(query.double(), key.double(), value.double(), alpha=alpha, scaling=0.5)
+    assert_close(output, expected, scale=10)
+    output.float().square().sum().backward()
+    assert query.grad.dtype == dtype
+    assert query.grad.isfinite().all()
+
+
+def test_a_query_without_any_key_gets_zeros_and_gives_no_gradient(piece):
+    query, key, value = _inputs()
+    present = torch.ones(2, 1, 5, 9, dtype=torch.bool)
+    present[1, 0, 3] = False
+    output = chunked_hopfield_attention(query, key, value, alpha=1.5, scaling=1.0, attention_mask=present)
+    assert torch.equal(output[1, :, 3], torch.zeros(3, 6, dtype=torch.float64))
+    output.sum().backward()
+    assert torch.equal(query.grad[1, :, 3], torch.zeros(3, 4, dtype=torch.float64))
+    assert query.grad[0].abs().sum() > 0
+    assert key.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+def test_hard_scores_in_fp32(scale):
+    query, key, value = (x.detach().float() for x in _inputs(queries=4, keys=501))
+    query *= scale
+    expected = hopfield_attention(query.double(), key.double(), value.double(), alpha=1.5, scaling=1.0)
+    rounding = 4.0 * scale * 1e-6  # of the scores themselves
+    difference = chunked_hopfield_attention(query, key, value, alpha=1.5, scaling=1.0) - expected
+    assert difference.abs().max() < 2e-5 + rounding
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5])
+def test_dropout_scales_what_it_keeps_and_its_gradient_is_of_the_same_draw(alpha, piece):
+    inputs = _inputs()
+
+    def attend(query, key, value, dropout=0.4):
+        torch.manual_seed(3)
+        return chunked_hopfield_attention(query, key, value, alpha=alpha, scaling=0.6, dropout=dropout)
+
+    assert torch.autograd.gradcheck(attend, inputs)
+    assert torch.equal(attend(*inputs), attend(*inputs))
+    draws = []
+    for seed in range(400):
+        torch.manual_seed(seed)
+        draws.append(chunked_hopfield_attention(*(x.detach() for x in inputs), alpha=alpha, scaling=0.6, dropout=0.4))
+    assert (torch.stack(draws).mean(0) - attend(*inputs, dropout=0.0)).abs().max() < 0.6
+    assert torch.stack(draws).std(0).min() > 0.0
+
+
+def test_a_second_derivative_is_refused():
+    query, key, value = _inputs()
+    output = chunked_hopfield_attention(query, key, value, alpha=1.5, scaling=1.0)
+    (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_nothing_of_the_size_of_the_scores_is_kept():
+    query = torch.randn(1, 1, 300, 4, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        chunked_hopfield_attention(query, query, query, alpha=1.5, scaling=1.0)
+    assert max(kept) == query.numel() < 300 * 300
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_the_registered_kernel(alpha):
+    assert ALL_ATTENTION_FUNCTIONS["hopfield"] is hopfield_attention_forward
+    assert "hopfield" in ALL_MASK_ATTENTION_FUNCTIONS
+    module = torch.nn.Module().eval()
+    query, key, value = _inputs()
+    mask = _masks()["boolean"][1:].expand(2, 1, 5, 9)
+    mask = mask | (torch.arange(9) == 0)
+    output, weights = hopfield_attention_forward(module, query, key, value, mask, scaling=0.6, alpha=alpha)
+    assert weights is None
+    assert_close(output.transpose(1, 2), hopfield_attention(query, key, value, alpha=alpha, scaling=0.6, attention_mask=mask), scale=3)
+    asked, weights = hopfield_attention_forward(module, query, key, value, mask, scaling=0.6, alpha=alpha, output_attentions=True)
+    assert weights.shape == (2, 3, 5, 9)
+    assert_close(asked, output, scale=3)
+
+
+def test_a_bias_that_is_learned_gets_its_gradient():
+    query, key, value = _inputs()
+    bias = torch.randn(2, 3, 5, 9, dtype=torch.float64, requires_grad=True)
+    output, _ = hopfield_attention_forward(torch.nn.Module(), query, key, value, bias, scaling=0.6, alpha=1.5)
+    output.square().sum().backward()
+    assert bias.grad.abs().sum() > 0
+
+
+def test_alpha_1_goes_through_scaled_dot_product_attention():
+    query, key, value = (x.detach() for x in _inputs(torch.float32))
+    output, _ = hopfield_attention_forward(torch.nn.Module().eval(), query, key, value, None, scaling=0.6)
+    assert torch.equal(output.transpose(1, 2), scaled_dot_product_attention(query, key, value, scale=0.6))
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "image_size": 8, "patch_size": 2}
+
+
+@pytest.mark.parametrize("fields", [{"alpha": 1.5}, {"alpha": 1.4, "learnable_alpha": True}], ids=["fixed", "learnable"])
+@pytest.mark.parametrize("encoder_type", ["transformer", "class_query"])
+def test_a_model_with_alpha_above_1_uses_it_unless_told_otherwise(fields, encoder_type):
+    model = UHopViTForImageClassification(UHopViTConfig(**SMALL, **fields, encoder_type=encoder_type, initializer_range=0.3)).eval()
+    assert model.config._attn_implementation == "hopfield"
+    images = torch.randn(3, 3, 8, 8)
+    fast = model(images)
+    asked = model(images, output_attentions=True)
+    model.set_attn_implementation("eager")
+    plain = model(images, output_attentions=True)
+    assert_close(fast.logits, plain.logits, scale=3)
+    for actual, expected in zip(asked.attentions, plain.attentions, strict=True):
+        assert_close(actual, expected)
+    with pytest.raises(ValueError, match="use 'hopfield' or 'eager'"):
+        model.set_attn_implementation("sdpa")
+
+
+def test_a_forecaster_uses_it():
+    sizes = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6}
+    model = STanHopForPrediction(STanHopConfig(**sizes)).eval()
+    assert model.config._attn_implementation == "hopfield"
+    past = torch.randn(2, 24, 3)
+    fast = model(past_values=past)
+    assert all(weights is None for weights in fast.attentions or ())
+    model.set_attn_implementation("eager")
+    assert_close(fast.prediction_outputs, model(past_values=past).prediction_outputs, scale=3)
+    assert STanHopForPrediction(STanHopConfig(**sizes, alpha=1.0, learnable_alpha=False)).config._attn_implementation == "eager"
+
+
+def test_it_compiles_without_a_break():
+    model = UHopViTForImageClassification(UHopViTConfig(**SMALL, alpha=1.5)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(images).logits, model(images).logits, scale=3)
