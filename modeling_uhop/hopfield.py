@@ -1,5 +1,6 @@
 """Hopfield layers: attention seen as one retrieval step from a memory of tokens."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -220,8 +221,47 @@ class HopfieldAttention(nn.Module):
         output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
+    @torch.no_grad()
+    def fold_feature_map(self) -> None:
+        """Take Phi into W_Q and W_K, and W_K into W_V where values come through it: fewer products, and the same function."""
+        if self.feature_map is None:
+            return
+        if self.value_source == "projected_memory":
+            self.v_proj = _composed(self.v_proj, self.k_proj.weight, self.k_proj.bias)
+            self.value_source = "memory"
+        self.q_proj = _composed(self.q_proj, self.feature_map.weight)
+        self.k_proj = _composed(self.k_proj, self.feature_map.weight)
+        self.feature_map = None
+
     def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
+
+
+def _composed(outer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """The linear layer `outer(weight x + bias)`, composed in fp64."""
+    composed = nn.Linear(weight.shape[1], outer.out_features, outer.bias is not None, device=weight.device, dtype=weight.dtype)
+    wide = outer.weight.double()
+    composed.weight.copy_(wide @ weight.double())
+    if outer.bias is not None:
+        composed.bias.copy_(outer.bias if bias is None else wide @ bias.double() + outer.bias.double())
+    return composed
+
+
+class FoldableMixin:
+    """For models whose layers are `HopfieldAttention`."""
+
+    def fold_feature_maps(self):
+        """A copy of the model for inference, whose feature maps are taken into its projections: fewer products, and the same outputs.
+
+        It is a model without Phi (`config.use_feature_map` is `False`), and saves and loads as one; this one stays as it is.
+        """
+        folded = copy.deepcopy(self)
+        for module in folded.modules():
+            if isinstance(module, HopfieldAttention):
+                module.fold_feature_map()
+        if folded.config.use_feature_map:
+            folded.config.use_feature_map, folded.config.value_source, folded.config.feature_dim = False, "memory", None
+        return folded
 
 
 class HopfieldPooling(nn.Module):

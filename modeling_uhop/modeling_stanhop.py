@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap, unit_norm
-from .hopfield import HopfieldAttention, MemorySet, hopfield_kernel
+from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
 from .simplex import simplex_map
 from .validation import is_readable
 
@@ -241,7 +241,7 @@ class STanHopSkip(nn.Linear):
     training would leave random weights as they are."""
 
 
-class STanHopPreTrainedModel(PreTrainedModel):
+class STanHopPreTrainedModel(FoldableMixin, PreTrainedModel):
     config: STanHopConfig
     config_class = STanHopConfig
     base_model_prefix = "model"

@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_uhop_mil import UHopMILConfig
 from .feature_map import FeatureMap
-from .hopfield import HopfieldAttention, HopfieldPooling, MemorySet
+from .hopfield import FoldableMixin, HopfieldAttention, HopfieldPooling, MemorySet
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
 from .validation import check_class_indices, is_readable
 
@@ -117,7 +117,7 @@ class UHopMILMaxPooling(nn.Module):
         return torch.where(filled, largest, 0.0), shares * mask
 
 
-class UHopMILPreTrainedModel(PreTrainedModel):
+class UHopMILPreTrainedModel(FoldableMixin, PreTrainedModel):
     config: UHopMILConfig
     config_class = UHopMILConfig
     base_model_prefix = "mil"

@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_uhop_vit import UHopViTConfig
 from .feature_map import FeatureMap
-from .hopfield import HopfieldAttention, MemorySet, hopfield_kernel
+from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
 from .validation import check_class_indices, is_readable
 
 
@@ -154,7 +154,7 @@ class UHopViTPooler(nn.Module):
         return self.activation(self.dense(hidden_states[:, 0]))
 
 
-class UHopViTPreTrainedModel(PreTrainedModel):
+class UHopViTPreTrainedModel(FoldableMixin, PreTrainedModel):
     config: UHopViTConfig
     config_class = UHopViTConfig
     base_model_prefix = "vit"

@@ -1,0 +1,92 @@
+"""Feature maps taken into the projections: the same function, with fewer parameters."""
+
+import pytest
+import torch
+from conftest import assert_close
+
+from modeling_uhop import (
+    FeatureMap,
+    STanHopConfig,
+    STanHopForPrediction,
+    UHopMILConfig,
+    UHopMILForBagClassification,
+    UHopViTConfig,
+    UHopViTForImageClassification,
+)
+
+
+LAYER = {"feature_init": "normal", "num_attention_heads": 2}
+VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 2,
+    "initializer_range": 0.3,
+    **LAYER,
+}
+STANHOP = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6, **LAYER}
+
+
+def _vit(**fields):
+    return UHopViTForImageClassification(UHopViTConfig(**VIT, **fields)), {"pixel_values": torch.randn(3, 3, 8, 8)}
+
+
+def _mil(**fields):
+    model = UHopMILForBagClassification(UHopMILConfig(instance_dim=5, hidden_size=16, num_queries=2, **LAYER, **fields))
+    return model, {"instances": torch.randn(3, 4, 5), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])}
+
+
+def _stanhop(**fields):
+    return STanHopForPrediction(STanHopConfig(**STANHOP, **fields)), {"past_values": torch.randn(2, 24, 3)}
+
+
+@pytest.mark.parametrize(
+    ("build", "fields"),
+    [
+        (_vit, {}),
+        (_vit, {"alpha": 1.5, "feature_dim": 24}),
+        (_vit, {"value_source": "projected_memory", "qkv_bias": False, "update_steps": 2}),
+        (_vit, {"encoder_type": "class_query"}),
+        (_mil, {"alpha": 1.5}),
+        (_mil, {"value_source": "projected_memory"}),
+        (_stanhop, {}),
+        (_stanhop, {"value_source": "memory", "qkv_bias": False}),
+    ],
+)
+def test_a_folded_model_is_the_same_function_and_saves_as_a_model_without_phi(build, fields, tmp_path):
+    model, inputs = build(**fields)
+    model.eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.bias"):
+            torch.nn.init.normal_(parameter)
+    expected = model(**inputs)[0]
+    folded = model.fold_feature_maps()
+    assert (folded(**inputs)[0] - expected).abs().max() < 5e-6
+    assert torch.equal(model(**inputs)[0], expected)
+    assert not any(isinstance(module, FeatureMap) for module in folded.modules())
+    assert folded.num_parameters() < model.num_parameters()
+    assert model.config.use_feature_map
+    folded.save_pretrained(tmp_path)
+    again, loading = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert torch.equal(again(**inputs)[0], folded(**inputs)[0])
+    assert not again.config.use_feature_map
+
+
+def test_a_model_without_phi_folds_to_a_copy():
+    model, inputs = _vit(use_feature_map=False, value_source="projected_memory")
+    model.eval()
+    folded = model.fold_feature_maps()
+    assert folded is not model
+    assert folded.config.value_source == "projected_memory"
+    assert torch.equal(folded(**inputs).logits, model(**inputs).logits)
+
+
+def test_folding_keeps_the_dtype():
+    model, inputs = _vit()
+    folded = model.eval().to(torch.bfloat16).fold_feature_maps()
+    assert {parameter.dtype for parameter in folded.parameters()} == {torch.bfloat16}
+    inputs = {name: value.to(torch.bfloat16) for name, value in inputs.items()}
+    assert_close(folded(**inputs).logits, model(**inputs).logits, scale=10)
