@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .corruption import Corruption, mask_patterns
 from .feature_map import FeatureMap, unit_norm
+from .separation_blocks import blocked_separation_loss
 from .simplex import at_least_fp32
 
 
@@ -37,7 +38,8 @@ def separation_loss(
             their number of axes. An absent memory has no influence, even if it is NaN.
 
     Returns:
-        The mean loss over the sets that have a pair, a scalar in fp32 or better. Sets without a pair contribute nothing; if no set
+        The mean loss over the sets that have a pair, a scalar in fp32 or better, differentiable once (twice with a mask of pairs). Memory
+        grows with M, not with its square, save with a mask of pairs. Sets without a pair contribute nothing; if no set
         has one, the loss is 0 and so is its gradient.
 
     Raises:
@@ -48,9 +50,38 @@ def separation_loss(
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     features = at_least_fp32(features)
-    members, pairs = _members_and_pairs(features, mask)
+    if mask is not None and mask.dim() == features.dim():
+        return _loss_of_counted_pairs(features, kind, temperature, mask)
+    if mask is not None and mask.dim() != features.dim() - 1:
+        raise ValueError(
+            f"mask must have {features.dim() - 1} axes (memories) or {features.dim()} (pairs) for features of shape "
+            f"{tuple(features.shape)}, got shape {tuple(mask.shape)}"
+        )
+    return _loss_of_sets(features, kind, temperature, mask)
+
+
+def _loss_of_sets(features: torch.Tensor, kind: str, temperature: float, mask: torch.Tensor | None) -> torch.Tensor:
+    """`separation_loss` over all pairs of present memories."""
+    size = features.shape[-2]
+    if size < 2:
+        return features.sum() * 0.0
+    members = None
+    if mask is not None:
+        members = mask.expand(features.shape[:-1]).reshape(-1, size)
+        features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
+    with torch.autocast(features.device.type, enabled=False):
+        losses = blocked_separation_loss(features.reshape(-1, size, features.shape[-1]), members, kind, temperature)
+    count = max(1, len(losses)) if members is None else (members.sum(-1) > 1).sum().clamp(min=1)
+    return losses.sum() / count
+
+
+def _loss_of_counted_pairs(features: torch.Tensor, kind: str, temperature: float, mask: torch.Tensor) -> torch.Tensor:
+    """`separation_loss` over the pairs (..., M, M) that count, whose similarities are all there at once."""
     if features.shape[-2] < 2:
         return features.sum() * 0.0
+    different = ~torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
+    pairs = mask.expand(*features.shape[:-1], features.shape[-2]) & different
+    members = pairs.any(-1) | pairs.any(-2)
     features = unit_norm(features.masked_fill(~members.unsqueeze(-1), 0.0))
     with torch.autocast(features.device.type, enabled=False):
         similarity = features @ features.mT
@@ -71,25 +102,6 @@ def separation_loss(
             log_sums, present = _log_sum(exponents, pairs)
             losses = log_sums - pairs.sum(-1).clamp(min=1).to(log_sums.dtype).log()
     return losses.sum() / present.expand_as(losses).sum().clamp(min=1)
-
-
-def _members_and_pairs(features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which memories are present (..., M), and which ordered pairs of two different ones count (..., M, M)."""
-    size = features.shape[-2]
-    different = ~torch.eye(size, dtype=torch.bool, device=features.device)
-    if mask is None:
-        members = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device)
-        return members, different.expand(*features.shape[:-1], size)
-    if mask.dim() == features.dim() - 1:
-        members = mask.expand(features.shape[:-1])
-        return members, different & members.unsqueeze(-1) & members.unsqueeze(-2)
-    if mask.dim() == features.dim():
-        pairs = mask.expand(*features.shape[:-1], size) & different
-        return pairs.any(-1) | pairs.any(-2), pairs
-    raise ValueError(
-        f"mask must have {features.dim() - 1} axes (memories) or {features.dim()} (pairs) for features of shape "
-        f"{tuple(features.shape)}, got shape {tuple(mask.shape)}"
-    )
 
 
 def _log_sum(exponents: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,165 @@
+"""Separation losses a block of pairs at a time: no matrix of all pairs, and the gradient in the same pass as the loss.
+
+A pair (mu, nu) of unit features enters by K = <Phi_mu, Phi_nu> alone, so that its share of the gradient is a multiple of Phi_nu for mu and
+of Phi_mu for nu: a block adds two matrix products to the gradient, and is forgotten. Blocks lie on and above the diagonal.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+# Pairs in a block: 1 MB of fp32.
+_BLOCK = 512
+
+
+class Block(NamedTuple):
+    """Similarities K (S, rows, columns) between two ranges of memories, -inf where a pair does not count."""
+
+    rows: slice
+    columns: slice
+    similarity: torch.Tensor
+
+
+def blocked_separation_loss(features: torch.Tensor, members: torch.Tensor | None, kind: str, temperature: float) -> torch.Tensor:
+    """Losses (S,) of S sets of features (S, M, D), as in `separation_loss`; 0 for a set without a pair. Differentiable once.
+
+    Args:
+        features: In fp32 or better, of any norm, and finite.
+        members: Boolean (S, M), which memories are present; `None` for all.
+        kind, temperature: As in `separation_loss`.
+    """
+    losses: torch.Tensor = _BlockedSeparation.apply(features, members, kind, temperature)
+    return losses
+
+
+class _BlockedSeparation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, members, kind, temperature):
+        losses = features.new_empty(len(features))
+        gradient = torch.empty_like(features)
+        sets = max(1, _BLOCK**2 // (features.shape[1] * max(features.shape[1:])))
+        for first in range(0, len(features), sets):
+            part = slice(first, first + sets)
+            norm = torch.linalg.vector_norm(features[part], dim=-1, keepdim=True)
+            norm = torch.where(norm > 0, norm, 1.0)
+            unit = features[part] / norm
+            losses[part], slope = _KINDS[kind](unit, None if members is None else members[part], temperature)
+            along = torch.linalg.vecdot(unit, slope).unsqueeze(-1)
+            gradient[part] = slope.sub_(unit.mul_(along)).div_(norm)
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.view(-1, 1, 1), None, None, None
+
+
+def _blocks(features: torch.Tensor, members: torch.Tensor | None) -> Iterator[Block]:
+    """Blocks of pairs mu < nu."""
+    ranges = [slice(start, start + _BLOCK) for start in range(0, features.shape[1], _BLOCK)]
+    for index, rows in enumerate(ranges):
+        for columns in ranges[index:]:
+            similarity = features[:, rows] @ features[:, columns].mT
+            if members is not None:
+                similarity.masked_fill_(~members[:, rows, None] | ~members[:, None, columns], -torch.inf)
+            if rows == columns:
+                size = similarity.shape[-1]
+                similarity.masked_fill_(torch.ones(size, size, dtype=torch.bool, device=features.device).tril_(), -torch.inf)
+            yield Block(rows, columns, similarity)
+
+
+def _add_to_gradient(gradient: torch.Tensor, features: torch.Tensor, block: Block, weights: torch.Tensor) -> None:
+    if block.rows == block.columns:
+        gradient[:, block.rows] += (weights + weights.mT) @ features[:, block.rows]
+    else:
+        gradient[:, block.rows] += weights @ features[:, block.columns]
+        gradient[:, block.columns] += weights.mT @ features[:, block.rows]
+
+
+def _mean_of_exponentials(
+    features: torch.Tensor,
+    members: torch.Tensor | None,
+    exponent: Callable[[torch.Tensor], torch.Tensor],
+    slope: Callable[[torch.Tensor], torch.Tensor | float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`log mean exp(exponent(K))` over pairs, whose largest exponent so far is taken off, and its gradient."""
+    gradient = torch.zeros_like(features)
+    largest = features.new_full((len(features), 1, 1), -torch.inf)
+    total = features.new_zeros(len(features), 1, 1)
+    for index, block in enumerate(_blocks(features, members)):
+        exponents = exponent(block.similarity)
+        above = torch.maximum(largest, exponents.amax((1, 2), keepdim=True))
+        shrunk = torch.where(largest == above, 1.0, (largest - above).exp())
+        if index > 0:
+            gradient *= shrunk
+        weights = exponents.sub_(torch.where(above == -torch.inf, 0.0, above)).exp_()
+        total = total * shrunk + weights.sum((1, 2), keepdim=True)
+        _add_to_gradient(gradient, features, block, weights * slope(block.similarity))
+        largest = above
+    present = total > 0
+    losses = torch.where(present, largest + total.log(), 0.0).flatten() - _pairs(features, members).clamp(min=1).log()
+    return losses, gradient.div_(torch.where(present, total, 1.0))
+
+
+def _average(features: torch.Tensor, members: torch.Tensor | None, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return _mean_of_exponentials(features, members, lambda k: (k - 1.0) / temperature, lambda k: 1.0 / temperature)
+
+
+def _squared(features: torch.Tensor, members: torch.Tensor | None, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def exponent(similarity: torch.Tensor) -> torch.Tensor:
+        return ((similarity.square() - 1.0) / temperature).masked_fill_(similarity == -torch.inf, -torch.inf)
+
+    def slope(similarity: torch.Tensor) -> torch.Tensor:
+        return similarity.clamp(min=-1.0) * (2.0 / temperature)
+
+    return _mean_of_exponentials(features, members, exponent, slope)
+
+
+def _nearest(features: torch.Tensor, members: torch.Tensor | None, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient goes to one closest pair of a set, the first."""
+    largest = features.new_full((len(features),), -torch.inf)
+    pairs = torch.zeros(len(features), 2, dtype=torch.long, device=features.device)
+    for block in _blocks(features, members):
+        closest, place = block.similarity.flatten(1).max(-1)
+        width = block.similarity.shape[-1]
+        found = torch.stack([place // width + block.rows.start, place % width + block.columns.start], -1)
+        pairs = torch.where((closest > largest).unsqueeze(-1), found, pairs)
+        largest = torch.maximum(largest, closest)
+    present = largest > -torch.inf
+    ends = features.gather(1, pairs.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+    share = ends.flip(1) * (present / temperature).view(-1, 1, 1)
+    gradient = torch.zeros_like(features).scatter_add_(1, pairs.unsqueeze(-1).expand_as(share), share)
+    return torch.where(present, (largest - 1.0) / temperature, 0.0), gradient
+
+
+def _per_memory(features: torch.Tensor, members: torch.Tensor | None, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two passes: the sums of all rows, then the weights that are made with them."""
+    log_sums = features.new_full(features.shape[:2], -torch.inf)
+    for block in _blocks(features, members):
+        exponents = block.similarity / temperature
+        log_sums[:, block.rows] = torch.logaddexp(log_sums[:, block.rows], exponents.logsumexp(2))
+        log_sums[:, block.columns] = torch.logaddexp(log_sums[:, block.columns], exponents.logsumexp(1))
+    present = log_sums > -torch.inf
+    log_sums = torch.where(present, log_sums, 0.0)
+    gradient = torch.zeros_like(features)
+    for block in _blocks(features, members):
+        exponents = block.similarity / temperature
+        weights = (exponents - log_sums[:, block.rows, None]).exp_()
+        weights += exponents.sub_(log_sums[:, None, block.columns]).exp_()
+        _add_to_gradient(gradient, features, block, weights)
+    rows = present.sum(-1).clamp(min=1).to(features.dtype)
+    return log_sums.sum(-1) / rows, gradient / (temperature * rows.view(-1, 1, 1))
+
+
+def _pairs(features: torch.Tensor, members: torch.Tensor | None) -> torch.Tensor:
+    """Number of pairs of each set (S,)."""
+    count = features.new_full((len(features),), features.shape[1]) if members is None else members.sum(-1).to(features.dtype)
+    return count * (count - 1.0) / 2.0
+
+
+_KINDS = {"average": _average, "squared": _squared, "nearest": _nearest, "per_memory": _per_memory}
