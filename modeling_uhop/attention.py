@@ -5,6 +5,7 @@ its threshold, from which the weights follow in one pass. Scores are computed ag
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -54,7 +55,7 @@ class _ChunkedAttention(torch.autograd.Function):
         threshold = torch.empty_like(largest)
         seed = int(torch.randint(2**62, ())) if dropout > 0.0 else 0
         kept = _dropout_factors(seed, dropout)
-        for piece in _pieces(*query.shape[:3], key.shape[2]):
+        for piece in _pieces(query, key):
             base, largest[piece] = _base(query, key, mask, eps, piece)
             threshold[piece] = entmax_threshold(base, _of(eps, piece))
             weights, _ = entmax_weights(base, threshold[piece], _of(eps, piece))
@@ -69,11 +70,11 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, largest, threshold, *rest = ctx.saved_tensors
         mask = rest.pop() if ctx.masked else None
-        eps = rest.pop() if ctx.eps is None else ctx.eps
+        eps: Any = rest.pop() if ctx.eps is None else ctx.eps
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         grad_eps = torch.empty_like(largest) if ctx.needs_input_grad[3] else None
         kept = _dropout_factors(ctx.seed, ctx.dropout)
-        for piece in _pieces(*query.shape[:3], key.shape[2]):
+        for piece in _pieces(query, key):
             memories = piece[:2]
             base, _ = _base(query, key, mask, eps, piece)
             weights, escort = entmax_weights(base, threshold[piece], _of(eps, piece))
@@ -87,13 +88,15 @@ class _ChunkedAttention(torch.autograd.Function):
             grad_key[memories] += grad_scores.mT @ query[piece]
             grad_value[memories] += used.to(value.dtype).mT @ grad[piece]
             if grad_eps is not None:
-                terms = entmax_eps_gradient(weights, escort, grad_weights, _of(eps, piece))
+                terms = entmax_eps_gradient(weights, escort, grad_weights, eps[piece])
                 grad_eps[piece] = _finite(terms.sum(-1, keepdim=True), mask)
         return grad_query, grad_key, grad_value, grad_eps, None, None
 
 
-def _pieces(batch_size: int, heads: int, queries: int, keys: int) -> Iterator[Piece]:
+def _pieces(query: torch.Tensor, key: torch.Tensor) -> Iterator[Piece]:
     """Slices of batch, heads and queries whose scores are about `_PIECE` in number: whole rows, and whole heads where they fit."""
+    batch_size, heads, queries = query.shape[:3]
+    keys = key.shape[2]
     rows = max(1, min(queries, _PIECE // max(1, keys)))
     per_head = max(1, min(heads, _PIECE // max(1, keys * queries)))
     per_batch = max(1, min(batch_size, _PIECE // max(1, keys * queries * heads)))

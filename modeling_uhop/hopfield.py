@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -247,8 +247,10 @@ def _composed(outer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None 
     return composed
 
 
-class FoldableMixin:
+class FoldableMixin(nn.Module):
     """For models whose layers are `HopfieldAttention`."""
+
+    config: Any
 
     def fold_feature_maps(self):
         """A copy of the model for inference, whose feature maps are taken into its projections: fewer products, and the same outputs.

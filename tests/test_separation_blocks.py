@@ -60,8 +60,13 @@ def test_a_second_derivative_is_refused():
 
 def test_nothing_of_the_size_of_the_pairs_is_kept():
     features = torch.randn(600, 3, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    kept: list[int] = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         separation_loss(features)
     assert max(kept) == features.numel()
 
