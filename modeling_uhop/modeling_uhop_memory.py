@@ -24,6 +24,7 @@ from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import Corruption, mask_patterns
 from .energy import association, energy, similarity_scores
 from .feature_map import FeatureMap, unit_norm
+from .search import Candidates, brute_force, mixture, search
 from .separation import maximize_separation
 from .simplex import at_least_fp32
 from .spherical import are_independent, separate_optimally
@@ -46,6 +47,19 @@ class UHopMemoryOutput(ModelOutput):
     association: torch.Tensor | None = None
     energy: torch.Tensor | None = None
     steps: torch.Tensor | None = None
+
+
+@dataclass
+class UHopMemorySearchOutput(ModelOutput):
+    """
+    Args:
+        retrieved: (Q, pattern_dim), the states after the last update.
+        indices, weights: (Q, K), the memories that have any weight in the last update, the largest first; 0 beyond them.
+    """
+
+    retrieved: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 class UHopMemoryPreTrainedModel(PreTrainedModel):
@@ -101,7 +115,31 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         )
         self.register_buffer("memories", torch.zeros(config.num_memories, config.pattern_dim))
         self.memories: torch.Tensor
+        self._known: tuple[torch.Tensor, int, torch.Tensor, int, torch.Tensor] | None = None
         self.post_init()
+
+    def _apply(self, fn, recurse=True):
+        self._known = None
+        return super()._apply(fn, recurse)
+
+    def stored_features(self) -> torch.Tensor:
+        """Features (M, feature_dim) of the memories, or these themselves without a feature map.
+
+        Kept until the memories or the map change, unless a gradient has to pass.
+        """
+        if self.feature_map is None:
+            return self.memories
+        memories, weight = self.memories, self.feature_map.weight
+        if (torch.is_grad_enabled() and weight.requires_grad) or memories.is_inference() or weight.is_inference():
+            return self.feature_map(memories)
+        if self._known is not None:
+            known_memories, memories_version, known_weight, weight_version, features = self._known
+            same = known_memories is memories and known_weight is weight
+            if same and (memories_version, weight_version) == (memories._version, weight._version):
+                return features
+        features = self.feature_map(memories)
+        self._known = (memories, memories._version, weight, weight._version, features)
+        return features
 
     def __len__(self) -> int:
         return len(self.memories)
@@ -217,14 +255,15 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         if steps < 1:
             raise ValueError(f"update_steps must be at least 1, got {steps}")
         states = torch.atleast_2d(self._checked(queries, "queries"))
-        settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha, "feature_map": self.feature_map}
+        settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha}
         similarity: dict[str, Any] = {"similarity": self.config.similarity, "degree": self.config.degree}
+        features = self.stored_features()
         moving = torch.ones(len(states), dtype=torch.bool, device=states.device)
         taken = torch.zeros(len(states), dtype=torch.long, device=states.device)
-        weights = association(states, self.memories, **settings, **similarity)
+        weights = association(self._features(states), features, **settings, **similarity)
         for step in range(steps):
             if step > 0:
-                updated = association(states, self.memories, **settings, **similarity)
+                updated = association(self._features(states), features, **settings, **similarity)
                 weights = torch.where(moving.unsqueeze(-1), updated, weights)
             next_states = torch.where(moving.unsqueeze(-1), weights @ self.memories, states)
             taken = taken + moving
@@ -235,9 +274,45 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
                 break
         energies = None
         if self.config.similarity in ("kernel", "dot"):
-            energies = energy(states, self.memories, **settings)
+            energies = energy(self._features(states), features, **settings)
         output = UHopMemoryOutput(retrieved=states, association=weights, energy=energies, steps=taken)
         return output if return_dict is None or return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def search(
+        self,
+        queries: torch.Tensor,
+        update_steps: int | None = None,
+        *,
+        top_k: int = 64,
+        candidates: Candidates | None = None,
+    ) -> UHopMemorySearchOutput:
+        """Retrieve (Stage II) from many memories, without forming the weights of those that have none. Exact; see `search.search`.
+
+        Args:
+            queries: (Q, pattern_dim), or one (pattern_dim,).
+            update_steps: Updates to do, at least 1; `None` for `config.update_steps`.
+            top_k: Candidates to begin with; queries that spread over more memories are asked again.
+            candidates: What finds the memories whose features are most like a query's; `None` for all inner products.
+
+        Raises:
+            ValueError: As `forward`, and if the similarity is not an inner product.
+        """
+        steps = self.config.update_steps if update_steps is None else update_steps
+        if steps < 1:
+            raise ValueError(f"update_steps must be at least 1, got {steps}")
+        if self.config.similarity not in ("kernel", "dot"):
+            raise ValueError(f"search needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
+        states = torch.atleast_2d(self._checked(queries, "queries"))
+        candidates = brute_force(self.stored_features()) if candidates is None else candidates
+        settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha, "top_k": top_k}
+        for _ in range(steps):
+            weights, indices = search(self._features(states), len(self), candidates, **settings)
+            states = mixture(self.memories, weights, indices)
+        return UHopMemorySearchOutput(retrieved=states, indices=indices, weights=weights)
+
+    def _features(self, patterns: torch.Tensor) -> torch.Tensor:
+        return patterns if self.feature_map is None else self.feature_map(patterns)
 
     @torch.no_grad()
     def report(self, queries: torch.Tensor | None = None) -> MemoryReport:
@@ -251,7 +326,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         """
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"a report needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
-        features = self.memories if self.feature_map is None else self.feature_map(self.memories)
+        features = self.stored_features()
         output = self(self.memories, update_steps=1)
         kernel = at_least_fp32(similarity_scores(self.memories, self.memories, feature_map=self.feature_map))
         weights, patterns, features = (at_least_fp32(tensor) for tensor in (output.association, self.memories, features))
@@ -313,4 +388,4 @@ def _duplicates(memories: torch.Tensor) -> list[tuple[int, int]]:
     return [pair for pair in pairs if pair[0] != pair[1]]
 
 
-__all__ = ["UHopMemoryModel", "UHopMemoryOutput", "UHopMemoryPreTrainedModel"]
+__all__ = ["UHopMemoryModel", "UHopMemoryOutput", "UHopMemoryPreTrainedModel", "UHopMemorySearchOutput"]

@@ -1,0 +1,128 @@
+"""Retrieval through a few candidates against retrieval with all weights, and what is kept of stored memories."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_close
+
+from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
+from modeling_uhop import search as search_module
+from modeling_uhop.search import brute_force, faiss_index, search
+
+
+def _memory(count=300, dtype=torch.float64, **fields):
+    memory = UHopMemoryModel(UHopMemoryConfig(**{"pattern_dim": 12, "feature_init": "normal", "alpha": 1.5, "beta": 3.0, **fields}))
+    memory = memory.to(dtype).eval()
+    memory.store(torch.randn(count, 12, dtype=dtype))
+    return memory
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 64, 1000])
+@pytest.mark.parametrize("alpha", [1.0, 1.05, 1.5, 2.0])
+@pytest.mark.parametrize("similarity", ["kernel", "dot"])
+def test_search_is_retrieval(top_k, alpha, similarity):
+    memory = _memory(alpha=alpha, similarity=similarity)
+    queries = torch.cat([memory.memories[:20] + 0.5 * torch.randn(20, 12, dtype=torch.float64), torch.zeros(1, 12, dtype=torch.float64)])
+    with torch.no_grad():
+        exact = memory(queries, update_steps=2)
+    found = memory.search(queries, update_steps=2, top_k=top_k)
+    assert_close(found.retrieved, exact.retrieved, scale=3)
+    weights = torch.zeros_like(exact.association).scatter_add_(1, found.indices, found.weights)
+    assert_close(weights, exact.association)
+
+
+def test_queries_in_parts(monkeypatch):
+    memory = _memory()
+    queries = torch.randn(23, 12, dtype=torch.float64)
+    whole = memory.search(queries, top_k=3)
+    monkeypatch.setattr(search_module, "_SCORES", 700)
+    parts = memory.search(queries, top_k=3)
+    assert_close(parts.retrieved, whole.retrieved)
+
+
+def test_few_candidates_are_asked_for_where_few_memories_have_weight():
+    memory = _memory(beta=30.0)
+    asked = []
+    plain = brute_force(memory.stored_features().detach())
+
+    def candidates(queries, count):
+        asked.append((len(queries), count))
+        return plain(queries, count)
+
+    queries = memory.memories[:10]
+    found = memory.search(queries, top_k=8, candidates=candidates)
+    assert asked[0] == (10, 8)
+    assert all(count <= 32 for _, count in asked)
+    assert found.weights.shape[1] < 32
+
+
+class _Index:
+    """What is used of an index of faiss: float32 arrays in, scores and indices out."""
+
+    def __init__(self, features):
+        self.features = features.numpy()
+
+    def search(self, queries, count):
+        assert queries.dtype == np.float32
+        scores = queries @ self.features.T
+        order = np.argsort(-scores, axis=1)[:, :count]
+        return np.take_along_axis(scores, order, 1), order
+
+
+def test_an_index_gives_the_same():
+    memory = _memory(dtype=torch.float32)
+    index = _Index(memory.stored_features().detach())
+    queries = torch.randn(9, 12)
+    assert_close(memory.search(queries, candidates=faiss_index(index)).retrieved, memory.search(queries).retrieved, scale=3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.search(torch.zeros(1, 12), top_k=0), "top_k=0"),
+        (lambda m: m.search(torch.zeros(1, 12), update_steps=0), "update_steps must be at least 1"),
+        (lambda m: m.search(torch.zeros(1, 11)), "must have shape"),
+    ],
+)
+def test_wrong_arguments_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(_memory(dtype=torch.float32))
+
+
+def test_search_needs_memories_and_an_inner_product():
+    with pytest.raises(ValueError, match="0 memories"):
+        search(torch.zeros(1, 3), 0, brute_force(torch.zeros(0, 3)), beta=1.0, alpha=1.5)
+    with pytest.raises(ValueError, match="'kernel' or 'dot', got 'l2'"):
+        _memory(similarity="l2").search(torch.zeros(1, 12))
+
+
+def test_features_of_memories_are_kept_until_something_changes():
+    memory = _memory()
+    with torch.no_grad():
+        first = memory.stored_features()
+        assert memory.stored_features() is first
+        memory(torch.zeros(1, 12, dtype=torch.float64))
+        assert memory.stored_features() is first
+
+        memory.feature_map.weight.neg_()
+        assert_close(memory.stored_features(), -first)
+        memory.memories[0] = 0.0
+        assert torch.equal(memory.stored_features()[0], torch.zeros(12, dtype=torch.float64))
+        memory.append(torch.ones(12, dtype=torch.float64))
+        assert len(memory.stored_features()) == 301
+        kept = memory.stored_features()
+        rounded = memory.half().double()
+        assert not torch.equal(rounded.stored_features(), kept)
+        memory.load_state_dict({**memory.state_dict(), "feature_map.weight": torch.zeros(12, 12, dtype=torch.float64)})
+        assert not memory.stored_features().any()
+
+
+def test_a_gradient_passes_through_features_that_are_not_kept():
+    memory = _memory()
+    with torch.no_grad():
+        memory.stored_features()
+    memory(torch.randn(2, 12, dtype=torch.float64)).retrieved.sum().backward()
+    assert memory.feature_map.weight.grad.abs().sum() > 0
+    memory.separate(steps=2)
+    with torch.no_grad():
+        assert_close(memory.stored_features(), memory.feature_map(memory.memories))
