@@ -1,0 +1,312 @@
+"""How fast the parts are beside their peers: ratios, each taken in one process with the peer in turn, on one thread.
+
+Before a part is timed its answer is compared with the peer's; a wrong answer gets no number. A ratio is peer time over ours for speed-ups,
+ours over the peer's for costs, of medians.
+
+python benchmarks/run.py
+python benchmarks/run.py --only attention separation --check
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from entmax import entmax15
+from torch.nn.functional import normalize, scaled_dot_product_attention
+from transformers import ViTConfig, ViTModel
+from transformers.utils import logging
+
+from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, UHopViTConfig, UHopViTModel, separation_loss
+from modeling_uhop.attention import chunked_hopfield_attention
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "training"))
+from recipe import provenance  # noqa: E402
+
+
+SHAPES = [(32, 3, 65, 64), (32, 6, 197, 64), (8, 8, 1024, 64)]
+
+Work = Callable[[], Any]
+
+
+@dataclass
+class Case:
+    """A ratio that was measured, and the bound that it is to keep.
+
+    Attributes:
+        part, name: What was timed.
+        peer: What it was timed beside.
+        ours_ms, peer_ms: Medians (of megabytes, where the name says memory).
+        ratio: Ours over the peer's where `at_most`, the peer's over ours where `at_least`.
+        at_most, at_least: The bound; one is given, or none.
+        error: Largest difference from the peer's answer.
+    """
+
+    part: str
+    name: str
+    peer: str
+    ours_ms: float
+    peer_ms: float
+    at_most: float | None = None
+    at_least: float | None = None
+    error: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.peer_ms / self.ours_ms if self.at_least is not None else self.ours_ms / self.peer_ms
+
+    @property
+    def kept(self) -> bool:
+        return (self.at_most is None or self.ratio <= self.at_most) and (self.at_least is None or self.ratio >= self.at_least)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each competitor")
+    parser.add_argument("--check", action="store_true", help="end with an error if a ratio is out of its bound")
+    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "speed.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cases = []
+    for part in args.only:
+        for case in PARTS[part](args.rounds):
+            print(line(case), flush=True)
+            cases.append(case)
+    growth = growth_of_cost() if args.only == list(PARTS) else None
+    content = {"cases": [{**asdict(case), "ratio": case.ratio, "kept": case.kept} for case in cases], "growth": growth, **provenance()}
+    Path(args.output).write_text(json.dumps(content, indent=1) + "\n")
+    if growth is not None:
+        growth_figure(Path(args.output).with_suffix(".png"), growth)
+    broken = [case for case in cases if not case.kept]
+    if args.check and broken:
+        sys.exit(f"{len(broken)} of {len(cases)} ratios are out of their bounds")
+
+
+def line(case: Case) -> str:
+    bound = f"<= {case.at_most}" if case.at_most is not None else f">= {case.at_least}" if case.at_least is not None else ""
+    return f"{case.name:<52} {case.ratio:7.2f} x {case.peer:<28} {bound:<8} {'' if case.kept else 'OUT OF BOUND'}"
+
+
+def interleaved(rounds: int, *works: Work) -> list[float]:
+    """Median milliseconds of each, run in turn."""
+    times: list[list[float]] = [[] for _ in works]
+    for work in works:
+        work()
+    for _ in range(rounds):
+        for work, own in zip(works, times, strict=True):
+            started = time.perf_counter()
+            work()
+            own.append(1e3 * (time.perf_counter() - started))
+    return [statistics.median(own) for own in times]
+
+
+def difference(ours: torch.Tensor, peer: torch.Tensor, tolerance: float) -> float:
+    """Largest difference; a `SystemExit` if it is above the tolerance, as the time of a wrong answer means nothing."""
+    error = (ours.double() - peer.double()).abs().max().item()
+    if not error <= tolerance:
+        sys.exit(f"the answers differ by {error}, more than {tolerance}: nothing was timed")
+    return error
+
+
+def with_gradients(attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Work:
+    def work():
+        return torch.autograd.grad(attend(*inputs).sum(), inputs)
+
+    return work
+
+
+def attention(rounds: int) -> Iterator[Case]:
+    """1.5-entmax attention beside scaled_dot_product_attention, and beside the entmax library in the same layer."""
+    bounds = {65: (None, 1.5, None, None), 197: (1.7, 1.5, 9.0, 4.0), 1024: (2.0, 1.5, 15.0, 7.0)}
+    for shape in SHAPES:
+        forward, both, over_library, both_over_library = bounds[shape[2]]
+        inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+
+        def ours(query, key, value):
+            return chunked_hopfield_attention(query, key, value, alpha=1.5, scaling=0.125)
+
+        def library(query, key, value):
+            return entmax15(0.125 * query @ key.mT, dim=-1) @ value
+
+        with torch.no_grad():
+            error = difference(ours(*inputs), library(*(x.double() for x in inputs)), 2e-5)
+            times = interleaved(rounds, *(partial(attend, *inputs) for attend in (ours, scaled_dot_product_attention, library)))
+        name = f"1.5-entmax attention {shape}"
+        yield Case("attention", f"{name}, forward", "scaled_dot_product_attention", times[0], times[1], at_most=forward, error=error)
+        yield Case("attention", f"{name}, forward", "entmax library", times[0], times[2], at_least=over_library or 1.0, error=error)
+        times = interleaved(rounds, *(with_gradients(attend, inputs) for attend in (ours, scaled_dot_product_attention, library)))
+        yield Case("attention", f"{name}, with gradients", "scaled_dot_product_attention", times[0], times[1], at_most=both, error=error)
+        yield Case(
+            "attention", f"{name}, with gradients", "entmax library", times[0], times[2], at_least=both_over_library or 1.0, error=error
+        )
+
+
+def folding(rounds: int) -> Iterator[Case]:
+    """A U-Hop ViT at alpha = 1 whose feature maps are folded, beside transformers' ViT of the same size."""
+    size = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1536}
+    model = UHopViTModel(UHopViTConfig(**size, image_size=224, patch_size=16, feature_init="normal")).eval()
+    folded = model.fold_feature_maps()
+    peer = ViTModel(ViTConfig(**size)).eval()
+    images = torch.randn(8, 3, 224, 224)
+    with torch.no_grad():
+        error = difference(folded(images).last_hidden_state, model(images).last_hidden_state, 5e-6)
+        times = interleaved(rounds, lambda: folded(images), lambda: peer(images), lambda: model(images))
+    yield Case("folding", "ViT, 3 layers of 384, folded", "transformers' ViT", times[0], times[1], at_most=1.03, error=error)
+    yield Case("folding", "ViT, 3 layers of 384, not folded", "transformers' ViT", times[2], times[1])
+
+
+def pdist_loss(features: torch.Tensor, reduce: Callable = torch.mean) -> torch.Tensor:
+    """The average separation loss as the authors' code has it."""
+    return reduce(torch.pdist(normalize(features, dim=-1)).square().mul(-2.0).exp()).log()
+
+
+def gradient_of(loss: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor) -> Work:
+    features = features.detach().requires_grad_()
+    return lambda: torch.autograd.grad(loss(features), features)[0]
+
+
+def separation(rounds: int) -> Iterator[Case]:
+    """Separation losses with their gradients beside torch.pdist's."""
+
+    def nearest(features):
+        return separation_loss(features, kind="nearest")
+
+    def farthest_pdist(features):
+        return pdist_loss(features, torch.max)
+
+    def image_loop(features):
+        return torch.stack([pdist_loss(image) for image in features]).mean()
+
+    for name, loss, peer, shape, bound in (
+        ("average, M 2000, D 128", separation_loss, pdist_loss, (2000, 128), None),
+        ("average, M 8000, D 128", separation_loss, pdist_loss, (8000, 128), 7.0),
+        ("nearest, M 8000, D 128", nearest, farthest_pdist, (8000, 128), 10.0),
+        ("average, 200 images of 64 patches, D 512", separation_loss, image_loop, (200, 64, 512), 2.5),
+    ):
+        features = torch.randn(shape)
+        error = difference(loss(features), peer(features), 1e-5)
+        works = [gradient_of(loss, features), gradient_of(peer, features)]
+        error = max(error, difference(works[0](), works[1](), 1e-5))
+        times = interleaved(rounds if shape[0] < 8000 else 3, *works)
+        yield Case("separation", f"separation loss, {name}", "torch.pdist", *times, at_least=bound or 1.0, error=error)
+    ours, peer_mb = (peak_memory(loss, 8000) for loss in ("ours", "pdist"))
+    yield Case("separation", "memory (MB), average, M 8000, D 128", "torch.pdist", ours, peer_mb, at_least=10.0)
+    yield Case("separation", "memory (MB), average, M 30000, D 128", "200 MB", peak_memory("ours", 30000), 200.0, at_most=1.0)
+
+
+def peak_memory(loss: str, count: int) -> float:
+    """Megabytes that a loss of `count` memories and its gradient add to a fresh process, the memories not counted."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_memory, (loss, count))
+
+
+def _peak_memory(loss: str, count: int) -> float:
+    torch.set_num_threads(1)
+    work = separation_loss if loss == "ours" else pdist_loss
+    gradient_of(work, torch.randn(16, 128))()
+    features = torch.randn(count, 128)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gradient_of(work, features)()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024.0
+
+
+def retrieval(rounds: int) -> Iterator[Case]:
+    """Retrieval beside a loop over queries that computes features anew, as the authors' code does, and beside the bare products."""
+    memory = stored(500, 784)
+    queries = torch.randn(500, 784)
+
+    def loop():
+        weight = memory.feature_map.weight
+        rows = []
+        for query in queries:
+            scores = memory.config.beta * normalize(memory.memories @ weight.T, dim=-1) @ normalize(weight @ query, dim=-1)
+            rows.append(entmax15(scores, dim=-1) @ memory.memories)
+        return torch.stack(rows)
+
+    with torch.no_grad():
+        error = difference(memory(queries).retrieved, loop(), 1e-5)
+        times = interleaved(3, lambda: memory(queries), loop)
+        yield Case("retrieval", "500 memories, 500 queries, D 784", "loop over queries", *times, at_least=90.0, error=error)
+        memory = stored(100_000, 128)
+        queries = normalize(memory.memories[:1000] + torch.randn(1000, 128), dim=-1)
+        features = memory.stored_features()
+        some = torch.arange(0, 1000, 50)
+        error = difference(memory.search(queries[some]).retrieved, memory(queries[some]).retrieved, 1e-5)
+
+        def scores():
+            for part in queries.split(160):
+                part @ features.T
+
+        times = interleaved(3, lambda: memory.search(queries), scores)
+        yield Case("retrieval", "100,000 memories, 1000 queries, D 128, exact", "bare product of scores", *times, at_most=1.4, error=error)
+
+
+def stored(count: int, width: int) -> UHopMemoryModel:
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=width, alpha=1.5, beta=10.0)).eval()
+    memory.store(normalize(torch.randn(count, width), dim=-1))
+    return memory
+
+
+PARTS: dict[str, Callable[[int], Iterator[Case]]] = {
+    "attention": attention,
+    "folding": folding,
+    "separation": separation,
+    "retrieval": retrieval,
+}
+
+
+def growth_of_cost() -> dict[str, Any]:
+    """Milliseconds over N for attention and over M for the separation loss, with their gradients."""
+    curves: dict[str, Any] = {"attention": {}, "separation": {}}
+    for size in logging.tqdm((64, 128, 256, 512, 1024, 2048), desc="growth of attention"):
+        inputs = [torch.randn(1, 4, size, 64, requires_grad=True) for _ in range(3)]
+        competitors = {
+            "1.5-entmax, ours": lambda q, k, v: chunked_hopfield_attention(q, k, v, alpha=1.5, scaling=0.125),
+            "sparsemax, ours": lambda q, k, v: chunked_hopfield_attention(q, k, v, alpha=2.0, scaling=0.125),
+            "softmax, scaled_dot_product_attention": scaled_dot_product_attention,
+            "1.5-entmax, entmax library": lambda q, k, v: entmax15(0.125 * q @ k.mT, dim=-1) @ v,
+        }
+        times = interleaved(5, *(with_gradients(attend, inputs) for attend in competitors.values()))
+        for name, value in zip(competitors, times, strict=True):
+            curves["attention"].setdefault(name, {})[size] = value
+    for size in logging.tqdm((250, 500, 1000, 2000, 4000, 8000), desc="growth of separation"):
+        features = torch.randn(size, 128)
+        times = interleaved(3, gradient_of(separation_loss, features), gradient_of(pdist_loss, features))
+        for name, value in zip(("ours, in blocks", "torch.pdist"), times, strict=True):
+            curves["separation"].setdefault(name, {})[size] = value
+    return curves
+
+
+def growth_figure(path: Path, growth: dict[str, Any]) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, (part, label) in zip(axes, (("attention", "tokens N"), ("separation", "memories M")), strict=True):
+        for name, curve in growth[part].items():
+            axis.loglog([int(size) for size in curve], list(curve.values()), marker="o", label=name)
+        axis.set(title=f"{part}, with gradients", xlabel=label, ylabel="milliseconds on one CPU thread")
+        axis.legend()
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
