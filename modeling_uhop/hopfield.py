@@ -112,7 +112,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register("hopfield", sdpa_mask)
 
 
 def hopfield_kernel(config, requested: str | None) -> str | None:
-    """The attention to use where `requested` was asked for: "hopfield" for alpha > 1 if none was.
+    """The attention to use where `requested` was asked for: for alpha > 1, if none was, "hopfield", or "eager" where weights are wanted.
 
     Raises:
         ValueError: For one that computes softmax while the model has alpha > 1.
@@ -124,7 +124,9 @@ def hopfield_kernel(config, requested: str | None) -> str | None:
             f"attn_implementation={requested!r} computes softmax attention (alpha = 1), and this model has "
             f"alpha={config.alpha}, learnable_alpha={config.learnable_alpha}; use 'hopfield' or 'eager'"
         )
-    return requested or "hopfield"
+    if requested is None:
+        return "eager" if config.output_attentions else "hopfield"
+    return requested
 
 
 class MemorySet(NamedTuple):
@@ -239,7 +241,9 @@ class HopfieldAttention(nn.Module):
 
 def _composed(outer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
     """The linear layer `outer(weight x + bias)`, composed in fp64."""
-    composed = nn.Linear(weight.shape[1], outer.out_features, outer.bias is not None, device=weight.device, dtype=weight.dtype)
+    like = {"device": weight.device, "dtype": weight.dtype}
+    composed = nn.utils.skip_init(nn.Linear, weight.shape[1], outer.out_features, outer.bias is not None, **like)
+    composed.train(outer.training).requires_grad_(outer.weight.requires_grad)
     wide = outer.weight.double()
     composed.weight.copy_(wide @ weight.double())
     if outer.bias is not None:
@@ -261,8 +265,10 @@ class FoldableMixin(nn.Module):
         for module in folded.modules():
             if isinstance(module, HopfieldAttention):
                 module.fold_feature_map()
-        if folded.config.use_feature_map:
-            folded.config.use_feature_map, folded.config.value_source, folded.config.feature_dim = False, "memory", None
+        for module in folded.modules():
+            config = getattr(module, "config", None)
+            if getattr(config, "use_feature_map", False):
+                config.use_feature_map, config.value_source, config.feature_dim = False, "memory", None
         return folded
 
 

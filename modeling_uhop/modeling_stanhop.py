@@ -295,7 +295,8 @@ class STanHopModel(STanHopPreTrainedModel):
 
     def __init__(self, config: STanHopConfig):
         # A copy: `store` keeps num_memories up to date, and two models may be built from one configuration.
-        super().__init__(copy.deepcopy(config))
+        config = copy.deepcopy(config)
+        super().__init__(config)
         self.num_patches = math.ceil(config.context_length / config.patch_length)
         self.scaler = STanHopScaler(config)
         self.memory = STanHopWindowMemory(config)
@@ -441,8 +442,8 @@ class STanHopForPrediction(STanHopPreTrainedModel):
     def __init__(self, config: STanHopConfig):
         super().__init__(config)
         self.model = STanHopModel(config)
-        # The model keeps its configuration's num_memories up to date, and this one's with it.
-        self.config = self.model.config
+        # The model keeps its configuration's num_memories up to date, and with it that of all parts.
+        self.config = config = self.model.config
         self.decoder = STanHopDecoder(config)
         self.linear_skip = STanHopSkip(config.context_length, config.prediction_length) if config.use_linear_skip else None
         tuned = config.memory_type == "tune"

@@ -4,6 +4,7 @@ import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -31,6 +32,9 @@ from .spherical import are_independent, separate_optimally
 
 
 _SEARCHED_CODES, _MEMORIES_IN_A_STEP = 1000, 4096
+# Features of what a memory model stores, and the tensors and versions they were computed from. Apart from the models, so that a copy of one
+# has no part in them.
+_FEATURES: WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -115,30 +119,27 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         )
         self.register_buffer("memories", torch.zeros(config.num_memories, config.pattern_dim))
         self.memories: torch.Tensor
-        self._known: tuple[torch.Tensor, int, torch.Tensor, int, torch.Tensor] | None = None
         self.post_init()
-
-    def _apply(self, fn, recurse=True):
-        self._known = None
-        return super()._apply(fn, recurse)
 
     def stored_features(self) -> torch.Tensor:
         """Features (M, feature_dim) of the memories, or these themselves without a feature map.
 
-        Kept until the memories or the map change, unless a gradient has to pass.
+        They are kept, and computed again when the memories or the map have changed (unless through `.data` or a NumPy view, which
+        PyTorch does not count), where a gradient has to pass, and under autocast and inference mode.
         """
         if self.feature_map is None:
             return self.memories
         memories, weight = self.memories, self.feature_map.weight
-        if (torch.is_grad_enabled() and weight.requires_grad) or memories.is_inference() or weight.is_inference():
+        passing = torch.is_grad_enabled() and weight.requires_grad
+        if passing or torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or memories.is_inference():
             return self.feature_map(memories)
-        if self._known is not None:
-            known_memories, memories_version, known_weight, weight_version, features = self._known
-            same = known_memories is memories and known_weight is weight
-            if same and (memories_version, weight_version) == (memories._version, weight._version):
+        versions = (memories._version, weight._version, weight.data_ptr(), weight.dtype, self.feature_map.normalize)
+        if self in _FEATURES:
+            (known_memories, known_weight, known_versions), features = _FEATURES[self]
+            if known_memories is memories and known_weight is weight and known_versions == versions:
                 return features
         features = self.feature_map(memories)
-        self._known = (memories, memories._version, weight, weight._version, features)
+        _FEATURES[self] = (memories, weight, versions), features
         return features
 
     def __len__(self) -> int:

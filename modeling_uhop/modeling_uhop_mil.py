@@ -145,6 +145,11 @@ class UHopMILPreTrainedModel(FoldableMixin, PreTrainedModel):
             # PyTorch's own scale: at a fixed 0.02 these narrow layers would begin close to zero.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
 
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        if requested_attention not in (None, "eager"):
+            raise ValueError(f"instance weights need attn_implementation='eager', got {requested_attention!r}")
+        return super().get_correct_attn_implementation("eager", is_init_check)
+
     def save_pretrained(self, *args, **kwargs) -> None:
         # There is no auto class for bags; of those there are, that for sequences, which are sets with an order, is the nearest.
         self.config.auto_map = {

@@ -101,8 +101,9 @@ def _mean_of_exponentials(
         total = total * shrunk + weights.sum((1, 2), keepdim=True)
         _add_to_gradient(gradient, features, block, weights * slope(block.similarity))
         largest = above
-    present = total > 0
-    losses = torch.where(present, largest + total.log(), 0.0).flatten() - _pairs(features, members).clamp(min=1).log()
+    pairs = _pairs(features, members)
+    present = (pairs > 0).view(-1, 1, 1)
+    losses = torch.where(present, largest + total.log(), 0.0).flatten() - pairs.clamp(min=1).log()
     return losses, gradient.div_(torch.where(present, total, 1.0))
 
 
@@ -130,7 +131,7 @@ def _nearest(features: torch.Tensor, members: torch.Tensor | None, temperature: 
         found = torch.stack([place // width + block.rows.start, place % width + block.columns.start], -1)
         pairs = torch.where((closest > largest).unsqueeze(-1), found, pairs)
         largest = torch.maximum(largest, closest)
-    present = largest > -torch.inf
+    present = _pairs(features, members) > 0
     ends = features.gather(1, pairs.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
     share = ends.flip(1) * (present / temperature).view(-1, 1, 1)
     gradient = torch.zeros_like(features).scatter_add_(1, pairs.unsqueeze(-1).expand_as(share), share)
@@ -144,7 +145,7 @@ def _per_memory(features: torch.Tensor, members: torch.Tensor | None, temperatur
         exponents = block.similarity / temperature
         log_sums[:, block.rows] = torch.logaddexp(log_sums[:, block.rows], exponents.logsumexp(2))
         log_sums[:, block.columns] = torch.logaddexp(log_sums[:, block.columns], exponents.logsumexp(1))
-    present = log_sums > -torch.inf
+    present = log_sums != -torch.inf
     log_sums = torch.where(present, log_sums, 0.0)
     gradient = torch.zeros_like(features)
     for block in _blocks(features, members):

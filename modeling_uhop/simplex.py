@@ -18,6 +18,8 @@ import math
 
 import torch
 
+from .validation import is_readable
+
 
 # Below this a score is so far from the largest that its weight is zero for every alpha; finite, so 0 * it is not NaN.
 _LOWEST = -1e30
@@ -91,15 +93,17 @@ def tsallis_entropy_terms(weights: torch.Tensor, alpha: float | torch.Tensor) ->
 
 
 def _check_alpha(alpha: float | torch.Tensor, scores: torch.Tensor, dim: int) -> None:
+    if isinstance(alpha, torch.Tensor) and _aligned(alpha, scores).shape[dim] != 1:
+        raise ValueError(f"alpha must have size 1 along dim {dim}, got shape {tuple(alpha.shape)} for scores {tuple(scores.shape)}")
+    check_alpha_range(alpha)
+
+
+def check_alpha_range(alpha: float | torch.Tensor) -> None:
+    """A `ValueError` for an alpha outside [1, 2]; a tensor's values are looked at only where that costs little."""
     if not isinstance(alpha, torch.Tensor):
         if not 1.0 <= alpha <= 2.0:
             raise ValueError(f"alpha must lie in [1, 2], got {alpha}")
-        return
-    if _aligned(alpha, scores).shape[dim] != 1:
-        raise ValueError(f"alpha must have size 1 along dim {dim}, got shape {tuple(alpha.shape)} for scores {tuple(scores.shape)}")
-    # Reading values off an accelerator would stall it, and a traced graph cannot branch on them.
-    readable = alpha.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and not bool(((alpha >= 1.0) & (alpha <= 2.0)).all()):
+    elif is_readable(alpha) and not bool(((alpha >= 1.0) & (alpha <= 2.0)).all()):
         raise ValueError(f"alpha must lie in [1, 2], got values from {alpha.min().item()} to {alpha.max().item()}")
 
 
@@ -180,9 +184,7 @@ def entmax_threshold(base: torch.Tensor, eps: float | torch.Tensor, dim: int = -
 
 def _is_rounding(excess: torch.Tensor) -> bool:
     """Whether no row's sum of weights is off by more than rounding; never while tracing, or where looking would stall an accelerator."""
-    if excess.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return bool((excess.abs() < 16 * torch.finfo(excess.dtype).eps).all())
+    return is_readable(excess) and not bool((excess.abs() >= 16 * torch.finfo(excess.dtype).eps).any())
 
 
 def entmax_weights(

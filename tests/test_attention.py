@@ -7,7 +7,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modeling_uhop import STanHopConfig, STanHopForPrediction, UHopViTConfig, UHopViTForImageClassification, attention, hopfield_attention
+from modeling_uhop import (
+    HopfieldAttention,
+    STanHopConfig,
+    STanHopForPrediction,
+    UHopMILConfig,
+    UHopMILForBagClassification,
+    UHopViTConfig,
+    UHopViTForImageClassification,
+    attention,
+    hopfield_attention,
+)
 from modeling_uhop.attention import chunked_hopfield_attention
 from modeling_uhop.hopfield import hopfield_attention_forward
 
@@ -193,3 +203,88 @@ def test_it_compiles_without_a_break():
     images = torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_close(compiled(images).logits, model(images).logits, scale=3)
+
+
+def test_nan_stays_nan_under_a_mask():
+    query, key, value = (x.detach() for x in _inputs())
+    query[0, 0, 0, 0] = torch.nan
+    output = chunked_hopfield_attention(query, key, value, alpha=1.5, scaling=1.0, attention_mask=torch.ones(1, 1, 5, 9, dtype=torch.bool))
+    assert output[0, 0, 0].isnan().all()
+    assert output.isnan().sum() == 6
+
+
+@pytest.mark.parametrize("empty", ["batch", "heads", "queries", "keys"])
+def test_nothing_to_do(empty):
+    sizes = {"batch": 2, "heads": 3, "queries": 5, "keys": 9, empty: 0}
+    shapes = [(sizes["batch"], sizes["heads"], sizes[name], 4) for name in ("queries", "keys", "keys")]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    output = chunked_hopfield_attention(*inputs, alpha=1.5, scaling=1.0)
+    assert torch.equal(output, torch.zeros(shapes[0]))
+    output.sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in inputs)
+
+
+def test_all_weights_may_be_dropped():
+    query, key, value = _inputs()
+    output = chunked_hopfield_attention(query, key, value, alpha=1.5, dropout=1.0)
+    assert torch.equal(output, torch.zeros_like(output))
+
+
+def test_the_default_scaling_and_a_mask_that_adds_axes():
+    query, key, value = (x.detach()[:1] for x in _inputs())
+    mask = torch.rand(4, 1, 5, 9) < 0.7
+    output = chunked_hopfield_attention(query, key, value, alpha=1.3, attention_mask=mask)
+    assert_close(output, hopfield_attention(query, key, value, alpha=1.3, attention_mask=mask), scale=3)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 3.0, torch.tensor(3.0)])
+def test_alpha_out_of_range_is_refused(alpha):
+    with pytest.raises(ValueError, match=r"alpha must lie in \[1, 2\]"):
+        chunked_hopfield_attention(*_inputs(), alpha=alpha)
+
+
+def test_autocast_is_that_of_the_plain_kernel():
+    inputs = _inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = chunked_hopfield_attention(*inputs, alpha=1.5)
+        plain = hopfield_attention(*inputs, alpha=1.5)
+    assert output.dtype == plain.dtype == torch.bfloat16
+    assert_close(output, plain.double(), scale=10)
+    output.float().sum().backward()
+    assert all(x.grad.dtype == torch.float32 and x.grad.isfinite().all() for x in inputs)
+
+
+def test_sums_over_many_pieces_keep_their_precision(monkeypatch):
+    query = torch.randn(1, 1, 2048, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 1, 32, 8, dtype=torch.float64)
+    gradients = []
+    for size, dtype in ((10**6, torch.float64), (32 * 16, torch.bfloat16)):
+        monkeypatch.setattr(attention, "_PIECE", size)
+        inputs = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in (query, key, value)]
+        chunked_hopfield_attention(*inputs, alpha=1.5).sum().backward()
+        gradients.append(inputs[1].grad.double())
+    assert (gradients[1] - gradients[0]).norm() < 0.01 * gradients[0].norm()
+
+
+def test_where_weights_are_wanted_always_the_plain_kernel_is_chosen():
+    config = UHopViTConfig(**SMALL, alpha=1.5, output_attentions=True)
+    model = UHopViTForImageClassification(config).eval()
+    assert model.config._attn_implementation == "eager"
+    assert len(model(torch.randn(1, 3, 8, 8)).attentions) == 1
+
+
+def test_every_part_of_a_forecaster_follows_its_kernel():
+    sizes = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6}
+    model = STanHopForPrediction(STanHopConfig(**sizes))
+    layers = [module for module in model.modules() if isinstance(module, HopfieldAttention)]
+    for kernel in ("eager", "hopfield"):
+        model.set_attn_implementation(kernel)
+        assert {layer.config._attn_implementation for layer in layers} == {kernel}
+    folded = model.fold_feature_maps()
+    assert {module.config.use_feature_map for module in folded.modules() if hasattr(module, "config")} == {False}
+    assert {module.config.use_feature_map for module in model.modules() if hasattr(module, "config")} == {True}
+
+
+def test_bags_need_weights():
+    with pytest.raises(ValueError, match="instance weights need attn_implementation='eager', got 'hopfield'"):
+        UHopMILForBagClassification(UHopMILConfig(alpha=1.5, attn_implementation="hopfield"))

@@ -90,3 +90,13 @@ def test_folding_keeps_the_dtype():
     assert {parameter.dtype for parameter in folded.parameters()} == {torch.bfloat16}
     inputs = {name: value.to(torch.bfloat16) for name, value in inputs.items()}
     assert_close(folded(**inputs).logits, model(**inputs).logits, scale=10)
+
+
+def test_folding_draws_nothing_and_keeps_what_is_frozen():
+    model, _ = _vit()
+    model.eval().requires_grad_(False)
+    state = torch.get_rng_state()
+    folded = model.fold_feature_maps()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(parameter.requires_grad for parameter in folded.parameters())
+    assert not any(module.training for module in folded.modules())

@@ -170,7 +170,7 @@ def test_a_block_is_the_loops():
 
 def test_series_and_windows_do_not_leak_over_time():
     """Over time a series sees itself alone, and prototypes mix series at one position alone."""
-    block = STanHopBlock(STanHopConfig(**SMALL)).eval()
+    block = _model().model.blocks[0]
     states = torch.randn(2, 3, 5, 8)
     changed = states.clone()
     changed[0, 1, 2] += 1.0

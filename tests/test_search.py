@@ -1,5 +1,7 @@
 """Retrieval through a few candidates against retrieval with all weights, and what is kept of stored memories."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -126,3 +128,25 @@ def test_a_gradient_passes_through_features_that_are_not_kept():
     memory.separate(steps=2)
     with torch.no_grad():
         assert_close(memory.stored_features(), memory.feature_map(memory.memories))
+
+
+def test_copies_and_other_modes_have_no_part_in_what_is_kept():
+    memory = _memory(dtype=torch.float32)
+    queries = torch.randn(3, 12)
+    memory.separate(steps=5)
+    with torch.no_grad():
+        memory(queries)
+        twin = copy.deepcopy(memory)
+        twin.separate(steps=5, lr=0.1)
+        assert_close(twin.stored_features(), twin.feature_map(twin.memories))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            memory.append(torch.ones(12))
+            memory(queries)
+        assert memory(queries).retrieved.dtype == torch.float32
+    memory.requires_grad_(False)
+    memory.store(torch.randn(5, 12))
+    with torch.inference_mode():
+        memory(queries)
+    queries.requires_grad_()
+    memory(queries).retrieved.sum().backward()
+    assert queries.grad.isfinite().all()

@@ -78,3 +78,10 @@ def test_sampled_memories_estimate_the_mean_before_the_logarithm():
     error = estimates.std() / len(estimates) ** 0.5
     assert (estimates.mean() - exact).abs() < 4 * error
     assert error < 0.02 * exact
+
+
+@pytest.mark.parametrize("kind", SEPARATION_KINDS)
+def test_nan_is_not_hidden(kind):
+    features = torch.randn(4, 3)
+    features[1, 2] = torch.nan
+    assert separation_loss(features, kind=kind).isnan()
