@@ -122,7 +122,8 @@ def hopfield_kernel(config, requested: str | None) -> str | None:
     if requested not in (None, "eager", "hopfield"):
         raise ValueError(
             f"attn_implementation={requested!r} computes softmax attention (alpha = 1), and this model has "
-            f"alpha={config.alpha}, learnable_alpha={config.learnable_alpha}; use 'hopfield' or 'eager'"
+            f"alpha={config.alpha}, learnable_alpha={config.learnable_alpha}; use 'hopfield' or 'eager' (a configuration that a model was "
+            "made from remembers its attention)"
         )
     if requested is None:
         return "eager" if config.output_attentions else "hopfield"
@@ -267,7 +268,7 @@ class FoldableMixin(nn.Module):
                 module.fold_feature_map()
         for module in folded.modules():
             config = getattr(module, "config", None)
-            if getattr(config, "use_feature_map", False):
+            if config is not None and config.use_feature_map:
                 config.use_feature_map, config.value_source, config.feature_dim = False, "memory", None
         return folded
 

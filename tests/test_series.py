@@ -1,5 +1,6 @@
 """Forecasting: series, splits, windows, anchors against loops and scikit-learn, the script."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from anchors import WindowMemory, anchors, errors_of, linear_map, repeat_last, repeat_season
+from anchors import WindowMemory, anchors, errors_of, forward_filled, linear_map, repeat_last, repeat_season
 from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
@@ -226,3 +227,18 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     assert refused.returncode != 0
     assert "time stamps must increase" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_missing_values_are_filled_from_the_past():
+    nan = float("nan")
+    values = torch.tensor([[nan, 1.0], [2.0, nan], [nan, nan], [4.0, 3.0]])
+    assert torch.equal(forward_filled(values), torch.tensor([[0.0, 1.0], [2.0, 1.0], [2.0, 1.0], [4.0, 3.0]]))
+    assert torch.equal(forward_filled(values.expand(2, 4, 2))[1], forward_filled(values))
+
+
+def test_anchors_with_missing_values_and_a_season_longer_than_their_past(series):
+    values = series.values.clone()
+    values[50:60, 1] = float("nan")
+    values[-30, 0] = float("nan")
+    table = anchors(dataclasses.replace(series, values=values), 24, 60, [48])
+    assert all(np.isfinite(list(errors.values())).all() for errors in table.values())

@@ -107,6 +107,15 @@ def test_a_run_that_fails_is_named_and_the_others_are_run(project):
     assert "no luck" in runs[1].folder.with_suffix(".log").read_text()
 
 
+def test_results_of_an_earlier_or_failed_run_are_not_taken_for_new_ones(project):
+    sweep = read_sweep(write(project, variants={"plain": []}, pairs=None))
+    execute(runs_of(sweep, "fake", project / "runs", None), jobs=1)
+    sweep = read_sweep(write(project, variants={"plain": ["fail=true"]}, pairs=None))
+    for _ in range(2):
+        with pytest.raises(RecipeError, match="1 of 3 runs failed"):
+            execute(runs_of(sweep, "fake", project / "runs", None), jobs=1)
+
+
 def test_a_local_data_set_is_found_by_its_name(project):
     sweep = read_sweep(write(project))
     with pytest.raises(RecipeError, match="no folder or file ETTh1"):
@@ -122,6 +131,7 @@ def test_a_local_data_set_is_found_by_its_name(project):
     [
         ({"seed": [1]}, "unknown key 'seed' in sweep; the nearest valid one is 'seeds'"),
         ({"seeds": None}, "a sweep needs seeds"),
+        ({"variants": {"a b": [], "a_b": []}, "pairs": None}, "differ in more than spaces"),
         ({"pairs": [["plain", "best"]]}, "got 'best'"),
     ],
 )

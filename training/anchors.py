@@ -16,7 +16,10 @@ Forecaster = Callable[[torch.Tensor], torch.Tensor]
 
 @torch.no_grad()
 def errors_of(forecaster: Forecaster, series: Series, split: str, context_length: int, prediction_length: int) -> dict[str, float]:
-    """Mean squared and absolute error over every window of a split, on scaled values; values that are missing do not count."""
+    """Mean squared and absolute error over every window of a split, on scaled values.
+
+    Missing future values do not count.
+    """
     windows = series.windows(split, context_length, prediction_length)
     totals = np.zeros(3)
     for start in range(0, len(windows), 256):
@@ -27,14 +30,21 @@ def errors_of(forecaster: Forecaster, series: Series, split: str, context_length
     return {"mse": float(totals[0] / totals[2]), "mae": float(totals[1] / totals[2])}
 
 
+def forward_filled(values: torch.Tensor) -> torch.Tensor:
+    """Values (..., T, C), each missing one replaced by the last before it, or by 0, the mean of the training rows, if there is none."""
+    steps = torch.arange(values.shape[-2]).unsqueeze(-1)
+    last = torch.where(values.isnan(), -1, steps).cummax(-2).values
+    return torch.where(last < 0, 0.0, values.gather(-2, last.clamp(min=0)))
+
+
 def repeat_last(prediction_length: int) -> Forecaster:
     """The last value."""
-    return lambda past: past[:, -1:].expand(-1, prediction_length, -1)
+    return lambda past: forward_filled(past)[:, -1:].expand(-1, prediction_length, -1)
 
 
 def repeat_season(prediction_length: int, season: int) -> Forecaster:
     """The last `season` steps, over and over."""
-    return lambda past: past[:, -season:].repeat(1, -(-prediction_length // season), 1)[:, :prediction_length]
+    return lambda past: forward_filled(past)[:, -season:].repeat(1, -(-prediction_length // season), 1)[:, :prediction_length]
 
 
 def linear_map(series: Series, context_length: int, prediction_length: int, *, last_value: bool) -> Forecaster:
@@ -45,8 +55,9 @@ def linear_map(series: Series, context_length: int, prediction_length: int, *, l
     gram, target = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, prediction_length, dtype=torch.float64)
     span = context_length + prediction_length
     count = 0
+    known = forward_filled(series.values[first:last]).double()
     for channel in range(series.values.shape[1]):
-        for rows in series.values[first:last, channel].double().unfold(0, span, 1).split(2048):
+        for rows in known[:, channel].unfold(0, span, 1).split(2048):
             past, future = rows[:, :context_length], rows[:, context_length:]
             if last_value:
                 past, future = past - rows[:, context_length - 1 : context_length], future - rows[:, context_length - 1 : context_length]
@@ -61,6 +72,7 @@ def linear_map(series: Series, context_length: int, prediction_length: int, *, l
         weights = torch.linalg.solve(gram + ridge, target).float()
 
         def forecast(past: torch.Tensor) -> torch.Tensor:
+            past = forward_filled(past)
             offset = past[:, -1:] if last_value else torch.zeros_like(past[:, -1:])
             return ((past - offset).mT @ weights[:-1] + weights[-1]).mT + offset
 
@@ -81,7 +93,7 @@ class WindowMemory:
         self, series: Series, context_length: int, prediction_length: int, *, beta: float = 12.0, alpha: float = 1.0, stride: int = 2
     ):
         first, last = series.rows["train"]
-        windows = series.values[first:last].unfold(0, context_length + prediction_length, stride)
+        windows = forward_filled(series.values[first:last]).unfold(0, context_length + prediction_length, stride)
         self.beta, self.alpha = beta, alpha
         past, future = windows[..., :context_length], windows[..., context_length:]
         loc, scale = _loc_and_scale(past)
@@ -95,7 +107,7 @@ class WindowMemory:
 
     def weights(self, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Association weights (C, B, M) of windows (B, L, C), and what these were scaled by, (C, B, 1)."""
-        series = past.permute(2, 0, 1)
+        series = forward_filled(past).permute(2, 0, 1)
         loc, scale = _loc_and_scale(series)
         similarity = normalize((series - loc) / scale, dim=-1) @ self.keys.mT
         return simplex_map(self.beta * similarity, self.alpha), loc, scale
@@ -120,7 +132,7 @@ def anchors(series: Series, prediction_length: int, season: int, context_lengths
     longest = max(context_lengths)
     forecasters: dict[str, tuple[Forecaster, int]] = {
         "repeat last": (repeat_last(prediction_length), longest),
-        f"repeat last {season}": (repeat_season(prediction_length, season), longest),
+        f"repeat last {season}": (repeat_season(prediction_length, season), max(longest, season)),
     }
     for length in context_lengths:
         for name, last_value in (("linear", False), ("normalised linear", True)):

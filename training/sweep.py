@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--results", default="benchmarks/results", help="folder of the gathered results")
     args = parser.parse_args()
     with errors_in_one_line():
+        if args.jobs < 1:
+            raise RecipeError(f"--jobs must be at least 1, got {args.jobs}")
         sweep = read_sweep(Path(args.sweep))
         chosen = args.recipes or sweep["recipes"]
         for recipe in chosen:
@@ -78,7 +80,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     """A sweep with every key it may have.
 
     Raises:
-        RecipeError: For a key that no sweep has, or a pair of a variant that there is not.
+        RecipeError: For a key that no sweep has, or a pair of a variant that there is not, or variants that would share a folder.
     """
     sweep = read_yaml(path)
     check_keys("sweep", sweep, [*REQUIRED, *OPTIONAL])
@@ -86,6 +88,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
     for name in REQUIRED:
         if not sweep.get(name):
             raise RecipeError(f"a sweep needs {name}")
+    if len({_folder_name(variant) for variant in sweep["variants"]}) < len(sweep["variants"]):
+        raise RecipeError(f"variants must differ in more than spaces, got {list(sweep['variants'])}")
     for pair in sweep["pairs"]:
         for variant in pair:
             if variant not in sweep["variants"]:
@@ -104,8 +108,12 @@ def runs_of(sweep: dict[str, Any], recipe: str, folder: Path, data_dir: str | No
             command += [] if dataset is None else ["--dataset", dataset]
             for override in [*sweep["overrides"], *overrides, *(sweep["once"] if not runs else [])]:
                 command += ["--set", override]
-            runs.append(Run(recipe, variant, seed, command, folder / recipe / variant.replace(" ", "_") / f"seed_{seed}"))
+            runs.append(Run(recipe, variant, seed, command, folder / recipe / _folder_name(variant) / f"seed_{seed}"))
     return runs
+
+
+def _folder_name(variant: str) -> str:
+    return variant.replace(" ", "_")
 
 
 def local_dataset(name: str, data_dir: Path) -> str | None:
@@ -129,17 +137,20 @@ def execute(runs: list[Run], jobs: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if jobs > 1 else None
 
     def run_one(run: Run) -> Path | None:
-        log, recipe = run.folder.with_suffix(".log"), Path(run.command[2])
-        heading = f"{shlex.join(run.command[3:])}\n{recipe.read_text()}\n"
-        if (run.folder / "results.json").is_file() and log.is_file() and log.read_text().startswith(heading):
+        log, done = run.folder.with_suffix(".log"), run.folder.with_suffix(".done")
+        asked = f"{shlex.join(run.command[1:])}\n{Path(run.command[2]).read_text()}"
+        if done.is_file() and done.read_text() == asked:
             return None
+        done.unlink(missing_ok=True)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         existing = ["--overwrite"] if run.folder.exists() else []
         with log.open("w") as stream:
-            print(heading, file=stream, flush=True)
-            where = ["--output_dir", str(run.folder), *existing]
-            finished = subprocess.run([*run.command, *where], stdout=stream, stderr=subprocess.STDOUT, env=environment)
-        return log if finished.returncode != 0 else None
+            command = [*run.command, "--output_dir", str(run.folder), *existing]
+            finished = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        if finished.returncode != 0:
+            return log
+        done.write_text(asked)
+        return None
 
     with ThreadPoolExecutor(jobs) as pool:
         failed = [str(log) for log in logging.tqdm(pool.map(run_one, runs), total=len(runs), desc="runs") if log is not None]

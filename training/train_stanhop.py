@@ -85,8 +85,8 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     model.eval().cpu()
     metrics: dict[str, Any] = {f"test_{name}": error for name, error in errors_of(forecaster(model), series, "test", *lengths).items()}
     metrics |= {"validation_loss": trainer.state.best_metric, "train_seconds": round(seconds, 1)}
-    metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths)
     trainer.save_model()
+    metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths)
     write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), log_history=trainer.state.log_history)
     windows = series.windows("test", *lengths)
     examples = [windows[index] for index in range(0, len(windows), 500)]
