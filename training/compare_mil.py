@@ -192,8 +192,9 @@ def table(gathered: list[dict[str, Any]]) -> str:
     metric = gathered[0]["recipe"]["metrics"][0]
     titles = [Path(result["recipe"]["data"]["dataset"]).stem for result in gathered]
     lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
-    for job in gathered[0]["results"]:
-        cells = [f"{r['results'][job][metric]['mean']:.3f} ± {r['results'][job][metric]['std_repeats']:.3f}" for r in gathered]
+    for job in dict.fromkeys(job for result in gathered for job in result["results"]):
+        scores = [result["results"].get(job, {}).get(metric) for result in gathered]
+        cells = ["" if score is None else f"{score['mean']:.3f} ± {score['std_repeats']:.3f}" for score in scores]
         lines.append(f"| {job} | " + " | ".join(cells) + " |")
     for row in dict.fromkeys(row for result in gathered for row in result["published"]):
         lines.append(f"| published: {row} | " + " | ".join(result["published"].get(row, "") for result in gathered) + " |")
