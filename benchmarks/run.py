@@ -107,15 +107,15 @@ def line(case: Case) -> str:
 
 
 def interleaved(rounds: int, *works: Work) -> list[float]:
-    """Median milliseconds of each, run in turn."""
+    """Median milliseconds of CPU time of each, run in turn."""
     times: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
     for _ in range(rounds):
         for work, own in zip(works, times, strict=True):
-            started = time.perf_counter()
+            started = time.process_time()
             work()
-            own.append(1e3 * (time.perf_counter() - started))
+            own.append(1e3 * (time.process_time() - started))
     return [statistics.median(own) for own in times]
 
 
@@ -302,7 +302,7 @@ def growth_figure(path: Path, growth: dict[str, Any]) -> None:
     for axis, (part, label) in zip(axes, (("attention", "tokens N"), ("separation", "memories M")), strict=True):
         for name, curve in growth[part].items():
             axis.loglog([int(size) for size in curve], list(curve.values()), marker="o", label=name)
-        axis.set(title=f"{part}, with gradients", xlabel=label, ylabel="milliseconds on one CPU thread")
+        axis.set(title=f"{part}, with gradients", xlabel=label, ylabel="milliseconds of CPU time")
         axis.legend()
         axis.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=90)
