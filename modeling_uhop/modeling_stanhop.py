@@ -215,15 +215,17 @@ class STanHopWindowMemory(nn.Module):
         super().__init__()
         self.config = config
         shape = (config.num_input_channels, config.num_memories)
-        self.register_buffer("pasts", torch.zeros(*shape, config.context_length))
-        self.register_buffer("futures", torch.zeros(*shape, config.prediction_length))
+        stored = config.num_memories > 0
+        self.register_buffer("pasts", torch.zeros(*shape, config.context_length) if stored else None)
+        self.register_buffer("futures", torch.zeros(*shape, config.prediction_length) if stored else None)
         self.pasts: torch.Tensor
         self.futures: torch.Tensor
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        init.zeros_(self.pasts)
-        init.zeros_(self.futures)
+        if self.pasts is not None:
+            init.zeros_(self.pasts)
+            init.zeros_(self.futures)
 
     def weights(self, scaled: torch.Tensor) -> torch.Tensor:
         """Association weights (C, B, num_memories) of windows (B, L, C)."""
