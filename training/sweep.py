@@ -200,9 +200,10 @@ def table(gathered: list[dict[str, Any]]) -> str:
     titles = ["" if len(gathered) == 1 else result["recipe"]["name"] + ", " for result, _ in columns]
     header = ["", "parameters", *(title + metric.replace("_", " ") for title, (_, metric) in zip(titles, columns, strict=True))]
     rows = []
-    for variant, result in gathered[0]["variants"].items():
+    for variant in gathered[0]["variants"]:
+        sizes = dict.fromkeys(f"{result['variants'][variant]['num_parameters']:,}" for result in gathered)
         cells = [(r["variants"][variant]["metrics"][metric]) for r, metric in columns]
-        rows.append([variant, f"{result['num_parameters']:,}", *(f"{cell['mean']:.4f} ± {cell['std']:.4f}" for cell in cells)])
+        rows.append([variant, " / ".join(sizes), *(f"{cell['mean']:.4f} ± {cell['std']:.4f}" for cell in cells)])
     for anchor in gathered[0].get("anchors", {}):
         rows.append([anchor, "", *(f"{r['anchors'][anchor][metric]:.4f}" for r, metric in columns)])
     for source in dict.fromkeys(source for result in gathered for source in result.get("published", {})):
