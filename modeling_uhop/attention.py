@@ -13,11 +13,11 @@ from torch.autograd.function import once_differentiable
 from .simplex import (
     at_least_fp32,
     check_alpha_range,
+    entmax_base,
     entmax_eps_gradient,
     entmax_score_gradient,
     entmax_threshold,
     entmax_weights,
-    has_root,
 )
 
 
@@ -41,7 +41,9 @@ def chunked_hopfield_attention(
 
     Differentiable once, in query, key, value and alpha; not in the mask.
 
-    Args and return value are those of `hopfield_attention`.
+    Args:
+        dropout: Probability in [0, 1] that a weight is left out.
+        The others, and the return value, are those of `hopfield_attention`.
 
     Raises:
         ValueError: If alpha is outside [1, 2].
@@ -148,13 +150,12 @@ def _scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, p
 def _base(
     scores: torch.Tensor, largest: torch.Tensor, eps: float | torch.Tensor, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`entmax_base` of scores, in their place, and which rows have no key; these get equal scores, so that nothing is divided by 0."""
+    """`entmax_base` of scores, and which rows have no key; these get equal scores, so that nothing is divided by 0."""
     absent = None
     if mask is not None:
         absent = largest == -torch.inf
         scores, largest = scores.masked_fill_(absent, 0.0), largest.masked_fill(absent, 0.0)
-    base = scores.sub_(largest)
-    return (base.mul_(eps).add_(1.0) if has_root(eps) else base), absent
+    return entmax_base(scores, largest, eps), absent
 
 
 def _without(absent: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention import chunked_hopfield_attention
 from .feature_map import FeatureMap
 from .simplex import simplex_map
+from .validation import is_readable
 
 
 def hopfield_attention(
@@ -84,27 +85,24 @@ def hopfield_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
+    *,
     alpha: float | torch.Tensor = 1.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention that transformers knows as "hopfield": the fastest kernel for the case at hand, and weights only where they are formed.
+    """The attention that transformers knows as "hopfield": what `eager_attention_forward` computes, by the fastest kernel there is.
 
-    At alpha = 1 `scaled_dot_product_attention`; above, on a CPU, `chunked_hopfield_attention`; `eager_attention_forward` where that
-    kernel is none (accelerators, traced graphs, a mask that asks for a gradient) and where `output_attentions` asks for weights.
+    At alpha = 1 `scaled_dot_product_attention`; above, on a CPU, `chunked_hopfield_attention`: neither forms weights. Elsewhere (on an
+    accelerator, in a traced graph, for a mask that asks for a gradient), and where `output_attentions` asks for weights, the plain one.
     """
     softmax = not isinstance(alpha, torch.Tensor) and alpha == 1.0
-    known = softmax or (query.device.type == "cpu" and not torch.compiler.is_compiling())
-    if not known or kwargs.get("output_attentions") or (attention_mask is not None and attention_mask.requires_grad):
-        return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout, alpha, **kwargs)
+    learned_mask = attention_mask is not None and attention_mask.requires_grad
+    if kwargs.get("output_attentions") or learned_mask or not (softmax or is_readable(query)):
+        return eager_attention_forward(module, query, key, value, attention_mask, alpha=alpha, **kwargs)
     if softmax:
-        kwargs["is_causal"] = False
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    dropout = dropout if module.training else 0.0
-    output = chunked_hopfield_attention(query, key, value, alpha=alpha, scaling=scaling, attention_mask=attention_mask, dropout=dropout)
-    return output.transpose(1, 2), None
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **{**kwargs, "is_causal": False})
+    dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
+    settings: dict[str, Any] = {"alpha": alpha, "scaling": kwargs.get("scaling"), "attention_mask": attention_mask, "dropout": dropout}
+    return chunked_hopfield_attention(query, key, value, **settings).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register("hopfield", hopfield_attention_forward)

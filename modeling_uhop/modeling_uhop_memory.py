@@ -25,7 +25,7 @@ from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import Corruption, mask_patterns
 from .energy import association, energy, similarity_scores
 from .feature_map import FeatureMap, unit_norm
-from .search import Candidates, brute_force, mixture, search
+from .search import Candidates, brute_force, mixture, sparse_association
 from .separation import maximize_separation
 from .simplex import at_least_fp32
 from .spherical import are_independent, separate_optimally
@@ -288,7 +288,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         top_k: int = 64,
         candidates: Candidates | None = None,
     ) -> UHopMemorySearchOutput:
-        """Retrieve (Stage II) from many memories, without forming the weights of those that have none. Exact; see `search.search`.
+        """Retrieve (Stage II) from many memories, without forming the weights of those that have none. Exact; see `sparse_association`.
 
         Args:
             queries: (Q, pattern_dim), or one (pattern_dim,).
@@ -308,7 +308,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         candidates = brute_force(self.stored_features()) if candidates is None else candidates
         settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha, "top_k": top_k}
         for _ in range(steps):
-            weights, indices = search(self._features(states), len(self), candidates, **settings)
+            weights, indices = sparse_association(self._features(states), len(self), candidates, **settings)
             states = mixture(self.memories, weights, indices)
         return UHopMemorySearchOutput(retrieved=states, indices=indices, weights=weights)
 
@@ -361,8 +361,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         )
 
     def _unit_kernel(self) -> torch.Tensor:
-        features = self.memories if self.feature_map is None else self.feature_map(self.memories)
-        features = unit_norm(at_least_fp32(features))
+        features = unit_norm(at_least_fp32(self.stored_features()))
         return features @ features.mT
 
     def _checked(self, patterns: torch.Tensor, name: str) -> torch.Tensor:

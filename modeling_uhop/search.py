@@ -34,7 +34,7 @@ def faiss_index(index) -> Candidates:
 
 
 @torch.no_grad()
-def search(
+def sparse_association(
     queries: torch.Tensor, memory_count: int, candidates: Candidates, *, beta: float, alpha: float, top_k: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Association weights of the memories that have any, `p = Sep_alpha(beta <Phi(Xi), Phi(x)>)` (U-Hop, arXiv 2404.03827, equation 2.4).
@@ -56,7 +56,7 @@ def search(
         ValueError: If there is no memory, or `top_k` is below 1.
     """
     if memory_count < 1 or top_k < 1:
-        raise ValueError(f"search needs at least one memory and one candidate, got {memory_count} memories and top_k={top_k}")
+        raise ValueError(f"there must be at least one memory and one candidate, got {memory_count} memories and top_k={top_k}")
     count = memory_count if alpha == 1.0 else min(top_k, memory_count)
     weights = queries.new_zeros(len(queries), count)
     indices = torch.zeros(len(queries), count, dtype=torch.long, device=queries.device)

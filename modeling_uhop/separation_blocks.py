@@ -11,7 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
-# Pairs in a block: 1 MB of fp32.
+# Rows and columns of a block: 1 MB of fp32.
 _BLOCK = 512
 
 
@@ -27,7 +27,7 @@ def blocked_separation_loss(features: torch.Tensor, members: torch.Tensor | None
     """Losses (S,) of S sets of features (S, M, D), as in `separation_loss`; 0 for a set without a pair. Differentiable once.
 
     Args:
-        features: In fp32 or better, of any norm, and finite.
+        features: In fp32 or better, of any norm.
         members: Boolean (S, M), which memories are present; `None` for all.
         kind, temperature: As in `separation_loss`.
     """

@@ -25,8 +25,8 @@ from .validation import is_readable
 _LOWEST = -1e30
 # Newton steps until the threshold is exact to rounding, on the hardest inputs found (near-uniform rows of 16,384 at alpha = 2).
 _NEWTON_STEPS = 12
-# Before this one it hardly ever is, and looking costs as much as a step of few rows.
-_SURE_STEPS = 3
+# Steps before the first look at whether it is: looking costs about as much as a step.
+_UNCHECKED_STEPS = 3
 
 
 def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: int = -1, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -141,7 +141,7 @@ class _Entmax(torch.autograd.Function):
     def backward(ctx, grad):
         weights, *saved_eps = ctx.saved_tensors
         eps = saved_eps[0] if saved_eps else ctx.eps
-        escort = weights.sign() if has_root(eps) and eps == 1.0 else torch.where(weights > 0, weights, 1.0).pow(1.0 - eps) * (weights > 0)
+        escort = torch.where(weights > 0, weights, 1.0).pow(1.0 - eps) * (weights > 0)
         grad_eps = entmax_eps_gradient(weights, escort, grad, eps, ctx.dim).sum_to_size(eps.shape) if ctx.needs_input_grad[1] else None
         return entmax_score_gradient(escort, grad, ctx.dim), grad_eps, None
 
@@ -153,7 +153,8 @@ def has_root(eps: float | torch.Tensor) -> bool:
 
 def entmax_base(scores: torch.Tensor, largest: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
     """What the solver works on: `z = scores - largest`, and `1 + eps z` where weights have a root."""
-    return 1.0 + eps * (scores - largest) if has_root(eps) else scores - largest
+    base = scores - largest
+    return base.mul_(eps).add_(1.0) if has_root(eps) else base
 
 
 def entmax_threshold(base: torch.Tensor, eps: float | torch.Tensor, dim: int = -1) -> torch.Tensor:
@@ -179,7 +180,7 @@ def entmax_threshold(base: torch.Tensor, eps: float | torch.Tensor, dim: int = -
             torch.sub(base, threshold, out=root).relu_()
             excess = root.sum(dim, keepdim=True) - 1.0
             threshold.addcdiv_(excess, root.sign_().sum(dim, keepdim=True))
-        if step >= _SURE_STEPS and _is_rounding(excess):
+        if step >= _UNCHECKED_STEPS and _is_rounding(excess):
             break
     return threshold
 
@@ -230,8 +231,8 @@ def _q_exponential(scores: torch.Tensor, eps: float | torch.Tensor) -> tuple[tor
     # Off the support the root is held above 0, as exponentials of -inf are slow, and the weight is set to 0 behind it.
     root = (1.0 + eps * scores).relu_()
     present = root.sign()
-    excess = (eps * scores).clamp_(min=torch.finfo(scores.dtype).eps - 1.0)
-    log_weights = torch.log1p(excess).div_(torch.where(eps > 0, eps, 1.0))
+    held = (eps * scores).clamp_(min=torch.finfo(scores.dtype).eps - 1.0)
+    log_weights = torch.log1p(held).div_(torch.where(eps > 0, eps, 1.0))
     # Where eps = 0 this adds the scores themselves: the limit is exp(z).
     log_weights = log_weights.addcmul_(scores, (eps == 0).to(scores.dtype))
     weights = log_weights.exp_().mul_(present)

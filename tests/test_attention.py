@@ -192,7 +192,6 @@ def test_a_forecaster_uses_it():
     assert model.config._attn_implementation == "hopfield"
     past = torch.randn(2, 24, 3)
     fast = model(past_values=past)
-    assert all(weights is None for weights in fast.attentions or ())
     model.set_attn_implementation("eager")
     assert_close(fast.prediction_outputs, model(past_values=past).prediction_outputs, scale=3)
     assert STanHopForPrediction(STanHopConfig(**sizes, alpha=1.0, learnable_alpha=False)).config._attn_implementation == "eager"

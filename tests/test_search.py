@@ -9,7 +9,7 @@ from conftest import assert_close
 
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
 from modeling_uhop import search as search_module
-from modeling_uhop.search import brute_force, faiss_index, search
+from modeling_uhop.search import brute_force, faiss_index, sparse_association
 
 
 def _memory(count=300, dtype=torch.float64, **fields):
@@ -93,7 +93,7 @@ def test_wrong_arguments_are_refused(call, message):
 
 def test_search_needs_memories_and_an_inner_product():
     with pytest.raises(ValueError, match="0 memories"):
-        search(torch.zeros(1, 3), 0, brute_force(torch.zeros(0, 3)), beta=1.0, alpha=1.5)
+        sparse_association(torch.zeros(1, 3), 0, brute_force(torch.zeros(0, 3)), beta=1.0, alpha=1.5)
     with pytest.raises(ValueError, match="'kernel' or 'dot', got 'l2'"):
         _memory(similarity="l2").search(torch.zeros(1, 12))
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from bags import Bags, load_bags
 from metrics import bag_metrics
-from recipe import MILRecipe, RecipeError, as_recorded, errors_in_one_line, load_recipe, provenance, read_yaml
+from recipe import MILRecipe, RecipeError, as_recorded, errors_in_one_line, load_recipe, local_dataset, provenance, read_yaml
 from scipy.stats import t as student_t
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -104,8 +104,8 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
 def load(name: str, repeats: int, data_dir: str | None, overrides: list[str]) -> MILRecipe:
     recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", overrides, MILRecipe)
     recipe.repeats = repeats
-    if data_dir is not None and recipe.data.dataset != "digits":
-        recipe.data.dataset = str(Path(data_dir) / f"{recipe.data.dataset.rpartition('/')[2]}.parquet")
+    if data_dir is not None:
+        recipe.data.dataset = local_dataset(recipe.data.dataset, Path(data_dir))
     check(recipe)
     return recipe
 

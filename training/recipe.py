@@ -181,6 +181,17 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
 
 
+def local_dataset(name: str, data_dir: Path) -> str:
+    """Where in a folder a recipe's data set lies: a folder, CSV or parquet file of its name; the name itself for one made here."""
+    if name in ("digits", "synthetic"):
+        return name
+    stem = name.rpartition("/")[2]
+    for candidate in (stem, f"{stem}.csv", f"{stem}.parquet"):
+        if (data_dir / candidate).exists():
+            return str(data_dir / candidate)
+    raise RecipeError(f"{data_dir} has no folder or file {stem}, {stem}.csv or {stem}.parquet")
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as text; this reads it as a number."""
 

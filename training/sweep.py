@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe import RecipeError, check_keys, errors_in_one_line, read_yaml
+from recipe import RecipeError, check_keys, errors_in_one_line, local_dataset, read_yaml
 from scipy.stats import t as student_t
 from transformers.utils import logging
 
@@ -33,7 +33,6 @@ OPTIONAL: dict[str, Any] = {
     "figures": [],
     "published": {},
 }
-EMBEDDED = ("digits", "synthetic")
 
 
 class Run(NamedTuple):
@@ -116,17 +115,6 @@ def _folder_name(variant: str) -> str:
     return variant.replace(" ", "_")
 
 
-def local_dataset(name: str, data_dir: Path) -> str | None:
-    """Where a data set lies, or `None` for one that needs no place."""
-    if name in EMBEDDED:
-        return None
-    stem = name.rpartition("/")[2]
-    for candidate in (stem, f"{stem}.csv", f"{stem}.parquet"):
-        if (data_dir / candidate).exists():
-            return str(data_dir / candidate)
-    raise RecipeError(f"{data_dir} has no folder or file {stem}, {stem}.csv or {stem}.parquet")
-
-
 def execute(runs: list[Run], jobs: int) -> None:
     """Run what is not finished, each in a process of its own, with its log beside its folder.
 
@@ -202,7 +190,7 @@ def table(gathered: list[dict[str, Any]]) -> str:
     rows = []
     for variant in gathered[0]["variants"]:
         sizes = dict.fromkeys(f"{result['variants'][variant]['num_parameters']:,}" for result in gathered)
-        cells = [(r["variants"][variant]["metrics"][metric]) for r, metric in columns]
+        cells = [r["variants"][variant]["metrics"][metric] for r, metric in columns]
         rows.append([variant, " / ".join(sizes), *(f"{cell['mean']:.4f} ± {cell['std']:.4f}" for cell in cells)])
     for anchor in gathered[0].get("anchors", {}):
         rows.append([anchor, "", *(f"{r['anchors'][anchor][metric]:.4f}" for r, metric in columns)])
