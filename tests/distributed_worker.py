@@ -1,11 +1,13 @@
 """One process of test_distributed: trains a small model with Stage I and saves what it ends with."""
 
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from recipe import leave_process_group
 from test_callbacks import Images, _model, _trainer
 
 from modeling_uhop import SeparationCallback
@@ -31,10 +33,13 @@ def main() -> None:
     logged = [entry for entry in trainer.state.log_history if "separation_loss" in entry]
     result = {"weights": dict(trainer.model.named_parameters()), "logged": logged, "history": callback.history}
     torch.save(result, folder / f"rank_{trainer.args.process_index}_of_{trainer.args.world_size}.pt")
-    # A process that exits with its group open may be aborted by gloo's threads.
-    PartialState().wait_for_everyone()
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        leave_process_group()
+    except Exception:
+        traceback.print_exc()
+        # The traceback holds the process group, and an exit that frees it can hang.
+        os._exit(1)

@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 def _launch(folder: Path, processes: int, options: dict) -> list[dict]:
     worker = [str(TESTS / "distributed_worker.py"), str(folder), json.dumps(options)]
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent / "training")))}
     finished = subprocess.run([sys.executable, *launcher, *worker], env=environment, capture_output=True, text=True)
     if finished.returncode != 0:
         pytest.fail(finished.stderr[-3000:])

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import gc
 import inspect
 import json
 import platform
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import TrainingArguments
 
@@ -179,6 +181,18 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, NotImplementedError, StrictDataclassError) as error:
         sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
+
+
+def leave_process_group() -> None:
+    """Close the group of the processes that trained together, if there is one, once all of them are here.
+
+    What is no longer used but still holds the group, as the reducer of a wrapped model does, goes before. Freed by the interpreter later,
+    it would end gloo's thread while holding the lock that this thread may be waiting for, and the process would never exit.
+    """
+    gc.collect()
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def local_dataset(name: str, data_dir: Path) -> str:

@@ -23,6 +23,7 @@ from recipe import (
     clear_output_dir,
     command_line,
     errors_in_one_line,
+    leave_process_group,
     load_recipe,
     write_recipe,
     write_results,
@@ -68,6 +69,7 @@ def main() -> None:
         recipe.data = with_dataset(recipe.data, args.dataset)
         recipe.seed = recipe.seed if args.seed is None else args.seed
         run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite, resume=args.resume)
+    leave_process_group()
 
 
 def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
