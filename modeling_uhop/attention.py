@@ -4,8 +4,9 @@ Nothing of the size of the scores is kept: what the backward pass needs of a row
 its threshold, from which the weights follow in one pass. Scores are computed again.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -13,18 +14,23 @@ from torch.autograd.function import once_differentiable
 from .simplex import (
     at_least_fp32,
     check_alpha_range,
-    entmax_base,
     entmax_eps_gradient,
+    entmax_recall,
+    entmax_scale,
     entmax_score_gradient,
-    entmax_threshold,
-    entmax_weights,
+    entmax_solve,
 )
 
 
-# Scores in a piece: 512 KB of fp32, which with what the solver needs fits the second-level cache of today's cores.
-_PIECE = 131072
+# Scores in a piece: 1 MB of fp32, half of the second-level cache of today's server cores.
+_PIECE = 262144
 
-Piece = tuple[slice, slice, slice]
+
+class Piece(NamedTuple):
+    """Some heads of some examples, counted together, and some of their queries: whole heads where they fit, and whole rows always."""
+
+    heads: slice
+    rows: slice
 
 
 def chunked_hopfield_attention(
@@ -49,117 +55,151 @@ def chunked_hopfield_attention(
         ValueError: If alpha is outside [1, 2].
     """
     check_alpha_range(alpha)
-    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    eps = alpha - 1.0
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
     if torch.is_autocast_enabled(device):
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     mask_shape = () if attention_mask is None else attention_mask.shape
-    scores_shape = torch.broadcast_shapes((*query.shape[:3], 1), (*key.shape[:2], 1, key.shape[2]), mask_shape)
+    batch_size, heads, queries, keys = torch.broadcast_shapes((*query.shape[:3], 1), (*key.shape[:2], 1, key.shape[2]), mask_shape)
     if attention_mask is not None:
-        attention_mask = attention_mask.expand(scores_shape)
-    if isinstance(alpha, torch.Tensor):
-        eps: float | torch.Tensor = (alpha.to(at_least_fp32(query).dtype) - 1.0).expand(*scores_shape[:3], 1)
-    else:
-        eps = alpha - 1.0
-    query, key, value = (x.expand(*scores_shape[:2], *x.shape[2:]) for x in (query, key, value))
+        attention_mask = attention_mask.expand(batch_size, heads, queries, keys)
+    if isinstance(eps, torch.Tensor):
+        eps = eps.to(at_least_fp32(query).dtype).expand(batch_size, heads, queries, 1).flatten(0, 1)
+    query, key, value = (x.expand(batch_size, heads, *x.shape[2:]).flatten(0, 1) for x in (query, key, value))
     with torch.autocast(device, enabled=False):
-        output: torch.Tensor = _ChunkedAttention.apply(query, key, value, eps, attention_mask, dropout)
-    return output
+        output: torch.Tensor = _ChunkedAttention.apply(query, key, value, eps, scaling, attention_mask, dropout)
+    return output.unflatten(0, (batch_size, heads))
 
 
 class _ChunkedAttention(torch.autograd.Function):
+    """Heads of all examples along the first axis; the mask alone keeps its four. Everything but input and output is in fp32 or better."""
+
     @staticmethod
-    def forward(ctx, query, key, value, eps, mask, dropout):
-        output = value.new_zeros(*query.shape[:3], value.shape[-1])
-        largest = at_least_fp32(query).new_zeros(*query.shape[:3], 1)
-        threshold = torch.zeros_like(largest)
+    def forward(ctx, query, key, value, eps, scaling, mask, dropout):
+        given, scale = (query, key, value), entmax_scale(eps)
+        query, key, value = (at_least_fp32(x) for x in given)
+        output = (query.new_zeros if _is_empty(query, key) else query.new_empty)(*query.shape[:2], value.shape[-1])
+        origin, threshold = query.new_zeros(2, *query.shape[:2], 1)
         seed = int(torch.randint(2**62, ())) if dropout > 0.0 else 0
         kept = _dropout_factors(seed, dropout)
-        for piece in _pieces(query, key):
-            scores = _scores(query, key, mask, piece)
-            largest[piece] = scores.amax(-1, keepdim=True)
-            base, absent = _base(scores, largest[piece], eps, mask)
-            threshold[piece] = entmax_threshold(base, _of(eps, piece))
-            weights, _ = entmax_weights(base, threshold[piece], _of(eps, piece))
-            weights = _without(absent, weights)
+        room = _room(query, key, 1)
+        for piece, (q, out, *solution), (k, v) in _pieces((query, output, origin, threshold), (key, value)):
+            (scores,) = room(q, k)
+            torch.bmm(q * (scaling * scale), k.mT, out=scores)
+            absent = _mask(scores, mask, piece, scale)
+            weights, *found = entmax_solve(scores, _of(eps, piece))
+            if absent is not None:
+                weights.masked_fill_(absent, 0.0)
             if kept is not None:
-                weights = weights * kept(weights)
-            output[piece] = weights.to(value.dtype) @ value[piece[:2]]
-        ctx.save_for_backward(query, key, value, largest, threshold, *(x for x in (eps, mask) if isinstance(x, torch.Tensor)))
+                weights *= kept(weights)
+            torch.bmm(weights, v, out=out)
+            for kept_part, part in zip(solution, found, strict=True):
+                kept_part.copy_(part)
+        ctx.save_for_backward(*given, origin, threshold, *(x for x in (eps, mask) if isinstance(x, torch.Tensor)))
         ctx.eps, ctx.masked, ctx.seed, ctx.dropout = None if isinstance(eps, torch.Tensor) else eps, mask is not None, seed, dropout
-        return output
+        ctx.scaling = scaling
+        return output.to(given[2].dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, largest, threshold, *rest = ctx.saved_tensors
+        saved = list(ctx.saved_tensors)
+        (*given, origins, thresholds), rest = saved[:5], saved[5:]
         mask = rest.pop() if ctx.masked else None
-        eps: Any = rest.pop() if ctx.eps is None else ctx.eps
-        # Sums over many pieces, in fp32 or better.
-        grad_query, grad_key, grad_value = (torch.zeros_like(at_least_fp32(x)) for x in (query, key, value))
-        grad_eps = torch.zeros_like(largest) if ctx.needs_input_grad[3] else None
+        eps = rest.pop() if ctx.eps is None else ctx.eps
+        scaling, scale = ctx.scaling, entmax_scale(eps)
+        query, key, value, grad = (at_least_fp32(x) for x in (*given, grad.contiguous()))
+        start = torch.zeros_like if _is_empty(query, key) else torch.empty_like
+        grad_query, grad_key, grad_value = (start(x) for x in (query, key, value))
+        grad_eps = torch.zeros_like(origins) if ctx.needs_input_grad[3] else None
         kept = _dropout_factors(ctx.seed, ctx.dropout)
-        for piece in _pieces(query, key):
-            memories = piece[:2]
-            base, absent = _base(_scores(query, key, mask, piece), largest[piece], eps, mask)
-            weights, escort = entmax_weights(base, threshold[piece], _of(eps, piece))
-            weights = used = _without(absent, weights)
-            grad_weights = at_least_fp32(grad[piece] @ value[memories].mT)
+        room = _room(query, key, 3)
+        rows = (query, grad, origins, thresholds, grad_query)
+        for piece, (q, g, origin, threshold, grad_q), (k, v, grad_k, grad_v) in _pieces(rows, (key, value, grad_key, grad_value)):
+            scores, products, grad_weights = room(q, k)
+            torch.bmm(q * (scaling * scale), k.mT, out=scores)
+            absent = _mask(scores, mask, piece, scale)
+            weights, escort = entmax_recall(scores, origin, threshold, _of(eps, piece), out=products)
+            torch.bmm(g, v.mT, out=grad_weights)
+            if absent is not None:
+                weights, grad_weights = weights.masked_fill_(absent, 0.0), grad_weights.masked_fill_(absent, 0.0)
+            used = weights
             if kept is not None:
                 factor = kept(weights)
-                used, grad_weights = weights * factor, grad_weights * factor
-            grad_scores = _without(absent, entmax_score_gradient(escort, grad_weights)).to(query.dtype)
-            grad_query[piece] = (grad_scores @ key[memories]).to(grad_query.dtype)
-            grad_key[memories] += grad_scores.mT @ query[piece]
-            grad_value[memories] += used.to(value.dtype).mT @ grad[piece]
+                used, grad_weights = weights * factor, grad_weights.mul_(factor)
+            # The first rows of a head overwrite what was there, the others are added.
+            beta = 0.0 if piece.rows.start == 0 else 1.0
+            grad_v.baddbmm_(used.mT, g, beta=beta)
             if grad_eps is not None:
                 terms = entmax_eps_gradient(weights, escort, grad_weights, eps[piece])
                 grad_eps[piece] = terms.sum(-1, keepdim=True)
-        return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), grad_eps, None, None
+            grad_scores = entmax_score_gradient(escort, grad_weights, out=grad_weights)
+            grad_q.baddbmm_(grad_scores, k, beta=0.0, alpha=scaling)
+            grad_k.baddbmm_(grad_scores.mT, q, beta=beta, alpha=scaling)
+        wanted = (x.to(its.dtype) for x, its in zip((grad_query, grad_key, grad_value), given, strict=True))
+        return *wanted, grad_eps, None, None, None
 
 
-def _pieces(query: torch.Tensor, key: torch.Tensor) -> Iterator[Piece]:
-    """Slices of batch, heads and queries whose scores are about `_PIECE` in number: whole rows, and whole heads where they fit."""
-    batch_size, heads, queries = query.shape[:3]
-    keys = key.shape[2]
-    if keys == 0:
+def _pieces(
+    along_queries: Sequence[torch.Tensor], along_keys: Sequence[torch.Tensor]
+) -> Iterator[tuple[Piece, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
+    """Views of tensors (heads, queries, ...) and (heads, keys, ...) whose scores are about `_PIECE` in number."""
+    query, key = along_queries[0], along_keys[0]
+    if _is_empty(query, key):
         return
+    (heads, queries), keys = query.shape[:2], key.shape[1]
     rows = max(1, min(queries, _PIECE // keys))
-    per_head = max(1, min(heads, _PIECE // max(1, keys * queries)))
-    per_batch = max(1, min(batch_size, _PIECE // max(1, keys * queries * heads)))
-    for batch in range(0, batch_size, per_batch):
-        for head in range(0, heads, per_head):
-            for row in range(0, queries, rows):
-                yield slice(batch, batch + per_batch), slice(head, head + per_head), slice(row, row + rows)
+    together = max(1, _PIECE // (keys * queries))
+    by_head = zip(*(x.split(together) for x in along_queries), strict=True), zip(*(x.split(together) for x in along_keys), strict=True)
+    for head, of_heads, memories in zip(range(0, heads, together), *by_head, strict=True):
+        by_row = zip(*(x.split(rows, 1) for x in of_heads), strict=True)
+        for row, of_rows in zip(range(0, queries, rows), by_row, strict=True):
+            yield Piece(slice(head, head + together), slice(row, row + rows)), of_rows, memories
+
+
+def _is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
+    return query.shape[0] * query.shape[1] * key.shape[1] == 0
 
 
 def _of(eps: float | torch.Tensor, piece: Piece) -> float | torch.Tensor:
     return eps[piece] if isinstance(eps, torch.Tensor) else eps
 
 
-def _scores(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, piece: Piece) -> torch.Tensor:
-    """Scores of a piece, -inf for absent keys."""
-    scores = at_least_fp32(query[piece] @ key[piece[:2]].mT)
+def _room(query: torch.Tensor, key: torch.Tensor, count: int) -> Callable[[torch.Tensor, torch.Tensor], Iterator[torch.Tensor]]:
+    """A function that gives room for the scores of a piece, `count` times, the same for every piece."""
+    work = query.new_empty(count, max(_PIECE, key.shape[1]))
+
+    def room(q: torch.Tensor, k: torch.Tensor) -> Iterator[torch.Tensor]:
+        shape = (*q.shape[:2], k.shape[1])
+        return (part[: math.prod(shape)].view(shape) for part in work)
+
+    return room
+
+
+def _mask(scores: torch.Tensor, mask: torch.Tensor | None, piece: Piece, scale: float) -> torch.Tensor | None:
+    """Puts -inf for absent keys; returns which rows have no key, after giving these scores of 0, as the solver needs some."""
     if mask is None:
-        return scores
-    if mask.dtype == torch.bool:
-        return scores.masked_fill_(~mask[piece], -torch.inf)
-    return (scores + mask[piece]).masked_fill_(mask[piece] <= torch.finfo(mask.dtype).min, -torch.inf)
+        return None
+    part = _mask_of(mask, piece)
+    if part.dtype == torch.bool:
+        scores.masked_fill_(~part, -torch.inf)
+    else:
+        scores.add_(part, alpha=scale).masked_fill_(part <= torch.finfo(part.dtype).min, -torch.inf)
+    absent = scores.amax(-1, keepdim=True) == -torch.inf
+    scores.masked_fill_(absent, 0.0)
+    return absent
 
 
-def _base(
-    scores: torch.Tensor, largest: torch.Tensor, eps: float | torch.Tensor, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`entmax_base` of scores, and which rows have no key; these get equal scores, so that nothing is divided by 0."""
-    absent = None
-    if mask is not None:
-        absent = largest == -torch.inf
-        scores, largest = scores.masked_fill_(absent, 0.0), largest.masked_fill(absent, 0.0)
-    return entmax_base(scores, largest, eps), absent
-
-
-def _without(absent: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
-    return rows if absent is None else rows.masked_fill_(absent, 0.0)
+def _mask_of(mask: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The part (heads, rows, keys) of a mask (B, H, Q, N)."""
+    heads = mask.shape[1]
+    first, last = piece.heads.start, min(piece.heads.stop, mask.shape[0] * heads)
+    example = first // heads
+    start = example * heads
+    if last - start <= heads:
+        return mask[example, first - start : last - start, piece.rows]
+    return mask[example : -(-last // heads), :, piece.rows].flatten(0, 1)[first - start : last - start]
 
 
 def _dropout_factors(seed: int, dropout: float) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -15,6 +15,7 @@ which tends to softmax as eps -> 0, so one formula, one solver and one gradient 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -131,8 +132,7 @@ class _Entmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, eps, dim):
-        base = entmax_base(scores, scores.amax(dim, keepdim=True), eps)
-        weights, _ = entmax_weights(base, entmax_threshold(base, eps, dim), eps, dim)
+        weights, _, _ = entmax_solve(scores * entmax_scale(eps), eps, dim)
         ctx.save_for_backward(weights, *([eps] if isinstance(eps, torch.Tensor) else []))
         ctx.eps, ctx.dim = None if isinstance(eps, torch.Tensor) else eps, dim
         return weights
@@ -146,65 +146,94 @@ class _Entmax(torch.autograd.Function):
         return entmax_score_gradient(escort, grad, ctx.dim), grad_eps, None
 
 
+def entmax_scale(eps: float | torch.Tensor) -> float:
+    """What scores are multiplied with for `entmax_solve`."""
+    return 1.0 if isinstance(eps, torch.Tensor) or not has_root(eps) else eps
+
+
 def has_root(eps: float | torch.Tensor) -> bool:
-    """Whether weights are a power that needs no logarithm: 1.5-entmax and sparsemax."""
+    """Whether weights are a power of a difference, which needs no logarithm: those of 1.5-entmax and sparsemax."""
     return not isinstance(eps, torch.Tensor) and eps in (0.5, 1.0)
 
 
-def entmax_base(scores: torch.Tensor, largest: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
-    """What the solver works on: `z = scores - largest`, and `1 + eps z` where weights have a root."""
-    base = scores - largest
-    return base.mul_(eps).add_(1.0) if has_root(eps) else base
-
-
-def entmax_threshold(base: torch.Tensor, eps: float | torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """The threshold of each row of `entmax_base`: `c`, and `eps c` where weights have a root.
+def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weights, with their sum at 1 but for rounding, and the origin and threshold of each row that `entmax_recall` makes them from again.
 
     Newton's method on the (1 / eps)-norm of the truncated scores: convex and falling in the threshold, so that starting from the left
     (where the largest weight is 1) it climbs to the root without overshooting. At eps = 0 one step is exact.
+
+    Args:
+        scores: Scores, times `entmax_scale(eps)`. Overwritten.
     """
-    threshold = torch.zeros_like(base.narrow(dim, 0, 1))
-    root = torch.empty_like(base) if has_root(eps) else base
-    for step in range(_NEWTON_STEPS):
-        if not has_root(eps):
-            weights, slopes = _q_exponential(base - threshold, eps)
+    origin = scores.amax(dim, keepdim=True)
+    threshold = torch.zeros_like(origin)
+    if not has_root(eps):
+        scores.sub_(origin)
+        for step in range(_NEWTON_STEPS):
+            weights, slopes = _q_exponential(scores - threshold, eps)
             total = weights.sum(dim, keepdim=True)
             excess = total.log()
             threshold += total * excess * _expm1_ratio(-eps * excess) / slopes.sum(dim, keepdim=True)
-        elif eps == 0.5:
-            torch.sub(base, threshold, out=root).relu_()
-            norm = torch.linalg.vector_norm(root, dim=dim, keepdim=True)
-            excess = norm - 1.0
-            threshold.addcdiv_(norm * excess, root.sum(dim, keepdim=True))
+            if step >= _UNCHECKED_STEPS and _all_above(-excess.abs(), -16.0 * torch.finfo(excess.dtype).eps):
+                break
+        return _settled(*_q_exponential(scores.sub_(threshold), eps), dim), origin, threshold
+
+    # Where the largest weight is 1, or left of that by rounding. From there the threshold only rises, and what it has passed stays 0.
+    precision = torch.finfo(scores.dtype).eps
+    origin.sub_(origin.abs().mul_(2.0 * precision).add_(1.0))
+    truncate_ = _truncation(scores)
+    truncate_(scores, -origin)
+    for step in range(_NEWTON_STEPS):
+        total = scores.sum(dim, keepdim=True)
+        if eps == 0.5:
+            norm = torch.linalg.vector_norm(scores, dim=dim, keepdim=True)
+            fall = torch.addcmul(norm, norm, norm, value=-1.0).div_(total)
+            # Of n items the next norm is off 1 by n / 2 times the square of this at most.
+            remainder, enough = fall, (64.0 * precision / scores.shape[dim]) ** 0.5
         else:
-            torch.sub(base, threshold, out=root).relu_()
-            excess = root.sum(dim, keepdim=True) - 1.0
-            threshold.addcdiv_(excess, root.sign_().sum(dim, keepdim=True))
-        if step >= _UNCHECKED_STEPS and _is_rounding(excess):
+            remainder, enough = 1.0 - total, 8.0 * precision
+            fall = remainder / scores.sign().sum(dim, keepdim=True)
+        threshold.sub_(fall.clamp_(max=0.0))
+        truncate_(scores, fall)
+        if step >= _UNCHECKED_STEPS and _all_above(remainder, -enough):
             break
-    return threshold
+    return scores.square_() if eps == 0.5 else _settled(scores, scores.sign(), dim), origin, threshold
 
 
-def _is_rounding(excess: torch.Tensor) -> bool:
-    """Whether no row's sum of weights is off by more than rounding; never while tracing, or where looking would stall an accelerator."""
-    return is_readable(excess) and not bool((excess.abs() >= 16 * torch.finfo(excess.dtype).eps).any())
+def _settled(weights: torch.Tensor, escort: torch.Tensor, dim: int) -> torch.Tensor:
+    """Weights, in place, less what rounding the threshold added to their sum: a last step of Newton's method, from near the root."""
+    remainder = (weights.sum(dim, keepdim=True) - 1.0) / escort.sum(dim, keepdim=True)
+    return weights.addcmul_(escort, remainder, value=-1.0).relu_()
 
 
-def entmax_weights(
-    base: torch.Tensor, threshold: torch.Tensor, eps: float | torch.Tensor, dim: int = -1
+def entmax_recall(
+    scores: torch.Tensor, origin: torch.Tensor, threshold: torch.Tensor, eps: float | torch.Tensor, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, and their escort `p^(2 - alpha)`, 0 off the support. What the threshold leaves of a row's sum of weights is taken off."""
-    if has_root(eps):
-        root = torch.relu_(base - threshold)
-        weights, escort = (root * root, root) if eps == 0.5 else (root, root.sign())
-    else:
-        weights, escort = _q_exponential(base - threshold, eps)
-    return weights.div_(weights.sum(dim, keepdim=True)), escort
+    """The weights that `entmax_solve` made of these scores, and their escort `p^(2 - alpha)`, 0 off the support.
+
+    Scores are overwritten, and `out`, a second place like theirs, where the weights have a root.
+    """
+    if not has_root(eps):
+        return _q_exponential(scores.sub_(origin).sub_(threshold), eps)
+    truncate_ = _truncation(scores)
+    root = truncate_(truncate_(scores, -origin), -threshold)
+    return (torch.mul(root, root, out=out), root) if eps == 0.5 else (root, torch.sign(root, out=out))
 
 
-def entmax_score_gradient(escort: torch.Tensor, grad: torch.Tensor, dim: int = -1) -> torch.Tensor:
+def _truncation(scores: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """A function that puts `[x + y]_+` in the place of x: in one pass on CPUs, which alone have it."""
+    return torch.ops.aten._add_relu_ if is_readable(scores) else lambda x, y: x.add_(y).relu_()
+
+
+def _all_above(values: torch.Tensor, bound: float) -> bool:
+    """Whether no value is below; never while tracing, or where looking would stall an accelerator."""
+    return is_readable(values) and not values.amin().item() < bound
+
+
+def entmax_score_gradient(escort: torch.Tensor, grad: torch.Tensor, dim: int = -1, out: torch.Tensor | None = None) -> torch.Tensor:
     """Gradient for the scores: `(diag(u) - u u^T / sum u) grad` with the escort u."""
-    return escort * (grad - (escort * grad).sum(dim, keepdim=True) / escort.sum(dim, keepdim=True))
+    product = torch.mul(escort, grad, out=out)
+    return product.addcmul_(escort, product.sum(dim, keepdim=True) / escort.sum(dim, keepdim=True), value=-1.0)
 
 
 def entmax_eps_gradient(weights: torch.Tensor, escort: torch.Tensor, grad: torch.Tensor, eps: torch.Tensor, dim: int = -1) -> torch.Tensor:
