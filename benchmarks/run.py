@@ -10,12 +10,11 @@ python benchmarks/run.py --only attention separation --check
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,17 @@ import matplotlib
 import torch
 from entmax import entmax15
 from torch.nn.functional import normalize, scaled_dot_product_attention
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.utils import logging
 
-from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, UHopViTConfig, UHopViTModel, separation_loss
+from modeling_uhop import (
+    UHopMemoryConfig,
+    UHopMemoryModel,
+    UHopViTConfig,
+    UHopViTForImageClassification,
+    UHopViTModel,
+    separation_loss,
+)
 from modeling_uhop.attention import chunked_hopfield_attention
 
 
@@ -40,6 +46,8 @@ sys.path.insert(0, str(ROOT / "training"))
 from recipe import provenance  # noqa: E402
 
 
+# Memories that a sampled separation loss looks at.
+SAMPLE = 4096
 SHAPES = [(32, 3, 65, 64), (32, 6, 197, 64), (8, 8, 1024, 64)]
 
 Work = Callable[[], Any]
@@ -52,8 +60,7 @@ class Case:
     Attributes:
         part, name: What was timed.
         peer: What it was timed beside.
-        ours_ms, peer_ms: Medians (of megabytes, where the name says memory).
-        ratio: Ours over the peer's where `at_most`, the peer's over ours where `at_least`.
+        ours, peers: What was measured in each round, milliseconds, or megabytes where the name says memory.
         at_most, at_least: The bound; one is given, or none.
         error: Largest difference from the peer's answer.
     """
@@ -61,15 +68,22 @@ class Case:
     part: str
     name: str
     peer: str
-    ours_ms: float
-    peer_ms: float
+    ours: list[float]
+    peers: list[float]
     at_most: float | None = None
     at_least: float | None = None
     error: float | None = None
 
     @property
     def ratio(self) -> float:
-        return self.peer_ms / self.ours_ms if self.at_least is not None else self.ours_ms / self.peer_ms
+        """Median over rounds of ours over the peer's, or of the peer's over ours for a bound from below."""
+        return statistics.median(
+            theirs / own if self.at_least is not None else own / theirs for own, theirs in zip(self.ours, self.peers, strict=True)
+        )
+
+    def row(self) -> dict[str, Any]:
+        described = {name: getattr(self, name) for name in ("part", "name", "peer", "at_most", "at_least", "error", "ratio", "kept")}
+        return {**described, "ours": statistics.median(self.ours), "peers": statistics.median(self.peers), "rounds": len(self.ours)}
 
     @property
     def kept(self) -> bool:
@@ -93,7 +107,7 @@ def main() -> None:
     if args.output or args.only == list(PARTS):
         target = Path(args.output or ROOT / "benchmarks" / "results" / "speed.json")
         growth = growth_of_cost()
-        rows = [{**asdict(case), "ratio": case.ratio, "kept": case.kept} for case in cases]
+        rows = [case.row() for case in cases]
         target.write_text(json.dumps({"cases": rows, "growth": growth, **provenance()}, indent=1) + "\n")
         growth_figure(target.with_suffix(".png"), growth)
     broken = [case for case in cases if not case.kept]
@@ -103,11 +117,11 @@ def main() -> None:
 
 def line(case: Case) -> str:
     bound = f"<= {case.at_most}" if case.at_most is not None else f">= {case.at_least}" if case.at_least is not None else ""
-    return f"{case.name:<52} {case.ratio:7.2f} x {case.peer:<28} {bound:<8} {'' if case.kept else 'OUT OF BOUND'}"
+    return f"{case.name:<52} {case.ratio:8.3g} x {case.peer:<28} {bound:<8} {'' if case.kept else 'OUT OF BOUND'}"
 
 
-def interleaved(rounds: int, *works: Work) -> list[float]:
-    """Median milliseconds of CPU time of each, run in turn."""
+def interleaved(rounds: int, *works: Work) -> list[list[float]]:
+    """Milliseconds of CPU time of each in every round, run in turn."""
     times: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
@@ -116,7 +130,7 @@ def interleaved(rounds: int, *works: Work) -> list[float]:
             started = time.process_time()
             work()
             own.append(1e3 * (time.process_time() - started))
-    return [statistics.median(own) for own in times]
+    return times
 
 
 def difference(ours: torch.Tensor, peer: torch.Tensor, tolerance: float) -> float:
@@ -209,25 +223,45 @@ def separation(rounds: int) -> Iterator[Case]:
         times = interleaved(rounds if shape[0] < 8000 else 3, *works)
         yield Case("separation", f"separation loss, {name}", "torch.pdist", *times, at_least=bound or 1.0, error=error)
     ours, peer_mb = (peak_memory(loss, 8000) for loss in ("ours", "pdist"))
-    yield Case("separation", "memory (MB), average, M 8000, D 128", "torch.pdist", ours, peer_mb, at_least=10.0)
-    yield Case("separation", "memory (MB), average, M 30000, D 128", "200 MB", peak_memory("ours", 30000), 200.0, at_most=1.0)
+    yield Case("separation", "memory (MB), average, M 8000, D 128", "torch.pdist", [ours], [peer_mb], at_least=10.0)
+    yield Case("separation", "memory (MB), average, M 30000, D 128", "200 MB", [peak_memory("ours", 30000)], [200.0], at_most=1.0)
 
 
-def peak_memory(loss: str, count: int) -> float:
-    """Megabytes that a loss of `count` memories and its gradient add to a fresh process, the memories not counted."""
+def sampling(rounds: int) -> Iterator[Case]:
+    """The separation loss of a sample of the memories: how far it is off, and what a million of them need."""
+    centres = torch.randn(1000, 128)
+    features = centres[torch.randint(1000, (50_000,))] + torch.randn(50_000, 128)
+    with torch.no_grad():
+        exact = separation_loss(features)
+        drawn = torch.stack([separation_loss(features, sample=SAMPLE) for _ in range(20)])
+    errors = (drawn - exact).abs().tolist()
+    yield Case("sampling", f"error of the loss, {SAMPLE} of M 50,000", "the loss", errors, [exact.abs().item()] * 20, at_most=0.01)
+    used = peak_memory("sampled", 1_000_000, count_memories=True)
+    yield Case("sampling", f"memory (MB), {SAMPLE} of M 1,000,000, D 128, all told", "2 GB", [used], [2048.0], at_most=1.0)
+
+
+def peak_memory(loss: str, count: int, *, count_memories: bool = False) -> float:
+    """Megabytes that a loss of `count` memories and its gradient add to a fresh process."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_peak_memory, (loss, count))
+        return pool.apply(_peak_memory, (loss, count, count_memories))
 
 
-def _peak_memory(loss: str, count: int) -> float:
+def _peak_memory(loss: str, count: int, count_memories: bool) -> float:
     torch.set_num_threads(1)
-    work = separation_loss if loss == "ours" else pdist_loss
+    work = {"ours": separation_loss, "pdist": pdist_loss, "sampled": partial(separation_loss, sample=SAMPLE)}[loss]
     gradient_of(work, torch.randn(16, 128))()
+    without = _status("VmRSS")
     features = torch.randn(count, 128)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = without if count_memories else _status("VmRSS")
     gradient_of(work, features)()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024.0
+    return (_status("VmHWM") - before) / 1024.0
+
+
+def _status(name: str) -> int:
+    """Kilobytes that Linux reports of this process."""
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
 
 def retrieval(rounds: int) -> Iterator[Case]:
@@ -244,8 +278,8 @@ def retrieval(rounds: int) -> Iterator[Case]:
         return torch.stack(rows)
 
     with torch.no_grad():
-        error = difference(memory(queries).retrieved, loop(), 1e-5)
-        times = interleaved(3, lambda: memory(queries), loop)
+        error = difference(memory(queries, output_energies=False).retrieved, loop(), 1e-5)
+        times = interleaved(3, lambda: memory(queries, output_energies=False), loop)
         yield Case("retrieval", "500 memories, 500 queries, D 784", "loop over queries", *times, at_least=90.0, error=error)
         memory = stored(100_000, 128)
         queries = normalize(memory.memories[:1000] + torch.randn(1000, 128), dim=-1)
@@ -261,6 +295,37 @@ def retrieval(rounds: int) -> Iterator[Case]:
         yield Case("retrieval", "100,000 memories, 1000 queries, D 128, exact", "bare product of scores", *times, at_most=1.4, error=error)
 
 
+def training(rounds: int) -> Iterator[Case]:
+    """A training step of a U-Hop ViT beside transformers' ViT of the same size, and a separation step beside a training step."""
+    size: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1536}
+    images, labels = torch.randn(8, 3, 224, 224), torch.randint(10, (8,))
+    bounds = {1.0: 1.15, 1.5: 1.5, 2.0: 1.5}
+    peer = ViTForImageClassification(ViTConfig(**size, num_labels=10))
+    models = [
+        UHopViTForImageClassification(UHopViTConfig(**size, image_size=224, patch_size=16, num_labels=10, alpha=alpha)) for alpha in bounds
+    ]
+
+    def step_of(model) -> Work:
+        optimizer = torch.optim.AdamW(model.parameters())
+
+        def step():
+            model(pixel_values=images, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    def separation_step(model=models[1]) -> None:
+        sets = list(model.memory_sets(pixel_values=images))
+        loss = sum(separation_loss(part.feature_map(part.memories)) for part in sets)
+        torch.autograd.grad(loss, [part.feature_map.weight for part in sets])
+
+    taken, *ours, separating = interleaved(rounds, step_of(peer), *(step_of(model) for model in models), separation_step)
+    for (alpha, bound), own in zip(bounds.items(), ours, strict=True):
+        yield Case("training", f"training step of a ViT, 3 layers of 384, alpha {alpha}", "transformers' ViT", own, taken, at_most=bound)
+    yield Case("training", "separation step of the same, alpha 1.5", "its training step", separating, ours[1])
+
+
 def stored(count: int, width: int) -> UHopMemoryModel:
     memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=width, alpha=1.5, beta=10.0)).eval()
     memory.store(normalize(torch.randn(count, width), dim=-1))
@@ -271,7 +336,9 @@ PARTS: dict[str, Callable[[int], Iterator[Case]]] = {
     "attention": attention,
     "folding": folding,
     "separation": separation,
+    "sampling": sampling,
     "retrieval": retrieval,
+    "training": training,
 }
 
 
@@ -287,13 +354,13 @@ def growth_of_cost() -> dict[str, Any]:
             "1.5-entmax, entmax library": lambda q, k, v: entmax15(0.125 * q @ k.mT, dim=-1) @ v,
         }
         times = interleaved(5, *(with_gradients(attend, inputs) for attend in competitors.values()))
-        for name, value in zip(competitors, times, strict=True):
-            curves["attention"].setdefault(name, {})[size] = value
+        for name, taken in zip(competitors, times, strict=True):
+            curves["attention"].setdefault(name, {})[size] = statistics.median(taken)
     for size in logging.tqdm((250, 500, 1000, 2000, 4000, 8000), desc="growth of separation"):
         features = torch.randn(size, 128)
         times = interleaved(3, gradient_of(separation_loss, features), gradient_of(pdist_loss, features))
-        for name, value in zip(("ours, in blocks", "torch.pdist"), times, strict=True):
-            curves["separation"].setdefault(name, {})[size] = value
+        for name, taken in zip(("ours, in blocks", "torch.pdist"), times, strict=True):
+            curves["separation"].setdefault(name, {})[size] = statistics.median(taken)
     return curves
 
 

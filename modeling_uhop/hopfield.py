@@ -105,8 +105,39 @@ def hopfield_attention_forward(
     return chunked_hopfield_attention(query, key, value, **settings).transpose(1, 2), None
 
 
-ALL_ATTENTION_FUNCTIONS.register("hopfield", hopfield_attention_forward)
-ALL_MASK_ATTENTION_FUNCTIONS.register("hopfield", sdpa_mask)
+def triton_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    alpha: float | torch.Tensor = 1.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention that transformers knows as "hopfield_triton": `triton_hopfield_attention`, and "hopfield" for what it does not do.
+
+    That is softmax, a learnable alpha, dropout, fp64, and masks of anything but keys.
+    """
+    of_keys = attention_mask is None or (
+        attention_mask.dtype == torch.bool
+        and attention_mask.shape[1] == 1
+        and (attention_mask.shape[2] == 1 or attention_mask.stride(2) == 0)
+    )
+    dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
+    other = dropout > 0.0 or kwargs.get("output_attentions") or query.dtype == torch.float64
+    if isinstance(alpha, torch.Tensor) or alpha == 1.0 or other or not of_keys:
+        return hopfield_attention_forward(module, query, key, value, attention_mask, alpha=alpha, **kwargs)
+    from .triton_attention import triton_hopfield_attention  # an extra, and slow to import
+
+    key_mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(len(key), -1)
+    output = triton_hopfield_attention(query, key, value, alpha=alpha, scaling=kwargs.get("scaling"), key_mask=key_mask)
+    return output.transpose(1, 2), None
+
+
+for name, function in (("hopfield", hopfield_attention_forward), ("hopfield_triton", triton_attention_forward)):
+    ALL_ATTENTION_FUNCTIONS.register(name, function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
 
 
 def hopfield_kernel(config, requested: str | None) -> str | None:
@@ -117,11 +148,11 @@ def hopfield_kernel(config, requested: str | None) -> str | None:
     """
     if config.alpha == 1.0 and not config.learnable_alpha:
         return requested
-    if requested not in (None, "eager", "hopfield"):
+    if requested not in (None, "eager", "hopfield", "hopfield_triton"):
         raise ValueError(
             f"attn_implementation={requested!r} computes softmax attention (alpha = 1), and this model has "
-            f"alpha={config.alpha}, learnable_alpha={config.learnable_alpha}; use 'hopfield' or 'eager' (a configuration that a model was "
-            "made from remembers its attention)"
+            f"alpha={config.alpha}, learnable_alpha={config.learnable_alpha}; use 'hopfield', "
+            "'hopfield_triton' or 'eager' (a configuration that a model was made from remembers its attention)"
         )
     if requested is None:
         return "eager" if config.output_attentions else "hopfield"

@@ -21,7 +21,7 @@ from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap, unit_norm
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
 from .simplex import simplex_map
-from .validation import is_readable
+from .validation import is_finite, is_readable
 
 
 @dataclass
@@ -388,7 +388,7 @@ class STanHopModel(STanHopPreTrainedModel):
                 raise ValueError(f"past_observed_mask must have the shape of past_values, {shapes}")
             observed = observed & mask.bool()
         values = past_values.to(self.dtype).masked_fill(~observed, 0.0)
-        if is_readable(values) and not bool(values.isfinite().all()):
+        if is_readable(values) and not is_finite(values):
             row, _, channel = (~values.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"observed past_values must be finite in {self.dtype}, but series {channel} of window {row} is not")
         return values, observed.to(values.dtype)

@@ -239,6 +239,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         queries: torch.Tensor,
         update_steps: int | None = None,
         tolerance: float | None = None,
+        output_energies: bool = True,
         return_dict: bool | None = None,
     ) -> UHopMemoryOutput | tuple:
         """Retrieve (Stage II).
@@ -247,6 +248,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             queries: (Q, pattern_dim), or one (pattern_dim,).
             update_steps: Updates to do, at least 1; `None` for `config.update_steps`.
             tolerance: Stop updating a query once no entry of it changes by more than this; `None` to do all updates.
+            output_energies: Whether to compute the energies of what was retrieved, which cost about as much as an update.
             return_dict: `False` for a tuple.
 
         Raises:
@@ -274,7 +276,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             if tolerance is not None and not moving.any():
                 break
         energies = None
-        if self.config.similarity in ("kernel", "dot"):
+        if output_energies and self.config.similarity in ("kernel", "dot"):
             energies = energy(self._features(states), features, **settings)
         output = UHopMemoryOutput(retrieved=states, association=weights, energy=energies, steps=taken)
         return output if return_dict is None or return_dict else output.to_tuple()

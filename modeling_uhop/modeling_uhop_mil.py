@@ -19,7 +19,7 @@ from .configuration_uhop_mil import UHopMILConfig
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, HopfieldPooling, MemorySet
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
-from .validation import check_class_indices, is_readable
+from .validation import check_class_indices, is_finite, is_readable
 
 
 @dataclass
@@ -218,7 +218,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
             raise ValueError("instances is required, got None")
         mask = self._checked_mask(instances, attention_mask)
         instances = instances.to(self.dtype).masked_fill(~_widened(mask, instances), 0.0)
-        if is_readable(instances) and not bool(instances.isfinite().all()):
+        if is_readable(instances) and not is_finite(instances):
             bag, instance = (~instances.flatten(2).isfinite()).any(-1).nonzero()[0].tolist()
             raise ValueError(f"instances must be finite in {self.dtype}, but instance {instance} of bag {bag} of the batch is not")
         hidden_states = instances

@@ -17,7 +17,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_uhop_vit import UHopViTConfig
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
-from .validation import check_class_indices, is_readable
+from .validation import check_class_indices, is_finite, is_readable
 
 
 class UHopViTPatchEmbeddings(nn.Module):
@@ -290,7 +290,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
     ) -> torch.Tensor:
         if pixel_values is None:
             raise ValueError("pixel_values is required, got None")
-        if is_readable(pixel_values) and not bool(pixel_values.isfinite().all()):
+        if is_readable(pixel_values) and not is_finite(pixel_values):
             raise ValueError(f"pixel_values must be finite, got {int((~pixel_values.isfinite()).sum())} values that are not")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         return self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)

@@ -17,7 +17,12 @@ SEPARATION_KINDS = ("average", "squared", "nearest", "per_memory")
 
 
 def separation_loss(
-    features: torch.Tensor, *, kind: str = "average", temperature: float = 0.25, mask: torch.Tensor | None = None
+    features: torch.Tensor,
+    *,
+    kind: str = "average",
+    temperature: float = 0.25,
+    mask: torch.Tensor | None = None,
+    sample: int | None = None,
 ) -> torch.Tensor:
     """How crowded memories are in feature space; the lower, the better separated.
 
@@ -36,6 +41,8 @@ def separation_loss(
         temperature: tau > 0.
         mask: Boolean, either (..., M), True where a memory is present, or (..., M, M), True where a pair counts; told apart by
             their number of axes. An absent memory has no influence, even if it is NaN.
+        sample: Look at this many memories, at least 2, drawn anew at every call: for millions of them. The mean of the exponentials over
+            pairs stays unbiased, and the loss is its log. `None` for all.
 
     Returns:
         The mean loss over the sets that have a pair, a scalar in fp32 or better, differentiable once (twice with a mask of pairs). Memory
@@ -43,21 +50,30 @@ def separation_loss(
         has one, the loss is 0 and so is its gradient.
 
     Raises:
-        ValueError: For an unknown kind, a temperature that is not positive, or a mask of another number of axes.
+        ValueError: For an unknown kind, a temperature that is not positive, a mask of another number of axes, or a sample below 2 or
+            for the nearest pair, which it hardly ever has.
     """
     if kind not in SEPARATION_KINDS:
         raise ValueError(f"kind must be one of {SEPARATION_KINDS}, got {kind!r}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    features = at_least_fp32(features)
-    if mask is not None and mask.dim() == features.dim():
-        return _loss_of_counted_pairs(features, kind, temperature, mask)
-    if mask is not None and mask.dim() != features.dim() - 1:
+    if sample is not None and (sample < 2 or kind == "nearest"):
+        raise ValueError(f"sample must be at least 2, and of a kind other than 'nearest', got sample={sample}, kind={kind!r}")
+    if mask is not None and mask.dim() not in (features.dim() - 1, features.dim()):
         raise ValueError(
             f"mask must have {features.dim() - 1} axes (memories) or {features.dim()} (pairs) for features of shape "
             f"{tuple(features.shape)}, got shape {tuple(mask.shape)}"
         )
-    return _loss_of_sets(features, kind, temperature, mask)
+    count = features.shape[-2]
+    features, mask = _drawn(features, mask, sample)
+    features = at_least_fp32(features)
+    if mask is not None and mask.dim() == features.dim():
+        loss = _loss_of_counted_pairs(features, kind, temperature, mask)
+    else:
+        loss = _loss_of_sets(features, kind, temperature, mask)
+    if kind == "per_memory" and features.shape[-2] < count:
+        loss = loss + math.log((count - 1) / (features.shape[-2] - 1))  # a sum over the others, of which fewer are here
+    return loss
 
 
 def _loss_of_sets(features: torch.Tensor, kind: str, temperature: float, mask: torch.Tensor | None) -> torch.Tensor:

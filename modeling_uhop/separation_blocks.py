@@ -48,7 +48,7 @@ class _BlockedSeparation(torch.autograd.Function):
             unit = features[part] / norm
             losses[part], slope = _KINDS[kind](unit, None if members is None else members[part], temperature)
             along = torch.linalg.vecdot(unit, slope).unsqueeze(-1)
-            gradient[part] = slope.sub_(unit.mul_(along)).div_(norm)
+            torch.div(slope.addcmul_(unit, along, value=-1.0), norm, out=gradient[part])
         ctx.save_for_backward(gradient)
         return losses
 
@@ -75,10 +75,10 @@ def _blocks(features: torch.Tensor, members: torch.Tensor | None) -> Iterator[Bl
 
 def _add_to_gradient(gradient: torch.Tensor, features: torch.Tensor, block: Block, weights: torch.Tensor) -> None:
     if block.rows == block.columns:
-        gradient[:, block.rows] += (weights + weights.mT) @ features[:, block.rows]
+        gradient[:, block.rows].baddbmm_(weights + weights.mT, features[:, block.rows])
     else:
-        gradient[:, block.rows] += weights @ features[:, block.columns]
-        gradient[:, block.columns] += weights.mT @ features[:, block.rows]
+        gradient[:, block.rows].baddbmm_(weights, features[:, block.columns])
+        gradient[:, block.columns].baddbmm_(weights.mT, features[:, block.rows])
 
 
 def _mean_of_exponentials(

@@ -33,6 +33,11 @@ def is_readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is finite. If their sum is, they all are; if it is not, it may only have overflowed, and each is looked at."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def check_class_indices(labels: torch.Tensor, num_labels: int) -> None:
     """A `ValueError` for a class index outside [0, num_labels), save -100, which the loss ignores; labels of other kinds pass."""
     class_indices = num_labels > 1 and labels.dtype in (torch.long, torch.int) and labels.dim() == 1

@@ -30,7 +30,20 @@ def render(readme: str) -> str:
 def _table(results: list[dict[str, Any]]) -> str:
     if "results" in results[0]:
         return bag_table(results)
+    if "cases" in results[0]:
+        return speed_table(results[0])
     return retrieval_table(results) if "rows" in results[0] else table(results)
+
+
+def speed_table(result: dict[str, Any]) -> str:
+    """Measured ratios beside their bounds."""
+    lines = ["| what | beside | ratio | bound |", "| --- | --- | --- | --- |"]
+    for case in result["cases"]:
+        bound = "" if case["at_most"] is None and case["at_least"] is None else "≤ " if case["at_least"] is None else "≥ "
+        bound += f"{case['at_most'] or case['at_least']:g}" if bound else ""
+        ratio = f"{case['ratio']:.3g} x {'faster or smaller' if case['at_least'] is not None else 'the cost'}"
+        lines.append(f"| {case['name']} | {case['peer']} | {ratio} | {bound}{'' if case['kept'] else ', **missed**'} |")
+    return "\n".join(lines)
 
 
 def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta 10", sizes: tuple[str, ...] = ("100", "500")) -> str:

@@ -1,0 +1,148 @@
+"""The Triton kernels in Triton's interpreter, against the plain kernel in float64, and through a model."""
+
+import os
+
+import pytest
+import torch
+from conftest import assert_close
+
+from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, hopfield_attention
+from modeling_uhop.hopfield import triton_attention_forward
+from modeling_uhop.triton_attention import triton_hopfield_attention
+
+
+pytestmark = pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="TRITON_INTERPRET is not 1: these are CPU tensors")
+pytest.importorskip("triton", reason="Triton is there on Linux alone")
+
+BLOCKS = {"block_queries": 16, "block_keys": 32}
+
+
+def _inputs(queries: int = 19, keys: int = 45, width: int = 20) -> list[torch.Tensor]:
+    return [torch.randn(2, 2, count, width, requires_grad=True) for count in (queries, keys, keys)]
+
+
+def _with_gradients(attend, inputs, direction):
+    output = attend(*inputs)
+    return output, *torch.autograd.grad((output.double() * direction).sum(), inputs)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["every key", "some keys"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("alpha", [1.1, 1.5, 1.7, 2.0])
+def test_outputs_and_gradients_are_those_of_the_plain_kernel(alpha, dtype, masked):
+    inputs = _inputs()
+    mask = torch.rand(2, 45) < 0.6 if masked else None
+    direction = torch.randn(2, 2, 19, 20, dtype=torch.float64)
+
+    def plain(*qkv):
+        wide = (x.to(dtype).double() for x in qkv)
+        return hopfield_attention(*wide, alpha=alpha, scaling=0.7, attention_mask=None if mask is None else mask[:, None, None])
+
+    def kernel(*qkv):
+        return triton_hopfield_attention(*(x.to(dtype) for x in qkv), alpha=alpha, scaling=0.7, key_mask=mask, **BLOCKS)
+
+    for actual, expected in zip(_with_gradients(kernel, inputs, direction), _with_gradients(plain, inputs, direction), strict=True):
+        assert_close(actual, expected, dtype=dtype, scale=8)
+
+
+@pytest.mark.parametrize(("queries", "keys", "width"), [(1, 1, 8), (16, 32, 16), (33, 7, 64), (5, 97, 33)])
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 64)])
+def test_odd_sizes(queries, keys, width, blocks):
+    inputs = _inputs(queries, keys, width)
+    direction = torch.randn(2, 2, queries, width, dtype=torch.float64)
+
+    def kernel(*qkv):
+        return triton_hopfield_attention(*qkv, alpha=1.5, block_queries=blocks[0], block_keys=blocks[1])
+
+    def plain(*qkv):
+        return hopfield_attention(*(x.double() for x in qkv), alpha=1.5)
+
+    for actual, expected in zip(_with_gradients(kernel, inputs, direction), _with_gradients(plain, inputs, direction), strict=True):
+        assert_close(actual, expected, scale=4)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 1.7])
+def test_rows_without_a_key_retrieve_zeros_and_have_no_gradient(alpha):
+    inputs = _inputs()
+    mask = torch.ones(2, 45, dtype=torch.bool)
+    mask[1] = False
+    output = triton_hopfield_attention(*inputs, alpha=alpha, key_mask=mask, **BLOCKS)
+    gradients = torch.autograd.grad(output.sum(), inputs)
+    assert output[0].abs().sum() > 0
+    assert (output[1] == 0).all()
+    for gradient in gradients:
+        assert gradient.isfinite().all()
+        assert (gradient[1] == 0).all()
+
+
+def test_hard_rows_are_exact():
+    """Large scores, ties, and one score far above many that are level."""
+    key = torch.zeros(1, 1, 64, 16)
+    key[..., 0] = torch.cat([torch.ones(1), torch.full((63,), -0.01)])
+    query = torch.zeros(1, 1, 4, 16)
+    query[..., 0] = torch.tensor([0.0, 1.0, 1.9, 300.0])
+    value = torch.randn(1, 1, 64, 16)
+    for alpha in (1.5, 2.0):
+        output = triton_hopfield_attention(query, key, value, alpha=alpha, scaling=1.0, **BLOCKS)
+        assert_close(output, hopfield_attention(query.double(), key.double(), value.double(), alpha=alpha, scaling=1.0), scale=2)
+
+
+def test_a_model_takes_it_by_name():
+    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = UHopViTForImageClassification(UHopViTConfig(**sizes, intermediate_size=16, alpha=1.5)).eval()
+    images = torch.randn(2, 1, 8, 8)
+    expected = model(images).logits
+    model.set_attn_implementation("hopfield_triton")
+    assert model.config._attn_implementation == "hopfield_triton"
+    assert_close(model(images).logits, expected, scale=3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha": 1.0},
+        {"alpha": torch.tensor(1.5)},
+        {"attention_mask": torch.randn(2, 1, 19, 45)},
+        {"attention_mask": torch.rand(2, 1, 19, 45) < 0.5},
+        {"attention_mask": (torch.rand(2, 1, 1, 45) < 0.5).expand(2, 1, 19, 45)},
+    ],
+    ids=["softmax", "learnable", "additive", "pairs", "keys"],
+)
+def test_what_it_does_not_do_is_done_elsewhere(changes):
+    inputs = [x.detach() for x in _inputs()]
+    settings = {"alpha": 1.5, "attention_mask": None, **changes}
+    mask, alpha = settings["attention_mask"], settings["alpha"]
+    output, _ = triton_attention_forward(torch.nn.Module().eval(), *inputs, mask, alpha=alpha, scaling=0.5)
+    assert_close(output.transpose(1, 2), hopfield_attention(*inputs, alpha=alpha, scaling=0.5, attention_mask=mask), scale=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 1.0}, "one number above 1"),
+        ({"alpha": torch.tensor(1.5)}, "one number above 1"),
+        ({"alpha": 2.5}, "must lie in"),
+        ({"key": torch.zeros(2, 2, 45, 19)}, "do not fit"),
+        ({"query": torch.zeros(2, 2, 19, 20, dtype=torch.float64)}, "of one dtype"),
+        ({"key_mask": torch.ones(2, 44, dtype=torch.bool)}, "key_mask must have shape"),
+    ],
+)
+def test_wrong_arguments_are_refused(changes, message):
+    query, key, value = _inputs()
+    arguments = {"query": query, "key": key, "value": value, "alpha": 1.5, **changes}
+    with pytest.raises(ValueError, match=message):
+        triton_hopfield_attention(**arguments)
+
+
+def test_without_an_interpreter_or_for_bf16_a_cpu_is_refused(monkeypatch):
+    halves = [x.bfloat16() for x in _inputs()]
+    with pytest.raises(ValueError, match="cannot multiply bf16"):
+        triton_hopfield_attention(*halves, alpha=1.5)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="need a CUDA device"):
+        triton_hopfield_attention(*_inputs(), alpha=1.5)
+
+
+def test_nothing_to_attend_to():
+    query, key, value = torch.randn(1, 1, 3, 8), torch.zeros(1, 1, 0, 8), torch.zeros(1, 1, 0, 8)
+    assert (triton_hopfield_attention(query, key, value, alpha=1.5) == 0).all()
