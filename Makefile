@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test experiments bags forecasts lint types unit format tables clean
+.PHONY: train test experiments bags forecasts speed lint types unit format tables clean
 
 train: $(READY)
 	$(BIN)/python training/train_vit.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
@@ -24,6 +24,9 @@ bags: $(READY)
 
 forecasts: $(READY)
 	$(BIN)/python training/sweep.py configs/sweeps/stanhop.yaml --data_dir $(DATA) --jobs 2
+
+speed: $(READY)
+	$(BIN)/python benchmarks/run.py
 
 test: lint types unit
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import torch
@@ -27,6 +27,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.utils import logging
 
 from modeling_uhop import (
+    FeatureMap,
     UHopMemoryConfig,
     UHopMemoryModel,
     UHopViTConfig,
@@ -50,7 +51,12 @@ from recipe import provenance  # noqa: E402
 SAMPLE = 4096
 SHAPES = [(32, 3, 65, 64), (32, 6, 197, 64), (8, 8, 1024, 64)]
 
+# Width and depth of the vision transformers, for images of 224 in patches of 16.
+VIT: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1536}
+TEN = {label: str(label) for label in range(10)}
+
 Work = Callable[[], Any]
+Loss = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -151,6 +157,7 @@ def with_gradients(attend: Callable[..., torch.Tensor], inputs: list[torch.Tenso
 def attention(rounds: int) -> Iterator[Case]:
     """1.5-entmax attention beside scaled_dot_product_attention, and beside the entmax library in the same layer."""
     bounds = {65: (None, 1.5, None, None), 197: (1.7, 1.5, 9.0, 4.0), 1024: (2.0, 1.5, 15.0, 7.0)}
+    softmax = cast(Callable[..., torch.Tensor], scaled_dot_product_attention)
     for shape in SHAPES:
         forward, both, over_library, both_over_library = bounds[shape[2]]
         inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
@@ -163,11 +170,11 @@ def attention(rounds: int) -> Iterator[Case]:
 
         with torch.no_grad():
             error = difference(ours(*inputs), library(*(x.double() for x in inputs)), 2e-5)
-            times = interleaved(rounds, *(partial(attend, *inputs) for attend in (ours, scaled_dot_product_attention, library)))
+            times = interleaved(rounds, *(partial(attend, *inputs) for attend in (ours, softmax, library)))
         name = f"1.5-entmax attention {shape}"
         yield Case("attention", f"{name}, forward", "scaled_dot_product_attention", times[0], times[1], at_most=forward, error=error)
         yield Case("attention", f"{name}, forward", "entmax library", times[0], times[2], at_least=over_library or 1.0, error=error)
-        times = interleaved(rounds, *(with_gradients(attend, inputs) for attend in (ours, scaled_dot_product_attention, library)))
+        times = interleaved(rounds, *(with_gradients(attend, inputs) for attend in (ours, softmax, library)))
         yield Case("attention", f"{name}, with gradients", "scaled_dot_product_attention", times[0], times[1], at_most=both, error=error)
         yield Case(
             "attention", f"{name}, with gradients", "entmax library", times[0], times[2], at_least=both_over_library or 1.0, error=error
@@ -176,10 +183,9 @@ def attention(rounds: int) -> Iterator[Case]:
 
 def folding(rounds: int) -> Iterator[Case]:
     """A U-Hop ViT at alpha = 1 whose feature maps are folded, beside transformers' ViT of the same size."""
-    size = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1536}
-    model = UHopViTModel(UHopViTConfig(**size, image_size=224, patch_size=16, feature_init="normal")).eval()
+    model = UHopViTModel(UHopViTConfig(**VIT, image_size=224, patch_size=16, feature_init="normal")).eval()
     folded = model.fold_feature_maps()
-    peer = ViTModel(ViTConfig(**size)).eval()
+    peer = ViTModel(ViTConfig(**VIT)).eval()
     images = torch.randn(8, 3, 224, 224)
     with torch.no_grad():
         error = difference(folded(images).last_hidden_state, model(images).last_hidden_state, 5e-6)
@@ -193,7 +199,7 @@ def pdist_loss(features: torch.Tensor, reduce: Callable = torch.mean) -> torch.T
     return reduce(torch.pdist(normalize(features, dim=-1)).square().mul(-2.0).exp()).log()
 
 
-def gradient_of(loss: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor) -> Work:
+def gradient_of(loss: Loss, features: torch.Tensor) -> Work:
     features = features.detach().requires_grad_()
     return lambda: torch.autograd.grad(loss(features), features)[0]
 
@@ -210,20 +216,21 @@ def separation(rounds: int) -> Iterator[Case]:
     def image_loop(features):
         return torch.stack([pdist_loss(image) for image in features]).mean()
 
-    for name, loss, peer, shape, bound in (
+    losses: list[tuple[str, Loss, Loss, tuple[int, ...], float | None]] = [
         ("average, M 2000, D 128", separation_loss, pdist_loss, (2000, 128), None),
         ("average, M 8000, D 128", separation_loss, pdist_loss, (8000, 128), 7.0),
         ("nearest, M 8000, D 128", nearest, farthest_pdist, (8000, 128), 10.0),
         ("average, 200 images of 64 patches, D 512", separation_loss, image_loop, (200, 64, 512), 2.5),
-    ):
+    ]
+    for name, loss, peer, shape, bound in losses:
         features = torch.randn(shape)
         error = difference(loss(features), peer(features), 1e-5)
         works = [gradient_of(loss, features), gradient_of(peer, features)]
         error = max(error, difference(works[0](), works[1](), 1e-5))
-        times = interleaved(rounds if shape[0] < 8000 else 3, *works)
-        yield Case("separation", f"separation loss, {name}", "torch.pdist", *times, at_least=bound or 1.0, error=error)
-    ours, peer_mb = (peak_memory(loss, 8000) for loss in ("ours", "pdist"))
-    yield Case("separation", "memory (MB), average, M 8000, D 128", "torch.pdist", [ours], [peer_mb], at_least=10.0)
+        ours, peers = interleaved(rounds, *works)
+        yield Case("separation", f"separation loss, {name}", "torch.pdist", ours, peers, at_least=bound or 1.0, error=error)
+    ours_mb, peer_mb = (peak_memory(loss, 8000) for loss in ("ours", "pdist"))
+    yield Case("separation", "memory (MB), average, M 8000, D 128", "torch.pdist", [ours_mb], [peer_mb], at_least=10.0)
     yield Case("separation", "memory (MB), average, M 30000, D 128", "200 MB", [peak_memory("ours", 30000)], [200.0], at_most=1.0)
 
 
@@ -249,7 +256,8 @@ def peak_memory(loss: str, count: int, *, count_memories: bool = False) -> float
 
 def _peak_memory(loss: str, count: int, count_memories: bool) -> float:
     torch.set_num_threads(1)
-    work = {"ours": separation_loss, "pdist": pdist_loss, "sampled": partial(separation_loss, sample=SAMPLE)}[loss]
+    losses: dict[str, Loss] = {"ours": separation_loss, "pdist": pdist_loss, "sampled": partial(separation_loss, sample=SAMPLE)}
+    work = losses[loss]
     gradient_of(work, torch.randn(16, 128))()
     without = _status("VmRSS")
     features = torch.randn(count, 128)
@@ -270,7 +278,7 @@ def retrieval(rounds: int) -> Iterator[Case]:
     queries = torch.randn(500, 784)
 
     def loop():
-        weight = memory.feature_map.weight
+        weight = cast(FeatureMap, memory.feature_map).weight
         rows = []
         for query in queries:
             scores = memory.config.beta * normalize(memory.memories @ weight.T, dim=-1) @ normalize(weight @ query, dim=-1)
@@ -279,30 +287,29 @@ def retrieval(rounds: int) -> Iterator[Case]:
 
     with torch.no_grad():
         error = difference(memory(queries, output_energies=False).retrieved, loop(), 1e-5)
-        times = interleaved(3, lambda: memory(queries, output_energies=False), loop)
-        yield Case("retrieval", "500 memories, 500 queries, D 784", "loop over queries", *times, at_least=90.0, error=error)
+        ours, peers = interleaved(rounds, lambda: memory(queries, output_energies=False), loop)
+        yield Case("retrieval", "500 memories, 500 queries, D 784", "loop over queries", ours, peers, at_least=90.0, error=error)
         memory = stored(100_000, 128)
         queries = normalize(memory.memories[:1000] + torch.randn(1000, 128), dim=-1)
         features = memory.stored_features()
         some = torch.arange(0, 1000, 50)
-        error = difference(memory.search(queries[some]).retrieved, memory(queries[some]).retrieved, 1e-5)
+        error = difference(cast(torch.Tensor, memory.search(queries[some]).retrieved), memory(queries[some]).retrieved, 1e-5)
 
         def scores():
             for part in queries.split(160):
                 part @ features.T
 
-        times = interleaved(3, lambda: memory.search(queries), scores)
-        yield Case("retrieval", "100,000 memories, 1000 queries, D 128, exact", "bare product of scores", *times, at_most=1.4, error=error)
+        ours, peers = interleaved(rounds, lambda: memory.search(queries), scores)
+        yield Case("retrieval", "100,000 memories, 1000 queries, D 128, exact", "bare product", ours, peers, at_most=1.4, error=error)
 
 
 def training(rounds: int) -> Iterator[Case]:
     """A training step of a U-Hop ViT beside transformers' ViT of the same size, and a separation step beside a training step."""
-    size: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1536}
     images, labels = torch.randn(8, 3, 224, 224), torch.randint(10, (8,))
     bounds = {1.0: 1.15, 1.5: 1.5, 2.0: 1.5}
-    peer = ViTForImageClassification(ViTConfig(**size, num_labels=10))
+    peer = ViTForImageClassification(ViTConfig(**VIT, id2label=TEN))
     models = [
-        UHopViTForImageClassification(UHopViTConfig(**size, image_size=224, patch_size=16, num_labels=10, alpha=alpha)) for alpha in bounds
+        UHopViTForImageClassification(UHopViTConfig(**VIT, image_size=224, patch_size=16, id2label=TEN, alpha=alpha)) for alpha in bounds
     ]
 
     def step_of(model) -> Work:
@@ -317,7 +324,7 @@ def training(rounds: int) -> Iterator[Case]:
 
     def separation_step(model=models[1]) -> None:
         sets = list(model.memory_sets(pixel_values=images))
-        loss = sum(separation_loss(part.feature_map(part.memories)) for part in sets)
+        loss = torch.stack([separation_loss(part.feature_map(part.memories)) for part in sets]).sum()
         torch.autograd.grad(loss, [part.feature_map.weight for part in sets])
 
     taken, *ours, separating = interleaved(rounds, step_of(peer), *(step_of(model) for model in models), separation_step)

@@ -43,11 +43,15 @@ def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def faiss_index(index) -> Candidates:
-    """Candidates by an inner-product index of the faiss library that holds the features of the memories, in their order."""
+    """Candidates by an inner-product index of the faiss library that holds the features of the memories, in their order.
+
+    Retrieval is exact if the index is (`IndexFlatIP`). One that overlooks memories retrieves from those that it finds.
+    """
 
     def candidates(queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         scores, indices = index.search(queries.float().cpu().contiguous().numpy(), count)
-        return torch.from_numpy(scores).to(queries), torch.from_numpy(indices).to(queries.device)
+        # What an index does not find has the index -1 and the lowest score.
+        return torch.from_numpy(scores).to(queries), torch.from_numpy(indices).to(queries.device).clamp(min=0)
 
     return candidates
 

@@ -78,6 +78,9 @@ def test_output_agrees_with_the_functions():
     assert_close(memory(first, update_steps=1).association, output.association)
     assert output.steps.tolist() == [2, 2, 2, 2]
     assert _memory(similarity="l2")(queries).energy is None
+    without = memory(queries, update_steps=2, output_energies=False)
+    assert without.energy is None
+    assert torch.equal(without.retrieved, output.retrieved)
 
 
 def test_a_tolerance_stops_each_query_by_itself():

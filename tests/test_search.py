@@ -2,6 +2,7 @@
 
 import copy
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import assert_close
 
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
 from modeling_uhop import search as search_module
-from modeling_uhop.search import brute_force, faiss_index, sparse_association
+from modeling_uhop.search import brute_force, faiss_index, largest, sparse_association
 
 
 def _memory(count=300, dtype=torch.float64, **fields):
@@ -58,24 +59,34 @@ def test_few_candidates_are_asked_for_where_few_memories_have_weight():
     assert found.weights.shape[1] < 32
 
 
-class _Index:
-    """What is used of an index of faiss: float32 arrays in, scores and indices out."""
-
-    def __init__(self, features):
-        self.features = features.numpy()
-
-    def search(self, queries, count):
-        assert queries.dtype == np.float32
-        scores = queries @ self.features.T
-        order = np.argsort(-scores, axis=1)[:, :count]
-        return np.take_along_axis(scores, order, 1), order
-
-
-def test_an_index_gives_the_same():
+def test_an_index_of_faiss_gives_the_same():
     memory = _memory(dtype=torch.float32)
-    index = _Index(memory.stored_features().detach())
+    features = memory.stored_features().detach().numpy()
+    index = faiss.IndexFlatIP(features.shape[1])
+    index.add(features)
     queries = torch.randn(9, 12)
     assert_close(memory.search(queries, candidates=faiss_index(index)).retrieved, memory.search(queries).retrieved, scale=3)
+
+
+def test_what_an_index_does_not_find_has_no_weight():
+    class Blind:
+        def search(self, queries, count):
+            scores, indices = np.full((len(queries), count), -3.4e38, np.float32), np.full((len(queries), count), -1)
+            scores[:, 0], indices[:, 0] = 1.0, 2
+            return scores, indices
+
+    memory = _memory(dtype=torch.float32)
+    found = memory.search(torch.randn(3, 12), candidates=faiss_index(Blind()))
+    assert_close(found.retrieved, memory.memories[[2, 2, 2]])
+
+
+@pytest.mark.parametrize(("memories", "count"), [(1, 1), (7, 3), (64, 64), (1000, 1), (1003, 5), (4099, 64)])
+def test_the_largest_are_those_of_topk(memories, count):
+    for scores in (torch.randn(6, memories), torch.randint(4, (6, memories)).float(), torch.arange(memories).float().expand(6, -1)):
+        values, indices = largest(scores, count)
+        assert torch.equal(values, scores.topk(count).values)
+        assert torch.equal(scores.gather(1, indices), values)
+        assert all(len(row.unique()) == count for row in indices)
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,41 @@ def test_bad_arguments_are_refused(arguments):
         separation_loss(torch.randn(3, 2), **arguments)
 
 
+@pytest.mark.parametrize("kind", ["average", "squared"])
+def test_a_sample_of_memories_is_unbiased_up_to_the_log(kind):
+    features = torch.randn(60, 5, dtype=torch.float64)
+    exact = separation_loss(features, kind=kind).exp()
+    drawn = torch.stack([separation_loss(features, kind=kind, sample=12).exp() for _ in range(2000)])
+    error = drawn.std() / len(drawn) ** 0.5
+    assert 0.0 < error < 0.01 * exact
+    assert (drawn.mean() - exact).abs() < 4.0 * error
+
+
+@pytest.mark.parametrize("kind", ["average", "squared", "per_memory"])
+def test_a_sample_looks_at_that_many_and_estimates_the_same(kind):
+    features = torch.randn(3, 500, 8, dtype=torch.float64, requires_grad=True)
+    loss = separation_loss(features, kind=kind, sample=200)
+    assert loss.item() == pytest.approx(separation_loss(features, kind=kind).item(), abs=0.1)
+    (gradient,) = torch.autograd.grad(loss, features)
+    assert (gradient.abs().sum(-1) > 0).sum(-1).tolist() == [200, 200, 200]
+    assert_close(separation_loss(features, kind=kind, sample=500), separation_loss(features, kind=kind).item())
+
+
+def test_a_sample_keeps_to_the_mask():
+    features = torch.randn(40, 4)
+    features[20:] = torch.nan
+    members = torch.arange(40) < 20
+    pairs = members & members.unsqueeze(-1)
+    for mask in (members, pairs):
+        assert separation_loss(features, mask=mask, sample=30).isfinite()
+
+
+@pytest.mark.parametrize("arguments", [{"sample": 1}, {"sample": 4, "kind": "nearest"}])
+def test_a_sample_without_a_pair_or_for_the_nearest_is_refused(arguments):
+    with pytest.raises(ValueError, match="sample must be at least 2"):
+        separation_loss(torch.randn(9, 3), **arguments)
+
+
 @pytest.mark.parametrize("method", ["uhop", "uhop+"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_maximize_separation_lowers_the_loss_and_moves_the_map_alone(method, optimizer):

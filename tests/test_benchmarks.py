@@ -1,0 +1,76 @@
+"""The benchmark: what a ratio and a bound mean, that wrong answers are not timed, and that the parts run on small sizes."""
+
+import json
+
+import pytest
+import run as benchmark
+import torch
+from run import Case
+from tables import speed_table
+
+
+def _case(**fields) -> Case:
+    return Case(**{"part": "p", "name": "n", "peer": "q", "ours": [1.0, 2.0, 4.0], "peers": [4.0, 4.0, 4.0], **fields})
+
+
+def test_ratios_are_medians_over_rounds_and_keep_their_bounds():
+    assert _case().ratio == 0.5
+    assert _case(at_least=1.0).ratio == 2.0
+    assert _case().kept
+    assert _case(at_most=0.5).kept
+    assert not _case(at_most=0.49).kept
+    assert _case(at_least=2.0).kept
+    assert not _case(at_least=2.1).kept
+    assert "OUT OF BOUND" in benchmark.line(_case(at_most=0.4))
+    row = _case(at_most=0.4, error=0.1).row()
+    assert (row["ours"], row["peers"], row["ratio"], row["kept"], row["rounds"]) == (2.0, 4.0, 0.5, False, 3)
+
+
+def test_a_table_of_ratios():
+    rows = [_case(at_most=0.4).row(), _case(at_least=2.0).row(), _case().row()]
+    lines = speed_table({"cases": rows}).splitlines()
+    assert lines[2] == "| n | q | 0.5 x the cost | ≤ 0.4, **missed** |"
+    assert lines[3] == "| n | q | 2 x faster or smaller | ≥ 2 |"
+    assert lines[4] == "| n | q | 0.5 x the cost |  |"
+
+
+def test_a_wrong_answer_is_not_timed():
+    assert benchmark.difference(torch.ones(2), torch.ones(2) + 1e-3, 0.1) == pytest.approx(1e-3, rel=1e-3)
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        benchmark.difference(torch.ones(2), torch.zeros(2), 0.1)
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        benchmark.difference(torch.tensor([torch.nan]), torch.zeros(1), 0.1)
+
+
+def test_works_take_turns():
+    turns: list[str] = []
+    times = benchmark.interleaved(2, lambda: turns.append("a"), lambda: turns.append("b"))
+    assert turns == ["a", "b"] * 3
+    assert [len(own) for own in times] == [2, 2]
+
+
+def test_a_bound_that_is_broken_ends_a_check_with_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "PARTS", {"kept": lambda rounds: [_case()], "broken": lambda rounds: [_case(at_most=0.1)]})
+    monkeypatch.setattr(benchmark, "growth_of_cost", lambda: {part: {"ours": {"2": 1.0, "4": 3.0}} for part in ("attention", "separation")})
+    path = tmp_path / "speed.json"
+    command = ["run.py", "--output", str(path)]
+    monkeypatch.setattr("sys.argv", command)
+    benchmark.main()
+    assert [case["kept"] for case in json.loads(path.read_text())["cases"]] == [True, False]
+    assert path.with_suffix(".png").stat().st_size > 0
+    monkeypatch.setattr("sys.argv", [*command, "--check"])
+    with pytest.raises(SystemExit, match="1 of 2 ratios"):
+        benchmark.main()
+    monkeypatch.setattr("sys.argv", [*command, "--check", "--only", "kept"])
+    benchmark.main()
+
+
+def test_attention_runs(monkeypatch):
+    monkeypatch.setattr(benchmark, "SHAPES", [(1, 2, 65, 8)])
+    cases = list(benchmark.attention(1))
+    assert len(cases) == 4
+    assert all(case.ratio > 0 for case in cases)
+
+
+def test_peak_memory_is_that_of_the_work():
+    assert benchmark.peak_memory("pdist", 1500) > 2 * benchmark.peak_memory("ours", 1500)
