@@ -22,8 +22,8 @@ from .simplex import (
 )
 
 
-# Scores in a piece: 1 MB of fp32, half of the second-level cache of today's server cores.
-_PIECE = 262144
+# Scores in a piece: 1.25 MB of fp32, which the second-level cache of today's server cores holds.
+_PIECE = 327680
 
 
 class Piece(NamedTuple):
@@ -80,23 +80,22 @@ class _ChunkedAttention(torch.autograd.Function):
         given, scale = (query, key, value), entmax_scale(eps)
         query, key, value = (at_least_fp32(x) for x in given)
         output = (query.new_zeros if _is_empty(query, key) else query.new_empty)(*query.shape[:2], value.shape[-1])
-        origin, threshold = query.new_zeros(2, *query.shape[:2], 1)
+        thresholds = query.new_zeros(*query.shape[:2], 1)
         seed = int(torch.randint(2**62, ())) if dropout > 0.0 else 0
         kept = _dropout_factors(seed, dropout)
         room = _room(query, key, 1)
-        for piece, (q, out, *solution), (k, v) in _pieces((query, output, origin, threshold), (key, value)):
+        for piece, (q, out, threshold), (k, v) in _pieces((query, output, thresholds), (key, value)):
             (scores,) = room(q, k)
             torch.bmm(q * (scaling * scale), k.mT, out=scores)
             absent = _mask(scores, mask, piece, scale)
-            weights, *found = entmax_solve(scores, _of(eps, piece))
+            weights, found = entmax_solve(scores, _of(eps, piece))
+            threshold.copy_(found)
             if absent is not None:
                 weights.masked_fill_(absent, 0.0)
             if kept is not None:
                 weights *= kept(weights)
             torch.bmm(weights, v, out=out)
-            for kept_part, part in zip(solution, found, strict=True):
-                kept_part.copy_(part)
-        ctx.save_for_backward(*given, origin, threshold, *(x for x in (eps, mask) if isinstance(x, torch.Tensor)))
+        ctx.save_for_backward(*given, thresholds, *(x for x in (eps, mask) if isinstance(x, torch.Tensor)))
         ctx.eps, ctx.masked, ctx.seed, ctx.dropout = None if isinstance(eps, torch.Tensor) else eps, mask is not None, seed, dropout
         ctx.scaling = scaling
         return output.to(given[2].dtype)
@@ -105,22 +104,22 @@ class _ChunkedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         saved = list(ctx.saved_tensors)
-        (*given, origins, thresholds), rest = saved[:5], saved[5:]
+        (*given, thresholds), rest = saved[:4], saved[4:]
         mask = rest.pop() if ctx.masked else None
         eps = rest.pop() if ctx.eps is None else ctx.eps
         scaling, scale = ctx.scaling, entmax_scale(eps)
         query, key, value, grad = (at_least_fp32(x) for x in (*given, grad.contiguous()))
         start = torch.zeros_like if _is_empty(query, key) else torch.empty_like
         grad_query, grad_key, grad_value = (start(x) for x in (query, key, value))
-        grad_eps = torch.zeros_like(origins) if ctx.needs_input_grad[3] else None
+        grad_eps = torch.zeros_like(thresholds) if ctx.needs_input_grad[3] else None
         kept = _dropout_factors(ctx.seed, ctx.dropout)
         room = _room(query, key, 3)
-        rows = (query, grad, origins, thresholds, grad_query)
-        for piece, (q, g, origin, threshold, grad_q), (k, v, grad_k, grad_v) in _pieces(rows, (key, value, grad_key, grad_value)):
+        rows = (query, grad, thresholds, grad_query)
+        for piece, (q, g, threshold, grad_q), (k, v, grad_k, grad_v) in _pieces(rows, (key, value, grad_key, grad_value)):
             scores, products, grad_weights = room(q, k)
             torch.bmm(q * (scaling * scale), k.mT, out=scores)
             absent = _mask(scores, mask, piece, scale)
-            weights, escort = entmax_recall(scores, origin, threshold, _of(eps, piece), out=products)
+            weights, escort = entmax_recall(scores, threshold, _of(eps, piece), out=products)
             torch.bmm(g, v.mT, out=grad_weights)
             if absent is not None:
                 weights, grad_weights = weights.masked_fill_(absent, 0.0), grad_weights.masked_fill_(absent, 0.0)
@@ -149,13 +148,17 @@ def _pieces(
     if _is_empty(query, key):
         return
     (heads, queries), keys = query.shape[:2], key.shape[1]
-    rows = max(1, min(queries, _PIECE // keys))
-    together = max(1, _PIECE // (keys * queries))
+    together, rows = _even(heads, _PIECE // (keys * queries)), _even(queries, _PIECE // keys)
     by_head = zip(*(x.split(together) for x in along_queries), strict=True), zip(*(x.split(together) for x in along_keys), strict=True)
     for head, of_heads, memories in zip(range(0, heads, together), *by_head, strict=True):
         by_row = zip(*(x.split(rows, 1) for x in of_heads), strict=True)
         for row, of_rows in zip(range(0, queries, rows), by_row, strict=True):
             yield Piece(slice(head, head + together), slice(row, row + rows)), of_rows, memories
+
+
+def _even(count: int, most: int) -> int:
+    """The size of parts of which as few as can be make up `count`, with at most `most` each, and at least 1."""
+    return -(-count // -(-count // max(1, most)))
 
 
 def _is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:

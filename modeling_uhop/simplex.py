@@ -26,8 +26,13 @@ from .validation import is_readable
 _LOWEST = -1e30
 # Newton steps until the threshold is exact to rounding, on the hardest inputs found (near-uniform rows of 16,384 at alpha = 2).
 _NEWTON_STEPS = 12
-# Steps before the first look at whether it is: looking costs about as much as a step.
+# Steps before the first look at whether it is.
 _UNCHECKED_STEPS = 3
+# How much of a step is taken, so that rounding does not make it too long.
+_CAUTION = 1.0 - 2.0**-17
+# Rows of so many scores begin with the maxima of so many groups of them.
+_LONG = 512
+_GROUPS = 32
 
 
 def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: int = -1, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -132,7 +137,7 @@ class _Entmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, eps, dim):
-        weights, _, _ = entmax_solve(scores * entmax_scale(eps), eps, dim)
+        weights, _ = entmax_solve(scores * entmax_scale(eps), eps, dim)
         ctx.save_for_backward(weights, *([eps] if isinstance(eps, torch.Tensor) else []))
         ctx.eps, ctx.dim = None if isinstance(eps, torch.Tensor) else eps, dim
         return weights
@@ -156,8 +161,8 @@ def has_root(eps: float | torch.Tensor) -> bool:
     return not isinstance(eps, torch.Tensor) and eps in (0.5, 1.0)
 
 
-def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights, with their sum at 1 but for rounding, and the origin and threshold of each row that `entmax_recall` makes them from again.
+def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, with their sum at 1 but for rounding, and the threshold of each row that `entmax_recall` makes them from again.
 
     Newton's method on the (1 / eps)-norm of the truncated scores: convex and falling in the threshold, so that starting from the left
     (where the largest weight is 1) it climbs to the root without overshooting. At eps = 0 one step is exact.
@@ -165,39 +170,67 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     Args:
         scores: Scores, times `entmax_scale(eps)`. Overwritten.
     """
-    origin = scores.amax(dim, keepdim=True)
-    threshold = torch.zeros_like(origin)
+    risen = torch.zeros_like(scores.narrow(dim, 0, 1))
     if not has_root(eps):
+        origin = scores.amax(dim, keepdim=True)
         scores.sub_(origin)
         for step in range(_NEWTON_STEPS):
-            weights, slopes = _q_exponential(scores - threshold, eps)
+            weights, slopes = _q_exponential(scores - risen, eps)
             total = weights.sum(dim, keepdim=True)
             excess = total.log()
-            threshold += total * excess * _expm1_ratio(-eps * excess) / slopes.sum(dim, keepdim=True)
+            risen += total * excess * _expm1_ratio(-eps * excess) / slopes.sum(dim, keepdim=True)
             if step >= _UNCHECKED_STEPS and _all_above(-excess.abs(), -16.0 * torch.finfo(excess.dtype).eps):
                 break
-        return _settled(*_q_exponential(scores.sub_(threshold), eps), dim), origin, threshold
+        return _settled(*_q_exponential(scores.sub_(risen), eps), dim), origin.add_(risen)
 
-    # Where the largest weight is 1, or left of that by rounding. From there the threshold only rises, and what it has passed stays 0.
+    # Of n items, the next norm at alpha = 1.5 is off 1 by n / 2 times the square of a fall at most.
     precision = torch.finfo(scores.dtype).eps
-    origin.sub_(origin.abs().mul_(2.0 * precision).add_(1.0))
+    enough = (64.0 * precision / scores.shape[dim]) ** 0.5 if eps == 0.5 else 4.0 * precision
     truncate_ = _truncation(scores)
+    long = dim == -1 and scores.shape[-1] >= _LONG
+    origin = _left_of_threshold(scores, eps) if long else _left_of_all(scores, dim)
     truncate_(scores, -origin)
     for step in range(_NEWTON_STEPS):
-        total = scores.sum(dim, keepdim=True)
-        if eps == 0.5:
-            norm = torch.linalg.vector_norm(scores, dim=dim, keepdim=True)
-            fall = torch.addcmul(norm, norm, norm, value=-1.0).div_(total)
-            # Of n items the next norm is off 1 by n / 2 times the square of this at most.
-            remainder, enough = fall, (64.0 * precision / scores.shape[dim]) ** 0.5
-        else:
-            remainder, enough = 1.0 - total, 8.0 * precision
-            fall = remainder / scores.sign().sum(dim, keepdim=True)
-        threshold.sub_(fall.clamp_(max=0.0))
-        truncate_(scores, fall)
-        if step >= _UNCHECKED_STEPS and _all_above(remainder, -enough):
+        # From the left the threshold only rises, and what it has passed stays 0; from beyond it there is no way back.
+        fall = _fall(scores, eps, dim).clamp_(max=0.0)
+        risen.sub_(fall, alpha=_CAUTION)
+        truncate_(scores, fall, alpha=_CAUTION)
+        if step >= _UNCHECKED_STEPS - long and _all_above(fall, -enough):
             break
-    return scores.square_() if eps == 0.5 else _settled(scores, scores.sign(), dim), origin, threshold
+    return scores.square_() if eps == 0.5 else _settled(scores, scores.sign(), dim), origin.add_(risen)
+
+
+def _left_of_all(scores: torch.Tensor, dim: int) -> torch.Tensor:
+    """Thresholds at which the largest weight of each row is 1, or above by rounding."""
+    largest = scores.amax(dim, keepdim=True)
+    rounding = 2.0 * torch.finfo(scores.dtype).eps
+    return largest.sub_(largest.abs().add_(1.0 / rounding), alpha=rounding)
+
+
+def _left_of_threshold(scores: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
+    """Thresholds left of the row's, but near: steps towards that of some of its scores, the maxima of groups of them."""
+    size = scores.shape[-1] // _GROUPS
+    maxima = scores[..., : size * _GROUPS].unflatten(-1, (size, _GROUPS)).amax(-2)
+    rest = scores.shape[-1] % _GROUPS
+    if rest > 0:
+        maxima[..., :rest] = torch.maximum(maxima[..., :rest], scores[..., -rest:])
+    origin = _left_of_all(maxima, -1)
+    root = maxima.sub_(origin)
+    for _ in range(_UNCHECKED_STEPS):
+        fall = _fall(root.relu_(), eps, -1)
+        root.add_(fall)
+        origin.sub_(fall)
+    rounding = 4.0 * torch.finfo(scores.dtype).eps
+    return origin.sub_(origin.abs().add_(1.0), alpha=rounding)  # less what rounding may have added
+
+
+def _fall(root: torch.Tensor, eps: float | torch.Tensor, dim: int) -> torch.Tensor:
+    """Newton's step for the sum of weights of `root`, the scores above a threshold: minus what the threshold rises by."""
+    total = root.sum(dim, keepdim=True)
+    if eps == 0.5:
+        norm = torch.linalg.vector_norm(root, dim=dim, keepdim=True)
+        return torch.addcmul(norm, norm, norm, value=-1.0).div_(total)
+    return (1.0 - total).div_(root.sign().sum(dim, keepdim=True))
 
 
 def _settled(weights: torch.Tensor, escort: torch.Tensor, dim: int) -> torch.Tensor:
@@ -207,22 +240,21 @@ def _settled(weights: torch.Tensor, escort: torch.Tensor, dim: int) -> torch.Ten
 
 
 def entmax_recall(
-    scores: torch.Tensor, origin: torch.Tensor, threshold: torch.Tensor, eps: float | torch.Tensor, out: torch.Tensor | None = None
+    scores: torch.Tensor, threshold: torch.Tensor, eps: float | torch.Tensor, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights that `entmax_solve` made of these scores, and their escort `p^(2 - alpha)`, 0 off the support.
 
     Scores are overwritten, and `out`, a second place like theirs, where the weights have a root.
     """
     if not has_root(eps):
-        return _q_exponential(scores.sub_(origin).sub_(threshold), eps)
-    truncate_ = _truncation(scores)
-    root = truncate_(truncate_(scores, -origin), -threshold)
+        return _q_exponential(scores.sub_(threshold), eps)
+    root = _truncation(scores)(scores, -threshold)
     return (torch.mul(root, root, out=out), root) if eps == 0.5 else (root, torch.sign(root, out=out))
 
 
-def _truncation(scores: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """A function that puts `[x + y]_+` in the place of x: in one pass on CPUs, which alone have it."""
-    return torch.ops.aten._add_relu_ if is_readable(scores) else lambda x, y: x.add_(y).relu_()
+def _truncation(scores: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A function of (x, y, alpha=1) that puts `[x + alpha y]_+` in the place of x: in one pass on CPUs, which alone have it."""
+    return torch.ops.aten._add_relu_ if is_readable(scores) else lambda x, y, alpha=1: x.add_(y, alpha=alpha).relu_()
 
 
 def _all_above(values: torch.Tensor, bound: float) -> bool:

@@ -182,7 +182,7 @@ def test_a_model_with_alpha_above_1_uses_it_unless_told_otherwise(fields, encode
     assert_close(fast.logits, plain.logits, scale=3)
     for actual, expected in zip(asked.attentions, plain.attentions, strict=True):
         assert_close(actual, expected)
-    with pytest.raises(ValueError, match="use 'hopfield' or 'eager'"):
+    with pytest.raises(ValueError, match="use 'hopfield', 'hopfield_triton' or 'eager'"):
         model.set_attn_implementation("sdpa")
 
 
