@@ -1,7 +1,7 @@
 """Hopfield attention on a CPU for alpha > 1: a piece of the scores at a time, so that they stay in the cache.
 
-Nothing of the size of the scores is kept: what the backward pass needs of a row, besides query, key and value, is its largest score and
-its threshold, from which the weights follow in one pass. Scores are computed again.
+Nothing of the size of the scores is kept: what the backward pass needs of a row, besides query, key and value, is its threshold, from
+which the weights follow in one pass. Scores are computed again.
 """
 
 import math
@@ -86,7 +86,7 @@ class _ChunkedAttention(torch.autograd.Function):
         room = _room(query, key, 1)
         for piece, (q, out, threshold), (k, v) in _pieces((query, output, thresholds), (key, value)):
             (scores,) = room(q, k)
-            torch.bmm(q * (scaling * scale), k.mT, out=scores)
+            scores.baddbmm_(q, k.mT, beta=0.0, alpha=scaling * scale)
             absent = _mask(scores, mask, piece, scale)
             weights, found = entmax_solve(scores, _of(eps, piece))
             threshold.copy_(found)
@@ -117,7 +117,7 @@ class _ChunkedAttention(torch.autograd.Function):
         rows = (query, grad, thresholds, grad_query)
         for piece, (q, g, threshold, grad_q), (k, v, grad_k, grad_v) in _pieces(rows, (key, value, grad_key, grad_value)):
             scores, products, grad_weights = room(q, k)
-            torch.bmm(q * (scaling * scale), k.mT, out=scores)
+            scores.baddbmm_(q, k.mT, beta=0.0, alpha=scaling * scale)
             absent = _mask(scores, mask, piece, scale)
             weights, escort = entmax_recall(scores, threshold, _of(eps, piece), out=products)
             torch.bmm(g, v.mT, out=grad_weights)
@@ -171,7 +171,7 @@ def _of(eps: float | torch.Tensor, piece: Piece) -> float | torch.Tensor:
 
 def _room(query: torch.Tensor, key: torch.Tensor, count: int) -> Callable[[torch.Tensor, torch.Tensor], Iterator[torch.Tensor]]:
     """A function that gives room for the scores of a piece, `count` times, the same for every piece."""
-    work = query.new_empty(count, max(_PIECE, key.shape[1]))
+    work = query.new_empty(count, min(max(_PIECE, key.shape[1]), query.shape[0] * query.shape[1] * key.shape[1]))
 
     def room(q: torch.Tensor, k: torch.Tensor) -> Iterator[torch.Tensor]:
         shape = (*q.shape[:2], k.shape[1])

@@ -188,6 +188,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     enough = (64.0 * precision / scores.shape[dim]) ** 0.5 if eps == 0.5 else 4.0 * precision
     truncate_ = _truncation(scores)
     long = dim == -1 and scores.shape[-1] >= _LONG
+    unchecked = _UNCHECKED_STEPS - 1 if long else _UNCHECKED_STEPS
     origin = _left_of_threshold(scores, eps) if long else _left_of_all(scores, dim)
     truncate_(scores, -origin)
     for step in range(_NEWTON_STEPS):
@@ -195,7 +196,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
         fall = _fall(scores, eps, dim).clamp_(max=0.0)
         risen.sub_(fall, alpha=_CAUTION)
         truncate_(scores, fall, alpha=_CAUTION)
-        if step >= _UNCHECKED_STEPS - long and _all_above(fall, -enough):
+        if step >= unchecked and _all_above(fall, -enough):
             break
     return scores.square_() if eps == 0.5 else _settled(scores, scores.sign(), dim), origin.add_(risen)
 
