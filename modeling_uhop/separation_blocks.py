@@ -31,32 +31,37 @@ def blocked_separation_loss(features: torch.Tensor, members: torch.Tensor | None
         members: Boolean (S, M), which memories are present; `None` for all.
         kind, temperature: As in `separation_loss`.
     """
-    losses: torch.Tensor = _BlockedSeparation.apply(features, members, kind, temperature)
+    wanted = torch.is_grad_enabled() and features.requires_grad
+    losses: torch.Tensor = _BlockedSeparation.apply(features, members, kind, temperature, wanted)
     return losses
 
 
 class _BlockedSeparation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, members, kind, temperature):
+    def forward(ctx, features, members, kind, temperature, wanted):
         losses = features.new_empty(len(features))
-        gradient = torch.empty_like(features)
+        gradient = torch.empty_like(features) if wanted else None
         sets = max(1, _BLOCK**2 // (features.shape[1] * max(features.shape[1:])))
         for first in range(0, len(features), sets):
             part = slice(first, first + sets)
             norm = torch.linalg.vector_norm(features[part], dim=-1, keepdim=True)
             norm = torch.where(norm > 0, norm, 1.0)
             unit = features[part] / norm
-            losses[part], slope = _KINDS[kind](unit, None if members is None else members[part], temperature)
+            slope = None if gradient is None else torch.zeros_like(unit)
+            losses[part] = _KINDS[kind](unit, None if members is None else members[part], temperature, slope)
+            if slope is None or gradient is None:
+                continue
             along = torch.linalg.vecdot(unit, slope).unsqueeze(-1)
             torch.div(slope.addcmul_(unit, along, value=-1.0), norm, out=gradient[part])
-        ctx.save_for_backward(gradient)
+        if wanted:
+            ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.view(-1, 1, 1), None, None, None
+        return gradient * grad.view(-1, 1, 1), None, None, None, None
 
 
 def _blocks(features: torch.Tensor, members: torch.Tensor | None) -> Iterator[Block]:
@@ -74,6 +79,7 @@ def _blocks(features: torch.Tensor, members: torch.Tensor | None) -> Iterator[Bl
 
 
 def _add_to_gradient(gradient: torch.Tensor, features: torch.Tensor, block: Block, weights: torch.Tensor) -> None:
+    """Adds what the pairs of a block give, each with its weight."""
     if block.rows == block.columns:
         gradient[:, block.rows].baddbmm_(weights + weights.mT, features[:, block.rows])
     else:
@@ -86,42 +92,45 @@ def _mean_of_exponentials(
     members: torch.Tensor | None,
     exponent: Callable[[torch.Tensor], torch.Tensor],
     slope: Callable[[torch.Tensor], torch.Tensor | float],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`log mean exp(exponent(K))` over pairs, whose largest exponent so far is taken off, and its gradient."""
-    gradient = torch.zeros_like(features)
+    gradient: torch.Tensor | None,
+) -> torch.Tensor:
+    """`log mean exp(exponent(K))` over pairs, whose largest exponent so far is taken off."""
     largest = features.new_full((len(features), 1, 1), -torch.inf)
     total = features.new_zeros(len(features), 1, 1)
     for index, block in enumerate(_blocks(features, members)):
         exponents = exponent(block.similarity)
         above = torch.maximum(largest, exponents.amax((1, 2), keepdim=True))
         shrunk = torch.where(largest == above, 1.0, (largest - above).exp())
-        if index > 0:
-            gradient *= shrunk
         weights = exponents.sub_(torch.where(above == -torch.inf, 0.0, above)).exp_()
         total = total * shrunk + weights.sum((1, 2), keepdim=True)
-        _add_to_gradient(gradient, features, block, weights * slope(block.similarity))
+        if gradient is not None:
+            if index > 0:
+                gradient *= shrunk
+            _add_to_gradient(gradient, features, block, weights * slope(block.similarity))
         largest = above
     pairs = _pairs(features, members)
     present = (pairs > 0).view(-1, 1, 1)
-    losses = torch.where(present, largest + total.log(), 0.0).flatten() - pairs.clamp(min=1).log()
-    return losses, gradient.div_(torch.where(present, total, 1.0))
+    if gradient is not None:
+        gradient.div_(torch.where(present, total, 1.0))
+    return torch.where(present, largest + total.log(), 0.0).flatten() - pairs.clamp(min=1).log()
 
 
-def _average(features: torch.Tensor, members: torch.Tensor | None, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return _mean_of_exponentials(features, members, lambda k: (k - 1.0) / temperature, lambda k: 1.0 / temperature)
+# Each kind returns losses (S,) and, where a gradient is wanted, adds it to zeros (S, M, D).
+def _average(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
+    return _mean_of_exponentials(features, members, lambda k: (k - 1.0) / temperature, lambda k: 1.0 / temperature, gradient)
 
 
-def _squared(features: torch.Tensor, members: torch.Tensor | None, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _squared(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
     def exponent(similarity: torch.Tensor) -> torch.Tensor:
         return ((similarity.square() - 1.0) / temperature).masked_fill_(similarity == -torch.inf, -torch.inf)
 
     def slope(similarity: torch.Tensor) -> torch.Tensor:
         return similarity.clamp(min=-1.0) * (2.0 / temperature)
 
-    return _mean_of_exponentials(features, members, exponent, slope)
+    return _mean_of_exponentials(features, members, exponent, slope, gradient)
 
 
-def _nearest(features: torch.Tensor, members: torch.Tensor | None, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
     """The gradient goes to one closest pair of a set, the first."""
     largest = features.new_full((len(features),), -torch.inf)
     pairs = torch.zeros(len(features), 2, dtype=torch.long, device=features.device)
@@ -132,14 +141,15 @@ def _nearest(features: torch.Tensor, members: torch.Tensor | None, temperature: 
         pairs = torch.where((closest > largest).unsqueeze(-1), found, pairs)
         largest = torch.maximum(largest, closest)
     present = _pairs(features, members) > 0
-    ends = features.gather(1, pairs.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
-    share = ends.flip(1) * (present / temperature).view(-1, 1, 1)
-    gradient = torch.zeros_like(features).scatter_add_(1, pairs.unsqueeze(-1).expand_as(share), share)
-    return torch.where(present, (largest - 1.0) / temperature, 0.0), gradient
+    if gradient is not None:
+        ends = features.gather(1, pairs.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+        share = ends.flip(1) * (present / temperature).view(-1, 1, 1)
+        gradient.scatter_add_(1, pairs.unsqueeze(-1).expand_as(share), share)
+    return torch.where(present, (largest - 1.0) / temperature, 0.0)
 
 
-def _per_memory(features: torch.Tensor, members: torch.Tensor | None, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two passes: the sums of all rows, then the weights that are made with them."""
+def _per_memory(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
+    """Two passes: the sums of all rows, then, for the gradient, the weights that are made with them."""
     log_sums = features.new_full(features.shape[:2], -torch.inf)
     for block in _blocks(features, members):
         exponents = block.similarity / temperature
@@ -147,14 +157,17 @@ def _per_memory(features: torch.Tensor, members: torch.Tensor | None, temperatur
         log_sums[:, block.columns] = torch.logaddexp(log_sums[:, block.columns], exponents.logsumexp(1))
     present = log_sums != -torch.inf
     log_sums = torch.where(present, log_sums, 0.0)
-    gradient = torch.zeros_like(features)
+    rows = present.sum(-1).clamp(min=1).to(features.dtype)
+    losses = log_sums.sum(-1) / rows
+    if gradient is None:
+        return losses
     for block in _blocks(features, members):
         exponents = block.similarity / temperature
         weights = (exponents - log_sums[:, block.rows, None]).exp_()
         weights += exponents.sub_(log_sums[:, None, block.columns]).exp_()
         _add_to_gradient(gradient, features, block, weights)
-    rows = present.sum(-1).clamp(min=1).to(features.dtype)
-    return log_sums.sum(-1) / rows, gradient / (temperature * rows.view(-1, 1, 1))
+    gradient.div_(temperature * rows.view(-1, 1, 1))
+    return losses
 
 
 def _pairs(features: torch.Tensor, members: torch.Tensor | None) -> torch.Tensor:

@@ -85,3 +85,17 @@ def test_nan_is_not_hidden(kind):
     features = torch.randn(4, 3)
     features[1, 2] = torch.nan
     assert separation_loss(features, kind=kind).isnan()
+
+
+@pytest.mark.parametrize("kind", SEPARATION_KINDS)
+def test_without_a_gradient_the_loss_is_the_same_and_cheaper(kind, monkeypatch):
+    features = torch.randn(3, 40, 6, requires_grad=True)
+    calls = []
+    monkeypatch.setattr(separation_blocks, "_add_to_gradient", lambda *arguments: calls.append(arguments))
+    with torch.no_grad():
+        loss = separation_loss(features, kind=kind)
+    detached = separation_loss(features.detach(), kind=kind)
+    assert not calls
+    monkeypatch.undo()
+    assert torch.equal(loss, separation_loss(features, kind=kind))
+    assert torch.equal(loss, detached)
