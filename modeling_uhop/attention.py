@@ -151,7 +151,7 @@ def _pieces(
     together, rows = _even(heads, _PIECE // (keys * queries)), _even(queries, _PIECE // keys)
     by_head = zip(*(x.split(together) for x in along_queries), strict=True), zip(*(x.split(together) for x in along_keys), strict=True)
     for head, of_heads, memories in zip(range(0, heads, together), *by_head, strict=True):
-        by_row = zip(*(x.split(rows, 1) for x in of_heads), strict=True)
+        by_row = zip(*(x.split(rows, 1) for x in of_heads), strict=True) if rows < queries else [of_heads]
         for row, of_rows in zip(range(0, queries, rows), by_row, strict=True):
             yield Piece(slice(head, head + together), slice(row, row + rows)), of_rows, memories
 

@@ -190,7 +190,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     long = dim == -1 and scores.shape[-1] >= _LONG
     unchecked = _UNCHECKED_STEPS - 1 if long else _UNCHECKED_STEPS
     origin = _left_of_threshold(scores, eps) if long else _left_of_all(scores, dim)
-    truncate_(scores, -origin)
+    truncate_(scores, origin, alpha=-1)
     for step in range(_NEWTON_STEPS):
         # From the left the threshold only rises, and what it has passed stays 0; from beyond it there is no way back.
         fall = _fall(scores, eps, dim).clamp_(max=0.0)
@@ -249,7 +249,7 @@ def entmax_recall(
     """
     if not has_root(eps):
         return _q_exponential(scores.sub_(threshold), eps)
-    root = _truncation(scores)(scores, -threshold)
+    root = _truncation(scores)(scores, threshold, alpha=-1)
     return (torch.mul(root, root, out=out), root) if eps == 0.5 else (root, torch.sign(root, out=out))
 
 
