@@ -1,7 +1,7 @@
 """How fast the parts are beside their peers: ratios, each taken in one process with the peer in turn, on one thread.
 
-Before a part is timed its answer is compared with the peer's; a wrong answer gets no number. A ratio is peer time over ours for speed-ups,
-ours over the peer's for costs, of medians.
+Where both compute the same thing, answers (and gradients, where they are timed) are compared before; a wrong answer gets no number. A ratio
+is the peer's over ours for gains, ours over the peer's for costs, the median over rounds.
 
 python benchmarks/run.py
 python benchmarks/run.py --only attention separation --check
@@ -66,7 +66,7 @@ class Case:
     Attributes:
         part, name: What was timed.
         peer: What it was timed beside.
-        ours, peers: What was measured in each round, milliseconds, or megabytes where the name says memory.
+        ours, peers: What was measured in each round: milliseconds, or megabytes or a loss where the name says so.
         at_most, at_least: The bound; one is given, or none.
         error: Largest difference from the peer's answer.
     """
@@ -123,7 +123,8 @@ def main() -> None:
 
 def line(case: Case) -> str:
     bound = f"<= {case.at_most}" if case.at_most is not None else f">= {case.at_least}" if case.at_least is not None else ""
-    return f"{case.name:<52} {case.ratio:8.3g} x {case.peer:<28} {bound:<8} {'' if case.kept else 'OUT OF BOUND'}"
+    meaning = "better than" if case.at_least is not None else "that of"
+    return f"{case.name:<58} {case.ratio:8.3g} x {meaning} {case.peer:<28} {bound:<8} {'' if case.kept else 'OUT OF BOUND'}"
 
 
 def interleaved(rounds: int, *works: Work) -> list[list[float]]:
@@ -173,16 +174,19 @@ def attention(rounds: int) -> Iterator[Case]:
         inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
         without = [x.detach() for x in inputs]
         error = difference(ours(*without), library(*(x.double() for x in without)), 2e-5)
+        gradients = with_gradients(ours, inputs)()
+        for mine, theirs in zip(gradients, with_gradients(library, inputs)(), strict=True):
+            difference(mine, theirs, 1e-3 * theirs.abs().max().item())
         for index, what in enumerate(("forward", "with gradients")):
 
             def work(attend, index=index, inputs=inputs, without=without) -> Work:
                 return with_gradients(attend, inputs) if index else partial(attend, *without)
 
             name = f"1.5-entmax attention {shape}, {what}"
-            own, theirs = interleaved(rounds, work(ours), work(softmax))
-            yield Case("attention", name, "scaled_dot_product_attention", own, theirs, at_most=at_most[index], error=error)
-            own, theirs = interleaved(rounds, work(ours), work(library))
-            yield Case("attention", name, "entmax library", own, theirs, at_least=at_least[index], error=error)
+            own, peers = interleaved(rounds, work(ours), work(softmax))
+            yield Case("attention", name, "scaled_dot_product_attention", own, peers, at_most=at_most[index], error=error)
+            own, peers = interleaved(rounds, work(ours), work(library))
+            yield Case("attention", name, "entmax library", own, peers, at_least=at_least[index], error=error)
 
 
 def folding(rounds: int) -> Iterator[Case]:
@@ -230,7 +234,9 @@ def separation(rounds: int) -> Iterator[Case]:
         features = torch.randn(shape)
         error = difference(loss(features), peer(features), 1e-5)
         works = [gradient_of(loss, features), gradient_of(peer, features)]
-        error = max(error, difference(works[0](), works[1](), 1e-5))
+        gradients = [work() for work in works]
+        size = gradients[1].abs().max()
+        error = max(error, difference(gradients[0] / size, gradients[1] / size, 1e-4))
         ours, peers = interleaved(rounds, *works)
         yield Case("separation", f"separation loss, {name}", "torch.pdist", ours, peers, at_least=bound or 1.0, error=error)
     ours_mb, peer_mb = (peak_memory(loss, 8000) for loss in ("ours", "pdist"))
@@ -268,7 +274,7 @@ def _peak_memory(loss: str, count: int, count_memories: bool) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = without if count_memories else _status("VmRSS")
     gradient_of(work, features)()
-    return (_status("VmHWM") - before) / 1024.0
+    return max(1, _status("VmHWM") - before) / 1024.0
 
 
 def _status(name: str) -> int:

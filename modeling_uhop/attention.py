@@ -55,13 +55,18 @@ def chunked_hopfield_attention(
         ValueError: If alpha is outside [1, 2].
     """
     check_alpha_range(alpha)
-    eps = alpha - 1.0
+    eps, dtype = alpha - 1.0, value.dtype
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        query, key, value = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+        dtype = value.dtype
+    common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    query, key, value = (x.to(common) for x in (query, key, value))
     mask_shape = () if attention_mask is None else attention_mask.shape
-    batch_size, heads, queries, keys = torch.broadcast_shapes((*query.shape[:3], 1), (*key.shape[:2], 1, key.shape[2]), mask_shape)
+    batch_size, heads, queries, keys = torch.broadcast_shapes(
+        (*query.shape[:3], 1), (*key.shape[:2], 1, key.shape[2]), (*value.shape[:2], 1, 1), mask_shape
+    )
     if attention_mask is not None:
         attention_mask = attention_mask.expand(batch_size, heads, queries, keys)
     if isinstance(eps, torch.Tensor):
@@ -69,7 +74,7 @@ def chunked_hopfield_attention(
     query, key, value = (x.expand(batch_size, heads, *x.shape[2:]).flatten(0, 1) for x in (query, key, value))
     with torch.autocast(device, enabled=False):
         output: torch.Tensor = _ChunkedAttention.apply(query, key, value, eps, scaling, attention_mask, dropout)
-    return output.unflatten(0, (batch_size, heads))
+    return output.unflatten(0, (batch_size, heads)).to(dtype)
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -80,7 +85,7 @@ class _ChunkedAttention(torch.autograd.Function):
         given, scale = (query, key, value), entmax_scale(eps)
         query, key, value = (at_least_fp32(x) for x in given)
         output = (query.new_zeros if _is_empty(query, key) else query.new_empty)(*query.shape[:2], value.shape[-1])
-        thresholds = query.new_zeros(*query.shape[:2], 1)
+        thresholds, shifts = query.new_zeros(*query.shape[:2], 1), None
         seed = int(torch.randint(2**62, ())) if dropout > 0.0 else 0
         kept = _dropout_factors(seed, dropout)
         room = _room(query, key, 1)
@@ -88,16 +93,19 @@ class _ChunkedAttention(torch.autograd.Function):
             (scores,) = room(q, k)
             scores.baddbmm_(q, k.mT, beta=0.0, alpha=scaling * scale)
             absent = _mask(scores, mask, piece, scale)
-            weights, found = entmax_solve(scores, _of(eps, piece))
+            weights, found, shift = entmax_solve(scores, _of(eps, piece))
             threshold.copy_(found)
+            if shift is not None:
+                shifts = torch.zeros_like(thresholds) if shifts is None else shifts
+                shifts[piece] = shift
             if absent is not None:
                 weights.masked_fill_(absent, 0.0)
             if kept is not None:
                 weights *= kept(weights)
             torch.bmm(weights, v, out=out)
-        ctx.save_for_backward(*given, thresholds, *(x for x in (eps, mask) if isinstance(x, torch.Tensor)))
-        ctx.eps, ctx.masked, ctx.seed, ctx.dropout = None if isinstance(eps, torch.Tensor) else eps, mask is not None, seed, dropout
-        ctx.scaling = scaling
+        ctx.save_for_backward(*given, thresholds, *(x for x in (shifts, eps, mask) if isinstance(x, torch.Tensor)))
+        ctx.shifted, ctx.eps, ctx.masked = shifts is not None, None if isinstance(eps, torch.Tensor) else eps, mask is not None
+        ctx.scaling, ctx.seed, ctx.dropout = scaling, seed, dropout
         return output.to(given[2].dtype)
 
     @staticmethod
@@ -107,29 +115,35 @@ class _ChunkedAttention(torch.autograd.Function):
         (*given, thresholds), rest = saved[:4], saved[4:]
         mask = rest.pop() if ctx.masked else None
         eps = rest.pop() if ctx.eps is None else ctx.eps
+        shifts = rest.pop() if ctx.shifted else None
         scaling, scale = ctx.scaling, entmax_scale(eps)
         query, key, value, grad = (at_least_fp32(x) for x in (*given, grad.contiguous()))
         start = torch.zeros_like if _is_empty(query, key) else torch.empty_like
         grad_query, grad_key, grad_value = (start(x) for x in (query, key, value))
         grad_eps = torch.zeros_like(thresholds) if ctx.needs_input_grad[3] else None
         kept = _dropout_factors(ctx.seed, ctx.dropout)
-        room = _room(query, key, 3)
+        room = _room(query, key, 2)
         rows = (query, grad, thresholds, grad_query)
         for piece, (q, g, threshold, grad_q), (k, v, grad_k, grad_v) in _pieces(rows, (key, value, grad_key, grad_value)):
-            scores, products, grad_weights = room(q, k)
+            scores, other = room(q, k)
             scores.baddbmm_(q, k.mT, beta=0.0, alpha=scaling * scale)
             absent = _mask(scores, mask, piece, scale)
-            weights, escort = entmax_recall(scores, threshold, _of(eps, piece), out=products)
-            torch.bmm(g, v.mT, out=grad_weights)
+            if shifts is not None:
+                scores.sub_(shifts[piece])
+            weights, escort = entmax_recall(scores, threshold, _of(eps, piece), out=other)
             if absent is not None:
-                weights, grad_weights = weights.masked_fill_(absent, 0.0), grad_weights.masked_fill_(absent, 0.0)
-            used = weights
-            if kept is not None:
-                factor = kept(weights)
-                used, grad_weights = weights * factor, grad_weights.mul_(factor)
+                weights.masked_fill_(absent, 0.0)
+            factor = None if kept is None else kept(weights)
+            used = weights if factor is None else weights * factor
             # The first rows of a head overwrite what was there, the others are added.
             beta = 0.0 if piece.rows.start == 0 else 1.0
             grad_v.baddbmm_(used.mT, g, beta=beta)
+            # If the weights were here, they are done with.
+            grad_weights = torch.bmm(g, v.mT, out=other)
+            if absent is not None:
+                grad_weights.masked_fill_(absent, 0.0)
+            if factor is not None:
+                grad_weights.mul_(factor)
             if grad_eps is not None:
                 terms = entmax_eps_gradient(weights, escort, grad_weights, eps[piece])
                 grad_eps[piece] = terms.sum(-1, keepdim=True)

@@ -50,8 +50,9 @@ def faiss_index(index) -> Candidates:
 
     def candidates(queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         scores, indices = index.search(queries.float().cpu().contiguous().numpy(), count)
-        # What an index does not find has the index -1 and the lowest score.
-        return torch.from_numpy(scores).to(queries), torch.from_numpy(indices).to(queries.device).clamp(min=0)
+        found = torch.from_numpy(indices).to(queries.device)
+        # What an index does not find has the index -1.
+        return torch.from_numpy(scores).to(queries).masked_fill_(found < 0, -torch.inf), found.clamp_(min=0)
 
     return candidates
 

@@ -42,7 +42,7 @@ def separation_loss(
         mask: Boolean, either (..., M), True where a memory is present, or (..., M, M), True where a pair counts; told apart by
             their number of axes. An absent memory has no influence, even if it is NaN.
         sample: Look at this many memories, at least 2, drawn anew at every call: for millions of them. The mean of the exponentials over
-            pairs stays unbiased, and the loss is its log. `None` for all.
+            pairs stays unbiased, and the loss is its log. `None` for all, which a mask needs.
 
     Returns:
         The mean loss over the sets that have a pair, a scalar in fp32 or better, differentiable once (twice with a mask of pairs). Memory
@@ -50,15 +50,16 @@ def separation_loss(
         has one, the loss is 0 and so is its gradient.
 
     Raises:
-        ValueError: For an unknown kind, a temperature that is not positive, a mask of another number of axes, or a sample below 2 or
-            for the nearest pair, which it hardly ever has.
+        ValueError: For an unknown kind, a temperature that is not positive, a mask of another number of axes, or a sample below 2,
+            with a mask, or for the nearest pair, which it hardly ever has.
     """
     if kind not in SEPARATION_KINDS:
         raise ValueError(f"kind must be one of {SEPARATION_KINDS}, got {kind!r}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if sample is not None and (sample < 2 or kind == "nearest"):
-        raise ValueError(f"sample must be at least 2, and of a kind other than 'nearest', got sample={sample}, kind={kind!r}")
+    if sample is not None and (sample < 2 or kind == "nearest" or mask is not None):
+        given = f"sample={sample}, kind={kind!r}" + (" and a mask" if mask is not None else "")
+        raise ValueError(f"sample must be at least 2, without a mask, and of a kind other than 'nearest', got {given}")
     if mask is not None and mask.dim() not in (features.dim() - 1, features.dim()):
         raise ValueError(
             f"mask must have {features.dim() - 1} axes (memories) or {features.dim()} (pairs) for features of shape "

@@ -16,6 +16,7 @@ which tends to softmax as eps -> 0, so one formula, one solver and one gradient 
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -28,8 +29,8 @@ _LOWEST = -1e30
 _NEWTON_STEPS = 12
 # Steps before the first look at whether it is.
 _UNCHECKED_STEPS = 3
-# How much of a step is taken, so that rounding does not make it too long.
-_CAUTION = 1.0 - 2.0**-17
+# Scores beyond this are taken relative to the largest.
+_LARGE = 2.0**20
 # Rows of so many scores begin with the maxima of so many groups of them.
 _LONG = 512
 _GROUPS = 32
@@ -53,7 +54,7 @@ def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: in
         ValueError: If `alpha` is outside [1, 2] (or, as a tensor, not a single value along `dim`).
     """
     _check_alpha(alpha, scores, dim)
-    if scores.shape[dim] == 0:
+    if scores.numel() == 0:
         return scores
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -80,7 +81,7 @@ def simplex_conjugate(
         `scores` reduced along `dim`, in fp32 or better. A row without any present item gives 0.
     """
     _check_alpha(alpha, scores, dim)
-    if scores.shape[dim] == 0:
+    if scores.numel() == 0:
         return at_least_fp32(scores).sum(dim)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -137,7 +138,7 @@ class _Entmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scores, eps, dim):
-        weights, _ = entmax_solve(scores * entmax_scale(eps), eps, dim)
+        weights = entmax_solve(scores * entmax_scale(eps), eps, dim).weights
         ctx.save_for_backward(weights, *([eps] if isinstance(eps, torch.Tensor) else []))
         ctx.eps, ctx.dim = None if isinstance(eps, torch.Tensor) else eps, dim
         return weights
@@ -161,68 +162,87 @@ def has_root(eps: float | torch.Tensor) -> bool:
     return not isinstance(eps, torch.Tensor) and eps in (0.5, 1.0)
 
 
-def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, with their sum at 1 but for rounding, and the threshold of each row that `entmax_recall` makes them from again.
+class Solution(NamedTuple):
+    """Weights of rows of scores, with their sum at 1 but for rounding, and what `entmax_recall` makes them from again.
 
-    Newton's method on the (1 / eps)-norm of the truncated scores: convex and falling in the threshold, so that starting from the left
+    Attributes:
+        threshold: What is above it, of scores less their shift, has weight.
+        shift: The largest score of each row, where some are so large that a threshold beside them would be lost in rounding.
+    """
+
+    weights: torch.Tensor
+    threshold: torch.Tensor
+    shift: torch.Tensor | None
+
+
+def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1) -> Solution:
+    """Newton's method on the (1 / eps)-norm of the truncated scores: convex and falling in the threshold, so that starting from the left
     (where the largest weight is 1) it climbs to the root without overshooting. At eps = 0 one step is exact.
 
     Args:
         scores: Scores, times `entmax_scale(eps)`. Overwritten.
     """
-    risen = torch.zeros_like(scores.narrow(dim, 0, 1))
+    long = has_root(eps) and dim == -1 and scores.shape[-1] >= _LONG
+    leaders = _group_maxima(scores) if long else scores
+    largest = leaders.amax(dim, keepdim=True)
+    shift = None
+    if not is_readable(scores) or largest.abs().amax().item() > _LARGE:
+        shift, largest = largest, torch.zeros_like(largest)
+        scores.sub_(shift)
+        leaders = leaders - shift if long else scores
+    risen = torch.zeros_like(largest)
+    precision = torch.finfo(scores.dtype).eps
     if not has_root(eps):
-        origin = scores.amax(dim, keepdim=True)
-        scores.sub_(origin)
+        scores.sub_(largest)
         for step in range(_NEWTON_STEPS):
             weights, slopes = _q_exponential(scores - risen, eps)
             total = weights.sum(dim, keepdim=True)
             excess = total.log()
             risen += total * excess * _expm1_ratio(-eps * excess) / slopes.sum(dim, keepdim=True)
-            if step >= _UNCHECKED_STEPS and _all_above(-excess.abs(), -16.0 * torch.finfo(excess.dtype).eps):
+            if step >= _UNCHECKED_STEPS and not _lowest(-excess.abs()) < -16.0 * precision:
                 break
-        return _settled(*_q_exponential(scores.sub_(risen), eps), dim), origin.add_(risen)
+        return Solution(_settled(*_q_exponential(scores.sub_(risen), eps), dim), largest.add_(risen), shift)
 
     # Of n items, the next norm at alpha = 1.5 is off 1 by n / 2 times the square of a fall at most.
-    precision = torch.finfo(scores.dtype).eps
     enough = (64.0 * precision / scores.shape[dim]) ** 0.5 if eps == 0.5 else 4.0 * precision
-    truncate_ = _truncation(scores)
-    long = dim == -1 and scores.shape[-1] >= _LONG
     unchecked = _UNCHECKED_STEPS - 1 if long else _UNCHECKED_STEPS
-    origin = _left_of_threshold(scores, eps) if long else _left_of_all(scores, dim)
+    # A little less than a whole step, lest rounding make it too long: from beyond the threshold there is no way back.
+    caution = 1.0 - 64.0 * precision
+    origin = largest.sub_(largest.abs().add_(0.5 / precision), alpha=2.0 * precision)  # where the largest weight is 1, or more by rounding
+    if long:
+        origin = _towards_threshold(leaders, origin, eps)
+    truncate_ = _truncation(scores)
     truncate_(scores, origin, alpha=-1)
     for step in range(_NEWTON_STEPS):
-        # From the left the threshold only rises, and what it has passed stays 0; from beyond it there is no way back.
         fall = _fall(scores, eps, dim).clamp_(max=0.0)
-        risen.sub_(fall, alpha=_CAUTION)
-        truncate_(scores, fall, alpha=_CAUTION)
-        if step >= unchecked and _all_above(fall, -enough):
-            break
-    return scores.square_() if eps == 0.5 else _settled(scores, scores.sign(), dim), origin.add_(risen)
+        risen.sub_(fall, alpha=caution)
+        truncate_(scores, fall, alpha=caution)
+        if step >= unchecked:
+            lowest = _lowest(fall)
+            if lowest != lowest:
+                scores.masked_fill_(risen.isnan(), torch.nan)  # which truncation drops
+            if not lowest < -enough:
+                break
+    return Solution(scores.square_() if eps == 0.5 else _settled(scores, scores.sign(), dim), origin.add_(risen), shift)
 
 
-def _left_of_all(scores: torch.Tensor, dim: int) -> torch.Tensor:
-    """Thresholds at which the largest weight of each row is 1, or above by rounding."""
-    largest = scores.amax(dim, keepdim=True)
-    rounding = 2.0 * torch.finfo(scores.dtype).eps
-    return largest.sub_(largest.abs().add_(1.0 / rounding), alpha=rounding)
-
-
-def _left_of_threshold(scores: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
-    """Thresholds left of the row's, but near: steps towards that of some of its scores, the maxima of groups of them."""
-    size = scores.shape[-1] // _GROUPS
+def _group_maxima(scores: torch.Tensor) -> torch.Tensor:
+    """The largest of every `_GROUPS`-th score, (..., _GROUPS)."""
+    size, rest = divmod(scores.shape[-1], _GROUPS)
     maxima = scores[..., : size * _GROUPS].unflatten(-1, (size, _GROUPS)).amax(-2)
-    rest = scores.shape[-1] % _GROUPS
     if rest > 0:
         maxima[..., :rest] = torch.maximum(maxima[..., :rest], scores[..., -rest:])
-    origin = _left_of_all(maxima, -1)
-    root = maxima.sub_(origin)
+    return maxima
+
+
+def _towards_threshold(leaders: torch.Tensor, origin: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
+    """Steps from the origin towards the threshold of some of the scores, which is left of that of all."""
+    root = leaders.sub_(origin)
     for _ in range(_UNCHECKED_STEPS):
         fall = _fall(root.relu_(), eps, -1)
         root.add_(fall)
         origin.sub_(fall)
-    rounding = 4.0 * torch.finfo(scores.dtype).eps
-    return origin.sub_(origin.abs().add_(1.0), alpha=rounding)  # less what rounding may have added
+    return origin.sub_(origin.abs().add_(1.0), alpha=4.0 * torch.finfo(origin.dtype).eps)  # less what rounding may have added
 
 
 def _fall(root: torch.Tensor, eps: float | torch.Tensor, dim: int) -> torch.Tensor:
@@ -243,24 +263,27 @@ def _settled(weights: torch.Tensor, escort: torch.Tensor, dim: int) -> torch.Ten
 def entmax_recall(
     scores: torch.Tensor, threshold: torch.Tensor, eps: float | torch.Tensor, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights that `entmax_solve` made of these scores, and their escort `p^(2 - alpha)`, 0 off the support.
+    """The weights that `entmax_solve` made of these scores, less their shift, and their escort `p^(2 - alpha)`, 0 off the support.
 
-    Scores are overwritten, and `out`, a second place like theirs, where the weights have a root.
+    Scores are overwritten; weights at alpha = 1.5 take the place of `out`, if it is given.
     """
     if not has_root(eps):
         return _q_exponential(scores.sub_(threshold), eps)
     root = _truncation(scores)(scores, threshold, alpha=-1)
-    return (torch.mul(root, root, out=out), root) if eps == 0.5 else (root, torch.sign(root, out=out))
+    lost = threshold.isnan()
+    if is_readable(lost) and bool(lost.any()):
+        root.masked_fill_(lost, torch.nan)
+    return (torch.mul(root, root, out=out), root) if eps == 0.5 else (root, root.sign())
 
 
 def _truncation(scores: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A function of (x, y, alpha=1) that puts `[x + alpha y]_+` in the place of x: in one pass on CPUs, which alone have it."""
-    return torch.ops.aten._add_relu_ if is_readable(scores) else lambda x, y, alpha=1: x.add_(y, alpha=alpha).relu_()
+    """A function of (x, y, alpha) that puts `[x + alpha y]_+` in the place of x: in one pass on CPUs, which alone have it, but drop NaN."""
+    return torch.ops.aten._add_relu_ if is_readable(scores) else lambda x, y, alpha: x.add_(y, alpha=alpha).relu_()
 
 
-def _all_above(values: torch.Tensor, bound: float) -> bool:
-    """Whether no value is below; never while tracing, or where looking would stall an accelerator."""
-    return is_readable(values) and not values.amin().item() < bound
+def _lowest(values: torch.Tensor) -> float:
+    """The lowest value; -inf while tracing, or where looking would stall an accelerator."""
+    return values.amin().item() if is_readable(values) else -math.inf
 
 
 def entmax_score_gradient(escort: torch.Tensor, grad: torch.Tensor, dim: int = -1, out: torch.Tensor | None = None) -> torch.Tensor:

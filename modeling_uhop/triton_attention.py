@@ -74,7 +74,7 @@ def triton_hopfield_attention(
     if key_mask is not None and key_mask.shape != (key.shape[0], key.shape[2]):
         raise ValueError(f"key_mask must have shape {(key.shape[0], key.shape[2])}, got {tuple(key_mask.shape)}")
     if query.numel() == 0 or key.numel() == 0:
-        return torch.zeros_like(query)
+        return query * 0.0
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output: torch.Tensor = _TritonAttention.apply(query, key, value, key_mask, alpha - 1.0, scaling, block_queries, block_keys)
     return output

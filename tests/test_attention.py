@@ -287,3 +287,50 @@ def test_every_part_of_a_forecaster_follows_its_kernel():
 def test_bags_need_weights():
     with pytest.raises(ValueError, match="instance weights need attn_implementation='eager', got 'hopfield'"):
         UHopMILForBagClassification(UHopMILConfig(alpha=1.5, attn_implementation="hopfield"))
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+@pytest.mark.parametrize("keys", [9, 600])
+def test_large_scores_and_their_gradients(alpha, keys):
+    """Differences of scores that float32 holds exactly, beside offsets of their queries that dwarf them."""
+    query, key = torch.tensor([[[[2.0**23, 1.0], [-(2.0**23), 1.0], [1.0, 1.0]]]]), torch.ones(1, 1, keys, 2)
+    key[..., 1] = torch.arange(keys) % 3
+    value = torch.randn(1, 1, keys, 4)
+    direction = torch.randn(1, 1, 3, 4)
+
+    def results(dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
+        attend = chunked_hopfield_attention if dtype == torch.float32 else hopfield_attention
+        output = attend(*inputs, alpha=alpha, scaling=1.0)
+        gradients = torch.autograd.grad((output * direction.to(dtype)).sum(), inputs)
+        return output, gradients[0][..., 1], gradients[2]
+
+    for actual, expected in zip(results(torch.float32), results(torch.float64), strict=True):
+        assert_close(actual, expected, scale=20)  # sums over all keys
+
+
+def test_values_may_have_more_examples_and_another_dtype():
+    query, key, value = torch.randn(1, 3, 4, 5), torch.randn(1, 3, 6, 5), torch.randn(2, 1, 6, 7)
+    assert_close(chunked_hopfield_attention(query, key, value, alpha=1.5), hopfield_attention(query, key, value, alpha=1.5))
+    for dtype in (torch.float64, torch.bfloat16):
+        output = chunked_hopfield_attention(query, key, value.to(dtype), alpha=1.5)
+        assert output.dtype == dtype
+        assert_close(output, chunked_hopfield_attention(query, key, value.to(dtype).float(), alpha=1.5), dtype=torch.bfloat16)
+
+
+def test_autocast_leaves_float64_alone():
+    inputs = [torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(3)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = chunked_hopfield_attention(*inputs, alpha=1.5)
+    assert_close(output, hopfield_attention(*inputs, alpha=1.5))
+
+
+@pytest.mark.parametrize("keys", [9, 17, 600])
+def test_a_bad_query_gives_nan_and_so_do_its_gradients(keys):
+    query, key, value = (torch.randn(1, 1, count, 8, requires_grad=True) for count in (3, keys, keys))
+    with torch.no_grad():
+        query[0, 0, 1] = torch.nan
+    output = chunked_hopfield_attention(query, key, value, alpha=1.5)
+    assert output.isnan().all(-1).tolist() == [[[False, True, False]]]
+    for gradient in torch.autograd.grad(output.sum(), (query, key, value)):
+        assert gradient.isnan().any()

@@ -161,3 +161,13 @@ def test_copies_and_other_modes_have_no_part_in_what_is_kept():
     queries.requires_grad_()
     memory(queries).retrieved.sum().backward()
     assert queries.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+def test_a_query_for_which_an_index_finds_nothing_has_no_weight(alpha):
+    class Empty:
+        def search(self, queries, count):
+            return np.full((len(queries), count), -3.4e38, np.float32), np.full((len(queries), count), -1)
+
+    weights, _ = sparse_association(torch.randn(3, 4), 100, faiss_index(Empty()), beta=0.5, alpha=alpha, top_k=4)
+    assert (weights == 0).all()

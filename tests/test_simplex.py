@@ -1,5 +1,7 @@
 """simplex_map and simplex_conjugate against loops, entmax, softmax, and autograd."""
 
+import math
+
 import entmax as entmax_library
 import numpy as np
 import pytest
@@ -210,3 +212,45 @@ def test_it_compiles_without_a_graph_break(alpha):
     (expected,) = torch.autograd.grad(simplex_map(scores, alpha).square().sum(), scores)
     (gradient,) = torch.autograd.grad(compiled(scores).square().sum(), scores)
     assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
+@pytest.mark.parametrize("items", [5, 9, 17, 64, 600])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_with_nan_or_infinity_is_nan_and_the_others_are_not(alpha, items, bad):
+    scores = torch.randn(4, items)
+    expected = simplex_map(scores, alpha)
+    scores[1, -1] = bad
+    weights = simplex_map(scores, alpha)
+    assert weights[1].isnan().all()
+    others = torch.tensor([0, 2, 3])
+    assert_close(weights[others], expected[others])
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+@pytest.mark.parametrize("items", [4, 64, 512, 1024])
+@pytest.mark.parametrize("size", [1e4, 1e7, 1e14, 1e30])
+def test_large_scores_are_mapped_as_their_differences(alpha, items, size):
+    """What is level stays level, and what is below by more than a weight needs has none."""
+    scores = torch.full((3, items), -size)
+    scores[1, 2] = size
+    scores[2, 1:3] = 0.0
+    weights = simplex_map(scores, alpha)
+    assert_close(weights[0], torch.full((items,), 1.0 / items))
+    assert weights[1, 2] == 1.0
+    assert_close(weights[2, 1:3], [0.5, 0.5])
+    assert_close(weights.sum(-1), [1.0, 1.0, 1.0], scale=2)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0, torch.tensor(1.4)])
+def test_an_empty_batch_stays_empty(alpha):
+    assert simplex_map(torch.randn(0, 5), alpha).shape == (0, 5)
+    assert simplex_map(torch.randn(2, 0), alpha).shape == (2, 0)
+    assert simplex_conjugate(torch.randn(0, 5), alpha).shape == (0,)
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+@pytest.mark.parametrize("items", [65, 512, 4096])
+def test_sums_are_right_to_the_rounding_of_float64(alpha, items):
+    scores = torch.randn(100, items, dtype=torch.float64) * torch.logspace(-3, 1, 100).unsqueeze(-1)
+    assert (simplex_map(scores, alpha).sum(-1) - 1.0).abs().max() < 1e-13

@@ -117,6 +117,23 @@ def test_what_it_does_not_do_is_done_elsewhere(changes):
 
 
 @pytest.mark.parametrize(
+    ("key_shape", "value_shape", "mask_shape"),
+    [
+        ((2, 2, 7, 8), (2, 2, 7, 5), None),
+        ((1, 2, 7, 8), (1, 2, 7, 8), (2, 1, 1, 7)),
+        ((2, 1, 7, 8), (2, 1, 7, 8), None),
+        ((2, 2, 7, 8), (2, 2, 7, 8), (1, 1, 1, 7)),
+        ((2, 2, 7, 8), (2, 2, 7, 8), (2, 1, 1, 1)),
+    ],
+)
+def test_broadcasting_and_other_widths(key_shape, value_shape, mask_shape):
+    query, key, value = torch.randn(2, 2, 4, 8), torch.randn(key_shape), torch.randn(value_shape)
+    mask = None if mask_shape is None else torch.rand(mask_shape) < 0.7
+    output, _ = triton_attention_forward(torch.nn.Module().eval(), query, key, value, mask, alpha=1.5, scaling=0.5)
+    assert_close(output.transpose(1, 2), hopfield_attention(query, key, value, alpha=1.5, scaling=0.5, attention_mask=mask), scale=3)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"alpha": 1.0}, "one number above 1"),
@@ -144,5 +161,8 @@ def test_without_an_interpreter_or_for_bf16_a_cpu_is_refused(monkeypatch):
 
 
 def test_nothing_to_attend_to():
-    query, key, value = torch.randn(1, 1, 3, 8), torch.zeros(1, 1, 0, 8), torch.zeros(1, 1, 0, 8)
-    assert (triton_hopfield_attention(query, key, value, alpha=1.5) == 0).all()
+    query, key, value = torch.randn(1, 1, 3, 8, requires_grad=True), torch.zeros(1, 1, 0, 8), torch.zeros(1, 1, 0, 8)
+    output = triton_hopfield_attention(query, key, value, alpha=1.5)
+    output.sum().backward()
+    assert (output == 0).all()
+    assert (query.grad == 0).all()
