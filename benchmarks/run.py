@@ -386,6 +386,8 @@ def growth_figure(path: Path, growth: dict[str, Any]) -> None:
     for axis, (part, label) in zip(axes, (("attention", "tokens N"), ("separation", "memories M")), strict=True):
         for name, curve in growth[part].items():
             axis.loglog([int(size) for size in curve], list(curve.values()), marker="o", label=name)
+        axis.set_xticks([int(size) for size in curve], list(curve))
+        axis.minorticks_off()
         axis.set(title=f"{part}, with gradients", xlabel=label, ylabel="milliseconds of CPU time")
         axis.legend()
         axis.grid(alpha=0.3, which="both")

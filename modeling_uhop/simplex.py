@@ -185,9 +185,11 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     long = has_root(eps) and dim == -1 and scores.shape[-1] >= _LONG
     leaders = _group_maxima(scores) if long else scores
     largest = leaders.amax(dim, keepdim=True)
-    shift = None
-    if not is_readable(scores) or largest.abs().amax().item() > _LARGE:
+    # Values are not looked at while tracing, or where that would stall an accelerator.
+    size, shift, readable = largest.abs(), None, is_readable(scores)
+    if not readable or size.amax().item() > _LARGE:
         shift, largest = largest, torch.zeros_like(largest)
+        size.zero_()
         scores.sub_(shift)
         leaders = leaders - shift if long else scores
     risen = torch.zeros_like(largest)
@@ -199,7 +201,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
             total = weights.sum(dim, keepdim=True)
             excess = total.log()
             risen += total * excess * _expm1_ratio(-eps * excess) / slopes.sum(dim, keepdim=True)
-            if step >= _UNCHECKED_STEPS and not _lowest(-excess.abs()) < -16.0 * precision:
+            if readable and step >= _UNCHECKED_STEPS and not excess.abs().amax().item() > 16.0 * precision:
                 break
         return Solution(_settled(*_q_exponential(scores.sub_(risen), eps), dim), largest.add_(risen), shift)
 
@@ -208,7 +210,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     unchecked = _UNCHECKED_STEPS - 1 if long else _UNCHECKED_STEPS
     # A little less than a whole step, lest rounding make it too long: from beyond the threshold there is no way back.
     caution = 1.0 - 64.0 * precision
-    origin = largest.sub_(largest.abs().add_(0.5 / precision), alpha=2.0 * precision)  # where the largest weight is 1, or more by rounding
+    origin = largest.sub_(size.add_(0.5 / precision), alpha=2.0 * precision)  # where the largest weight is 1, or more by rounding
     if long:
         origin = _towards_threshold(leaders, origin, eps)
     truncate_ = _truncation(scores)
@@ -217,13 +219,13 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
         fall = _fall(scores, eps, dim).clamp_(max=0.0)
         risen.sub_(fall, alpha=caution)
         truncate_(scores, fall, alpha=caution)
-        if step >= unchecked:
-            lowest = _lowest(fall)
+        if readable and step >= unchecked:
+            lowest = fall.amin().item()
             if lowest != lowest:
                 scores.masked_fill_(risen.isnan(), torch.nan)  # which truncation drops
             if not lowest < -enough:
                 break
-    return Solution(scores.square_() if eps == 0.5 else _settled(scores, scores.sign(), dim), origin.add_(risen), shift)
+    return Solution(scores.mul_(scores) if eps == 0.5 else _settled(scores, scores.sign(), dim), origin.add_(risen), shift)
 
 
 def _group_maxima(scores: torch.Tensor) -> torch.Tensor:
@@ -279,11 +281,6 @@ def entmax_recall(
 def _truncation(scores: torch.Tensor) -> Callable[..., torch.Tensor]:
     """A function of (x, y, alpha) that puts `[x + alpha y]_+` in the place of x: in one pass on CPUs, which alone have it, but drop NaN."""
     return torch.ops.aten._add_relu_ if is_readable(scores) else lambda x, y, alpha: x.add_(y, alpha=alpha).relu_()
-
-
-def _lowest(values: torch.Tensor) -> float:
-    """The lowest value; -inf while tracing, or where looking would stall an accelerator."""
-    return values.amin().item() if is_readable(values) else -math.inf
 
 
 def entmax_score_gradient(escort: torch.Tensor, grad: torch.Tensor, dim: int = -1, out: torch.Tensor | None = None) -> torch.Tensor:

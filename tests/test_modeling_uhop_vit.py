@@ -91,7 +91,7 @@ def test_the_kernel_follows_alpha():
     with pytest.raises(ValueError, match=r"'sdpa' computes softmax attention .* alpha=1.5"):
         _model(alpha=1.5, attn_implementation="sdpa")
     model = _model(alpha=1.5)
-    with pytest.raises(ValueError, match="use 'hopfield' or 'eager'"):
+    with pytest.raises(ValueError, match="use 'hopfield', 'hopfield_triton' or 'eager'"):
         model.set_attn_implementation("sdpa")
 
 
