@@ -51,6 +51,7 @@ from recipe import provenance  # noqa: E402
 SAMPLE = 4096
 SHAPES = [(32, 3, 65, 64), (32, 6, 197, 64), (8, 8, 1024, 64)]
 
+MEMORY_SHAPE = (2, 8, 1024, 64)
 # Width and depth of the vision transformers, for images of 224 in patches of 16.
 VIT: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1536}
 TEN = {label: str(label) for label in range(10)}
@@ -188,6 +189,23 @@ def attention(rounds: int) -> Iterator[Case]:
             own, peers = interleaved(rounds, work(ours), work(library))
             yield Case("attention", name, "entmax library", own, peers, at_least=at_least[index], error=error)
 
+    ours_mb, peer_mb = (attention_memory(name) for name in ("ours", "softmax"))
+    name = f"memory (MB), attention {MEMORY_SHAPE}, with gradients"
+    yield Case("attention", name, "scaled_dot_product_attention", [ours_mb], [peer_mb], at_most=1.2)
+
+
+def attention_memory(name: str) -> float:
+    """Megabytes that attention and its gradients add to a fresh process, the inputs not counted."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_attention_memory, (name,))
+
+
+def _attention_memory(name: str) -> float:
+    torch.set_num_threads(1)
+    attend = partial(chunked_hopfield_attention, alpha=1.5) if name == "ours" else scaled_dot_product_attention
+    with_gradients(attend, [torch.randn(1, 1, 2, 64, requires_grad=True) for _ in range(3)])()
+    return _peak_of(with_gradients(attend, [torch.randn(MEMORY_SHAPE, requires_grad=True) for _ in range(3)]))
+
 
 def folding(rounds: int) -> Iterator[Case]:
     """A U-Hop ViT at alpha = 1 whose feature maps are folded, beside transformers' ViT of the same size."""
@@ -271,9 +289,14 @@ def _peak_memory(loss: str, count: int, count_memories: bool) -> float:
     gradient_of(work, torch.randn(16, 128))()
     without = _status("VmRSS")
     features = torch.randn(count, 128)
+    return _peak_of(gradient_of(work, features), without if count_memories else None)
+
+
+def _peak_of(work: Work, before: int | None = None) -> float:
+    """Megabytes at the peak of a work above `before`, what the process has now by default."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = without if count_memories else _status("VmRSS")
-    gradient_of(work, features)()
+    before = _status("VmRSS") if before is None else before
+    work()
     return max(1, _status("VmHWM") - before) / 1024.0
 
 

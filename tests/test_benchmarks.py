@@ -68,9 +68,13 @@ def test_a_bound_that_is_broken_ends_a_check_with_an_error(tmp_path, monkeypatch
 def test_attention_runs(monkeypatch):
     monkeypatch.setattr(benchmark, "SHAPES", [(1, 2, 65, 8)])
     cases = list(benchmark.attention(1))
-    assert len(cases) == 4
+    assert len(cases) == 5
     assert all(case.ratio > 0 for case in cases)
 
 
 def test_peak_memory_is_that_of_the_work():
     assert benchmark.peak_memory("pdist", 1500) > 2 * benchmark.peak_memory("ours", 1500)
+
+
+def test_attention_needs_little_more_memory_than_softmax():
+    assert benchmark.attention_memory("ours") < 1.2 * benchmark.attention_memory("softmax")

@@ -254,3 +254,11 @@ def test_an_empty_batch_stays_empty(alpha):
 def test_sums_are_right_to_the_rounding_of_float64(alpha, items):
     scores = torch.randn(100, items, dtype=torch.float64) * torch.logspace(-3, 1, 100).unsqueeze(-1)
     assert (simplex_map(scores, alpha).sum(-1) - 1.0).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("alpha", [1.05, 1.3, 1.5, 1.7, 2.0])
+@pytest.mark.parametrize("items", [5, 197, 1024])
+def test_float32_weights_are_within_2e_7_of_a_float64_solution(alpha, items):
+    scores = torch.randn(300, items) * torch.logspace(-2, 1, 300).unsqueeze(-1)
+    error = (simplex_map(scores, alpha).double() - simplex_map(scores.double(), alpha)).abs().max()
+    assert error < 2e-7
