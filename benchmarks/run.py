@@ -124,8 +124,8 @@ def main() -> None:
 
 def line(case: Case) -> str:
     bound = f"<= {case.at_most}" if case.at_most is not None else f">= {case.at_least}" if case.at_least is not None else ""
-    meaning = "better than" if case.at_least is not None else "that of"
-    return f"{case.name:<58} {case.ratio:8.3g} x {meaning} {case.peer:<28} {bound:<8} {'' if case.kept else 'OUT OF BOUND'}"
+    meaning = "less than" if case.at_least is not None else "as much as"
+    return f"{case.name:<58} {case.ratio:8.3g} times {meaning} {case.peer:<28} {bound:<8} {'' if case.kept else 'OUT OF BOUND'}"
 
 
 def interleaved(rounds: int, *works: Work) -> list[list[float]]:

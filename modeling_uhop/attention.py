@@ -62,7 +62,7 @@ def chunked_hopfield_attention(
         query, key, value = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
         dtype = value.dtype
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-    query, key, value = (x.to(common) for x in (query, key, value))
+    query, key, value = (at_least_fp32(x.to(common)) for x in (query, key, value))
     mask_shape = () if attention_mask is None else attention_mask.shape
     batch_size, heads, queries, keys = torch.broadcast_shapes(
         (*query.shape[:3], 1), (*key.shape[:2], 1, key.shape[2]), (*value.shape[:2], 1, 1), mask_shape
@@ -70,7 +70,7 @@ def chunked_hopfield_attention(
     if attention_mask is not None:
         attention_mask = attention_mask.expand(batch_size, heads, queries, keys)
     if isinstance(eps, torch.Tensor):
-        eps = eps.to(at_least_fp32(query).dtype).expand(batch_size, heads, queries, 1).flatten(0, 1)
+        eps = eps.to(query.dtype).expand(batch_size, heads, queries, 1).flatten(0, 1)
     query, key, value = (x.expand(batch_size, heads, *x.shape[2:]).flatten(0, 1) for x in (query, key, value))
     with torch.autocast(device, enabled=False):
         output: torch.Tensor = _ChunkedAttention.apply(query, key, value, eps, scaling, attention_mask, dropout)
@@ -78,12 +78,11 @@ def chunked_hopfield_attention(
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Heads of all examples along the first axis; the mask alone keeps its four. Everything but input and output is in fp32 or better."""
+    """Heads of all examples along the first axis; the mask alone keeps its four."""
 
     @staticmethod
     def forward(ctx, query, key, value, eps, scaling, mask, dropout):
-        given, scale = (query, key, value), entmax_scale(eps)
-        query, key, value = (at_least_fp32(x) for x in given)
+        scale = entmax_scale(eps)
         output = (query.new_zeros if _is_empty(query, key) else query.new_empty)(*query.shape[:2], value.shape[-1])
         thresholds, shifts = query.new_zeros(*query.shape[:2], 1), None
         seed = int(torch.randint(2**62, ())) if dropout > 0.0 else 0
@@ -103,21 +102,21 @@ class _ChunkedAttention(torch.autograd.Function):
             if kept is not None:
                 weights *= kept(weights)
             torch.bmm(weights, v, out=out)
-        ctx.save_for_backward(*given, thresholds, *(x for x in (shifts, eps, mask) if isinstance(x, torch.Tensor)))
+        ctx.save_for_backward(query, key, value, thresholds, *(x for x in (shifts, eps, mask) if isinstance(x, torch.Tensor)))
         ctx.shifted, ctx.eps, ctx.masked = shifts is not None, None if isinstance(eps, torch.Tensor) else eps, mask is not None
         ctx.scaling, ctx.seed, ctx.dropout = scaling, seed, dropout
-        return output.to(given[2].dtype)
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         saved = list(ctx.saved_tensors)
-        (*given, thresholds), rest = saved[:4], saved[4:]
+        (query, key, value, thresholds), rest = saved[:4], saved[4:]
         mask = rest.pop() if ctx.masked else None
         eps = rest.pop() if ctx.eps is None else ctx.eps
         shifts = rest.pop() if ctx.shifted else None
         scaling, scale = ctx.scaling, entmax_scale(eps)
-        query, key, value, grad = (at_least_fp32(x) for x in (*given, grad.contiguous()))
+        grad = grad.contiguous()
         start = torch.zeros_like if _is_empty(query, key) else torch.empty_like
         grad_query, grad_key, grad_value = (start(x) for x in (query, key, value))
         grad_eps = torch.zeros_like(thresholds) if ctx.needs_input_grad[3] else None
@@ -150,8 +149,7 @@ class _ChunkedAttention(torch.autograd.Function):
             grad_scores = entmax_score_gradient(escort, grad_weights, out=grad_weights)
             grad_q.baddbmm_(grad_scores, k, beta=0.0, alpha=scaling)
             grad_k.baddbmm_(grad_scores.mT, q, beta=beta, alpha=scaling)
-        wanted = (x.to(its.dtype) for x, its in zip((grad_query, grad_key, grad_value), given, strict=True))
-        return *wanted, grad_eps, None, None, None
+        return grad_query, grad_key, grad_value, grad_eps, None, None, None
 
 
 def _pieces(

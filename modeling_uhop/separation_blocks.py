@@ -47,10 +47,12 @@ class _BlockedSeparation(torch.autograd.Function):
             norm = torch.linalg.vector_norm(features[part], dim=-1, keepdim=True)
             norm = torch.where(norm > 0, norm, 1.0)
             unit = features[part] / norm
-            slope = None if gradient is None else torch.zeros_like(unit)
-            losses[part] = _KINDS[kind](unit, None if members is None else members[part], temperature, slope)
-            if slope is None or gradient is None:
+            present = None if members is None else members[part]
+            if gradient is None:
+                losses[part] = _KINDS[kind](unit, present, temperature, None)
                 continue
+            slope = torch.zeros_like(unit)
+            losses[part] = _KINDS[kind](unit, present, temperature, slope)
             along = torch.linalg.vecdot(unit, slope).unsqueeze(-1)
             torch.div(slope.addcmul_(unit, along, value=-1.0), norm, out=gradient[part])
         if wanted:

@@ -176,8 +176,10 @@ class Solution(NamedTuple):
 
 
 def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1) -> Solution:
-    """Newton's method on the (1 / eps)-norm of the truncated scores: convex and falling in the threshold, so that starting from the left
-    (where the largest weight is 1) it climbs to the root without overshooting. At eps = 0 one step is exact.
+    """Weights by Newton's method on the (1 / eps)-norm of the truncated scores.
+
+    It is convex and falls in the threshold, so that from the left (where the largest weight is 1) the steps climb to the root without
+    overshooting. At eps = 0 one step is exact.
 
     Args:
         scores: Scores, times `entmax_scale(eps)`. Overwritten.
@@ -186,12 +188,13 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     leaders = _group_maxima(scores) if long else scores
     largest = leaders.amax(dim, keepdim=True)
     # Values are not looked at while tracing, or where that would stall an accelerator.
-    size, shift, readable = largest.abs(), None, is_readable(scores)
-    if not readable or size.amax().item() > _LARGE:
+    magnitude, shift, readable = largest.abs(), None, is_readable(scores)
+    if not readable or not magnitude.amax().item() <= _LARGE:
         shift, largest = largest, torch.zeros_like(largest)
-        size.zero_()
+        magnitude.zero_()
         scores.sub_(shift)
-        leaders = leaders - shift if long else scores
+        if long:
+            leaders.sub_(shift)
     risen = torch.zeros_like(largest)
     precision = torch.finfo(scores.dtype).eps
     if not has_root(eps):
@@ -210,7 +213,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     unchecked = _UNCHECKED_STEPS - 1 if long else _UNCHECKED_STEPS
     # A little less than a whole step, lest rounding make it too long: from beyond the threshold there is no way back.
     caution = 1.0 - 64.0 * precision
-    origin = largest.sub_(size.add_(0.5 / precision), alpha=2.0 * precision)  # where the largest weight is 1, or more by rounding
+    origin = largest.sub_(magnitude.add_(0.5 / precision), alpha=2.0 * precision)  # where the largest weight is 1, or more by rounding
     if long:
         origin = _towards_threshold(leaders, origin, eps)
     truncate_ = _truncation(scores)

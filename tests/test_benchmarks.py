@@ -29,9 +29,9 @@ def test_ratios_are_medians_over_rounds_and_keep_their_bounds():
 def test_a_table_of_ratios():
     rows = [_case(at_most=0.4).row(), _case(at_least=2.0).row(), _case().row()]
     lines = speed_table({"cases": rows}).splitlines()
-    assert lines[2] == "| n | q | 0.5 x the cost | ≤ 0.4, **missed** |"
-    assert lines[3] == "| n | q | 2 x faster or smaller | ≥ 2 |"
-    assert lines[4] == "| n | q | 0.5 x the cost |  |"
+    assert lines[2] == "| n | q | 0.5 times as much | ≤ 0.4, **missed** |"
+    assert lines[3] == "| n | q | 2 times less | ≥ 2 |"
+    assert lines[4] == "| n | q | 0.5 times as much |  |"
 
 
 def test_a_wrong_answer_is_not_timed():

@@ -242,6 +242,15 @@ def test_large_scores_are_mapped_as_their_differences(alpha, items, size):
     assert_close(weights.sum(-1), [1.0, 1.0, 1.0], scale=2)
 
 
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+def test_large_scores_beside_nan(alpha):
+    scores = torch.full((2, 600), 1e15)
+    scores[0] = torch.nan
+    weights = simplex_map(scores, alpha)
+    assert weights[0].isnan().all()
+    assert_close(weights[1], torch.full((600,), 1.0 / 600))
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0, torch.tensor(1.4)])
 def test_an_empty_batch_stays_empty(alpha):
     assert simplex_map(torch.randn(0, 5), alpha).shape == (0, 5)

@@ -41,7 +41,7 @@ def speed_table(result: dict[str, Any]) -> str:
     for case in result["cases"]:
         bound = "" if case["at_most"] is None and case["at_least"] is None else "≤ " if case["at_least"] is None else "≥ "
         bound += f"{case['at_most'] or case['at_least']:g}" if bound else ""
-        ratio = f"{case['ratio']:.3g} x {'faster or smaller' if case['at_least'] is not None else 'the cost'}"
+        ratio = f"{case['ratio']:.3g} times {'less' if case['at_least'] is not None else 'as much'}"
         lines.append(f"| {case['name']} | {case['peer']} | {ratio} | {bound}{'' if case['kept'] else ', **missed**'} |")
     return "\n".join(lines)
 
