@@ -125,8 +125,10 @@ def _loc_and_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.mean(-1, keepdim=True), (values.var(-1, keepdim=True, unbiased=False) + 0.1).sqrt()
 
 
-def anchors(series: Series, prediction_length: int, season: int, context_lengths: list[int]) -> dict[str, dict[str, float]]:
-    """Test errors of every anchor, none where there are no lengths; the memory's beta is chosen by squared error on validation windows."""
+def anchors(
+    series: Series, prediction_length: int, season: int, context_lengths: list[int], split: str = "test"
+) -> dict[str, dict[str, float]]:
+    """Errors of every anchor on a split, none where there are no lengths; the memory's beta is chosen on validation windows."""
     if not context_lengths:
         return {}
     longest = max(context_lengths)
@@ -146,5 +148,5 @@ def anchors(series: Series, prediction_length: int, season: int, context_lengths
 
     memory.beta = min((8.0, 12.0, 16.0, 24.0), key=at)
     forecasters[f"memory of windows, {shortest}"] = (memory, shortest)
-    errors = {name: errors_of(forecaster, series, "test", length, prediction_length) for name, (forecaster, length) in forecasters.items()}
-    return {name: {f"test_{metric}": error for metric, error in found.items()} for name, found in errors.items()}
+    errors = {name: errors_of(forecaster, series, split, length, prediction_length) for name, (forecaster, length) in forecasters.items()}
+    return {name: {f"{split}_{metric}": error for metric, error in found.items()} for name, found in errors.items()}

@@ -151,6 +151,7 @@ class STanHopRecipe:
         patience: Epochs without a lower validation loss after which training ends; the best checkpoint is restored.
         season: Steps in a season, for the anchor that repeats one.
         anchor_lengths: Steps that the linear anchors see; the memory sees the fewest of them. Without any there are no anchors.
+        judge: "test" scores the test windows. "validation" leaves them alone: for choosing between recipes.
     """
 
     config_class: ClassVar[type] = STanHopConfig
@@ -165,6 +166,7 @@ class STanHopRecipe:
     patience: int = 3
     season: int = 24
     anchor_lengths: list[int] = field(default_factory=lambda: [168, 336])
+    judge: str = "test"
 
 
 Recipe = ViTRecipe | MILRecipe | STanHopRecipe

@@ -83,19 +83,21 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     trainer.train()
     seconds = time.perf_counter() - started
     model.eval().cpu()
-    metrics: dict[str, Any] = {f"test_{name}": error for name, error in errors_of(forecaster(model), series, "test", *lengths).items()}
+    metrics: dict[str, Any] = {}
+    for split in dict.fromkeys(("validation", recipe.judge)):
+        metrics |= {f"{split}_{name}": error for name, error in errors_of(forecaster(model), series, split, *lengths).items()}
     metrics |= {"validation_loss": trainer.state.best_metric, "train_seconds": round(seconds, 1)}
     trainer.save_model()
-    metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths)
+    metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths, recipe.judge)
     write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), log_history=trainer.state.log_history)
-    windows = series.windows("test", *lengths)
+    windows = series.windows(recipe.judge, *lengths)
     examples = [windows[index] for index in range(0, len(windows), 500)]
     past, future = (torch.stack([example[name] for example in examples]) for name in ("past_values", "future_values"))
     forecasts = forecaster(model)(past)
     memories = WindowMemory(series, *lengths).closest(past[0])
     forecast_figure(folder / "forecast.png", past[0].numpy(), future[0].numpy(), forecasts[0].numpy(), memories.numpy(), series.names)
     retrieval_weights_figure(folder / "weights.png", *weights_of(model, past[:1]), series.names)
-    print(describe(metrics))
+    print(describe(metrics, recipe.judge))
     check_reload(folder, "time-series-forecasting", list(past.numpy()), forecasts.numpy())
     return metrics
 
@@ -117,11 +119,11 @@ def weights_of(model: STanHopForPrediction, past: torch.Tensor) -> tuple[np.ndar
     return over_time.mean((0, 1)).numpy(), (over_prototypes.mean(1) @ pooling.mean(1)).mean(0).numpy()
 
 
-def describe(metrics: dict[str, Any]) -> str:
-    """Test errors of the model and of every anchor."""
+def describe(metrics: dict[str, Any], split: str) -> str:
+    """Errors of the model and of every anchor on a split."""
     rows = {"STanHop": metrics, **metrics["anchors"]}
-    lines = [f"  {name:<28} {errors['test_mse']:.4f}  {errors['test_mae']:.4f}" for name, errors in rows.items()]
-    return "\n".join([f"Test errors on scaled values ({metrics['train_seconds']} s of training):", f"  {'':<28} MSE     MAE", *lines])
+    lines = [f"  {name:<28} {errors[f'{split}_mse']:.4f}  {errors[f'{split}_mae']:.4f}" for name, errors in rows.items()]
+    return "\n".join([f"{split.capitalize()} errors on scaled values ({metrics['train_seconds']} s of training):", f"  {'':<28} MSE     MAE", *lines])
 
 
 if __name__ == "__main__":
