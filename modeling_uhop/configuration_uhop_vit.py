@@ -45,6 +45,8 @@ class UHopViTConfig(PreTrainedConfig):
         encoder_type (`str`, defaults to `"transformer"`): "transformer": pre-norm blocks of self-attention and MLP (the papers'
             three-layer encoder). "class_query": the papers' CIFAR encoder, where the CLS token alone queries the patches, and the
             result goes through `hidden_act` and a layer norm to the classifier.
+        use_distillation_token (`bool`, defaults to `False`): Whether a second token of its own stands behind the CLS token, as in DeiT;
+            the "class_query" encoder has none.
 
     Raises:
         A validation error that names the field, its value and what is accepted.
@@ -82,6 +84,7 @@ class UHopViTConfig(PreTrainedConfig):
     update_steps: int = 1
     value_source: Literal["memory", "projected_memory"] = "memory"
     encoder_type: Literal["transformer", "class_query"] = "transformer"
+    use_distillation_token: bool = False
 
     def __post_init__(self, **kwargs):
         self.pooler_output_size = self.pooler_output_size if self.pooler_output_size else self.hidden_size
@@ -100,6 +103,8 @@ class UHopViTConfig(PreTrainedConfig):
                 "image_size and patch_size must be a number or a pair (height, width), the patch at least 1 and no larger than the image, "
                 f"got {self.image_size} and {self.patch_size}"
             )
+        if self.use_distillation_token and self.encoder_type == "class_query":
+            raise ValueError("use_distillation_token needs encoder_type 'transformer', got 'class_query'")
         check_hopfield(self)
 
 

@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_uhop_vit import UHopViTConfig
+from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
 from .validation import check_class_indices, is_finite, is_readable
@@ -41,14 +42,16 @@ class UHopViTPatchEmbeddings(nn.Module):
 
 
 class UHopViTEmbeddings(nn.Module):
-    """Patch embeddings behind a CLS token, with position embeddings, and optionally a mask token."""
+    """Patch embeddings behind a CLS token, and optionally a distillation token, with position embeddings; optionally a mask token."""
 
     def __init__(self, config: UHopViTConfig, use_mask_token: bool = False):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_distillation_token else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
         self.patch_embeddings = UHopViTPatchEmbeddings(config)
-        self.position_embeddings = nn.Parameter(torch.zeros(1, self.patch_embeddings.num_patches + 1, config.hidden_size))
+        num_tokens = self.patch_embeddings.num_patches + num_prefix_tokens(config)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_tokens, config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
@@ -58,10 +61,11 @@ class UHopViTEmbeddings(nn.Module):
         new_grid = (height // patch_height, width // patch_width)
         if new_grid == grid:
             return self.position_embeddings
-        class_position, patch_positions = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        prefix = self.position_embeddings.shape[1] - self.patch_embeddings.num_patches
+        prefix_positions, patch_positions = self.position_embeddings[:, :prefix], self.position_embeddings[:, prefix:]
         patch_positions = patch_positions.unflatten(1, grid).permute(0, 3, 1, 2)
         patch_positions = nn.functional.interpolate(patch_positions, size=new_grid, mode="bicubic", align_corners=False)
-        return torch.cat((class_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
+        return torch.cat((prefix_positions, patch_positions.flatten(2).transpose(1, 2)), dim=1)
 
     def forward(
         self,
@@ -80,7 +84,8 @@ class UHopViTEmbeddings(nn.Module):
             if self.mask_token is None:
                 raise ValueError("bool_masked_pos needs a model built with use_mask_token=True")
             tokens = torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
-        tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        prefix = [token.expand(tokens.shape[0], -1, -1) for token in (self.cls_token, self.distillation_token) if token is not None]
+        tokens = torch.cat((*prefix, tokens), dim=1)
         return self.dropout(tokens + self.interpolate_pos_encoding(height, width))
 
 
@@ -104,7 +109,7 @@ class UHopViTEncoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Tokens as the feature map sees them, (batch_size, num_patches + 1, hidden_size)."""
+        """Tokens as the feature map sees them, (batch_size, N, hidden_size)."""
         raise NotImplementedError
 
 
@@ -184,8 +189,9 @@ class UHopViTPreTrainedModel(FoldableMixin, PreTrainedModel):
         if isinstance(module, UHopViTEmbeddings):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
             init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
-            if module.mask_token is not None:
-                init.zeros_(module.mask_token)
+            for token in (module.distillation_token, module.mask_token):
+                if token is not None:
+                    init.zeros_(token)
         elif isinstance(module, (FeatureMap, HopfieldAttention)):
             module.reset_parameters()
 
@@ -198,6 +204,41 @@ class UHopViTPreTrainedModel(FoldableMixin, PreTrainedModel):
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
+    @classmethod
+    def from_vit(cls, source, *, alpha: float = 1.0, **fields):
+        """A transformers ViT as a Hopfield model with Phi = identity, ready for the separation step; at alpha = 1 with the same outputs.
+
+        Args:
+            source: A model, a folder or a Hub id of `ViTModel`, `ViTForImageClassification`, the same of DeiT (its distillation token comes
+                along) or ViT-MSN. A checkpoint without a classifier gets a fresh one where this class has one; one without a pooler a fresh
+                pooler.
+            alpha: Tsallis exponent in [1, 2]. Above 1 the model is another function of the same weights, to be fine-tuned.
+            fields: Of `UHopViTConfig`, other than those that the weights decide: learnable_alpha, beta, update_steps, use_feature_map,
+                num_labels (a fresh classifier, if another number), dropout.
+
+        Raises:
+            ValueError: For another architecture, or a field that the weights decide.
+
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from modeling_uhop import UHopViTForImageClassification
+
+        >>> vit = ViTForImageClassification(ViTConfig(image_size=32, hidden_size=48, num_hidden_layers=2, num_attention_heads=4))
+        >>> model = UHopViTForImageClassification.from_vit(vit.eval())
+        >>> pixel_values = torch.rand(1, 3, 32, 32)
+        >>> torch.allclose(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-5)
+        True
+        """
+        return from_vit(cls, source, alpha=alpha, **fields)
+
+    def to_vit(self) -> PreTrainedModel:
+        """The same function as a transformers `ViTModel` or `ViTForImageClassification` (DeiT with a distillation token), Phi folded in.
+
+        Raises:
+            ValueError: If it is not the function of a ViT: with alpha other than 1, several retrieval steps, the "class_query" encoder, or
+                values W_V W_K Xi without Phi.
+        """
+        return to_vit(self)
+
     def save_pretrained(self, *args, **kwargs) -> None:
         # save_pretrained writes only the saved class's own entry; the folder's code serves all three.
         self.config.auto_map = {
@@ -209,7 +250,8 @@ class UHopViTPreTrainedModel(FoldableMixin, PreTrainedModel):
 
 
 class UHopViTModel(UHopViTPreTrainedModel):
-    """The bare U-Hop vision transformer: tokens (batch_size, num_patches + 1, hidden_size) out of an image, without a head.
+    """The bare U-Hop vision transformer: tokens (batch_size, N, hidden_size) out of an image, without a head; N counts the CLS token, the
+    distillation token where there is one, and the patches.
 
     Args:
         config: The configuration.
@@ -241,7 +283,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
             pixel_values: (batch_size, num_channels, height, width), finite.
             bool_masked_pos: (batch_size, num_patches), True where a patch is replaced by the mask token.
             interpolate_pos_encoding: Whether to accept images of another size than `config.image_size`.
-            attention_mask: (batch_size, num_patches + 1), 1 for tokens that may be retrieved from.
+            attention_mask: (batch_size, N), 1 for tokens that may be retrieved from.
 
         Raises:
             ValueError: If `pixel_values` is missing, of a wrong shape, or (on CPU) not finite.
@@ -268,7 +310,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
         Args:
             pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask: As in `forward`; tokens that may not be retrieved from
                 are no memories. Other entries of a batch, such as labels, are ignored.
-            include_class_token: Whether the CLS token counts as a memory beside the patches.
+            include_class_token: Whether the CLS token (and the distillation token) counts as a memory beside the patches.
 
         Yields:
             A `MemorySet` a layer, memories of shape (batch_size, num_patches, hidden_size). A layer is run only when the next set is
@@ -276,7 +318,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
         """
         hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
-        first = 0 if include_class_token else 1
+        first = 0 if include_class_token else num_prefix_tokens(self.config)
         present = None if attention_mask is None else attention_mask[:, first:].bool()
         for index, layer in enumerate(self.layers):
             if index > 0:
@@ -340,6 +382,11 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
     def memory_sets(self, pixel_values: torch.Tensor, **kwargs) -> Iterator[MemorySet]:
         """The memories that Stage I separates; see `UHopViTModel.memory_sets`."""
         return self.vit.memory_sets(pixel_values, **kwargs)
+
+
+def num_prefix_tokens(config: UHopViTConfig) -> int:
+    """Tokens before the patches: CLS, and the distillation token where there is one."""
+    return 2 if config.use_distillation_token else 1
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -46,6 +46,7 @@ CHANGES = {
     "update_steps": 2,
     "value_source": "projected_memory",
     "encoder_type": "class_query",
+    "use_distillation_token": True,
 }
 
 
@@ -80,13 +81,15 @@ def test_num_labels_sizes_the_classifier():
     assert bare(torch.randn(2, 3, 8, 8)).logits.shape == (2, 16)
 
 
-def test_round_trip(tmp_path):
-    config = UHopViTConfig(**{**SMALL, **CHANGES, "use_feature_map": True, "feature_dim": 20, "id2label": {0: "cat", 1: "dog"}})
+@pytest.mark.parametrize("alone", [{"encoder_type": "transformer"}, {"use_distillation_token": False}], ids=["token", "class query"])
+def test_round_trip(tmp_path, alone):
+    changes = {**CHANGES, "use_feature_map": True, "feature_dim": 20, **alone}
+    config = UHopViTConfig(**{**SMALL, **changes, "id2label": {0: "cat", 1: "dog"}})
     config.save_pretrained(tmp_path)
     for loaded in (UHopViTConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert type(loaded) is UHopViTConfig
         assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
-        assert {field: getattr(loaded, field) for field in CHANGES} == {**CHANGES, "use_feature_map": True, "feature_dim": 20}
+        assert {field: getattr(loaded, field) for field in CHANGES} == changes
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,9 @@ def weights_of(model: STanHopForPrediction, past: torch.Tensor) -> tuple[np.ndar
 def describe(metrics: dict[str, Any], split: str) -> str:
     """Errors of the model and of every anchor on a split."""
     rows = {"STanHop": metrics, **metrics["anchors"]}
+    title = f"{split.capitalize()} errors on scaled values ({metrics['train_seconds']} s of training):"
     lines = [f"  {name:<28} {errors[f'{split}_mse']:.4f}  {errors[f'{split}_mae']:.4f}" for name, errors in rows.items()]
-    return "\n".join([f"{split.capitalize()} errors on scaled values ({metrics['train_seconds']} s of training):", f"  {'':<28} MSE     MAE", *lines])
+    return "\n".join([title, f"  {'':<28} MSE     MAE", *lines])
 
 
 if __name__ == "__main__":
