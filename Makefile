@@ -50,7 +50,7 @@ $(READY): pyproject.toml constraints.txt modeling_uhop/version.py
 	touch $(READY)
 
 tables: $(READY)
-	$(BIN)/python training/tables.py
+	$(BIN)/python training/document.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tables import render
+from document import render
 
 import modeling_uhop
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from bags import Bags, digit_bags, load_bags
-from compare_mil import BASELINES, compare, paired, run_baseline, set_kernel_svm, table
+from compare_mil import BASELINES, compare, paired, run_baseline, set_kernel_svm
 from metrics import bag_metrics
 from recipe import BagDataRecipe, MILRecipe, RecipeError, load_recipe
 from scipy import stats
@@ -21,6 +21,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
+from tables import bags_table
 from train_mil import _seed, check, cross_validate, cross_validate_fold, fit, instance_auc, predict, run, splits, summarize
 
 from modeling_uhop import SeparationCallback
@@ -368,7 +369,7 @@ def test_a_comparison_is_resumed(tmp_path, monkeypatch):
     first = json.loads(target.read_text())
     assert first["parameters"]["untrained Phi"] > first["parameters"]["dense"]
     assert {len(result["auc"]["by_repeat"]) for result in first["results"].values()} == {2}
-    assert "| published: somebody | 0.9 |" in table([first])
+    assert "| published: somebody | 0.9 |" in bags_table([first])
     monkeypatch.setattr("compare_mil.cross_validate", lambda *args: pytest.fail("a finished cross-validation was run again"))
     compare(sweep, "mil_digits", None, tmp_path / "runs", target)
     assert json.loads(target.read_text())["results"] == first["results"]

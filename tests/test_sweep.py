@@ -8,7 +8,8 @@ import sweep as sweep_module
 import yaml
 from recipe import RecipeError
 from scipy.stats import ttest_1samp
-from sweep import execute, gather, read_sweep, runs_of, table
+from sweep import execute, gather, read_sweep, runs_of
+from tables import variants_table
 
 
 SCRIPT = """
@@ -24,7 +25,7 @@ folder.mkdir(parents=True, exist_ok=True)
 error = {0: 0.5, 1: 0.25, 2: 0.375}[seed] - (0.1 * seed if "better=true" in sets else 0.0)
 metrics = {"test_mse": error, "train_seconds": 1.0, "anchors": {"repeat": {"test_mse": 2.0}} if "anchors=true" in sets else {}}
 recipe = {"name": "fake", "data": {"dataset": value("--dataset") if "--dataset" in arguments else "fake"}}
-content = {"metrics": metrics, "num_parameters": 1234, "recipe": recipe, "versions": {}, "commit": "abc"}
+content = {"metrics": metrics, "num_parameters": 1234, "recipe": recipe, "versions": {}, "commit": "abc", "machine": "one core"}
 (folder / "results.json").write_text(json.dumps(content))
 """
 
@@ -70,7 +71,7 @@ def test_runs_are_gathered_with_spread_and_paired_intervals(project):
     low, high = ttest_1samp([0.0, -0.1, -0.2], 0.0).confidence_interval(0.95)
     assert pair["half_width"] == pytest.approx((high - low) / 2)
     assert gathered["anchors"] == {"repeat": {"test_mse": 2.0}}
-    assert table([gathered]).splitlines() == [
+    assert variants_table([gathered]).splitlines() == [
         "|  | parameters | test mse |",
         "| --- | --- | --- |",
         "| plain | 1,234 | 0.3750 ± 0.1250 |",

@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 from bags import Bags, load_bags
 from metrics import bag_metrics
-from recipe import MILRecipe, RecipeError, as_recorded, errors_in_one_line, load_recipe, local_dataset, provenance, read_yaml
+from recipe import ROOT, MILRecipe, RecipeError, as_recorded, errors_in_one_line, load_recipe, local_dataset, provenance, read_yaml
 from scipy.stats import t as student_t
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
+from tables import bags_table
 from train_mil import check, cross_validate, prepare_for_many_runs, splits, summarize
 from transformers.utils import logging
 
 from modeling_uhop import UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
 
 
-ROOT = Path(__file__).parent.parent
 # Scores of the scored bags from (training bags, their labels, scored bags), all standardised.
 Baseline = Callable[[list[np.ndarray], np.ndarray, list[np.ndarray]], np.ndarray]
 
@@ -98,7 +98,7 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(gathered, indent=1) + "\n")
-    print(table([gathered]), target, sep="\n")
+    print(bags_table([gathered]), target, sep="\n")
 
 
 def load(name: str, repeats: int, data_dir: str | None, overrides: list[str]) -> MILRecipe:
@@ -185,20 +185,6 @@ BASELINES: dict[str, Baseline] = {
     "statistics, random forest": statistics_and_random_forest,
     "set kernel, SVM": set_kernel_svm,
 }
-
-
-def table(gathered: list[dict[str, Any]]) -> str:
-    """Mean of the metric that matters and its standard deviation over repeats, a column for each data set."""
-    metric = gathered[0]["recipe"]["metrics"][0]
-    titles = [Path(result["recipe"]["data"]["dataset"]).stem for result in gathered]
-    lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
-    for job in dict.fromkeys(job for result in gathered for job in result["results"]):
-        scores = [result["results"].get(job, {}).get(metric) for result in gathered]
-        cells = ["" if score is None else f"{score['mean']:.3f} ± {score['std_repeats']:.3f}" for score in scores]
-        lines.append(f"| {job} | " + " | ".join(cells) + " |")
-    for row in dict.fromkeys(row for result in gathered for row in result["published"]):
-        lines.append(f"| published: {row} | " + " | ".join(result["published"].get(row, "") for result in gathered) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

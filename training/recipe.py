@@ -6,6 +6,7 @@ import difflib
 import gc
 import inspect
 import json
+import os
 import platform
 import re
 import shutil
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import yaml
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
@@ -169,6 +171,7 @@ class STanHopRecipe:
     judge: str = "test"
 
 
+ROOT = Path(__file__).parent.parent
 Recipe = ViTRecipe | MILRecipe | STanHopRecipe
 
 
@@ -237,11 +240,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), recipe_class: t
     content = read_yaml(Path(path))
     content.setdefault("name", Path(path).stem)
     for override in overrides:
-        _apply_override(content, override)
+        apply_override(content, override)
     return build_recipe(content, recipe_class)
 
 
-def _apply_override(content: dict[str, Any], override: str) -> None:
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set the field of a mapping that an override such as `training.learning_rate=1e-4` names."""
     keys, separator, value = override.partition("=")
     if not separator:
         raise RecipeError(f"an override must look like training.learning_rate=1e-4, got {override!r}")
@@ -366,10 +370,17 @@ def as_recorded(recipe: Any) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """The versions and the commit that a result comes from."""
+    """The versions, the commit and the machine that a result comes from."""
     packages = ("modeling-uhop", "torch", "transformers", "accelerate", "datasets")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    return {"versions": versions, "commit": commit()}
+    return {"versions": versions, "commit": commit(), "machine": machine()}
+
+
+def machine() -> str:
+    """Processor, cores and accelerator of this machine."""
+    names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE) if Path("/proc/cpuinfo").is_file() else []
+    accelerator = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores{accelerator}"
 
 
 def commit() -> str | None:

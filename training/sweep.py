@@ -18,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recipe import RecipeError, check_keys, errors_in_one_line, local_dataset, read_yaml
+from recipe import ROOT, RecipeError, check_keys, errors_in_one_line, local_dataset, read_yaml
 from scipy.stats import t as student_t
+from tables import variants_table
 from transformers.utils import logging
 
 
-ROOT = Path(__file__).parent.parent
 REQUIRED = ("script", "recipes", "seeds", "variants")
 OPTIONAL: dict[str, Any] = {
     "overrides": [],
@@ -72,7 +72,7 @@ def main() -> None:
             target.write_text(json.dumps(gathered, indent=1) + "\n")
             for figure in sweep["figures"]:
                 shutil.copyfile(own[0].folder / f"{figure}.png", target.with_name(f"{recipe}_{figure}.png"))
-            print(table([gathered]), f"\n{target}")
+            print(variants_table([gathered]), f"\n{target}")
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def gather(sweep: dict[str, Any], recipe: str, runs: list[Run]) -> dict[str, Any
         "paired": [paired(variants, first, second, metric) for first, second in sweep["pairs"] for metric in sweep["metrics"]],
         "anchors": results[0]["metrics"].get("anchors", {}),
         "published": sweep["published"].get(recipe, {}),
-        **{key: results[0][key] for key in ("versions", "commit")},
+        **{key: results[0][key] for key in ("versions", "commit", "machine")},
     }
 
 
@@ -179,24 +179,6 @@ def paired(variants: dict[str, Any], first: str, second: str, metric: str) -> di
     count = len(difference["values"])
     half_width = float(student_t.ppf(0.975, count - 1)) * difference["std"] / count**0.5 if count > 1 else None
     return {"first": first, "second": second, "metric": metric, "difference": difference["mean"], "half_width": half_width}
-
-
-def table(gathered: list[dict[str, Any]]) -> str:
-    """A row for each variant, anchor and published figure, columns for each recipe and metric."""
-    metrics = gathered[0]["sweep"].get("metrics", ["test_accuracy", "validation_accuracy"])
-    columns = [(result, metric) for result in gathered for metric in metrics]
-    titles = ["" if len(gathered) == 1 else result["recipe"]["name"] + ", " for result, _ in columns]
-    header = ["", "parameters", *(title + metric.replace("_", " ") for title, (_, metric) in zip(titles, columns, strict=True))]
-    rows = []
-    for variant in gathered[0]["variants"]:
-        sizes = dict.fromkeys(f"{result['variants'][variant]['num_parameters']:,}" for result in gathered)
-        cells = [r["variants"][variant]["metrics"][metric] for r, metric in columns]
-        rows.append([variant, " / ".join(sizes), *(f"{cell['mean']:.4f} ± {cell['std']:.4f}" for cell in cells)])
-    for anchor in gathered[0].get("anchors", {}):
-        rows.append([anchor, "", *(f"{r['anchors'][anchor][metric]:.4f}" for r, metric in columns)])
-    for source in dict.fromkeys(source for result in gathered for source in result.get("published", {})):
-        rows.append([f"published: {source}", "", *(str(r["published"].get(source, {}).get(metric, "")) for r, metric in columns)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,48 @@
-"""Write the README's tables anew from the results files, and draw anew the figures that they alone make.
+"""Results files as Markdown tables."""
 
-A table stands between `<!-- results: NAME ... -->` and `<!-- end -->`.
-"""
-
-import json
-import re
 from pathlib import Path
 from typing import Any
 
-from compare_mil import table as bag_table
-from figures import paired_figure, retrieval_figure
-from sweep import table
 
-
-ROOT = Path(__file__).parent.parent
-MARKED = re.compile(r"(<!-- results: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def render(readme: str) -> str:
-    """The README with every marked table as its results files have it."""
-
-    def from_results(match: re.Match[str]) -> str:
-        results = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in match[2].split()}
-        return f"{match[1]}{_table(list(results.values()))}\n{match[3]}"
-
-    return MARKED.sub(from_results, readme)
-
-
-def _table(results: list[dict[str, Any]]) -> str:
+def results_table(results: list[dict[str, Any]]) -> str:
+    """The table of results files of one kind."""
     if "results" in results[0]:
-        return bag_table(results)
+        return bags_table(results)
     if "cases" in results[0]:
         return speed_table(results[0])
-    return retrieval_table(results) if "rows" in results[0] else table(results)
+    return retrieval_table(results) if "rows" in results[0] else variants_table(results)
+
+
+def variants_table(gathered: list[dict[str, Any]]) -> str:
+    """A row for each variant, anchor and published figure, columns for each recipe and metric."""
+    metrics = gathered[0]["sweep"].get("metrics", ["test_accuracy", "validation_accuracy"])
+    columns = [(result, metric) for result in gathered for metric in metrics]
+    titles = ["" if len(gathered) == 1 else result["recipe"]["name"] + ", " for result, _ in columns]
+    header = ["", "parameters", *(title + metric.replace("_", " ") for title, (_, metric) in zip(titles, columns, strict=True))]
+    rows = []
+    for variant in gathered[0]["variants"]:
+        sizes = dict.fromkeys(f"{result['variants'][variant]['num_parameters']:,}" for result in gathered)
+        cells = [r["variants"][variant]["metrics"][metric] for r, metric in columns]
+        rows.append([variant, " / ".join(sizes), *(f"{cell['mean']:.4f} ± {cell['std']:.4f}" for cell in cells)])
+    for anchor in gathered[0].get("anchors", {}):
+        rows.append([anchor, "", *(f"{r['anchors'][anchor][metric]:.4f}" for r, metric in columns)])
+    for source in dict.fromkeys(source for result in gathered for source in result.get("published", {})):
+        rows.append([f"published: {source}", "", *(str(r["published"].get(source, {}).get(metric, "")) for r, metric in columns)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def bags_table(gathered: list[dict[str, Any]]) -> str:
+    """Mean of the metric that matters and its standard deviation over repeats, a column for each data set."""
+    metric = gathered[0]["recipe"]["metrics"][0]
+    titles = [Path(result["recipe"]["data"]["dataset"]).stem for result in gathered]
+    lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
+    for job in dict.fromkeys(job for result in gathered for job in result["results"]):
+        scores = [result["results"].get(job, {}).get(metric) for result in gathered]
+        cells = ["" if score is None else f"{score['mean']:.3f} ± {score['std_repeats']:.3f}" for score in scores]
+        lines.append(f"| {job} | " + " | ".join(cells) + " |")
+    for row in dict.fromkeys(row for result in gathered for row in result["published"]):
+        lines.append(f"| published: {row} | " + " | ".join(result["published"].get(row, "") for result in gathered) + " |")
+    return "\n".join(lines)
 
 
 def speed_table(result: dict[str, Any]) -> str:
@@ -56,15 +66,3 @@ def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta
         cells = ["" if error is None else f"{error['mean']:.2f} ± {error['std']:.2f}" for error in errors]
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text()))
-    for results_path in sorted((ROOT / "benchmarks" / "results").glob("retrieval_*.json")):
-        results = json.loads(results_path.read_text())
-        data = results["recipe"]["data"]["dataset"]
-        retrieval_figure(results_path.with_suffix(".png"), results["recipe"]["experiment"], results["rows"], data)
-    compared = [json.loads(results_path.read_text()) for results_path in sorted((ROOT / "benchmarks" / "results").glob("mil_*.json"))]
-    if compared:
-        paired_figure(ROOT / "benchmarks" / "results" / "mil_paired.png", compared)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from bags import Bags, load_bags
+from cards import write_card
 from figures import bag_figure
 from metrics import BAG_METRICS, bag_metrics
 from recipe import (
@@ -95,6 +96,8 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False) -> dict[str
     _, (weights,) = predict(model, extractor, [bags.instances[shown]])
     pictures = bags.instances[shown].reshape(-1, *bags.image_shape)
     bag_figure(folder / "bag.png", pictures, weights, f"{recipe.name}: bag {shown}, {bags.names[bags.labels[shown]]}")
+    if recipe.judge == "test":
+        write_card(folder)
     check_reload(folder, "multiple-instance-classification", probes, logits)
     return metrics
 

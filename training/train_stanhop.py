@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from anchors import WindowMemory, anchors, errors_of
+from cards import write_card
 from figures import forecast_figure, retrieval_weights_figure
 from recipe import (
     STanHopRecipe,
@@ -97,6 +98,8 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     memories = WindowMemory(series, *lengths).closest(past[0])
     forecast_figure(folder / "forecast.png", past[0].numpy(), future[0].numpy(), forecasts[0].numpy(), memories.numpy(), series.names)
     retrieval_weights_figure(folder / "weights.png", *weights_of(model, past[:1]), series.names)
+    if recipe.judge == "test":
+        write_card(folder)
     print(describe(metrics, recipe.judge))
     check_reload(folder, "time-series-forecasting", list(past.numpy()), forecasts.numpy())
     return metrics

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from cards import write_card
 from data import load_images, make_image_processor, make_transform, with_dataset
 from datasets import DatasetDict
 from figures import training_figure
@@ -34,10 +35,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.feature_map import unit_norm
-from modeling_uhop.model_card import write_model_card
 
 
-CARD_TEMPLATE = Path(__file__).parent.parent / "model_cards" / "template.md"
 NUM_PROBES = 64
 # `with_transform` needs the raw columns that the Trainer would otherwise drop.
 TRAINING_DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "eval_strategy": "epoch"}
@@ -132,7 +131,7 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     write_recipe(recipe, folder)
     write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), log_history=log_history)
     training_figure(folder / "training.png", log_history, separation.history if separation else [], grams)
-    write_model_card(folder, folder / "results.json", CARD_TEMPLATE)
+    write_card(folder)
     print(summary(metrics, folder))
     shown = [image.convert("RGB") for image in images["test"][:NUM_PROBES]["image"]]
     with torch.no_grad():

@@ -1,0 +1,121 @@
+"""Model cards: of a run, beside its results; and of the released recipes, in model_cards/, from benchmarks/results.
+
+Those in model_cards/ are made anew by `python training/document.py`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from recipe import ROOT, apply_override
+from tables import results_table
+
+from modeling_uhop import STanHopConfig, UHopMILConfig, UHopViTConfig
+from modeling_uhop.model_card import family_of, model_card, write_model_card
+
+
+CONFIGS: dict[str, Any] = {"vit": UHopViTConfig, "mil": UHopMILConfig, "stanhop": STanHopConfig}
+RESULTS = ROOT / "benchmarks" / "results"
+CARDS = ROOT / "model_cards"
+TEMPLATE = CARDS / "template.md"
+FIGURES = {
+    "training.png": "Training, and cosines between patch features before and after the separation step",
+    "bag.png": "A bag, sorted by the weights of the model",
+    "forecast.png": "Forecasts beside the windows that a memory retrieves",
+    "weights.png": "Association weights over time and over series",
+}
+# The number of memories and the conditions that a memory's card speaks of.
+MEMORIES, PANEL = "100", "unit norm, beta 10"
+
+
+def write_card(folder: Path, model_id: str | None = None) -> None:
+    """Write the card of a finished run, with its figures, and the comparison of its recipe if that is a released one."""
+    recipe = json.loads((folder / "results.json").read_text())["recipe"]
+    path = RESULTS / f"{recipe['name']}.json"
+    gathered = json.loads(path.read_text()) if path.is_file() else None
+    same = gathered is not None and same_training(gathered["recipe"], recipe)
+    write_model_card(
+        folder,
+        folder / "results.json",
+        TEMPLATE,
+        model_id=model_id,
+        comparison=comparison(gathered) if gathered is not None and same else None,
+        figures=[(title, name) for name, title in FIGURES.items() if (folder / name).is_file()],
+    )
+
+
+def released_cards() -> dict[Path, str]:
+    """The text of every card in model_cards/, by its path."""
+    cards = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        gathered = json.loads(path.read_text())
+        if "variants" in gathered or gathered.get("recipe", {}).get("experiment") == "memory_size":
+            options = {"comparison": comparison(gathered), "cost": cost_of(gathered["recipe"], path.stem), "figures": figures_of(path)}
+            cards[CARDS / f"{path.stem}.md"] = f"{model_card(released(gathered, path.stem), TEMPLATE, **options)}\n"
+    return cards
+
+
+def figures_of(path: Path) -> list[tuple[str, str]]:
+    """Titles of the pictures beside a results file, and their paths from a card."""
+    titles = {f"{path.stem}_{name}": title for name, title in FIGURES.items()}
+    pictures = sorted(path.parent.glob(f"{path.stem}*.png"))
+    return [(titles.get(p.name, "Error against the number of memories"), f"../benchmarks/results/{p.name}") for p in pictures]
+
+
+def released(gathered: dict[str, Any], name: str) -> dict[str, Any]:
+    """Gathered results in the form of one run's: those of the recipe as it stands, over its seeds."""
+    recipe = {"name": name, **gathered["recipe"]}
+    shared = {"recipe": recipe, "versions": gathered["versions"], "commit": gathered["commit"]}
+    if "summary" in gathered:
+        errors = gathered["summary"][PANEL]["denoising"][MEMORIES]
+        return {**shared, "metrics": {"error": errors}, "seeds": f"{recipe['repeats']} sets of memories"}
+    if "results" in gathered:
+        variant = variant_as_released(recipe, gathered["variants"])
+        metrics = gathered["results"][variant]
+        repeats = len(metrics[recipe["metrics"][0]]["by_repeat"])
+        folds = f"{repeats} cross-validations of {recipe['folds']} folds"
+        return {**shared, "metrics": metrics, "num_parameters": gathered["parameters"][variant], "seeds": folds}
+    variant = variant_as_released(recipe, gathered["sweep"]["variants"])
+    return {**shared, **gathered["variants"][variant], "seeds": ", ".join(str(seed) for seed in gathered["sweep"]["seeds"])}
+
+
+def variant_as_released(recipe: dict[str, Any], variants: dict[str, list[str]]) -> str:
+    """The variant of a comparison whose overrides leave the recipe as it is."""
+    for variant, overrides in variants.items():
+        changed = json.loads(json.dumps(recipe))
+        for override in overrides:
+            apply_override(changed, override)
+        if same_training(changed, recipe):
+            return variant
+    raise ValueError(f"no variant of {recipe['name']} is the recipe itself")
+
+
+def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two recorded recipes train the same way, whatever their seed, where their data lay and what defaults they spell out."""
+
+    def training(recipe: dict[str, Any]) -> dict[str, Any]:
+        data = {key: value for key, value in recipe["data"].items() if key != "dataset"}
+        model = {**vars(CONFIGS[family_of(recipe).name]()), **recipe["model"]}
+        return {**{key: recipe.get(key) for key in ("name", "separation", "training", "ensemble")}, "model": model, "data": data}
+
+    return training(first) == training(second)
+
+
+def comparison(gathered: dict[str, Any]) -> str:
+    """The table of a released recipe beside its baselines."""
+    if "summary" in gathered:
+        errors = {model: sizes[MEMORIES] for model, sizes in gathered["summary"][PANEL].items() if MEMORIES in sizes}
+        rows = [f"| {model} | {error['mean']:.2f} ± {error['std']:.2f} |" for model, error in errors.items()]
+        return "\n".join(["| model | sum of squared pixel errors |", "| --- | --- |", *rows])
+    return results_table([gathered])
+
+
+def cost_of(recipe: dict[str, Any], name: str) -> str:
+    """What the recipe's header says that it costs."""
+    folder, stem = ("configs/retrieval", name.removeprefix("retrieval_")) if family_of(recipe).name == "memory" else ("configs", name)
+    path = ROOT / folder / f"{stem}.yaml"
+    match = re.search(r"^# Cost: +(.*)$", path.read_text(), re.MULTILINE)
+    if match is None:
+        raise ValueError(f"{path} does not say what it costs")
+    return match[1]
