@@ -12,6 +12,8 @@ import modeling_uhop
 
 
 ROOT = Path(__file__).parent.parent
+PAPER_TO_CODE = ROOT / "docs" / "paper_to_code.md"
+PAGES = [ROOT / "README.md", PAPER_TO_CODE]
 README = (ROOT / "README.md").read_text()
 # A training needs a data set and leaves a folder: those two blocks are covered by the tests of the callback and of remote code.
 BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if '"out"' not in block]
@@ -49,10 +51,22 @@ def test_the_readme_shows_the_results_files():
     assert render(README) == README
 
 
-def test_every_link_of_the_readme_leads_somewhere():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_map_from_paper_to_code_names_what_the_files_hold():
+    named = re.findall(r"\[`([\w.]+)`\]\((\.\./[\w./]+\.(?:py|yaml))\)", PAPER_TO_CODE.read_text())
+    assert len(named) > 40
+    for name, link in named:
+        path = (PAPER_TO_CODE.parent / link).resolve()
+        if path.suffix == ".py" and path.name != name:
+            assert re.search(rf"^(class|def) {name}\b", path.read_text(), re.MULTILINE), (name, link)
+        else:
+            assert name in (path.stem, path.name)
 
 
 def test_every_public_thing_says_what_it_is():

@@ -219,9 +219,18 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "answers agree" in finished.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {"validation_loss", "test_mse", "test_mae", "train_seconds", "anchors"} == set(results["metrics"])
+    validation = {"validation_loss", "validation_mse", "validation_mae", "train_seconds", "anchors"}
+    assert validation | {"test_mse", "test_mae"} == set(results["metrics"])
+    assert (tmp_path / "out" / "README.md").is_file()
     for name in ("forecast.png", "weights.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
+    judged = subprocess.run([*command, "--overwrite", "--set", "judge=validation"], cwd=ROOT, capture_output=True, text=True)
+    assert judged.returncode == 0, judged.stderr
+    again = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    assert set(again) == validation
+    assert again["validation_mse"] == results["metrics"]["validation_mse"]
+    assert set(again["anchors"]["repeat last"]) == {"validation_mse", "validation_mae"}
+    assert "Validation errors" in judged.stdout
     (tmp_path / "a.csv").write_text(pd.DataFrame({"date": ["2024-01-02", "2024-01-01"], "x": [1.0, 2.0]}).to_csv(index=False))
     refused = subprocess.run([*command, "--dataset", str(tmp_path / "a.csv"), "--overwrite"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode != 0

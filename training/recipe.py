@@ -327,6 +327,12 @@ def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
         raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, --resume to go on, or another --output_dir")
 
 
+def check_judge(judge: str) -> None:
+    """A `RecipeError` for a split that nothing is scored on."""
+    if judge not in ("test", "validation"):
+        raise RecipeError(f"judge must be 'test' or 'validation', got {judge!r}")
+
+
 def check_same_recipe(recipe: Recipe, folder: Path) -> None:
     """Refuse to resume a run with other data, model, separation or seed than it began with; only `training` may change."""
     earlier = yaml.safe_load((folder / "recipe.yaml").read_text())

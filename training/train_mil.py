@@ -21,6 +21,7 @@ from metrics import BAG_METRICS, bag_metrics
 from recipe import (
     MILRecipe,
     RecipeError,
+    check_judge,
     check_output_dir,
     clear_output_dir,
     command_line,
@@ -112,8 +113,7 @@ def check(recipe: MILRecipe) -> None:
     for name, least in (("folds", 2), ("repeats", 1), ("ensemble", 1)):
         if getattr(recipe, name) < least:
             raise RecipeError(f"{name} must be at least {least}, got {getattr(recipe, name)}")
-    if recipe.judge not in ("test", "validation"):
-        raise RecipeError(f"judge must be 'test' or 'validation', got {recipe.judge!r}")
+    check_judge(recipe.judge)
 
 
 def splits(recipe: MILRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -15,6 +15,7 @@ from cards import write_card
 from figures import forecast_figure, retrieval_weights_figure
 from recipe import (
     STanHopRecipe,
+    check_judge,
     check_output_dir,
     clear_output_dir,
     command_line,
@@ -56,6 +57,7 @@ def main() -> None:
 def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Run a recipe and leave everything it makes in `folder`; the metrics."""
     check_output_dir(folder, overwrite, resume=False)
+    check_judge(recipe.judge)
     series = load_series(recipe.data)
     config = STanHopConfig(**{**recipe.model, "num_input_channels": series.values.shape[1]})
     lengths = (config.context_length, config.prediction_length)

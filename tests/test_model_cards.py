@@ -1,0 +1,153 @@
+"""Model cards: every released recipe has one, and it says what its results say."""
+
+import json
+import math
+import re
+
+import pytest
+import yaml
+from cards import CARDS, RESULTS, TEMPLATE, released_cards, same_training, variant_as_released, write_card
+from huggingface_hub import ModelCard
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from modeling_uhop.model_card import model_card
+
+
+PATHS = sorted(path for path in CARDS.glob("*.md") if path != TEMPLATE)
+METRICS = {
+    "vit": {"test_accuracy": 0.93, "train_seconds": 12.4},
+    "mil": {"auc": {"mean": 0.9, "std_repeats": 0.01}, "accuracy": {"mean": 0.8, "std_repeats": 0.02}, "cross_validation_seconds": 3.0},
+    "stanhop": {"test_mse": 0.41, "test_mae": 0.42, "train_seconds": 200.0, "anchors": {}},
+}
+DATA = {
+    "vit": {"dataset": "owner/pictures", "image_column": "image", "test_split": "held_out"},
+    "mil": {"dataset": "digits", "instances_column": "instances"},
+    "stanhop": {"dataset": "ETTh1.csv", "date_column": "date"},
+}
+
+
+def _results(family: str, **recipe):
+    content = {
+        "name": f"my_{family}",
+        "data": DATA[family],
+        "model": {"alpha": 1.5},
+        "separation": None,
+        "training": {},
+        "metrics": ["auc"],
+    }
+    return {
+        "recipe": {**content, **recipe},
+        "metrics": METRICS[family],
+        "seed": 3,
+        "num_parameters": 12345,
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc123",
+        "machine": "a good processor, 2 cores, no GPU",
+    }
+
+
+def test_the_cards_say_what_the_results_files_say():
+    """If this fails, `make tables` writes them anew."""
+    expected = released_cards()
+    assert sorted(expected) == PATHS
+    for path, text in expected.items():
+        assert path.read_text() == text, path.name
+
+
+def test_every_family_and_every_compared_recipe_has_a_card():
+    names = {path.stem for path in PATHS}
+    compared = {path.stem for path in RESULTS.glob("*.json") if "variants" in json.loads(path.read_text())}
+    assert compared <= names
+    assert {name.split("_")[0] for name in names} == {"vit", "mil", "stanhop", "retrieval"}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_card_has_valid_front_matter_results_and_links(path):
+    text = path.read_text()
+    assert isinstance(yaml.safe_load(text.split("---\n")[1]), dict)
+    data = ModelCard.load(path).data
+    assert data.library_name == "transformers"
+    assert data.license == "apache-2.0"
+    assert data.pipeline_tag in (None, "time-series-forecasting", *PIPELINE_REGISTRY.get_supported_tasks())
+    assert data.eval_results
+    assert all(math.isfinite(result.metric_value) and result.dataset_name for result in data.eval_results)
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert [link for link in links if not (path.parent / link).exists()] == []
+    for title in (
+        "How to load",
+        "Intended use and limits",
+        "Training data",
+        "Separation step",
+        "Results",
+        "Environmental cost",
+        "Citation",
+    ):
+        assert f"\n## {title}" in text
+    assert not re.search(r"\bnan\b|\bUndefined\b|\| *None *\|", text)
+    table = text.split("\n## Results\n")[1].split("\n## ")[0]
+    assert len(re.findall(r" ± ", table)) >= 2
+
+
+def test_a_cards_numbers_are_means_over_the_seeds_of_its_results():
+    results = json.loads((RESULTS / "stanhop_wth_96.json").read_text())["variants"]["U-Hop"]["metrics"]
+    evaluations = {e.metric_type: e.metric_value for e in ModelCard.load(CARDS / "stanhop_wth_96.md").data.eval_results}
+    for name in ("mse", "mae"):
+        values = results[f"test_{name}"]["values"]
+        assert evaluations[name] == pytest.approx(sum(values) / len(values), abs=5e-5)
+
+
+@pytest.mark.parametrize("family", METRICS)
+def test_a_run_gets_a_card_of_its_own(family, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(_results(family)))
+    (tmp_path / "forecast.png").touch()
+    write_card(tmp_path, model_id="somebody/something")
+    text = (tmp_path / "README.md").read_text()
+    card = ModelCard(text)
+    assert "somebody/something" in text
+    assert "path/to/this/folder" not in text
+    assert "![Forecasts beside the windows that a memory retrieves](forecast.png)" in text
+    assert "Beside its variants" not in text
+    assert "12,345" in text
+    assert "a good processor, 2 cores, no GPU" in text
+    values = [value["mean"] if isinstance(value, dict) else value for value in METRICS[family].values() if value != {}]
+    shown = [result.metric_value for result in card.data.eval_results]
+    assert shown == values[: len(shown)]
+    assert card.data.eval_results[0].dataset_split == ("held_out" if family == "vit" else "test")
+    assert card.data.datasets == (["owner/pictures"] if family == "vit" else None)
+
+
+def test_only_a_run_of_the_recipe_as_released_is_compared(tmp_path):
+    gathered = json.loads((RESULTS / "mil_digits.json").read_text())
+    run = {**_results("mil"), "recipe": {**gathered["recipe"], "seed": 7}}
+    for changes, compared in (({}, True), ({"model": {"alpha": 2.0, "use_feature_map": False}}, False)):
+        run["recipe"] = {**run["recipe"], **changes}
+        (tmp_path / "results.json").write_text(json.dumps(run))
+        write_card(tmp_path)
+        assert ("Beside its variants" in (tmp_path / "README.md").read_text()) is compared
+
+
+def test_defaults_that_are_spelled_out_make_no_other_recipe():
+    recipe = _results("vit", model={})["recipe"]
+    assert same_training(recipe, {**recipe, "model": {"alpha": 1.0}, "seed": 5, "data": {**recipe["data"], "dataset": "elsewhere"}})
+    for changes in ({"model": {"alpha": 1.1}}, {"training": {"max_steps": 3}}, {"separation": {}}, {"name": "other"}):
+        assert not same_training(recipe, {**recipe, **changes})
+    variants = {"sparse": ["model.alpha=2.0"], "dense": ["model.alpha=1.0"]}
+    assert variant_as_released(recipe, variants) == "dense"
+    with pytest.raises(ValueError, match="no variant of my_vit is the recipe itself"):
+        variant_as_released(recipe, {"sparse": ["model.alpha=2.0"]})
+
+
+def test_a_card_without_its_metric_is_refused():
+    results = {**_results("vit"), "metrics": {"validation_accuracy": 0.5}}
+    with pytest.raises(KeyError, match="test_accuracy"):
+        model_card(results, TEMPLATE)
+
+
+def test_separation_is_described_as_it_was():
+    assert "\n## Separation step\n\nNone." in str(model_card(_results("vit"), TEMPLATE))
+    results = _results("vit", separation={"schedule": "step", "lr": 0.1})
+    results["metrics"] = {**results["metrics"], "separation_loss_before": -1.0, "separation_loss": -2.5}
+    text = str(model_card(results, TEMPLATE))
+    assert "| schedule | step |" in text
+    assert "Separation loss before and after: -1.000 and -2.500." in text
+    assert "no feature map" in str(model_card(_results("vit", model={"use_feature_map": False}), TEMPLATE))
