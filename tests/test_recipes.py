@@ -310,7 +310,7 @@ def test_a_run_without_separation(tmp_path):
     metrics = run(_recipe(*TINY[:-1], "separation=null", "model.use_feature_map=false"), folder)
     assert "separation_loss" not in metrics
     assert (folder / "training.png").stat().st_size > 1000
-    assert "without that step" in (folder / "README.md").read_text()
+    assert "no feature map" in (folder / "README.md").read_text()
 
 
 def test_the_script_refuses_in_one_line_and_resumes(tmp_path):

@@ -23,6 +23,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from modeling_uhop import SeparationCallback, STanHopConfig, UHopMILConfig, UHopViTConfig
@@ -181,11 +182,20 @@ class RecipeError(ValueError):
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the script with one line in place of a traceback where input was wrong."""
+    """End the script with one line in place of a traceback where input was wrong, the disk is full, or a process that reads data died."""
     try:
         yield
-    except (ValueError, TypeError, OSError, NotImplementedError, StrictDataclassError) as error:
-        sys.exit(f"{type(error).__name__}: " + " ".join(str(error).split()))
+    except (ValueError, TypeError, OSError, NotImplementedError, StrictDataclassError, SafetensorError) as error:
+        sys.exit(_in_one_line(error))
+    except RuntimeError as error:
+        # PyTorch has no types of their own for a writer that failed and a worker that died.
+        if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "DataLoader worker")):
+            raise
+        sys.exit(_in_one_line(error))
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: " + " ".join(str(error).split())
 
 
 def leave_process_group() -> None:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from cards import write_card
+from checkpoints import SealingCallback, last_checkpoint, remove_unfinished
 from data import load_images, make_image_processor, make_transform, with_dataset
 from datasets import DatasetDict
 from figures import training_figure
 from metrics import classification_metrics
 from recipe import (
-    RecipeError,
     ViTRecipe,
     check_output_dir,
     check_same_recipe,
@@ -31,7 +31,6 @@ from recipe import (
 )
 from reload import check_reload
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.feature_map import unit_norm
@@ -39,7 +38,8 @@ from modeling_uhop.feature_map import unit_norm
 
 NUM_PROBES = 64
 # `with_transform` needs the raw columns that the Trainer would otherwise drop.
-TRAINING_DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "eval_strategy": "epoch"}
+# While a checkpoint is written there is another to go back to.
+TRAINING_DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "eval_strategy": "epoch", "save_total_limit": 2}
 
 
 class GramRecorder(TrainerCallback):
@@ -91,7 +91,9 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     PartialState().wait_for_everyone()
     trainer = build_trainer(recipe, folder, model, processor, images, separation)
     is_main = trainer.is_world_process_zero()
-    if is_main and not resume:
+    if is_main and resume:
+        remove_unfinished(folder)
+    elif is_main:
         clear_output_dir(folder)
         write_recipe(recipe, folder)
     if is_main:
@@ -162,15 +164,8 @@ def build_trainer(
         eval_dataset=images["validation"].with_transform(make_transform(processor)),
         processing_class=processor,
         compute_metrics=classification_metrics,
-        callbacks=[] if separation is None else [separation],
+        callbacks=[*([] if separation is None else [separation]), SealingCallback()],
     )
-
-
-def last_checkpoint(folder: Path) -> str:
-    checkpoint = get_last_checkpoint(str(folder))
-    if checkpoint is None:
-        raise RecipeError(f"{folder} has no checkpoint to resume from; pass --overwrite to begin again")
-    return checkpoint
 
 
 def describe(recipe: ViTRecipe, model: UHopViTForImageClassification, images: DatasetDict) -> str:

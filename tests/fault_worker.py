@@ -1,0 +1,145 @@
+"""One process of test_faults: trains the recipe, is killed again and again at one moment or another, resumes, and writes down how it went.
+
+Each run is a fork of this process, so that what is imported is imported once.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import datasets
+import safetensors.torch
+import torch
+import train_vit
+from recipe import ROOT, errors_in_one_line, load_recipe
+from transformers import Trainer, modeling_utils
+
+
+OVERRIDES = [
+    "training.num_train_epochs=2",
+    "training.per_device_train_batch_size=32",
+    "training.disable_tqdm=true",
+    "training.save_steps=2",
+    "training.logging_steps=2",
+    "training.eval_strategy='no'",
+    "data.max_train_samples=128",
+    "model.hidden_size=16",
+    "model.num_hidden_layers=1",
+    "separation.schedule=step",
+    "separation.steps=1",
+    "separation.batch_size=16",
+]
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(count: int, function: Callable, fault: Callable) -> Callable:
+    """The function, but for its `count`-th call, at which `fault` happens first."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            fault(*args)
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def half_written(tensors: dict[str, torch.Tensor], path: str, *_: Any) -> None:
+    """Part of a model's file, and no more."""
+    content = safetensors.torch.save(tensors)
+    Path(path).write_bytes(content[: len(content) // 2])
+    kill()
+
+
+def in_a_step() -> None:
+    Trainer.training_step = at_call(6, Trainer.training_step, lambda *_: kill())  # type: ignore[method-assign]
+
+
+def in_the_model_file() -> None:
+    modeling_utils.safe_save_file = at_call(2, modeling_utils.safe_save_file, half_written)
+
+
+def before_the_optimizer_is_written() -> None:
+    method = "_save_optimizer_and_scheduler"
+    setattr(Trainer, method, at_call(2, getattr(Trainer, method), lambda *_: kill()))
+
+
+def before_the_seal() -> None:
+    checkpoints.seal = at_call(3, checkpoints.seal, lambda *_: kill())
+
+
+def after_the_last_step() -> None:
+    train_vit.write_results = at_call(1, train_vit.write_results, lambda *_: kill())
+
+
+def on_a_full_disk() -> None:
+    """No file may grow beyond the model's: the second checkpoint does not fit."""
+
+    def fill(*_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+
+    Trainer._save_checkpoint = at_call(2, Trainer._save_checkpoint, fill)  # type: ignore[method-assign]
+
+
+MOMENTS = (in_a_step, in_the_model_file, before_the_optimizer_is_written, before_the_seal, after_the_last_step, on_a_full_disk)
+
+
+def forked(work: Callable[[], Any], log: Path) -> int:
+    """Do the work in a fork, its output in a file; the exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        with log.open("w") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+            try:
+                with errors_in_one_line():
+                    work()
+            except SystemExit as stop:
+                print(stop.code, file=sys.stderr, flush=True)
+                os._exit(1)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(2)
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    root = Path(sys.argv[1])
+    recipe = load_recipe(ROOT / "configs" / "vit_digits.yaml", OVERRIDES)
+    train_vit.check_reload = lambda *_: None  # type: ignore[assignment]
+    statuses = {"whole": [forked(lambda: train_vit.run(recipe, root / "whole"), root / "whole.log")]}
+    for moment in MOMENTS:
+        folder = root / moment.__name__
+
+        def interrupted(moment: Callable[[], None] = moment, folder: Path = folder) -> None:
+            moment()
+            train_vit.run(recipe, folder)
+
+        def resumed(folder: Path = folder) -> None:
+            warnings.simplefilter("always")
+            train_vit.run(recipe, folder, resume=True)
+
+        first = forked(interrupted, root / f"{moment.__name__}.log")
+        left = sorted(path.parent.name for path in folder.glob(f"*/{checkpoints.SEAL}"))
+        statuses[moment.__name__] = [first, left, forked(resumed, root / f"{moment.__name__}_resumed.log")]
+    (root / "statuses.json").write_text(json.dumps(statuses))
+
+
+if __name__ == "__main__":
+    main()

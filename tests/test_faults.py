@@ -1,0 +1,105 @@
+"""Kills, full disks and damaged files: a run goes on to the same weights, or says in a line what is wrong; what was whole stays whole."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import SEAL, last_checkpoint, remove_unfinished, seal
+from fault_worker import MOMENTS
+from recipe import ROOT, RecipeError
+from safetensors.torch import load_file
+
+
+TESTS = Path(__file__).parent
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of runs, one of them whole and the others interrupted and resumed, and how each ended."""
+    folder = tmp_path_factory.mktemp("faults")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(TESTS), str(ROOT / "training")))}
+    command = [sys.executable, str(TESTS / "fault_worker.py"), str(folder)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return folder, json.loads((folder / "statuses.json").read_text())
+
+
+@pytest.mark.parametrize("moment", [moment.__name__ for moment in MOMENTS])
+def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(runs, moment):
+    folder, statuses = runs
+    assert statuses["whole"] == [0], (folder / "whole.log").read_text()
+    interrupted, left, resumed = statuses[moment]
+    assert interrupted == (1 if moment == "on_a_full_disk" else KILLED), (folder / f"{moment}.log").read_text()
+    assert left, "nothing to resume from, so nothing was tested"
+    assert resumed == 0, (folder / f"{moment}_resumed.log").read_text()
+    whole, again = (load_file(folder / name / "model.safetensors") for name in ("whole", moment))
+    assert whole.keys() == again.keys()
+    assert [name for name in whole if not whole[name].equal(again[name])] == []
+    first, second = (json.loads((folder / name / "results.json").read_text())["metrics"] for name in ("whole", moment))
+    assert {**first, "train_seconds": 0} == {**second, "train_seconds": 0}
+
+
+@pytest.mark.parametrize("moment", ["in_the_model_file", "before_the_optimizer_is_written", "before_the_seal", "on_a_full_disk"])
+def test_what_was_not_written_to_the_end_is_named_and_replaced(runs, moment):
+    folder, statuses = runs
+    unfinished = "checkpoint-6" if moment == "before_the_seal" else "checkpoint-4"
+    assert unfinished not in statuses[moment][1]
+    log = (folder / f"{moment}_resumed.log").read_text()
+    assert f"{unfinished} was not written to the end, and is left out" in log
+    assert all((path / SEAL).is_file() for path in (folder / moment).glob("checkpoint-*"))
+
+
+def test_a_full_disk_is_told_in_one_line(runs):
+    folder, _ = runs
+    lines = (folder / "on_a_full_disk.log").read_text().strip().splitlines()
+    assert "File too large" in lines[-1] or "Error" in lines[-1]
+    assert "Traceback" not in "\n".join(lines)
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        for name in ("model.safetensors", "optimizer.pt"):
+            (tmp_path / f"checkpoint-{step}" / name).write_bytes(bytes(range(step)) * 10)
+        seal(tmp_path / f"checkpoint-{step}")
+    return tmp_path
+
+
+def test_the_last_whole_checkpoint_is_found_by_its_number(sealed):
+    assert last_checkpoint(sealed) == str(sealed / "checkpoint-10")
+    (sealed / "checkpoint-12").mkdir()
+    (sealed / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
+    (sealed / "checkpoint-last").mkdir()
+    with pytest.warns(UserWarning, match="checkpoint-12 was not written to the end"):
+        assert last_checkpoint(sealed) == str(sealed / "checkpoint-10")
+    remove_unfinished(sealed)
+    assert sorted(path.name for path in sealed.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-last"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "model.safetensors is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "model.safetensors is not as it was written"),
+        (lambda path: path.write_bytes(b"\x01" + path.read_bytes()[1:]), "model.safetensors is not as it was written"),
+        (lambda path: path.write_bytes((path.parents[1] / "checkpoint-2" / path.name).read_bytes()), "is not as it was written"),
+    ],
+    ids=["missing", "truncated", "a byte", "another model's"],
+)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_left(sealed, damage, message):
+    damage(sealed / "checkpoint-10" / "model.safetensors")
+    with pytest.raises(RecipeError, match=rf"{message}; delete .*checkpoint-10 to resume from the checkpoint before it"):
+        last_checkpoint(sealed)
+    (sealed / "checkpoint-10").rename(sealed / "damaged")
+    assert last_checkpoint(sealed) == str(sealed / "checkpoint-2")
+
+
+def test_nothing_to_resume_from_is_said(tmp_path):
+    with pytest.raises(RecipeError, match="has no checkpoint to resume from; pass --overwrite"):
+        last_checkpoint(tmp_path)
