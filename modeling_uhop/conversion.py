@@ -1,6 +1,7 @@
 """Checkpoints of transformers' vision transformers as U-Hop models, and back."""
 
 import os
+from typing import Any
 
 import torch
 from transformers import (
@@ -99,7 +100,7 @@ def _copy_weights(source: PreTrainedModel, converted: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def to_vit(model: PreTrainedModel) -> PreTrainedModel:
+def to_vit(model: Any) -> PreTrainedModel:
     """See `UHopViTPreTrainedModel.to_vit`."""
     config = model.config
     if config.alpha != 1.0 or config.learnable_alpha:
@@ -114,11 +115,10 @@ def to_vit(model: PreTrainedModel) -> PreTrainedModel:
         relative = attention.scaling * attention.head_dim**0.5
         for parameter in attention.q_proj.parameters():
             parameter.mul_(relative)
-    config_class, base_class, head_class = (
-        (DeiTConfig, DeiTModel, DeiTForImageClassification)
-        if config.use_distillation_token
-        else (ViTConfig, ViTModel, ViTForImageClassification)
-    )
+    classes: Any = (ViTConfig, ViTModel, ViTForImageClassification)
+    if config.use_distillation_token:
+        classes = (DeiTConfig, DeiTModel, DeiTForImageClassification)
+    config_class, base_class, head_class = classes
     theirs = config_class(**_shared(config, (*SIZES, *SETTINGS)))
     if hasattr(folded, "classifier"):
         vit = head_class(theirs)

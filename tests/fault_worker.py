@@ -122,8 +122,8 @@ def main() -> None:
     datasets.disable_progress_bars()
     root = Path(sys.argv[1])
     recipe = load_recipe(ROOT / "configs" / "vit_digits.yaml", OVERRIDES)
-    train_vit.check_reload = lambda *_: None  # type: ignore[assignment]
-    statuses = {"whole": [forked(lambda: train_vit.run(recipe, root / "whole"), root / "whole.log")]}
+    train_vit.check_reload = lambda *_: None
+    statuses: dict[str, list[Any]] = {"whole": [forked(lambda: train_vit.run(recipe, root / "whole"), root / "whole.log")]}
     for moment in MOMENTS:
         folder = root / moment.__name__
 

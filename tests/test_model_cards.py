@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from modeling_uhop.model_card import model_card
 
 
 PATHS = sorted(path for path in CARDS.glob("*.md") if path != TEMPLATE)
-METRICS = {
+METRICS: dict[str, dict[str, Any]] = {
     "vit": {"test_accuracy": 0.93, "train_seconds": 12.4},
     "mil": {"auc": {"mean": 0.9, "std_repeats": 0.01}, "accuracy": {"mean": 0.8, "std_repeats": 0.02}, "cross_validation_seconds": 3.0},
     "stanhop": {"test_mse": 0.41, "test_mae": 0.42, "train_seconds": 200.0, "anchors": {}},
@@ -102,7 +103,7 @@ def test_a_run_gets_a_card_of_its_own(family, tmp_path):
     (tmp_path / "forecast.png").touch()
     write_card(tmp_path, model_id="somebody/something")
     text = (tmp_path / "README.md").read_text()
-    card = ModelCard(text)
+    data: Any = ModelCard(text).data
     assert "somebody/something" in text
     assert "path/to/this/folder" not in text
     assert "![Forecasts beside the windows that a memory retrieves](forecast.png)" in text
@@ -110,16 +111,17 @@ def test_a_run_gets_a_card_of_its_own(family, tmp_path):
     assert "12,345" in text
     assert "a good processor, 2 cores, no GPU" in text
     values = [value["mean"] if isinstance(value, dict) else value for value in METRICS[family].values() if value != {}]
-    shown = [result.metric_value for result in card.data.eval_results]
+    shown = [result.metric_value for result in data.eval_results]
     assert shown == values[: len(shown)]
-    assert card.data.eval_results[0].dataset_split == ("held_out" if family == "vit" else "test")
-    assert card.data.datasets == (["owner/pictures"] if family == "vit" else None)
+    assert data.eval_results[0].dataset_split == ("held_out" if family == "vit" else "test")
+    assert data.datasets == (["owner/pictures"] if family == "vit" else None)
 
 
 def test_only_a_run_of_the_recipe_as_released_is_compared(tmp_path):
     gathered = json.loads((RESULTS / "mil_digits.json").read_text())
     run = {**_results("mil"), "recipe": {**gathered["recipe"], "seed": 7}}
-    for changes, compared in (({}, True), ({"model": {"alpha": 2.0, "use_feature_map": False}}, False)):
+    other: dict[str, Any] = {"model": {"alpha": 2.0, "use_feature_map": False}}
+    for changes, compared in (({}, True), (other, False)):
         run["recipe"] = {**run["recipe"], **changes}
         (tmp_path / "results.json").write_text(json.dumps(run))
         write_card(tmp_path)

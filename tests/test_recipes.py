@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from data import load_images, make_image_processor, make_transform
+from data import load_images, make_image_processor, make_transform, with_pixels
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import ModelCard
 from metrics import classification_metrics
@@ -64,7 +64,7 @@ def test_every_recipe_reads_the_real_data(path):
     recipe = load_recipe(path, [f"data.dataset={folder}", "data.max_train_samples=400"])
     images = load_images(recipe.data)
     assert len(images["train"]) == 400
-    batch = images["train"].with_transform(make_transform(make_image_processor(recipe.data, recipe.model["image_size"])))[:8]
+    batch = with_pixels(images["train"], make_image_processor(recipe.data, recipe.model["image_size"]))[:8]
     pixel_values = torch.stack(batch["pixel_values"])
     assert pixel_values.shape == (8, 3, recipe.model["image_size"], recipe.model["image_size"])
     assert pixel_values.std() < 2
@@ -129,7 +129,7 @@ def test_digits_are_split_by_label_and_stay_the_same_for_every_seed():
 def test_images_keep_their_values():
     recipe = _recipe()
     images = load_images(recipe.data)
-    batch = images["test"].with_transform(make_transform(make_image_processor(recipe.data, 8)))[:5]
+    batch = with_pixels(images["test"], make_image_processor(recipe.data, 8))[:5]
     for pixel_values, image in zip(batch["pixel_values"], images["test"][:5]["image"], strict=True):
         expected = torch.from_numpy(np.asarray(image).copy()).double() / 255 * 2 - 1
         torch.testing.assert_close(pixel_values.double(), expected.expand(3, 8, 8), atol=1e-6, rtol=0)
@@ -142,9 +142,10 @@ def test_augmentation_crops_and_mirrors():
     padded = np.pad(np.asarray(image), 1)
     crops = [padded[i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
     expected = {view.tobytes() for crop in crops for view in (crop, crop[:, ::-1])}
+    batch = {"image": [Image().encode_example(image)], "label": [0], "row": ["row 0 of train"]}
     seen = set()
     for _ in range(300):
-        pixel_values = transform({"image": [image], "label": [0]})["pixel_values"][0]
+        pixel_values = transform(batch)["pixel_values"][0]
         seen.add(((pixel_values[0] + 1) / 2 * 255).round().to(torch.uint8).numpy().tobytes())
     assert seen == expected
 
@@ -209,7 +210,28 @@ def test_pixels_that_are_not_finite_are_refused():
     data = DataRecipe("digits", image_std=[0.0, 1.0, 1.0])
     transform = make_transform(make_image_processor(data, 8))
     with pytest.raises(ValueError, match="not finite"), np.errstate(divide="ignore", invalid="ignore"):
-        transform({"image": [PILImage.new("RGB", (8, 8), "red")], "label": [0]})
+        transform({"image": [Image().encode_example(PILImage.new("RGB", (8, 8), "red"))], "label": [0], "row": ["row 0"]})
+
+
+def test_an_image_that_cannot_be_read_is_named_or_left_out(tmp_path):
+    _write_parquet(tmp_path)
+    for split, damaged in (("train", [3, 30]), ("test", [7])):
+        table = Dataset.from_parquet(str(tmp_path / f"{split}.parquet")).cast_column("image", Image(decode=False)).to_list()
+        for row in damaged:
+            table[row]["image"] = {"bytes": table[row]["image"]["bytes"][:40], "path": f"picture_{row}.png"}
+        features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
+        Dataset.from_list(table, features=features).to_parquet(tmp_path / f"{split}.parquet")
+    images = load_images(DataRecipe(str(tmp_path)))
+    processor = make_image_processor(DataRecipe(""), 8)
+    named = r"the image in row (3|30) of train \(picture_(3|30).png\) cannot be read: .*; data.skip_unreadable=true leaves such images out"
+    with pytest.raises(RecipeError, match=named):
+        list(with_pixels(images["train"], processor))
+    with pytest.warns(UserWarning, match=r"of t(rain|est) \(picture_\d+.png\) cannot be read: .*, and is left out") as warned:
+        images = load_images(DataRecipe(str(tmp_path), skip_unreadable=True))
+    assert len(warned) == 3
+    assert {name: len(split) for name, split in images.items()} == {"train": 34, "validation": 4, "test": 39}
+    assert not {"row 3 of train", "row 30 of train", "row 7 of test"} & {row for split in images.values() for row in split["row"]}
+    assert len(list(with_pixels(images["train"], processor))) == 34
 
 
 def test_accuracy():

@@ -51,7 +51,11 @@ def released_cards() -> dict[Path, str]:
     for path in sorted(RESULTS.glob("*.json")):
         gathered = json.loads(path.read_text())
         if "variants" in gathered or gathered.get("recipe", {}).get("experiment") == "memory_size":
-            options = {"comparison": comparison(gathered), "cost": cost_of(gathered["recipe"], path.stem), "figures": figures_of(path)}
+            options: dict[str, Any] = {
+                "comparison": comparison(gathered),
+                "cost": cost_of(gathered["recipe"], path.stem),
+                "figures": figures_of(path),
+            }
             cards[CARDS / f"{path.stem}.md"] = f"{model_card(released(gathered, path.stem), TEMPLATE, **options)}\n"
     return cards
 

@@ -1,6 +1,7 @@
 """Images for training: a data set's splits, checked, and the transform that turns them into pixel values."""
 
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +18,15 @@ from transformers import ViTImageProcessorPil
 
 
 def load_images(data: DataRecipe) -> DatasetDict:
-    """Splits "train", "validation" and "test" with columns `image` and `label` (a `ClassLabel`).
+    """Splits "train", "validation" and "test" with columns `image`, `label` (a `ClassLabel`) and `row`, where the data set has the image.
 
     Raises:
         RecipeError: If the data set, a split or a column is missing, or a label is outside its range.
     """
     splits = _digits(data) if data.dataset == "digits" else _from_hub_or_folder(data)
-    splits = _encode_labels(DatasetDict({name: _select_columns(split, data) for name, split in splits.items()}))
+    splits = _encode_labels(DatasetDict({name: _select_columns(split, data, name) for name, split in splits.items()}))
+    if data.skip_unreadable:
+        splits = DatasetDict({name: _readable(split) for name, split in splits.items()})
     names = splits["train"].features["label"].names
     for split in splits.values():
         _check_labels(split, len(names))
@@ -36,7 +39,7 @@ def load_images(data: DataRecipe) -> DatasetDict:
 
 def _digits(data: DataRecipe) -> DatasetDict:
     digits = load_digits()
-    images = [PILImage.fromarray(np.uint8(image * 255 / 16)) for image in digits.images]
+    images = [PILImage.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images]
     features = Features({data.image_column: Image(), data.label_column: ClassLabel(names=[str(name) for name in digits.target_names])})
     everything = Dataset.from_dict({data.image_column: images, data.label_column: digits.target}, features=features)
     return everything.train_test_split(data.test_fraction, stratify_by_column=data.label_column, seed=data.split_seed)
@@ -63,17 +66,17 @@ def _from_parquet(files: dict[str, list[str]]) -> DatasetDict:
     return DatasetDict({split: load_dataset("parquet", data_files=paths, split="train") for split, paths in files.items()})
 
 
-def _select_columns(split: Dataset, data: DataRecipe) -> Dataset:
+def _select_columns(split: Dataset, data: DataRecipe, name: str) -> Dataset:
     for column in (data.image_column, data.label_column):
         if column not in split.column_names:
             raise RecipeError(f"{data.dataset} has no column {column!r}; it has {split.column_names}")
     split = split.select_columns([data.image_column, data.label_column])
-    for column, name in ((data.image_column, "image"), (data.label_column, "label")):
-        if column != name:
-            split = split.rename_column(column, name)
+    for column, renamed in ((data.image_column, "image"), (data.label_column, "label")):
+        if column != renamed:
+            split = split.rename_column(column, renamed)
     if not isinstance(split.features["image"], Image):
         split = split.cast_column("image", Image())
-    return split
+    return split.add_column("row", [f"row {row} of {name}" for row in range(len(split))])
 
 
 def _encode_labels(splits: DatasetDict) -> DatasetDict:
@@ -121,17 +124,50 @@ def make_image_processor(data: DataRecipe, image_size: Any) -> ViTImageProcessor
     )
 
 
+def with_pixels(split: Dataset, processor: ViTImageProcessorPil, augment: DataRecipe | None = None) -> Dataset:
+    """A split that gives `pixel_values` and `labels`; images are decoded, augmented as `augment` says, and processed as they are asked for.
+
+    Raises:
+        RecipeError: When an image is asked for that cannot be read, naming it.
+    """
+    return split.cast_column("image", Image(decode=False)).with_transform(make_transform(processor, augment))
+
+
 def make_transform(processor: ViTImageProcessorPil, augment: DataRecipe | None = None) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A transform for `Dataset.with_transform`: images of a batch to `pixel_values`, labels as they are; augmented as `augment` says."""
+    """A function of a batch: encoded images to `pixel_values`, labels as they are; see `with_pixels`."""
 
     def transform(batch: dict[str, Any]) -> dict[str, Any]:
-        images = batch["image"] if augment is None else [_augmented(image, augment) for image in batch["image"]]
+        images = [_decoded(image, row) for image, row in zip(batch["image"], batch["row"], strict=True)]
+        images = images if augment is None else [_augmented(image, augment) for image in images]
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
         if not torch.isfinite(pixel_values).all():
             raise ValueError("an image has pixels that are not finite")
         return {"pixel_values": list(pixel_values), "labels": batch["label"]}
 
     return transform
+
+
+def _decoded(encoded: dict[str, Any], row: str) -> PILImage.Image:
+    try:
+        return Image().decode_example(encoded)
+    except (OSError, SyntaxError, ValueError) as error:
+        path = f" ({encoded['path']})" if encoded.get("path") else ""
+        raise RecipeError(f"the image in {row}{path} cannot be read: {error}; data.skip_unreadable=true leaves such images out") from error
+
+
+def _readable(split: Dataset) -> Dataset:
+    """The split without the images that cannot be read, each named in a warning."""
+
+    def reads(encoded: dict[str, Any], row: str) -> bool:
+        try:
+            _decoded(encoded, row)
+        except RecipeError as error:
+            warnings.warn(str(error).partition(";")[0] + ", and is left out", stacklevel=2)
+            return False
+        return True
+
+    undecoded = split.cast_column("image", Image(decode=False))
+    return undecoded.filter(reads, input_columns=["image", "row"], desc="reading images").cast_column("image", Image())
 
 
 def _augmented(image: PILImage.Image, data: DataRecipe) -> PILImage.Image:

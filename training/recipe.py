@@ -41,6 +41,8 @@ class DataRecipe:
         test_fraction: Part of "digits" that is the test split.
         split_seed: Seed of those cuts, apart from the training seed so that every seed is judged on the same images.
         max_train_samples: How many training images to keep, drawn with `split_seed`; `None` for all.
+        skip_unreadable: Whether images that cannot be decoded are left out, with a warning each, at the price of reading all once before.
+            Otherwise the first that is met ends the run.
         random_crop_padding: Pixels of zero padding that training images are randomly cropped from; 0 for none.
         random_flip: Whether training images are mirrored at random.
         image_mean, image_std: Normalisation of each of the three channels, after scaling to [0, 1].
@@ -55,6 +57,7 @@ class DataRecipe:
     test_fraction: float = 0.2
     split_seed: int = 0
     max_train_samples: int | None = None
+    skip_unreadable: bool = False
     random_crop_padding: int = 0
     random_flip: bool = False
     image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])

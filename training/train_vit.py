@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from cards import write_card
 from checkpoints import SealingCallback, last_checkpoint, remove_unfinished
-from data import load_images, make_image_processor, make_transform, with_dataset
+from data import load_images, make_image_processor, with_dataset, with_pixels
 from datasets import DatasetDict
 from figures import training_figure
 from metrics import classification_metrics
@@ -102,16 +102,15 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     grams = {}
     if separation is not None and not resume:
         probe = images["validation"].select(range(min(NUM_PROBES, len(images["validation"]))))
-        pixel_values = torch.stack(probe.with_transform(make_transform(processor))[:]["pixel_values"])
+        pixel_values = torch.stack(with_pixels(probe, processor)[:]["pixel_values"])
         grams["before"] = feature_grams(trainer.model, pixel_values)
         recorder = GramRecorder("on_train_begin" if separation.schedule == "train_begin" else "on_train_end", pixel_values)
         trainer.add_callback(recorder)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
-    transform = make_transform(processor)
-    validation = trainer.evaluate(images["validation"].with_transform(transform), metric_key_prefix="validation")
-    test = trainer.evaluate(images["test"].with_transform(transform), metric_key_prefix="test")
+    validation = trainer.evaluate(with_pixels(images["validation"], processor), metric_key_prefix="validation")
+    test = trainer.evaluate(with_pixels(images["test"], processor), metric_key_prefix="test")
     trainer.save_model()
     if not is_main:
         return {}
@@ -160,8 +159,8 @@ def build_trainer(
     return Trainer(
         model=model,
         args=arguments,
-        train_dataset=images["train"].with_transform(make_transform(processor, recipe.data)),
-        eval_dataset=images["validation"].with_transform(make_transform(processor)),
+        train_dataset=with_pixels(images["train"], processor, recipe.data),
+        eval_dataset=with_pixels(images["validation"], processor),
         processing_class=processor,
         compute_metrics=classification_metrics,
         callbacks=[*([] if separation is None else [separation]), SealingCallback()],
