@@ -9,8 +9,18 @@ from pathlib import Path
 import torch
 from recipe import leave_process_group
 from test_callbacks import Images, _model, _trainer
+from transformers import EvalPrediction
 
 from modeling_uhop import SeparationCallback
+
+
+def metrics(prediction: EvalPrediction) -> dict[str, float]:
+    logits, labels = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    return {
+        "accuracy": (logits.argmax(-1) == labels).double().mean().item(),
+        "cross_entropy": torch.nn.functional.cross_entropy(logits, labels).item(),
+        "count": len(labels),
+    }
 
 
 def main() -> None:
@@ -23,6 +33,7 @@ def main() -> None:
         model=_model(hidden_dropout_prob=0.0),
         dataset=Images(augment=False),
         per_device_train_batch_size=options["batch_size"],
+        per_device_eval_batch_size=4,
         # Shuffled, one process and two would not see the same batches.
         train_sampling_strategy="sequential",
         # A key bias has no true gradient, and AdamW would turn its rounding errors into steps.
@@ -30,8 +41,11 @@ def main() -> None:
         learning_rate=0.1,
     )
     trainer.train()
+    trainer.compute_metrics = metrics
+    # 29 images: neither batches nor shards are of one size.
+    evaluated = trainer.evaluate(Images(29, augment=False))
     logged = [entry for entry in trainer.state.log_history if "separation_loss" in entry]
-    result = {"weights": dict(trainer.model.named_parameters()), "logged": logged, "history": callback.history}
+    result = {"weights": dict(trainer.model.named_parameters()), "logged": logged, "history": callback.history, "evaluated": evaluated}
     torch.save(result, folder / f"rank_{trainer.args.process_index}_of_{trainer.args.world_size}.pt")
 
 

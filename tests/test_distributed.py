@@ -41,6 +41,10 @@ def test_two_processes_equal_each_other_and_one(tmp_path, separation):
         assert_close(weight, alone["weights"][name], scale=20)
     for mine, one in zip(first["history"], alone["history"], strict=True):
         assert mine == pytest.approx(one, abs=1e-4)
+    for process in (first, second, alone):
+        assert process["evaluated"]["eval_count"] == 29
+        assert process["evaluated"]["eval_accuracy"] == alone["evaluated"]["eval_accuracy"]
+        assert process["evaluated"]["eval_cross_entropy"] == pytest.approx(alone["evaluated"]["eval_cross_entropy"], abs=1e-4)
     assert first["logged"][0]["separation_loss"] == pytest.approx(alone["logged"][0]["separation_loss"], abs=1e-4)
 
 
