@@ -117,8 +117,14 @@ class SeparationCallback(TrainerCallback):
         self.seed = seed
         self.resume_from = resume_from
         self.history: list[dict[str, float]] = []
+        self._separated: nn.Module | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        if state.global_step == 0 and self._separated is model:
+            # The step behind the last round ran out of memory, and `auto_find_batch_size` begins anew.
+            self._sample = _sampler(train_dataloader, self.batch_size)
+            state.stateful_callbacks[STATE_FILE] = {"args": {}, "attributes": {}}
+            return
         maps = _feature_maps(model)
         world_size = PartialState().num_processes
         if self.batch_size % world_size != 0:
@@ -153,6 +159,12 @@ class SeparationCallback(TrainerCallback):
             due = not by_steps or state.global_step == 0 or (state.global_step + 1) % max(state.logging_steps, 1) == 0
             self._round(args, state, model, measure=due)
 
+    def on_step_end(self, args, state, control, **kwargs):
+        self._separated = None
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._separated = None
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.schedule == "step" and self._latest and logs is not None and "loss" in logs:
             logs.update(self._latest)
@@ -182,7 +194,13 @@ class SeparationCallback(TrainerCallback):
         os.replace(partial, target)
 
     def _round(self, args: TrainingArguments, state: TrainerState, model: nn.Module, record: bool = False, measure: bool = True) -> None:
-        """`steps` gradient steps; with `measure` also the loss of the first batch before and after, for the log."""
+        """`steps` gradient steps; with `measure` also the loss of the first batch before and after, for the log.
+
+        Nothing if no supervised step has followed the last round of this model.
+        """
+        if self._separated is model:
+            return
+        self._separated = model
         first_batch: dict[str, Any] = {}
         before = 0.0
         bar = logging.tqdm(

@@ -387,6 +387,24 @@ def test_a_resume_from_a_checkpoint_that_predates_the_callback(tmp_path, schedul
     assert _equal(runs[0], again)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
+def test_a_step_that_runs_out_of_memory_is_tried_with_fewer_examples_and_without_another_round(tmp_path, schedule):
+    def crowded(module, args, kwargs):
+        if module.training and len(kwargs["pixel_values"]) > 4:
+            raise RuntimeError("CUDA out of memory.")
+
+    settings = {"dataset": Images(augment=False), "train_sampling_strategy": "sequential"}
+    callbacks, weights = [], []
+    for size in (4, 5):
+        model = _model(hidden_dropout_prob=0.0)
+        model.register_forward_pre_hook(crowded, with_kwargs=True)
+        callbacks.append(SeparationCallback(**schedule, lr=0.3, batch_size=8))
+        options = {"per_device_train_batch_size": size, "auto_find_batch_size": size == 5}
+        weights.append(_train(tmp_path, callbacks[-1], model=model, **settings, **options))
+    assert _equal(*weights)
+    assert callbacks[0].history == callbacks[1].history
+
+
 def test_a_model_without_phi_is_refused(tmp_path):
     with pytest.raises(ValueError, match="use_feature_map=True"):
         _train(tmp_path, SeparationCallback(), model=_model(use_feature_map=False))
