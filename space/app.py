@@ -1,0 +1,388 @@
+"""The demo: a memory of digits, its energy landscape, a classifier's associations, and bags of digits.
+
+python space/app.py
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+
+# Before gradio is imported: it reads them then.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import demo_classifier
+import demo_digits
+import demo_landscape
+import demo_models
+import gradio as gr
+from demo_bags import bag_view, empty_view, new_bag, weigh, with_digit, without_image
+from demo_digits import DemoError
+from demo_drawing import ALPHA, thumbnail
+from demo_memory import CORRUPTIONS, METHODS, MemorySettings, headline, next_confused, side_view
+from demo_models import BagClassifier, Classifier, Once, digit_image
+
+
+HERE = Path(__file__).parent
+RUNS = HERE.parent / "runs"
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
+CLICKED_BUTTON = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-index]");
+  if (button) trigger("click", { index: Number(button.dataset.index) });
+});
+"""
+
+
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Shows the visitor what cannot be done, as a message."""
+    try:
+        yield
+    except DemoError as error:
+        raise gr.Error(str(error), title="That does not work", print_exception=False) from error
+
+
+def report_to(progress: gr.Progress) -> demo_models.Report:
+    return lambda share, text: progress(share, desc=text)
+
+
+def teach(text: str) -> None:
+    gr.Markdown(text, elem_classes="hop-teach")
+
+
+def card(value: Any, sticky: bool = False, **options: Any) -> gr.HTML:
+    """Our own HTML on a sheet of paper; a sticky one stays in sight while a phone's page scrolls."""
+    return gr.HTML(value, apply_default_css=False, elem_classes="hop-card hop-sticky" if sticky else "hop-card", **options)
+
+
+def slider(low: float, high: float, value: float, step: float, label: str, info: str) -> gr.Slider:
+    return gr.Slider(low, high, value=value, step=step, label=label, info=info, buttons=[])
+
+
+def retrieval_sliders(alpha: float, beta: float, most: float) -> tuple[gr.Slider, gr.Slider]:
+    return (
+        slider(1.0, 2.0, alpha, 0.1, f"{ALPHA}, sparsity", "1 gives every memory some weight (softmax), 2 only the few best (sparsemax)."),
+        slider(1, most, beta, 1, "β, sharpness", "The larger, the more the best match outweighs the others."),
+    )
+
+
+def on_any_change(controls: list[Any], answer: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+    """Answer the latest position of the controls; positions passed on the way are left out."""
+    gr.on(
+        [control.change for control in controls],
+        answer,
+        inputs,
+        outputs,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def memory_tab() -> None:
+    start = MemorySettings()
+    teach(
+        "Each stored digit is asked for by a damaged copy of itself. Where memories resemble each other, retrieval ends at another digit "
+        "or in a mixture; a separation step learns a map Φ that tells them apart. Both sides are asked with the same copies."
+    )
+    overview = card(headline(start, 0), sticky=True)
+    with gr.Row():
+        with gr.Column(scale=4, min_width=300):
+            with gr.Group():
+                count = slider(0, 300, start.count, 1, "M, stored digits", "How many digits the memory holds.")
+                digit = slider(1, start.count, 1, 1, "Digit to look at", "Which of them the pictures follow.")
+                with gr.Row():
+                    confused = gr.Button("Next confused digit", size="sm")
+                    others = gr.Button("Store other digits", size="sm")
+            with gr.Group():
+                corruption = gr.Radio(list(CORRUPTIONS), value=start.corruption, label="Damage of the query")
+                amount = slider(0.0, 0.9, start.amount, 0.05, "Amount", "Share of pixels hidden, or noise relative to the digit.")
+            with gr.Group():
+                method = gr.Radio(list(METHODS), value=start.method, label="Separation (Stage I)")
+                steps = slider(0, 300, start.separation_steps, 10, "N, separation steps", "Gradient steps that spread the memories.")
+            with gr.Group():
+                alpha, beta = retrieval_sliders(start.alpha, start.beta, 100)
+                updates = slider(1, 8, start.update_steps, 1, "T, retrieval steps", "How often the state is replaced by what it retrieves.")
+        with gr.Column(scale=8, min_width=300), gr.Row():
+            with gr.Column(min_width=280):
+                without = card(side_view(start, "without", 0))
+            with gr.Column(min_width=280):
+                separated = card(side_view(start, "with", 0))
+    seed = gr.State(start.seed)
+    controls = [count, corruption, amount, alpha, beta, updates, method, steps]
+    outputs = [overview, without, separated]
+
+    def settings_of(count, corruption, amount, alpha, beta, updates, method, steps, seed) -> MemorySettings:
+        return MemorySettings(int(count), corruption, amount, alpha, beta, int(updates), method, int(steps), int(seed))
+
+    def show(digit, *values) -> tuple[str, str, str]:
+        settings = settings_of(*values)
+        with in_words():
+            place = min(max(int(digit), 1), max(1, settings.count)) - 1
+            return headline(settings, place), side_view(settings, "without", place), side_view(settings, "with", place)
+
+    def find_confused(digit, *values) -> int:
+        with in_words():
+            found = next_confused(settings_of(*values), int(digit) - 1)
+        if found is None:
+            gr.Info("No digit is confused without separation. Hide more, or store more digits.")
+            return int(digit)
+        return found + 1
+
+    def fit(count, digit) -> Any:
+        return gr.update(maximum=max(1, int(count)), value=min(int(digit), max(1, int(count))))
+
+    on_any_change([digit, *controls, seed], show, [digit, *controls, seed], outputs)
+    count.change(fit, [count, digit], digit, show_progress="hidden", trigger_mode="always_last", api_visibility="private")
+    confused.click(find_confused, [digit, *controls, seed], digit, show_progress="hidden", api_visibility="private")
+    others.click(lambda seed: seed + 1, seed, seed, show_progress="hidden", api_visibility="private")
+
+
+def landscape_tab() -> None:
+    alpha_start, beta_start, steps_start = 1.0, 35.0, 6
+    teach(
+        "Memories are points in the plane: **drag them**, and the query x. Retrieval runs downhill in the energy, dark is low. Crowded "
+        "memories share one valley; U-Hop+ turns their features apart, keeping each one's length, until each has a valley of its own."
+    )
+    state = gr.State(demo_landscape.starting_points())
+    first = demo_landscape.scene(demo_landscape.starting_points(), alpha_start, beta_start, steps_start, "energy")
+    plane = card(first, html_template=demo_landscape.TEMPLATE, js_on_load=demo_landscape.SCRIPT, elem_id="landscape")
+    with gr.Row():
+        with gr.Column(min_width=280):
+            alpha, beta = retrieval_sliders(alpha_start, beta_start, 80)
+        with gr.Column(min_width=280):
+            steps = slider(0, 12, steps_start, 1, "N, separation steps", "Steps of U-Hop+ that turn the features apart; 0 is none.")
+            view = gr.Radio(
+                [("energy", "energy"), ("basins of attraction", "basins")],
+                value="energy",
+                label="Ground",
+                info="Energy, or the memory that each place is retrieved to; white is a mixture.",
+            )
+    with gr.Row():
+        add = gr.Button("Add a memory")
+        remove = gr.Button("Remove one")
+        reset = gr.Button("Start again")
+    controls = [alpha, beta, steps, view]
+
+    def draw(state, alpha, beta, steps, view) -> dict[str, Any]:
+        with in_words():
+            return demo_landscape.scene(state, alpha, beta, int(steps), view)
+
+    def drag(alpha, beta, steps, view, event: gr.EventData) -> tuple[dict[str, Any], dict[str, Any]]:
+        with in_words():
+            dragged = demo_landscape.moved(event.points, event.query, event.stamp)
+        return dragged, draw(dragged, alpha, beta, steps, view)
+
+    def change(make, state, *values) -> tuple[dict[str, Any], dict[str, Any]]:
+        with in_words():
+            changed = make(state)
+        return changed, draw(changed, *values)
+
+    def start_again(state: dict[str, Any]) -> dict[str, Any]:
+        return {**demo_landscape.starting_points(), "stamp": state["stamp"]}
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    on_any_change(controls, draw, [state, *controls], [plane])
+    plane.input(drag, controls, [state, plane], trigger_mode="multiple", **quiet)
+    for button, make in ((add, demo_landscape.with_another), (remove, demo_landscape.without_last), (reset, start_again)):
+        button.click(partial(change, make), [state, *controls], [state, plane], **quiet)
+
+
+def choices_view(chosen: int | None) -> str:
+    """The example digits as buttons."""
+    digits = demo_digits.load()
+    cells = [
+        f'<button type="button" data-index="{place}" aria-pressed="{str(place == chosen).lower()}" '
+        f'aria-label="Classify this {digits.labels[index]}">{thumbnail(digits.images[index], "")}</button>'
+        for place, index in enumerate(demo_digits.examples())
+    ]
+    return f'<div class="hop-choose">{"".join(cells)}</div>'
+
+
+def classifier_tab(classifier: Once[Classifier]) -> None:
+    with gr.Tab("Classify") as tab:
+        teach(
+            "A vision transformer whose attention is a Hopfield layer: patches are memories, and the CLS token retrieves from them in "
+            "every layer. The maps show what each head retrieves; the scores are read from the CLS token in the end."
+        )
+        chosen = gr.State(0)
+        with gr.Row():
+            with gr.Column(scale=4, min_width=300):
+                choices = card(choices_view(0), js_on_load=CLICKED_BUTTON, elem_id="examples")
+                upload = gr.UploadButton("Upload your own", file_types=["image"], elem_id="upload")
+                gr.Markdown(
+                    "One digit, dark on light or light on dark. It is cut out and made small, as the model needs it.",
+                    elem_classes="hop-hint",
+                )
+            with gr.Column(scale=8, min_width=300):
+                answer = card("", elem_id="answer", min_height=260)
+
+    def show(place: int, progress: gr.Progress) -> str:
+        with in_words():
+            image = digit_image(demo_digits.load().images[demo_digits.examples()[place]])
+            known = classifier(report_to(progress))
+            return demo_classifier.answer_view(known, image, demo_classifier.classify(known, image))
+
+    # gradio looks for a `Progress` among the defaults of a function that may report progress.
+    def opened(place, progress=gr.Progress()) -> str:  # noqa: B008
+        return show(place, progress)
+
+    def picked(event: gr.EventData, progress=gr.Progress()) -> tuple[int, str, str]:  # noqa: B008
+        return event.index, choices_view(event.index), show(event.index, progress)
+
+    def uploaded(file: str, progress=gr.Progress()) -> tuple[str, str]:  # noqa: B008
+        with in_words():
+            image = demo_classifier.read_image(file)
+            known = classifier(report_to(progress))
+            if demo_classifier.reads_digits(known):
+                image = demo_classifier.as_digit(image, demo_classifier.image_size(known))
+            return choices_view(None), demo_classifier.answer_view(known, image, demo_classifier.classify(known, image))
+
+    tab.select(opened, chosen, answer, api_visibility="private")
+    choices.click(picked, None, [chosen, choices, answer], show_progress_on=answer, api_visibility="private")
+    upload.upload(uploaded, upload, [choices, answer], show_progress_on=answer, api_visibility="private")
+
+
+def bags_tab(classifier: Once[BagClassifier]) -> None:
+    with gr.Tab("Bags") as tab:
+        teach(
+            "The model is told of whole bags only: positive if a 9 is inside. A learned query retrieves from the bag, and the "
+            "weights say from which images. They are no proof: other images may carry the same evidence."
+        )
+        bag, drawn = gr.State(new_bag(True, 4)), gr.State(4)
+        with gr.Row():
+            with gr.Column(scale=4, min_width=300):
+                with gr.Row():
+                    positive = gr.Button("New bag with a 9", variant="primary")
+                    negative = gr.Button("New bag without")
+                digit = gr.Radio([str(digit) for digit in range(10)], value="9", label="Digit to add", elem_id="digit_to_add")
+                with gr.Row():
+                    add = gr.Button("Add it")
+                    clear = gr.Button("Empty the bag")
+            with gr.Column(scale=8, min_width=300):
+                view = card("", js_on_load=CLICKED_BUTTON, elem_id="bag", min_height=220)
+
+    def show(bag: list[int], progress: gr.Progress) -> str:
+        with in_words():
+            known = classifier(report_to(progress))
+            if not bag:
+                gr.Warning("The bag is empty, so there is nothing to weigh. Add a digit, or draw a new bag.", title="Empty bag")
+                return empty_view()
+            return bag_view(bag, *weigh(known, bag), known.source)
+
+    def opened(bag, progress=gr.Progress()) -> str:  # noqa: B008
+        return show(bag, progress)
+
+    def draw(positive, drawn, progress=gr.Progress()) -> tuple[int, list[int], str]:  # noqa: B008
+        bag = new_bag(positive, drawn + 1)
+        return drawn + 1, bag, show(bag, progress)
+
+    def added(bag, digit, drawn, progress=gr.Progress()) -> tuple[list[int], str]:  # noqa: B008
+        with in_words():
+            bag = with_digit(bag, int(digit), drawn + len(bag))
+        return bag, show(bag, progress)
+
+    def removed(bag, event: gr.EventData, progress=gr.Progress()) -> tuple[list[int], str]:  # noqa: B008
+        bag = without_image(bag, event.index)
+        return bag, show(bag, progress)
+
+    def emptied(progress=gr.Progress()) -> tuple[list[int], str]:  # noqa: B008
+        return [], show([], progress)
+
+    quiet: dict[str, Any] = {"show_progress_on": view, "api_visibility": "private"}
+    tab.select(opened, bag, view, api_visibility="private")
+    positive.click(partial(draw, True), drawn, [drawn, bag, view], **quiet)
+    negative.click(partial(draw, False), drawn, [drawn, bag, view], **quiet)
+    add.click(added, [bag, digit, drawn], [bag, view], **quiet)
+    clear.click(emptied, None, [bag, view], **quiet)
+    view.click(removed, bag, [bag, view], **quiet)
+
+
+def build(classifier: Once[Classifier], bag_classifier: Once[BagClassifier]) -> gr.Blocks:
+    with gr.Blocks(title="U-Hop: memories told apart", analytics_enabled=False) as demo:
+        gr.Markdown(
+            "# U-Hop: memories told apart\nA modern Hopfield layer is attention seen as associative memory. U-Hop separates what is stored "
+            "before it is retrieved ([2404.03827](https://arxiv.org/abs/2404.03827), [2410.23126](https://arxiv.org/abs/2410.23126)).",
+            elem_classes="hop-intro",
+        )
+        with gr.Tabs():
+            with gr.Tab("Memory"):
+                memory_tab()
+            with gr.Tab("Landscape"):
+                landscape_tab()
+            classifier_tab(classifier)
+            bags_tab(bag_classifier)
+    return demo
+
+
+def theme() -> gr.themes.Base:
+    """Quiet labels, and the fonts of the visitor's own system: nothing is fetched."""
+    return gr.themes.Soft(
+        primary_hue="indigo", secondary_hue="indigo", neutral_hue="slate", font=FONTS, font_mono=["ui-monospace", "monospace"]
+    ).set(
+        block_title_background_fill="none",
+        block_title_padding="0",
+        block_title_text_color="*neutral_800",
+        block_title_text_weight="600",
+        block_title_background_fill_dark="none",
+        block_title_text_color_dark="*neutral_100",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        button_large_text_size="*text_md",
+        button_large_text_weight="500",
+        button_large_padding="10px 16px",
+        button_medium_text_weight="500",
+        button_small_text_weight="500",
+    )
+
+
+def known_or_trained(given: str | None, run: Path, load: Callable[[str], Any], train: Callable[[demo_models.Report], Any]) -> Once[Any]:
+    """The model that was asked for, read at once so that a mistake shows at the start; else that of `run`; else one trained when asked."""
+    source = given or (str(run) if (run / "config.json").is_file() else None)
+    if source is None:
+        return Once(train)
+    loaded = load(source)
+    return Once(lambda report: loaded)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--host", help="address to listen on (this computer alone, unless GRADIO_SERVER_NAME says otherwise)")
+    parser.add_argument("--port", type=int, help="port to listen on (the first free one from 7860)")
+    parser.add_argument(
+        "--model", help="folder or Hub id of a UHopViTForImageClassification (runs/vit_digits, or one trained on first use)"
+    )
+    parser.add_argument(
+        "--bag_model", help="folder or Hub id of a UHopMILForBagClassification (runs/mil_digits, or one trained on first use)"
+    )
+    args = parser.parse_args()
+    try:
+        classifier = known_or_trained(args.model, RUNS / "vit_digits", demo_models.load_classifier, demo_models.train_classifier)
+        bag_classifier = known_or_trained(
+            args.bag_model, RUNS / "mil_digits", demo_models.load_bag_classifier, demo_models.train_bag_classifier
+        )
+    except DemoError as error:
+        sys.exit(f"error: {error}")
+    demo = build(classifier, bag_classifier).queue(default_concurrency_limit=4)
+    demo.launch(
+        server_name=args.host,
+        server_port=args.port,
+        share=False,
+        ssr_mode=False,
+        theme=theme(),
+        # Not as `css`, whose rules gradio confines to what is inside its own layout.
+        head=f"<style>{(HERE / 'demo.css').read_text()}</style>",
+        footer_links=[],
+        run_history=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
