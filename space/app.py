@@ -46,7 +46,7 @@ def in_words() -> Iterator[None]:
     try:
         yield
     except DemoError as error:
-        raise gr.Error(str(error), title="That does not work", print_exception=False) from error
+        raise gr.Error(str(error), print_exception=False) from error
 
 
 def report_to(progress: gr.Progress) -> demo_models.Report:
@@ -149,7 +149,7 @@ def landscape_tab() -> None:
     alpha_start, beta_start, steps_start = 1.0, 35.0, 6
     teach(
         "Memories are points in the plane: **drag them**, and the query x. Retrieval runs downhill in the energy, dark is low. Crowded "
-        "memories share one valley; U-Hop+ turns their features apart, keeping each one's length, until each has a valley of its own."
+        "memories share valleys, so x beside one ends at another; U-Hop+ turns their features apart until each has a valley of its own."
     )
     state = gr.State(demo_landscape.starting_points())
     first = demo_landscape.scene(demo_landscape.starting_points(), alpha_start, beta_start, steps_start, "energy")
@@ -273,7 +273,7 @@ def bags_tab(classifier: Once[BagClassifier]) -> None:
         with in_words():
             known = classifier(report_to(progress))
             if not bag:
-                gr.Warning("The bag is empty, so there is nothing to weigh. Add a digit, or draw a new bag.", title="Empty bag")
+                gr.Warning("The bag is empty, so there is nothing to weigh. Add a digit, or draw a new bag.")
                 return empty_view()
             return bag_view(bag, *weigh(known, bag), known.source)
 

@@ -68,7 +68,9 @@ def bag_view(bag: list[int], probability: float, weights: np.ndarray, source: st
             f'<div class="hop-row">{bar(weight / largest if largest > 0 else 0.0, WEIGHT, share)}</div></button>'
         )
     truth = int((digits.labels[bag] == TARGET).sum())
-    said = {0: "There is no 9 in it.", 1: "There is one 9 in it."}.get(truth, f"There are {truth} 9s in it.")
+    said = {0: "There is no 9 in it.", 1: "There is one 9 in it.", 2: "There are two 9s in it."}.get(
+        truth, f"{truth} of its images are a 9."
+    )
     return (
         f'<div class="hop-gauge" data-probability="{probability:.4f}"><b>Probability of a 9</b>'
         f"{bar(probability, WITH, percent(probability))}</div>"

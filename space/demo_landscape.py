@@ -20,9 +20,11 @@ from modeling_uhop.feature_map import unit_norm
 REACH = 1.6
 MOST_POINTS = len(POINTS)
 VIEWS = ("energy", "basins")
-# A retrieval has arrived at a memory where it ends this close to it.
-NEAR = 0.1
-PATH_STEPS = 12
+# A retrieval has arrived at a memory where it ends this close to it, after as many steps as it is followed for.
+NEAR = 0.05
+STEPS = 50
+# Those that are drawn: states soon move too little to be told apart.
+DRAWN = (0, 1, 2, 3, 4, 6, 9, 14, 22, 34, STEPS)
 HERE = Path(__file__).parent
 SCRIPT = (HERE / "landscape.js").read_text()
 TEMPLATE = """
@@ -68,14 +70,14 @@ def landscape(memories: torch.Tensor, alpha: float, beta: float, resolution: int
     return heights.reshape(resolution, resolution).numpy()
 
 
-def basins(memories: torch.Tensor, alpha: float, beta: float, resolution: int = 100, steps: int = 30) -> np.ndarray:
+def basins(memories: torch.Tensor, alpha: float, beta: float, resolution: int = 128) -> np.ndarray:
     """For each place of the plane the memory that it is retrieved to, -1 where it ends in a mixture; the lowest row first."""
-    ends = retrieve(plane(resolution), memories, beta=beta, alpha=alpha, steps=steps)
+    ends = retrieve(plane(resolution), memories, beta=beta, alpha=alpha, steps=STEPS)
     distance, nearest = torch.cdist(ends, memories).min(-1)
     return torch.where(distance < NEAR, nearest, -1).reshape(resolution, resolution).numpy()
 
 
-def path(start: torch.Tensor, memories: torch.Tensor, alpha: float, beta: float, steps: int = PATH_STEPS) -> torch.Tensor:
+def path(start: torch.Tensor, memories: torch.Tensor, alpha: float, beta: float, steps: int = STEPS) -> torch.Tensor:
     """States (steps + 1, ..., 2) along retrieval."""
     states = [start]
     for _ in range(steps):
@@ -146,8 +148,8 @@ def scene(state: dict[str, Any], alpha: float, beta: float, separation_steps: in
                 "title": title,
                 "image": image,
                 "points": memories.numpy().round(4).tolist(),
-                "paths": path(starts, **settings).transpose(0, 1).numpy().round(3).tolist(),
-                "query": way.numpy().round(4).tolist(),
+                "paths": path(starts, **settings)[list(DRAWN)].transpose(0, 1).numpy().round(3).tolist(),
+                "query": way[list(DRAWN)].numpy().round(4).tolist(),
                 "ending": f"x reaches memory {int(nearest) + 1}" if distance < NEAR else "x ends in a mixture",
             }
         )
@@ -158,8 +160,10 @@ def moved(points: Any, query: Any, stamp: Any) -> dict[str, Any]:
     """The state that a drag leaves, kept inside the picture.
 
     Raises:
-        DemoError: If it is not made of places.
+        DemoError: If it is not made of places, or of none or too many.
     """
+    if not 1 <= len(points) <= MOST_POINTS:
+        raise DemoError(f"There must be 1 to {MOST_POINTS} memories, not {len(points)}.")
     places = np.asarray([*points, query], dtype=float)
     if places.ndim != 2 or places.shape[1] != 2 or not np.isfinite(places).all():
         raise DemoError("A point is not at a place in the plane.")

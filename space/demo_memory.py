@@ -1,7 +1,6 @@
 """The memory explorer: digits are stored, asked for by damaged copies, and retrieved with and without a separation step."""
 
 import html
-import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -104,15 +103,13 @@ def memory_of(patterns: torch.Tensor, settings: MemorySettings, method: str | No
         beta=settings.beta,
     )
     memory = UHopMemoryModel(config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # equal memories, which confusions show anyway
-        memory.store(patterns)
-        if method is not None and len(patterns) > 1:
-            # With an option of its own, U-Hop+ takes its gradient steps: the code found once and for all would make N mean nothing.
-            options: dict[str, Any] = {"temperature": 0.25} if method == "uhop+" else {}
-            memory.separate(settings.separation_steps, method=method, **options)
-        memory.requires_grad_(False)
-        memory.store(with_unit_features(memory, patterns))
+    memory.store(patterns)
+    if method is not None and len(patterns) > 1:
+        # With an option of its own, U-Hop+ takes its gradient steps: the code found once and for all would make N mean nothing.
+        options: dict[str, Any] = {"temperature": 0.25} if method == "uhop+" else {}
+        memory.separate(settings.separation_steps, method=method, **options)
+    memory.requires_grad_(False)
+    memory.store(with_unit_features(memory, patterns))
     return memory.eval()
 
 
@@ -201,9 +198,7 @@ def side_view(settings: MemorySettings, side: str, digit: int) -> str:
         strip.append(thumbnail(states[step], f"state after step {step}", f"step {step}", kind))
     title = "Without separation" if side == "without" else f"With {settings.method}, N = {settings.separation_steps}"
     same = f"another {labels[found]}" if labels[found] == labels[digit] else f"a {labels[found]}"
-    said = (
-        f"Retrieved: memory {digit + 1}, a {labels[digit]}." if verdict == "right" else f"Confused: closest to memory {found + 1}, {same}."
-    )
+    said = f"Retrieved: memory {digit + 1}, a {labels[digit]}." if verdict == "right" else f"Confused with memory {found + 1}, {same}."
     return (
         f'<section class="hop-side {side}"><h3>{html.escape(title)}</h3>'
         f'<div class="hop-strip">{"".join(strip)}</div><p class="hop-verdict {verdict}">{said}</p>'

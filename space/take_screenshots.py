@@ -125,7 +125,7 @@ def main() -> None:
 
 def save(picture: bytes, path: Path) -> None:
     """A screenshot in 256 colours: the page has few, and a repository keeps every version."""
-    Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+    Image.open(io.BytesIO(picture)).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=6).save(path, optimize=True)
 
 
 @contextmanager

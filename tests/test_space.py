@@ -215,7 +215,7 @@ def test_a_basin_is_where_retrieval_ends():
     places = demo_landscape.plane(9).reshape(9, 9, 2)
     for row, column in ((0, 0), (8, 8), (4, 1), (7, 3)):
         end = places[row, column][None]
-        for _ in range(30):
+        for _ in range(demo_landscape.STEPS):
             end = retrieve(end, POINTS, beta=20.0, alpha=2.0)
         distances = (end - POINTS).norm(dim=-1)
         assert basin[row, column] == (int(distances.argmin()) if distances.min() < demo_landscape.NEAR else -1)
@@ -235,7 +235,7 @@ def test_a_scene_begins_crowded_and_is_told_apart():
     patterns, features = scene["sides"]
     assert patterns["points"] == scene["points"]
     assert patterns["query"][0] == scene["query"]
-    assert patterns["ending"] == "x ends in a mixture"
+    assert patterns["ending"] == "x reaches memory 4"
     assert features["ending"] == "x reaches memory 5"
 
 
@@ -245,6 +245,8 @@ def test_what_is_dragged_stays_in_the_picture():
     assert state == {"points": [[reach, -0.25], [0.1, 0.2]], "query": [0.0, -reach], "stamp": 4}
     with pytest.raises(DemoError, match="not at a place"):
         demo_landscape.moved([[float("nan"), 0.0]], [0.0, 0.0], 1)
+    with pytest.raises(DemoError, match="1 to 8 memories, not 9"):
+        demo_landscape.moved([[0.0, 0.0]] * 9, [0.0, 0.0], 1)
 
 
 def test_memories_come_and_go_within_bounds():
@@ -507,6 +509,16 @@ def test_a_slider_changes_what_the_memory_retrieves(page):
     page.wait_for_selector(f".hop-count[data-side=without][data-confused='{int(sharp.sum())}']")
     page.get_by_role("button", name="Next confused digit").click()
     page.wait_for_selector(".hop-verdict.wrong")
+    page.get_by_role("button", name="Store other digits").click()
+    other = demo_memory.explore(MemorySettings(amount=0.2, beta=100, seed=1))[1]["with"].confused
+    page.wait_for_selector(f".hop-count[data-side=with][data-confused='{int(other.sum())}']")
+    for name, value in (("M, stored digits", "150"), ("Digit to look at", "140"), ("M, stored digits", "120")):
+        page.get_by_label(f"number input for {name}").fill(value)
+        page.get_by_label(f"number input for {name}").press("Enter")
+        page.wait_for_timeout(500)
+    page.wait_for_selector(".hop-count >> text=of 120")
+    assert page.get_by_label("number input for Digit to look at").input_value() == "120"
+    assert page.locator(".toast-body").count() == 0
     page.get_by_label("none", exact=True).check()
     page.get_by_text("Choose a method of separation to compare with.").wait_for()
     page.get_by_label("number input for M, stored digits").fill("0")
