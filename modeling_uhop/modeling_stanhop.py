@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap, unit_norm
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
+from .loading import SafetensorsOnlyMixin
 from .simplex import simplex_map
 from .validation import is_finite, is_readable
 
@@ -130,7 +131,7 @@ class STanHopBlock(GradientCheckpointingLayer):
 
     def pooled(self, series: torch.Tensor, **kwargs) -> torch.Tensor:
         """What the prototypes retrieve from a position's series, (B P, num_prototypes, d_model)."""
-        return self.pooling(self.prototypes.expand(len(series), -1, -1), series, **kwargs)[0]
+        return self.pooling(self.prototypes.expand(series.shape[0], -1, -1), series, **kwargs)[0]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         hidden_states = self.over_time(hidden_states, **kwargs)
@@ -243,7 +244,7 @@ class STanHopSkip(nn.Linear):
     training would leave random weights as they are."""
 
 
-class STanHopPreTrainedModel(FoldableMixin, PreTrainedModel):
+class STanHopPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
     config: STanHopConfig
     config_class = STanHopConfig
     base_model_prefix = "model"
@@ -430,7 +431,7 @@ class STanHopDecoder(STanHopPreTrainedModel):
     @capture_outputs
     def forward(self, scales: tuple[torch.Tensor, ...], **kwargs) -> STanHopDecoderOutput:
         """The forecast of the encoder's scales (num_hidden_layers + 1 of them), scaled."""
-        hidden_states = self.position_embeddings.expand(len(scales[0]), -1, -1, -1)
+        hidden_states = self.position_embeddings.expand(scales[0].shape[0], -1, -1, -1)
         forecast = None
         for layer, encoded in zip(self.layers, scales, strict=True):
             hidden_states, part = layer(hidden_states, encoded, **kwargs)

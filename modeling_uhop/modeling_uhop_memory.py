@@ -25,6 +25,7 @@ from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import Corruption, mask_patterns
 from .energy import association, energy, similarity_scores
 from .feature_map import FeatureMap, unit_norm
+from .loading import SafetensorsOnlyMixin
 from .search import Candidates, brute_force, mixture, sparse_association
 from .separation import maximize_separation
 from .simplex import at_least_fp32
@@ -66,7 +67,7 @@ class UHopMemorySearchOutput(ModelOutput):
     weights: torch.Tensor | None = None
 
 
-class UHopMemoryPreTrainedModel(PreTrainedModel):
+class UHopMemoryPreTrainedModel(SafetensorsOnlyMixin, PreTrainedModel):
     config: UHopMemoryConfig
     config_class = UHopMemoryConfig
     base_model_prefix = "memory"

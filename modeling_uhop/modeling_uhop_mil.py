@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_uhop_mil import UHopMILConfig
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, HopfieldPooling, MemorySet
+from .loading import SafetensorsOnlyMixin
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
 from .validation import check_class_indices, is_finite, is_readable
 
@@ -108,7 +109,7 @@ class UHopMILMaxPooling(nn.Module):
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if states.shape[1] == 0:
-            return states.new_zeros(len(states), 1, states.shape[2]), states.new_zeros(mask.shape)
+            return states.new_zeros(states.shape[0], 1, states.shape[2]), states.new_zeros(mask.shape)
         present = mask.unsqueeze(-1)
         largest, winners = states.masked_fill(~present, torch.finfo(states.dtype).min).max(1, keepdim=True)
         filled = present.any(1, keepdim=True)
@@ -117,7 +118,7 @@ class UHopMILMaxPooling(nn.Module):
         return torch.where(filled, largest, 0.0), shares * mask
 
 
-class UHopMILPreTrainedModel(FoldableMixin, PreTrainedModel):
+class UHopMILPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
     config: UHopMILConfig
     config_class = UHopMILConfig
     base_model_prefix = "mil"

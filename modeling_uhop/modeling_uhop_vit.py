@@ -18,6 +18,7 @@ from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
+from .loading import SafetensorsOnlyMixin
 from .validation import check_class_indices, is_finite, is_readable
 
 
@@ -159,7 +160,7 @@ class UHopViTPooler(nn.Module):
         return self.activation(self.dense(hidden_states[:, 0]))
 
 
-class UHopViTPreTrainedModel(FoldableMixin, PreTrainedModel):
+class UHopViTPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
     config: UHopViTConfig
     config_class = UHopViTConfig
     base_model_prefix = "vit"

@@ -131,7 +131,8 @@ def test_only_a_run_of_the_recipe_as_released_is_compared(tmp_path):
 def test_defaults_that_are_spelled_out_make_no_other_recipe():
     recipe = _results("vit", model={})["recipe"]
     assert same_training(recipe, {**recipe, "model": {"alpha": 1.0}, "seed": 5, "data": {**recipe["data"], "dataset": "elsewhere"}})
-    for changes in ({"model": {"alpha": 1.1}}, {"training": {"max_steps": 3}}, {"separation": {}}, {"name": "other"}):
+    others: tuple[dict[str, Any], ...] = ({"model": {"alpha": 1.1}}, {"training": {"max_steps": 3}}, {"separation": {}}, {"name": "other"})
+    for changes in others:
         assert not same_training(recipe, {**recipe, **changes})
     variants = {"sparse": ["model.alpha=2.0"], "dense": ["model.alpha=1.0"]}
     assert variant_as_released(recipe, variants) == "dense"

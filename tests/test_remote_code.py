@@ -1,5 +1,6 @@
 """A saved folder stands alone: it loads, saves again and loads again where the package cannot be imported."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,9 @@ save_file({name: tensor.detach().contiguous() for name, tensor in outputs.items(
 
 
 def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", script, *arguments], cwd="/", capture_output=True, text=True)
+    """A process with one thread, as this one has: sums are then taken in the same order."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", script, *arguments], cwd="/", env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("fields", [{}, {"alpha": 1.4, "learnable_alpha": True}], ids=["dense", "learnable"])

@@ -1,0 +1,188 @@
+"""One process of test_hub that talks to the test server through the real client: `python hub_worker.py JOB FOLDER`."""
+
+import importlib
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def tiny_models() -> dict[str, tuple[Any, dict[str, torch.Tensor], str]]:
+    """For each family a model, its inputs, and the output that is compared."""
+    import modeling_uhop as uhop
+
+    torch.manual_seed(0)
+    vit: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 2}
+    series: dict[str, Any] = {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6}
+    memory = uhop.UHopMemoryModel(uhop.UHopMemoryConfig(pattern_dim=5, alpha=1.5))
+    memory.store(torch.randn(6, 5))
+    bags = uhop.UHopMILForBagClassification(uhop.UHopMILConfig(instance_dim=4, hidden_size=16, num_attention_heads=2))
+    return {
+        "memory": (memory, {"queries": torch.randn(3, 5)}, "retrieved"),
+        "vit": (
+            uhop.UHopViTForImageClassification(uhop.UHopViTConfig(**vit, id2label={0: "a", 1: "b", 2: "c"}, initializer_range=0.2)),
+            {"pixel_values": torch.randn(2, 3, 8, 8)},
+            "logits",
+        ),
+        "mil": (bags, {"instances": torch.randn(2, 5, 4), "attention_mask": torch.ones(2, 5, dtype=torch.long)}, "logits"),
+        "stanhop": (
+            uhop.STanHopForPrediction(uhop.STanHopConfig(num_input_channels=3, **series)),
+            {"past_values": torch.randn(2, 24, 3)},
+            "prediction_outputs",
+        ),
+    }
+
+
+def push_families(folder: Path) -> None:
+    """Every family with its processor, whole and in shards; the answers that it gave here go to a file."""
+    import numpy as np
+    from transformers import ViTImageProcessorPil
+
+    import modeling_uhop as uhop
+
+    answers = {}
+    for name, (model, inputs, output) in tiny_models().items():
+        with torch.no_grad():
+            answers[name] = (inputs, output, getattr(model.eval()(**inputs), output))
+        model.push_to_hub(f"you/{name}")
+        size = sum(tensor.nbytes for tensor in model.state_dict().values())
+        model.push_to_hub(f"you/{name}-shards", max_shard_size=size // 2)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.1, 0.2, 0.3]).push_to_hub("you/vit")
+    extractor = uhop.UHopMILFeatureExtractor().fit([np.arange(20.0).reshape(5, 4) ** 2])
+    extractor.push_to_hub("you/mil")
+    torch.save(answers, folder / "answers.pt")
+
+
+def load_families(folder: Path) -> None:
+    """Load what was pushed where the package cannot be imported, save and load again, and push it on; everything answers alike."""
+    sys.modules["modeling_uhop"] = None  # type: ignore[assignment]
+    import transformers
+
+    classes = {
+        "memory": transformers.AutoModel,
+        "vit": transformers.AutoModelForImageClassification,
+        "mil": transformers.AutoModelForSequenceClassification,
+        "stanhop": transformers.AutoModelForTimeSeriesPrediction,
+    }
+
+    answers = torch.load(folder / "answers.pt", weights_only=True)
+
+    def check(family: str, source: Any) -> Any:
+        inputs, output, expected = answers[family]
+        model = classes[family].from_pretrained(source, trust_remote_code=True)
+        # Weights are mapped from their file as they lie, and kernels sum in another order where they are not aligned.
+        torch.testing.assert_close(getattr(model(**inputs), output), expected, rtol=5e-6, atol=5e-6, msg=lambda text: f"{source}: {text}")
+        return model
+
+    for family in answers:
+        check(family, f"you/{family}-shards")
+        check(family, f"you/{family}").save_pretrained(folder / family)
+        check(family, folder / family).push_to_hub(f"you/{family}-again")
+        check(family, f"you/{family}-again")
+    processor = transformers.AutoImageProcessor.from_pretrained("you/vit")
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
+    extractor = transformers.AutoFeatureExtractor.from_pretrained("you/mil", trust_remote_code=True)
+    assert extractor.instance_dim == 4
+    assert len(extractor.mean) == 4
+
+
+def train_and_push(folder: Path) -> None:
+    """A Trainer that pushes as it trains, with the separation step."""
+    from transformers import Trainer, TrainingArguments
+
+    import modeling_uhop as uhop
+
+    model, inputs, _ = tiny_models()["vit"]
+    examples = [{"pixel_values": torch.randn(3, 8, 8), "labels": index % 3} for index in range(8)]
+    arguments = TrainingArguments(
+        str(folder / "trained"),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        push_to_hub=True,
+        hub_model_id="you/trained",
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    callback = uhop.SeparationCallback(lr=0.1, batch_size=4)
+    trainer = Trainer(model, arguments, train_dataset=examples, callbacks=[callback])
+    trainer.train()
+    trainer.push_to_hub()
+    expected = model.eval()(**inputs).logits
+    loaded = uhop.UHopViTForImageClassification.from_pretrained("you/trained")
+    assert torch.equal(loaded(**inputs).logits, expected)
+
+
+def interrupted_upload(folder: Path) -> None:
+    """Push while uploads break off: the error that the client ends with, if it does."""
+    from huggingface_hub import HfApi
+
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 2000)
+    try:
+        HfApi().upload_folder(repo_id="you/interrupted", folder_path=folder, allow_patterns="*.safetensors")
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def conflicting_commits(folder: Path) -> None:
+    """Two commits on one parent at the same time."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    api.create_repo("you/conflict")
+    parent = api.model_info("you/conflict").sha
+    barrier, outcomes = threading.Barrier(2), {}
+
+    def commit(name: str) -> None:
+        operation = CommitOperationAdd(f"{name}.txt", name.encode())
+        barrier.wait()
+        try:
+            api.create_commit("you/conflict", [operation], commit_message=name, parent_commit=parent)
+            outcomes[name] = "committed"
+        except HfHubHTTPError as error:
+            outcomes[name] = str(error)
+
+    threads = [threading.Thread(target=commit, args=(name,)) for name in ("first", "second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(json.dumps(outcomes))
+
+
+def load_private(folder: Path) -> None:
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained("you/secret", trust_remote_code=True)
+    print(len(model))
+
+
+def make_private(folder: Path) -> None:
+    model, _, _ = tiny_models()["memory"]
+    model.push_to_hub("you/secret", private=True)
+
+
+def registered_twice(folder: Path) -> None:
+    import modeling_uhop
+
+    importlib.reload(modeling_uhop)
+    from transformers import AutoConfig, AutoModel
+
+    assert AutoConfig.for_model("uhop_vit").model_type == "uhop_vit"
+    assert type(AutoModel.from_config(modeling_uhop.UHopMemoryConfig(pattern_dim=3))).__name__ == "UHopMemoryModel"
+
+
+def run_readme(folder: Path) -> None:
+    """The README's example of pushing and loading, as it stands."""
+    exec(compile((folder / "example.py").read_text(), "README.md", "exec"), {})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    globals()[sys.argv[1]](Path(sys.argv[2]))

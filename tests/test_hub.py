@@ -1,0 +1,230 @@
+"""Push and pull over the real client of the Hub, against a server of its protocol."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import assert_close
+from hub_server import Hub, environment, serving
+from huggingface_hub import ModelCard
+from push import check_finished, files_of
+from recipe import ROOT, RecipeError
+from safetensors.torch import load_file
+
+import modeling_uhop
+from modeling_uhop import STanHopConfig, UHopMemoryConfig, UHopMILConfig, UHopViTConfig
+
+
+TESTS = Path(__file__).parent
+FAMILIES = ("memory", "vit", "mil", "stanhop")
+
+
+def _run(script: list[str], port: int, folder: Path, token: str | None = "hf_test", **variables: str) -> subprocess.CompletedProcess:
+    """A process whose client talks to the server on a port."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    variables = {"OMP_NUM_THREADS": "1", **environment(port, str(folder / "hub_home"), token), **variables}
+    return subprocess.run([sys.executable, *script], cwd=ROOT, env={**inherited, **variables}, capture_output=True, text=True)
+
+
+def _work(job: str, port: int, folder: Path, **options) -> subprocess.CompletedProcess:
+    return _run([str(TESTS / "hub_worker.py"), job, str(folder)], port, folder, **options)
+
+
+def _succeed(job: str, port: int, folder: Path, **options) -> str:
+    finished = _work(job, port, folder, **options)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture
+def hub():
+    return Hub()
+
+
+@pytest.fixture
+def port(hub):
+    with serving(hub) as port:
+        yield port
+
+
+def test_every_family_is_pushed_pulled_without_the_package_and_pushed_on(hub, port, tmp_path):
+    _succeed("push_families", port, tmp_path)
+    _succeed("load_families", port, tmp_path)
+    for family in FAMILIES:
+        for name in (family, f"{family}-shards", f"{family}-again"):
+            files = hub.repositories[f"you/{name}"].head.files
+            suffixes = {Path(path).suffix for path in files if path not in (".gitattributes", "README.md")}
+            assert suffixes == {".json", ".py", ".safetensors"}, name
+            auto_map = json.loads(files["config.json"])["auto_map"]
+            for entry in auto_map.values():
+                assert f"{entry.partition('.')[0]}.py" in files
+            assert len(auto_map) == (2 if family == "memory" else 3)
+        assert sum(path.endswith(".safetensors") for path in hub.repositories[f"you/{family}-shards"].head.files) > 1
+        assert all(path.endswith(".safetensors") for path in hub.repositories[f"you/{family}"].head.lfs)
+
+
+def test_a_trainer_pushes_a_model_that_loads_and_a_card_that_is_valid(hub, port, tmp_path):
+    _succeed("train_and_push", port, tmp_path)
+    head = hub.repositories["you/trained"].head
+    assert {"model.safetensors", "config.json", "modeling_uhop_vit.py", "README.md"} <= head.files.keys()
+    front_matter = head.files["README.md"].decode().split("---\n")[1]
+    assert yaml.safe_load(front_matter)["library_name"] == "transformers"
+
+
+def test_a_private_repository_is_for_its_owner(hub, port, tmp_path):
+    _succeed("make_private", port, tmp_path)
+    assert hub.repositories["you/secret"].private
+    assert _succeed("load_private", port, tmp_path / "owner").strip().endswith("6")
+    refused = _work("load_private", port, tmp_path / "stranger", token=None)
+    assert refused.returncode != 0
+    assert "you/secret is not a local folder and is not a valid model identifier" in refused.stderr
+    assert "private repository" in refused.stderr
+
+
+def test_an_upload_that_breaks_off_is_tried_again_or_fails_and_leaves_nothing_half_done(hub, port, tmp_path):
+    hub.create({"name": "interrupted"}, "you")
+    hub.broken_uploads = 1000
+    failed = _work("interrupted_upload", port, tmp_path)
+    assert failed.returncode != 0
+    assert "Error" in failed.stdout
+    assert len(hub.repositories["you/interrupted"].commits) == 1
+    hub.broken_uploads = 1
+    _succeed("interrupted_upload", port, tmp_path)
+    assert hub.broken_uploads == 0
+    assert hub.repositories["you/interrupted"].head.files["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
+    assert len(hub.repositories["you/interrupted"].commits) == 2
+
+
+def test_of_two_commits_on_one_parent_one_is_told_of_the_other(hub, port, tmp_path):
+    outcomes = json.loads(_succeed("conflicting_commits", port, tmp_path).splitlines()[-1])
+    winner, loser = sorted(outcomes, key=lambda name: outcomes[name] != "committed")
+    assert outcomes[winner] == "committed"
+    assert "A commit has happened since" in outcomes[loser]
+    assert [commit.title for commit in hub.repositories["you/conflict"].commits] == ["initial commit", winner]
+    assert f"{loser}.txt" not in hub.repositories["you/conflict"].head.files
+
+
+def test_a_commit_whose_card_is_not_yaml_is_refused_whole(hub):
+    hub.create({"name": "card"}, "you")
+    lines = [
+        {"key": "header", "value": {"summary": "bad"}},
+        {"key": "file", "value": {"path": "README.md", "content": "LS0tCnRhZ3M6IFsKLS0t", "encoding": "base64"}},
+    ]
+    with pytest.raises(Exception, match=r"Invalid metadata in README\.md"):
+        hub.commit(hub.repositories["you/card"], lines)
+    assert len(hub.repositories["you/card"].commits) == 1
+
+
+def test_importing_twice_registers_once(port, tmp_path):
+    _succeed("registered_twice", port, tmp_path)
+
+
+def test_the_readmes_example_of_the_hub_runs(hub, port, tmp_path):
+    blocks = (ROOT / "README.md").read_text().split("```python\n")
+    (example,) = [block.partition("```")[0] for block in blocks if "push_to_hub(" in block.partition("```")[0]]
+    (tmp_path / "example.py").write_text(example)
+    _succeed("run_readme", port, tmp_path)
+    assert any(repository.head.lfs for repository in hub.repositories.values())
+
+
+def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, tmp_path):
+    run = tmp_path / "run"
+    tiny = ("num_train_epochs=1", "logging_steps=5", "disable_tqdm=true", "save_steps=5")
+    overrides = [f"training.{setting}" for setting in tiny]
+    overrides += ["data.max_train_samples=200", "model.hidden_size=16", "model.num_hidden_layers=1", "separation.steps=3"]
+    command = ["training/train_vit.py", "configs/vit_digits.yaml", "--output_dir", str(run)]
+    trained = _run([*command, *(word for override in overrides for word in ("--set", override))], port, tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    pushed = _run(["training/push.py", str(run), "you/digits"], port, tmp_path)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "/you/digits, at " in pushed.stdout
+    repository = hub.repositories["you/digits"]
+    assert [commit.title for commit in repository.commits] == ["initial commit", "Upload run"]
+    files = repository.head.files
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "modeling_uhop_vit.py", "hopfield.py"} <= files.keys()
+    assert {"README.md", "results.json", "recipe.yaml", "training.png"} <= files.keys()
+    assert not [path for path in files if path.endswith((".bin", ".pt")) or "/" in path]
+    card = ModelCard(files["README.md"].decode())
+    (evaluation,) = card.data.to_dict()["model-index"][0]["results"]
+    accuracy = json.loads(files["results.json"])["metrics"]["test_accuracy"]
+    assert evaluation["metrics"][0]["value"] == pytest.approx(accuracy, abs=1e-4)
+    assert 'model="you/digits"' in card.text
+    refused = _run(["training/push.py", str(run), "somebody/digits"], port, tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr.strip().splitlines()[-1].startswith("RecipeError: the Hub refused somebody/digits: ")
+    for arguments, message in (
+        ([str(run), "a/b/c"], "must be named your_name/model_name, got 'a/b/c'"),
+        ([str(tmp_path), "you/nothing"], "is no finished run: it has no config.json, recipe.yaml, results.json, README.md, *.safetensors"),
+    ):
+        refused = _run(["training/push.py", *arguments], port, tmp_path)
+        assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
+        assert message in refused.stderr
+
+
+def test_without_a_hub_or_a_token_a_push_says_so(tmp_path):
+    for name in ("config.json", "recipe.yaml", "README.md", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "results.json").write_text("{}")
+    nowhere = _run(["training/push.py", str(tmp_path), "you/digits"], 9, tmp_path)
+    assert nowhere.returncode == 1
+    assert "RecipeError: the Hub at http://127.0.0.1:9 cannot be reached" in nowhere.stderr
+    assert "Traceback" not in nowhere.stderr
+
+
+def test_what_is_no_finished_run_is_refused_and_what_is_no_result_stays_here(tmp_path):
+    with pytest.raises(RecipeError, match="there is no folder"):
+        check_finished(tmp_path / "nowhere")
+    for name in ("config.json", "recipe.yaml", "results.json", "README.md", "model.safetensors", "training_args.bin", "run.log", "a.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "model.safetensors").touch()
+    check_finished(tmp_path)
+    expected = ["README.md", "a.png", "config.json", "model.safetensors", "recipe.yaml", "results.json"]
+    assert [path.name for path in files_of(tmp_path)] == expected
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(RecipeError, match=r"no finished run: it has no \*.safetensors"):
+        check_finished(tmp_path)
+
+
+class _Trap:
+    """What a pickle may do when it is read."""
+
+    def __init__(self, marker: str):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.marker),))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("UHopMemoryModel", UHopMemoryConfig(pattern_dim=3)),
+        ("UHopViTModel", UHopViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2)),
+        ("UHopMILModel", UHopMILConfig(instance_dim=3, hidden_size=8, num_attention_heads=2)),
+        ("STanHopModel", STanHopConfig(num_input_channels=2, context_length=12, prediction_length=6, d_model=8, ffn_dim=8)),
+    ],
+)
+def test_no_pickle_is_read(name, config, tmp_path):
+    model_class = getattr(modeling_uhop, name)
+    model = model_class(config)
+    model.save_pretrained(tmp_path / "safe")
+    config.save_pretrained(tmp_path)
+    marker = tmp_path / "marker"
+    for content in (model.state_dict(), {"weight": _Trap(str(marker))}):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            model_class.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="loads safetensors files alone, got use_safetensors=False"):
+        model_class.from_pretrained(tmp_path / "safe", use_safetensors=False)
+    assert not marker.exists()
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "safe" / "pytorch_model.bin")
+    loaded = model_class.from_pretrained(tmp_path / "safe")
+    for key, value in load_file(tmp_path / "safe" / "model.safetensors").items():
+        assert_close(loaded.state_dict()[key], value.double())
+    assert not marker.exists()

@@ -1,0 +1,72 @@
+"""Upload the finished run of a recipe to the Hub: model, code, processor, card, results and figures in one commit.
+
+python training/push.py runs/vit_digits your_name/uhop-digits
+"""
+
+import argparse
+from pathlib import Path
+
+from cards import write_card
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import httpx
+from recipe import RecipeError, errors_in_one_line
+
+
+NEEDED = ("config.json", "recipe.yaml", "results.json", "README.md")
+# What a run leaves beside these, such as checkpoints and pickled training arguments, stays here.
+UPLOADED = ("*.json", "*.py", "*.safetensors", "*.png", "README.md", "recipe.yaml")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="output folder of a finished run")
+    parser.add_argument("repo_id", help="where to: your_name/model_name")
+    parser.add_argument("--private", action="store_true", help="make the repository private, if it is made now")
+    parser.add_argument("--token", help="access token, instead of the one of `hf auth login` or HF_TOKEN")
+    args = parser.parse_args()
+    with errors_in_one_line():
+        commit = push(args.folder, args.repo_id, private=args.private, token=args.token)
+        print(f"{args.folder} is now {commit.repo_url}, at {commit.oid[:12]}")
+
+
+def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None = None) -> CommitInfo:
+    """Upload a finished run in one commit, its card written anew with the repository's name.
+
+    Raises:
+        RecipeError: If the folder holds no finished run, or the Hub cannot be reached or does not let this user write there.
+    """
+    check_finished(folder)
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        write_card(folder, model_id=repo_id)
+        operations = [CommitOperationAdd(path.name, path) for path in files_of(folder)]
+        return api.create_commit(repo_id, operations, commit_message=f"Upload {folder.resolve().name}")
+    except HFValidationError as error:
+        raise RecipeError(f"the repository must be named your_name/model_name, got {repo_id!r}: {error}") from error
+    except LocalTokenNotFoundError as error:
+        raise RecipeError("there is no access token: pass --token, set HF_TOKEN or run `hf auth login`") from error
+    except HfHubHTTPError as error:
+        raise RecipeError(f"the Hub refused {repo_id}: {error}") from error
+    except (OSError, httpx.TransportError) as error:
+        raise RecipeError(f"the Hub at {api.endpoint} cannot be reached: {error}") from error
+
+
+def check_finished(folder: Path) -> None:
+    """A `RecipeError` that names what a finished run has and this folder has not."""
+    if not folder.is_dir():
+        raise RecipeError(f"there is no folder {folder}")
+    missing = [name for name in NEEDED if not (folder / name).is_file()]
+    missing += [] if any(folder.glob("*.safetensors")) else ["*.safetensors"]
+    if missing:
+        raise RecipeError(f"{folder} is no finished run: it has no {', '.join(missing)}")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a run that belong on the Hub."""
+    return sorted({path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()})
+
+
+if __name__ == "__main__":
+    main()
