@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test experiments bags forecasts speed lint types unit format tables clean
+.PHONY: train demo test experiments bags forecasts speed lint types unit format tables clean
 
 train: $(READY)
 	$(BIN)/python training/train_vit.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
+
+demo: $(READY)
+	$(BIN)/python space/app.py
 
 RETRIEVAL := $(wildcard configs/retrieval/*_digits.yaml)
 GEOMETRY := $(filter-out %_mnist.yaml %_cifar10.yaml,$(wildcard configs/geometry/*.yaml))

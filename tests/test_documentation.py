@@ -15,8 +15,11 @@ ROOT = Path(__file__).parent.parent
 PAPER_TO_CODE = ROOT / "docs" / "paper_to_code.md"
 PAGES = [ROOT / "README.md", PAPER_TO_CODE]
 README = (ROOT / "README.md").read_text()
-# A training needs a data set and leaves a folder: those two blocks are covered by the tests of the callback and of remote code.
-BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if '"out"' not in block]
+ALL_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+# One trains and the next loads what it saved.
+TRAINING = [block for block in ALL_BLOCKS if '"out"' in block]
+# What talks to the Hub runs among the tests of that.
+BLOCKS = [block for block in ALL_BLOCKS if block not in TRAINING and "push_to_hub" not in block]
 
 WITH_EXAMPLES = (
     "configuration_stanhop",
@@ -35,8 +38,19 @@ def test_the_readmes_code_runs(block, tmp_path, monkeypatch):
     exec(compile(block, "README.md", "exec"), {})
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_the_readmes_training_runs_and_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = ({}, {})
+    for block, names in zip(TRAINING, (first, second), strict=True):
+        exec(compile(block, "README.md", "exec"), names)
+    images = first["images"][:9]
+    assert (first["model"].eval()(images).logits - second["model"](images).logits).abs().max() < 5e-6
+    assert first["trainer"].state.log_history[-1]["train_loss"] < 2.0
+
+
 def test_the_readme_has_code_to_run():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 6
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "modeling_uhop").glob("*.py") if path.stem != "__init__"))
