@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,9 @@ class SeparationCallback(TrainerCallback):
     behind and moves nothing but what `parameters` says. With `lr=0` training is bitwise what it would be without the callback.
     Gradients are averaged over processes. A checkpoint holds what an exact resume needs, in `separation.pt`.
 
+    Of a model that PEFT has wrapped it moves what PEFT trains: an adapter of Phi (`LoraConfig(target_parameters=["feature_map.weight"])`),
+    or Phi itself (`modules_to_save=["feature_map"]`).
+
     Args:
         schedule: "train_begin": one round before training. "epoch": a round before each epoch. "step": a round before each optimizer step.
         steps: Gradient steps in a round, at least 1 (the papers' N, or N_i of Algorithm 2).
@@ -61,9 +65,13 @@ class SeparationCallback(TrainerCallback):
 
     Each round adds `separation_loss_before` and `separation_loss` (after), measured on the round's first batch, to
     `state.log_history`; under "step" they join the Trainer's own entries. `history` holds the loss of every step that was measured.
+    They also join the next logs of the training loss, for the callbacks behind this one. Those that `report_to` names come before it, and
+    a callback cannot change that: for TensorBoard, say, with the separation loss, let
+    `Trainer(callbacks=[SeparationCallback(), TensorBoardCallback()])` have both in this order, and `report_to` be "none".
 
     Raises:
-        ValueError: For an argument outside its choices or range; when training begins, for a model without trainable feature maps.
+        ValueError: For an argument outside its choices or range; when training begins, for a model without trainable feature maps, and for
+            `project` or `normalize_rows` where an adapter moves in the place of W.
         NotImplementedError: When training begins under FSDP, DeepSpeed or another engine that shards parameters.
     """
 
@@ -129,6 +137,11 @@ class SeparationCallback(TrainerCallback):
         world_size = PartialState().num_processes
         if self.batch_size % world_size != 0:
             raise ValueError(f"batch_size must be a multiple of the {world_size} processes, got {self.batch_size}")
+        if (self.project or self.normalize_rows) and any(hasattr(phi, "base_layer") for phi in maps):
+            raise ValueError(
+                "project and normalize_rows scale the rows of W, and an adapter moves in its place; "
+                "leave them off, or train W itself (modules_to_save=['feature_map'])"
+            )
         self._maps = maps
         moved = model.parameters() if self.parameters == "upstream" else (p for phi in maps for p in phi.parameters())
         self._moved = [parameter for parameter in moved if parameter.requires_grad]
@@ -166,9 +179,10 @@ class SeparationCallback(TrainerCallback):
         self._separated = None
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.schedule == "step" and self._latest and logs is not None and "loss" in logs:
+        if self._latest and logs is not None and "loss" in logs:
             logs.update(self._latest)
-            state.log_history[-1].update(self._latest)
+            if self.schedule == "step":
+                state.log_history[-1].update(self._latest)
             self._latest = {}
 
     def on_save(self, args, state, control, **kwargs):
@@ -309,7 +323,8 @@ class SeparationCallback(TrainerCallback):
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
         for phi in self._maps:
-            digest.update(phi.weight.detach().float().cpu().numpy().tobytes())
+            for parameter in phi.parameters():
+                digest.update(parameter.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
@@ -325,14 +340,19 @@ class SeparationCallback(TrainerCallback):
 
 
 def _feature_maps(model: Any) -> list[Any]:
-    # By name: code loaded from a model folder has classes of its own.
-    maps = [module for module in model.modules() if type(module).__name__ == "FeatureMap"]
+    """The feature maps of a model, each with the adapter around it where it has one."""
+    # By name: code loaded from a model folder has classes of its own, and an adapter of PEFT has what it wraps as `base_layer`.
+    names = [name for name, module in model.named_modules() if type(module).__name__ == "FeatureMap"]
+    maps = [model.get_submodule(re.sub(r"(\.base_layer)+$", "", name)) for name in names]
     if not maps or not hasattr(model, "memory_sets"):
         raise ValueError(
             f"SeparationCallback needs a model with feature maps (use_feature_map=True) and memory_sets; {type(model).__name__} has none"
         )
     if not any(parameter.requires_grad for phi in maps for parameter in phi.parameters()):
-        raise ValueError("SeparationCallback needs feature maps that can move, but all of them are frozen (requires_grad=False)")
+        raise ValueError(
+            "SeparationCallback needs feature maps that can move, but all of them are frozen (requires_grad=False); "
+            "with PEFT, LoraConfig(target_parameters=['feature_map.weight']) adapts them"
+        )
     return maps
 
 

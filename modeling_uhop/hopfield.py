@@ -256,9 +256,20 @@ class HopfieldAttention(nn.Module):
 
     @torch.no_grad()
     def fold_feature_map(self) -> None:
-        """Take Phi into W_Q and W_K, and W_K into W_V where values come through it: fewer products, and the same function."""
+        """Take Phi into W_Q and W_K, and W_K into W_V where values come through it: fewer products, and the same function.
+
+        Raises:
+            ValueError: If one of them is no plain matrix, but in an adapter or quantized.
+        """
         if self.feature_map is None:
             return
+        plain = {"feature_map": FeatureMap, "q_proj": nn.Linear, "k_proj": nn.Linear, "v_proj": nn.Linear}
+        for name, kind in plain.items():
+            if type(getattr(self, name)) is not kind:
+                raise ValueError(
+                    f"{name} must be a plain {kind.__name__} to be folded, got {type(getattr(self, name)).__name__}; "
+                    "of a model with adapters fold what merge_and_unload() returns"
+                )
         if self.value_source == "projected_memory":
             self.v_proj = _composed(self.v_proj, self.k_proj.weight, self.k_proj.bias)
             self.value_source = "memory"
@@ -291,6 +302,9 @@ class FoldableMixin(nn.Module):
         """A copy of the model for inference, whose feature maps are taken into its projections: fewer products, and the same outputs.
 
         It is a model without Phi (`config.use_feature_map` is `False`), and saves and loads as one; this one stays as it is.
+
+        Raises:
+            ValueError: For a model with adapters of Phi or projections, which `merge_and_unload()` merges, or with quantized ones.
         """
         folded = copy.deepcopy(self)
         for module in folded.modules():
@@ -333,6 +347,6 @@ class HopfieldPooling(nn.Module):
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pool items (B, N, hidden_size), those that the boolean mask (B, N) has, to (B, num_queries, hidden_size); and the weights."""
-        queries = self.layernorm_query(self.queries).expand(len(states), -1, -1)
+        queries = self.layernorm_query(self.queries).expand(states.shape[0], -1, -1)
         contents = self.layernorm_content(states)
         return self.attention(queries, self.memories(states), mask[:, None, None, :], contents, **kwargs)

@@ -225,7 +225,9 @@ class UHopMILModel(UHopMILPreTrainedModel):
         hidden_states = instances
         if self.embedding is not None:
             # Padding is left out, not masked: batch norms would count it, and images cost much.
-            vectors = self.embedding(instances[mask]) if bool(mask.any()) else instances.new_zeros(0, self.embedding.out_dim)
+            # A traced graph, which cannot branch on values, takes no images as it takes some.
+            some = torch.compiler.is_compiling() or bool(mask.any())
+            vectors = self.embedding(instances[mask]) if some else instances.new_zeros(0, self.embedding.out_dim)
             hidden_states = vectors.new_zeros(*mask.shape, self.embedding.out_dim).masked_scatter(mask.unsqueeze(-1), vectors)
         if getattr(self.layers[0], "gradient_checkpointing", False) and torch.is_grad_enabled() and not hidden_states.requires_grad:
             # A reentrant checkpoint gives its layer gradients only if its input asks for one.

@@ -1,0 +1,255 @@
+"""The models beside the tools that people use with transformers: ONNX, PEFT, accelerate, datasets, TensorBoard, pipelines."""
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from conftest import assert_close
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from modeling_uhop import (
+    SeparationCallback,
+    STanHopConfig,
+    STanHopForPrediction,
+    UHopMemoryConfig,
+    UHopMemoryModel,
+    UHopMILConfig,
+    UHopMILForBagClassification,
+    UHopViTConfig,
+    UHopViTForImageClassification,
+)
+
+
+FAMILIES = ("vit", "mil", "stanhop")
+# PEFT asks a model for the old name of what transformers 5.23 calls activation checkpointing.
+OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+
+
+def make_model(family: str, **fields) -> PreTrainedModel:
+    """A tiny model of the family, the same at each call, without dropout and at alpha = 1 unless told otherwise."""
+    torch.manual_seed(11)
+    tiny: dict[str, Any]
+    if family == "vit":
+        tiny = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        tiny |= {"intermediate_size": 24, "num_labels": 3, "initializer_range": 0.2}
+        return UHopViTForImageClassification(UHopViTConfig(**{**tiny, **fields})).eval()
+    if family in ("mil", "mil_images"):
+        tiny = {"instance_dim": 6, "hidden_size": 16, "num_attention_heads": 2, "hidden_dropout_prob": 0.0, "initializer_range": 1.0}
+        tiny |= {"instance_type": "image", "num_channels": 1} if family == "mil_images" else {}
+        return UHopMILForBagClassification(UHopMILConfig(**{**tiny, **fields})).eval()
+    if family == "stanhop":
+        tiny = {"num_input_channels": 3, "context_length": 16, "prediction_length": 8, "patch_length": 4, "num_prototypes": 2}
+        tiny |= {"d_model": 16, "ffn_dim": 24, "num_attention_heads": 2, "attention_dropout": 0.0, "ff_dropout": 0.0}
+        tiny |= {"alpha": 1.0, "learnable_alpha": False}
+        return STanHopForPrediction(STanHopConfig(**{**tiny, **fields})).eval()
+    model = UHopMemoryModel(UHopMemoryConfig(**{"pattern_dim": 16, "beta": 4.0, **fields})).eval()
+    model.store(torch.randn(5, 16))
+    return model
+
+
+def make_inputs(family: str, batch_size: int = 2, instances: int = 5, seed: int = 5) -> dict[str, torch.Tensor]:
+    """Inputs of a model of `make_model`, without labels; bags of none and more, up to `instances`, whose padding is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    if family == "vit":
+        return {"pixel_values": torch.randn(batch_size, 3, 8, 8, generator=generator)}
+    if family in ("mil", "mil_images"):
+        sizes = torch.linspace(instances, 0, batch_size).round()
+        mask = torch.arange(instances) < sizes[:, None]
+        bags = torch.randn(batch_size, instances, *((1, 4, 4) if family == "mil_images" else (6,)), generator=generator)
+        bags[~mask] = torch.nan
+        return {"instances": bags, "attention_mask": mask.long()}
+    if family == "stanhop":
+        return {"past_values": torch.randn(batch_size, 16, 3, generator=generator)}
+    return {"queries": torch.randn(batch_size, 16, generator=generator)}
+
+
+def make_labels(family: str, batch_size: int = 2) -> dict[str, torch.Tensor]:
+    if family == "stanhop":
+        return {"future_values": torch.randn(batch_size, 8, 3, generator=torch.Generator().manual_seed(6))}
+    return {"labels": torch.arange(batch_size) % 2}
+
+
+def answers(outputs: Any) -> list[torch.Tensor]:
+    """The tensors of a model's output, in its order."""
+    return [value for value in outputs.to_tuple() if isinstance(value, torch.Tensor)]
+
+
+def answer(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The tensor that a model is run for: logits, forecast, recalled patterns."""
+    with torch.no_grad():
+        outputs = model(**inputs)
+    return next(outputs[name] for name in ("logits", "prediction_outputs", "retrieved") if name in outputs)
+
+
+DYNAMIC = torch.export.Dim.DYNAMIC
+DYNAMIC_SHAPES = {
+    "vit": {"pixel_values": {0: DYNAMIC}},
+    "mil": {"instances": {0: DYNAMIC, 1: DYNAMIC}, "attention_mask": {0: DYNAMIC, 1: DYNAMIC}},
+    "stanhop": {"past_values": {0: DYNAMIC}},
+}
+DYNAMIC_SHAPES["mil_images"] = DYNAMIC_SHAPES["mil"]
+OUTPUT_NAMES = {"vit": ["logits"], "mil": ["logits", "instance_weights"], "stanhop": ["prediction_outputs", "loc", "scale"]}
+OUTPUT_NAMES["mil_images"] = OUTPUT_NAMES["mil"]
+# Newton's steps above alpha = 1 make large graphs, and there are many in a forecaster.
+EXPORTED: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in (*FAMILIES, "mil_images")]
+EXPORTED += [("vit", {"num_hidden_layers": 1, "alpha": 1.5}), ("mil", {"alpha": 2.0}), ("mil", {"alpha": 1.6, "learnable_alpha": True})]
+TRACED = [*EXPORTED, ("vit", {"num_hidden_layers": 1, "alpha": 2.0, "encoder_type": "class_query"}), ("stanhop", {"alpha": 1.5})]
+TRACED += [("mil", {"alpha": 1.3}), ("mil", {"pooling": "max"})]
+
+
+def _name(case: Any) -> str:
+    return case if isinstance(case, str) else "-".join(f"{name}={value}" for name, value in case.items()) or "softmax"
+
+
+@pytest.mark.parametrize(("family", "fields"), EXPORTED, ids=_name)
+# torch.onnx copies a tree spec of torch's own.
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
+def test_onnxruntime_gives_the_outputs_of_the_model_for_batches_and_bags_of_every_size(tmp_path, family, fields):
+    model = make_model(family, **fields)
+    torch.onnx.export(
+        model,
+        kwargs=make_inputs(family),
+        f=str(tmp_path / "model.onnx"),
+        dynamo=True,
+        dynamic_shapes=DYNAMIC_SHAPES[family],
+        output_names=OUTPUT_NAMES[family],
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == OUTPUT_NAMES[family]
+    for batch_size, instances in ((2, 5), (1, 3), (5, 9)):
+        inputs = make_inputs(family, batch_size, instances)
+        with torch.no_grad():
+            expected = model(**inputs)
+        given = session.run(OUTPUT_NAMES[family], {name: tensor.numpy() for name, tensor in inputs.items()})
+        for name, array in zip(OUTPUT_NAMES[family], given, strict=True):
+            torch.testing.assert_close(torch.from_numpy(array), expected[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "fields"), TRACED, ids=_name)
+def test_an_exported_program_gives_the_outputs_of_the_model(family, fields):
+    model = make_model(family, **fields)
+    program = torch.export.export(model, (), make_inputs(family), dynamic_shapes=DYNAMIC_SHAPES[family]).module()
+    for batch_size, instances in ((2, 5), (1, 3), (5, 9)):
+        inputs = make_inputs(family, batch_size, instances)
+        for given, expected in zip(answers(program(**inputs)), answers(model(**inputs)), strict=True):
+            assert_close(given, expected)
+
+
+ADAPTERS = {"r": 2, "target_modules": ["q_proj", "k_proj", "v_proj"], "target_parameters": ["feature_map.weight"]}
+HEADS = {"vit": "classifier", "mil": "classifier", "stanhop": "head"}
+
+
+class Examples(torch.utils.data.Dataset):
+    """Examples of a family, one at a time."""
+
+    def __init__(self, family: str, size: int = 12):
+        self.columns = make_inputs(family, size) | make_labels(family, size)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: column[index] for name, column in self.columns.items()}
+
+
+def make_trainer(folder: Path, model: nn.Module, dataset: Any, *callbacks: Any, collator: Any = None, **arguments) -> Trainer:
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False, "save_strategy": "no"}
+    brief = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 0.05, "logging_steps": 1}
+    arguments = {**quiet, **brief, **arguments}
+    return Trainer(
+        model, TrainingArguments(str(folder), **arguments), data_collator=collator, train_dataset=dataset, callbacks=list(callbacks)
+    )
+
+
+def copy_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings(OLD_NAME)
+def test_lora_trains_adapters_alone_and_is_saved_loaded_merged_and_folded(tmp_path, family):
+    fields = {"alpha": 1.5}
+    inputs = make_inputs(family)
+    model = get_peft_model(make_model(family, **fields), LoraConfig(**ADAPTERS, modules_to_save=[HEADS[family]]))
+    before = copy_of(model)
+    assert_close(answer(model.eval(), inputs), answer(make_model(family, **fields), inputs))
+    make_trainer(tmp_path, model, Examples(family)).train()
+
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or f"{HEADS[family]}.modules_to_save" in name for name in moved)
+    for module in ("feature_map", "q_proj", "k_proj", "v_proj", HEADS[family]):
+        assert any(f"{module}." in name for name in moved)
+    expected = answer(model.eval(), inputs)
+    assert not torch.allclose(expected, answer(make_model(family, **fields), inputs), atol=1e-3)
+
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(make_model(family, **fields), str(tmp_path / "adapter")).eval()
+    assert_close(answer(loaded, inputs), expected)
+    with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
+        loaded.fold_feature_maps()
+
+    merged = loaded.merge_and_unload()
+    assert type(merged) is type(make_model(family))
+    assert_close(answer(merged, inputs), expected, scale=10)
+    merged.save_pretrained(tmp_path / "merged")
+    again = type(merged).from_pretrained(tmp_path / "merged")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in merged.state_dict().items())
+    assert_close(answer(again, inputs), answer(merged, inputs))
+    assert_close(answer(again.fold_feature_maps(), inputs), expected, scale=10)
+
+
+@pytest.mark.parametrize("parameters", ["feature_maps", "upstream"])
+@pytest.mark.parametrize("how", ["adapter", "whole"])
+@pytest.mark.filterwarnings(OLD_NAME)
+def test_separation_moves_what_peft_trains_of_the_feature_maps(tmp_path, how, parameters):
+    config = {"r": 2, "target_modules": ["q_proj"]}
+    config |= {"target_parameters": ["feature_map.weight"]} if how == "adapter" else {"modules_to_save": ["feature_map"]}
+    model = get_peft_model(make_model("vit"), LoraConfig(**config))
+    before = copy_of(model)
+    callback = SeparationCallback(schedule="train_begin", steps=20, lr=0.02, batch_size=8, parameters=parameters)
+    trainer = make_trainer(tmp_path, model, Examples("vit"), callback, learning_rate=0.0)
+    trainer.train()
+
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    kind = "lora_" if how == "adapter" else "modules_to_save.default"
+    of_maps = {name for name in before if f"feature_map.{kind}" in name}
+    projections = {name for name in before if "layers.0.attention.q_proj.lora_" in name}
+    assert of_maps
+    assert moved == (of_maps if parameters == "feature_maps" else of_maps | projections)
+    assert callback.history[-1]["separation_loss"] < callback.history[0]["separation_loss"] - 0.01
+    inputs = {name: column[:8] for name, column in Examples("vit").columns.items()}
+    expected = answer(model.eval(), {"pixel_values": inputs["pixel_values"]})
+    merged = model.merge_and_unload()
+    assert_close(answer(merged, {"pixel_values": inputs["pixel_values"]}), expected, scale=10)
+
+
+@pytest.mark.filterwarnings(OLD_NAME)
+def test_separation_says_what_it_needs_of_an_adapter(tmp_path):
+    frozen = get_peft_model(make_model("vit"), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"target_parameters=\['feature_map.weight'\]"):
+        make_trainer(tmp_path, frozen, Examples("vit"), SeparationCallback()).train()
+    adapted = get_peft_model(make_model("vit"), LoraConfig(**ADAPTERS))
+    for option in ("project", "normalize_rows"):
+        with pytest.raises(ValueError, match=r"modules_to_save=\['feature_map'\]"):
+            make_trainer(tmp_path, adapted, Examples("vit"), SeparationCallback(**{option: True})).train()
+
+
+@pytest.mark.filterwarnings(OLD_NAME)
+def test_training_of_adapters_with_separation_resumes_exactly(tmp_path):
+    def train(stop: int | None) -> dict[str, torch.Tensor]:
+        model = get_peft_model(make_model("vit"), LoraConfig(**ADAPTERS))
+        callback = SeparationCallback(schedule="step", lr=0.5, batch_size=8, optimizer="adam")
+        arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+        trainer = make_trainer(tmp_path / "out", model, Examples("vit"), callback, **arguments)
+        trainer.train(resume_from_checkpoint=None if stop is None else str(tmp_path / "out" / f"checkpoint-{stop}"))
+        return copy_of(model)
+
+    whole = train(None)
+    resumed = train(3)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
