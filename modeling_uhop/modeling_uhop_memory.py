@@ -126,12 +126,13 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         """Features (M, feature_dim) of the memories, or these themselves without a feature map.
 
         They are kept, and computed again when the memories or the map have changed (unless through `.data` or a NumPy view, which
-        PyTorch does not count), where a gradient has to pass, and under autocast and inference mode.
+        PyTorch does not count), where a gradient has to pass or Phi is offloaded, and under autocast and inference mode.
         """
         if self.feature_map is None:
             return self.memories
         memories, weight = self.memories, self.feature_map.weight
-        passing = torch.is_grad_enabled() and weight.requires_grad
+        # A weight that is offloaded (`device_map`) is there only while its own module runs.
+        passing = weight.is_meta or (torch.is_grad_enabled() and weight.requires_grad)
         if passing or torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or memories.is_inference():
             return self.feature_map(memories)
         versions = (memories._version, weight._version, weight.data_ptr(), weight.dtype, self.feature_map.normalize)

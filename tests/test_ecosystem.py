@@ -1,17 +1,26 @@
 """The models beside the tools that people use with transformers: ONNX, PEFT, accelerate, datasets, TensorBoard, pipelines."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import assert_close
+from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image as PILImage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTImageProcessor, pipeline
+from transformers.integrations import TensorBoardCallback
 
 from modeling_uhop import (
+    DataCollatorForBags,
     SeparationCallback,
     STanHopConfig,
     STanHopForPrediction,
@@ -21,6 +30,8 @@ from modeling_uhop import (
     UHopMILForBagClassification,
     UHopViTConfig,
     UHopViTForImageClassification,
+    maximize_separation,
+    separation_loss,
 )
 
 
@@ -253,3 +264,187 @@ def test_training_of_adapters_with_separation_resumes_exactly(tmp_path):
     whole = train(None)
     resumed = train(3)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", [*FAMILIES, "memory"])
+def test_loaded_in_another_precision_a_model_keeps_its_outputs_within_the_table(tmp_path, family, dtype):
+    model, inputs = make_model(family, alpha=1.5), make_inputs(family)
+    model.save_pretrained(tmp_path / "wide")
+    for place in ({}, {"device_map": "auto"}):
+        loaded = type(model).from_pretrained(tmp_path / "wide", dtype=dtype, **place)
+        given = answer(loaded, inputs)
+        assert given.dtype == loaded.dtype == getattr(torch, dtype)
+        # Forecasts are sums over scales, of up to 2.5.
+        assert_close(given, answer(model, inputs), scale=2 if family == "stanhop" else 1)
+    loaded.save_pretrained(tmp_path / "narrow")
+    assert_close(answer(type(model).from_pretrained(tmp_path / "narrow"), inputs), given)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "memory"])
+# Accelerate puts parameters of the bare model on devices too, and then misses a module of their name.
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules:UserWarning")
+def test_a_device_map_may_leave_weights_on_the_disk(tmp_path, family):
+    model, inputs = make_model(family, alpha=1.5), make_inputs(family)
+    model.save_pretrained(tmp_path / "saved")
+    memory = sum(tensor.nbytes for tensor in model.state_dict().values()) // 2
+    loaded = type(model).from_pretrained(
+        tmp_path / "saved", device_map="auto", max_memory={"cpu": memory}, offload_folder=str(tmp_path / "offloaded")
+    )
+    assert "disk" in loaded.hf_device_map.values()
+    assert_close(answer(loaded, inputs), answer(model, inputs))
+
+
+@pytest.mark.parametrize("schedule", ["train_begin", "epoch", "step"])
+def test_tensorboard_behind_the_callback_has_the_separation_loss_beside_the_loss(tmp_path, monkeypatch, schedule):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    callback = SeparationCallback(schedule=schedule, steps=2, lr=0.5, batch_size=8)
+    trainer = make_trainer(tmp_path, make_model("vit"), Examples("vit"), callback, TensorBoardCallback())
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    recorded = {tag: [(event.step, event.value) for event in events.Scalars(f"train/{tag}")] for tag in ("loss", "separation_loss")}
+    logged = {tag: [(x["step"], x[tag]) for x in trainer.state.log_history if tag in x] for tag in recorded}
+    assert [step for step, _ in recorded["loss"]] == [1, 2, 3]
+    assert recorded["loss"] == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged["loss"]]
+    values = [value for _, value in logged["separation_loss"]]
+    assert [value for _, value in recorded["separation_loss"]] == pytest.approx(values, rel=1e-6)
+    assert [step for step, _ in recorded["separation_loss"]] == ([1, 2, 3] if schedule == "step" else [1])
+
+
+def test_tensorboard_of_the_trainer_has_the_loss(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    trainer = make_trainer(tmp_path, make_model("vit"), Examples("vit"), SeparationCallback(batch_size=8), report_to="tensorboard")
+    trainer.train()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
+
+
+# In order, and by gradients alone: Adam would blow up the rounding of those that are 0.
+PLAIN_STEPS = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+
+
+def stream_of(folder: Path, rows: dict[str, list], features: Features) -> tuple[Any, Any]:
+    """A folder of two parquet files, as a stream and as a data set with places."""
+    half = len(rows["label"]) // 2
+    for part, chosen in enumerate((slice(0, half), slice(half, None))):
+        part_rows = {name: column[chosen] for name, column in rows.items()}
+        Dataset.from_dict(part_rows, features=features).to_parquet(folder / "data" / f"train-0000{part}-of-00002.parquet")
+    arguments = {"split": "train", "cache_dir": str(folder / "cache")}
+    return load_dataset(str(folder / "data"), streaming=True, **arguments), load_dataset(str(folder / "data"), **arguments)
+
+
+def test_a_stream_of_images_trains_a_vision_transformer_as_the_same_images_in_a_list_do(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 12, 12, 3), dtype=np.uint8)
+    rows = {"image": [PILImage.fromarray(image) for image in pixels], "label": [index % 3 for index in range(10)]}
+    processor = ViTImageProcessor(size={"height": 8, "width": 8})
+
+    def prepared(batch: dict[str, list]) -> dict[str, Any]:
+        return {**processor(batch["image"]), "labels": batch["label"]}
+
+    weights, losses = [], []
+    for dataset in stream_of(tmp_path, rows, Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"])})):
+        images = dataset.map(prepared, batched=True, remove_columns=["image", "label"]).with_format("torch")
+        # As many as there are images: of a stream the first, of a list any, and so in both cases all of them.
+        callback = SeparationCallback(schedule="step", lr=0.5, batch_size=10)
+        trainer = make_trainer(tmp_path, make_model("vit", alpha=1.5), images, callback, max_steps=5, **PLAIN_STEPS)
+        trainer.train()
+        weights.append(copy_of(trainer.model))
+        losses.append([entry["separation_loss"] for entry in callback.history])
+    assert len(losses[0]) == 5
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for name, weight in weights[0].items():
+        assert_close(weight, weights[1][name], scale=4)
+    before = copy_of(make_model("vit", alpha=1.5))
+    trained = [name for name in before if "feature_map" in name or "classifier" in name]
+    assert all((weights[0][name] - before[name]).abs().max() > 1e-3 for name in trained)
+
+
+def test_a_stream_of_ragged_bags_trains_a_bag_classifier_as_the_same_bags_in_a_list_do(tmp_path):
+    generator = np.random.default_rng(1)
+    rows = {"instances": [generator.normal(size=(size, 6)).tolist() for size in (1, 5, 3, 4, 2, 7)], "label": [0, 1, 1, 0, 1, 0]}
+    weights = []
+    for bags in stream_of(tmp_path, rows, Features({"instances": List(List(Value("float32"))), "label": Value("int64")})):
+        callback = SeparationCallback(schedule="step", lr=0.5, batch_size=6)
+        arguments = {"max_steps": 5, "per_device_train_batch_size": 2, **PLAIN_STEPS}
+        trainer = make_trainer(tmp_path, make_model("mil"), bags, callback, collator=DataCollatorForBags(), **arguments)
+        trainer.train()
+        weights.append(copy_of(trainer.model))
+    for name, weight in weights[0].items():
+        assert_close(weight, weights[1][name], scale=4)
+    before = copy_of(make_model("mil"))
+    trained = [name for name in before if "feature_map" in name or "classifier" in name]
+    assert all((weights[0][name] - before[name]).abs().max() > 1e-3 for name in trained)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loop_of_accelerate_separates_and_trains_as_the_trainer_with_the_callback(tmp_path, family):
+    examples = Examples(family, size=8)
+    callback = SeparationCallback(schedule="step", kind="average", lr=0.3, batch_size=8)
+    trainer = make_trainer(tmp_path, make_model(family), examples, callback, **PLAIN_STEPS)
+    trainer.train()
+
+    accelerator = Accelerator(cpu=True)
+    model = make_model(family).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    loader = DataLoader(examples, batch_size=4)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    maps = [module for name, module in model.named_modules() if name.endswith("feature_map")]
+    of_maps = [phi.weight for phi in maps]
+    everything = {name: column for name, column in examples.columns.items() if "labels" not in name}
+    for batch in (*loader, *loader)[:3]:
+        with torch.no_grad():
+            memories = list(accelerator.unwrap_model(model).memory_sets(**everything))
+        loss = torch.stack([separation_loss(phi(tokens), mask=mask) for phi, tokens, mask in memories]).sum()
+        for weight, gradient in zip(of_maps, torch.autograd.grad(loss, of_maps, allow_unused=True), strict=True):
+            if gradient is not None:
+                weight.data.sub_(0.3 * gradient)
+        accelerator.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, weight in copy_of(trainer.model).items():
+        assert_close(model.get_parameter(name), weight, scale=20)
+
+
+def test_maximize_separation_of_a_models_memory_sets_is_a_round_of_the_callback(tmp_path):
+    examples = Examples("vit", size=8)
+    algorithm_1 = {"kind": "average", "optimizer": "adam", "normalize_rows": True}
+    callback = SeparationCallback(schedule="train_begin", steps=10, lr=0.01, batch_size=8, **algorithm_1)
+    trainer = make_trainer(tmp_path, make_model("vit", num_hidden_layers=1), examples, callback, learning_rate=0.0)
+    trainer.train()
+
+    model = Accelerator(cpu=True).prepare(make_model("vit", num_hidden_layers=1))
+    for phi, memories, mask in model.memory_sets(pixel_values=examples.columns["pixel_values"]):
+        history = maximize_separation(phi, memories.detach(), mask=mask, steps=10, lr=0.01)
+    assert history[0] - history[-1] > 0.1
+    for name, weight in copy_of(trainer.model).items():
+        assert_close(model.get_parameter(name), weight, scale=20)
+
+
+def test_the_image_pipeline_answers_in_batches_as_the_model_does_one_by_one():
+    model, processor = make_model("vit", alpha=1.5), ViTImageProcessor(size={"height": 8, "width": 8})
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 12, 9, 3), dtype=np.uint8)
+    images = [PILImage.fromarray(image) for image in pixels]
+    classify = pipeline("image-classification", model=model, image_processor=processor, batch_size=2)
+    for image, given in zip(images, classify(images, top_k=3), strict=True):
+        scores = answer(model, dict(processor(image, return_tensors="pt")))[0].softmax(-1)
+        expected = sorted(((score, f"LABEL_{index}") for index, score in enumerate(scores.tolist())), reverse=True)
+        assert [part["label"] for part in given] == [label for _, label in expected]
+        assert [part["score"] for part in given] == pytest.approx([score for score, _ in expected], abs=5e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["mil", "stanhop"])
+def test_activation_checkpointing_changes_no_gradient(family, reentrant):
+    plain = make_model(family, alpha=1.5).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    entered = []
+    for module in checkpointed.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.register_forward_pre_hook(lambda *_: entered.append(torch.is_grad_enabled()))
+    for model in (plain, checkpointed):
+        model(**make_inputs(family), **make_labels(family)).loss.backward()
+    assert entered
+    for name, parameter in plain.named_parameters():
+        assert_close(checkpointed.get_parameter(name).grad, parameter.grad)
