@@ -184,7 +184,8 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     Args:
         scores: Scores, times `entmax_scale(eps)`. Overwritten.
     """
-    long = has_root(eps) and dim == -1 and scores.shape[-1] >= _LONG
+    # A traced graph serves rows of every length.
+    long = has_root(eps) and dim == -1 and not torch.compiler.is_compiling() and scores.shape[-1] >= _LONG
     leaders = _group_maxima(scores) if long else scores
     largest = leaders.amax(dim, keepdim=True)
     # Values are not looked at while tracing, or where that would stall an accelerator.

@@ -132,7 +132,7 @@ def test_onnxruntime_gives_the_outputs_of_the_model_for_batches_and_bags_of_ever
     )
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     assert [output.name for output in session.get_outputs()] == OUTPUT_NAMES[family]
-    for batch_size, instances in ((2, 5), (1, 3), (5, 9)):
+    for batch_size, instances in ((2, 5), (1, 3), (5, 9), (2, 600)):
         inputs = make_inputs(family, batch_size, instances)
         with torch.no_grad():
             expected = model(**inputs)
@@ -145,10 +145,17 @@ def test_onnxruntime_gives_the_outputs_of_the_model_for_batches_and_bags_of_ever
 def test_an_exported_program_gives_the_outputs_of_the_model(family, fields):
     model = make_model(family, **fields)
     program = torch.export.export(model, (), make_inputs(family), dynamic_shapes=DYNAMIC_SHAPES[family]).module()
-    for batch_size, instances in ((2, 5), (1, 3), (5, 9)):
+    for batch_size, instances in ((2, 5), (1, 3), (5, 9), (2, 600)):
         inputs = make_inputs(family, batch_size, instances)
         for given, expected in zip(answers(program(**inputs)), answers(model(**inputs)), strict=True):
             assert_close(given, expected)
+
+
+def test_a_program_traced_from_long_bags_takes_short_ones():
+    model = make_model("mil", alpha=1.5)
+    program = torch.export.export(model, (), make_inputs("mil", 2, 600), dynamic_shapes=DYNAMIC_SHAPES["mil"]).module()
+    for inputs in (make_inputs("mil", 2, 600), make_inputs("mil", 3, 4), make_inputs("mil", 3, 1000)):
+        assert_close(answer(program, inputs), answer(model, inputs))
 
 
 ADAPTERS = {"r": 2, "target_modules": ["q_proj", "k_proj", "v_proj"], "target_parameters": ["feature_map.weight"]}
@@ -264,6 +271,10 @@ def test_training_of_adapters_with_separation_resumes_exactly(tmp_path):
     whole = train(None)
     resumed = train(3)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+    (tmp_path / "out" / "checkpoint-6" / "separation.pt").replace(tmp_path / "out" / "checkpoint-3" / "separation.pt")
+    with pytest.raises(ValueError, match="belongs to other weights"):
+        train(3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
