@@ -81,7 +81,13 @@ def separation_bounds(num_memories: int, feature_dim: int) -> tuple[float, float
 
 
 def metastable_sizes(weights: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Number of memories in each retrieval, `|p|_0` (..., Q) of weights (..., Q, M): above 0.01 at alpha = 1, else above 0 (U-Hop+)."""
+    """Number of memories in each retrieval, `|p|_0` (..., Q) of weights (..., Q, M): above 0.01 at alpha = 1, else above 0 (U-Hop+).
+
+    >>> from modeling_uhop import metastable_sizes
+
+    >>> metastable_sizes(torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.6, 0.0]]), alpha=2.0).tolist()
+    [1, 2]
+    """
     return (weights > (0.01 if alpha == 1.0 else 0.0)).sum(-1)
 
 

@@ -9,7 +9,13 @@ Corruption = Callable[[torch.Tensor], torch.Tensor]
 
 
 def mask_patterns(patterns: torch.Tensor, fraction: float = 0.5, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Patterns (..., d) with each entry set to zero with probability `fraction` in [0, 1]; the others are not rescaled."""
+    """Patterns (..., d) with each entry set to zero with probability `fraction` in [0, 1]; the others are not rescaled.
+
+    >>> from modeling_uhop import mask_patterns
+
+    >>> mask_patterns(torch.full((100, 8), 2.0), fraction=0.25).unique().tolist()
+    [0.0, 2.0]
+    """
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
     kept = torch.rand(patterns.shape, generator=generator, device=patterns.device) >= fraction
@@ -17,7 +23,15 @@ def mask_patterns(patterns: torch.Tensor, fraction: float = 0.5, generator: torc
 
 
 def add_noise(patterns: torch.Tensor, level: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Patterns (..., d) plus Gaussian noise of `level` times each pattern's own norm (U-Hop, section 4.1)."""
+    """Patterns (..., d) plus Gaussian noise of `level` times each pattern's own norm (U-Hop, section 4.1).
+
+    >>> from modeling_uhop import add_noise
+
+    >>> patterns = torch.randn(3, 8)
+    >>> noise = add_noise(patterns, level=0.5) - patterns
+    >>> torch.allclose(noise.norm(dim=-1), 0.5 * patterns.norm(dim=-1))
+    True
+    """
     if not level >= 0.0:
         raise ValueError(f"level must be at least 0, got {level}")
     noise = torch.randn(patterns.shape, generator=generator, device=patterns.device, dtype=torch.float32).to(patterns.dtype)

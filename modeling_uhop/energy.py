@@ -76,6 +76,15 @@ def energy(
 
     Raises:
         ValueError: If beta is not positive or alpha is outside [1, 2].
+
+    >>> from modeling_uhop import energy, retrieve
+
+    >>> memories = torch.randn(10, 4)
+    >>> queries = torch.randn(3, 4)
+    >>> before = energy(queries, memories, beta=2.0, alpha=1.5)
+    >>> after = energy(retrieve(queries, memories, beta=2.0, alpha=1.5), memories, beta=2.0, alpha=1.5)
+    >>> bool((after <= before + 1e-6).all())
+    True
     """
     _check_beta(beta)
     features = queries if feature_map is None else feature_map(queries)
@@ -141,6 +150,12 @@ def retrieve(
 
     Raises:
         ValueError: If an argument is outside its range, or there are no memories.
+
+    >>> from modeling_uhop import retrieve
+
+    >>> memories = torch.eye(4)
+    >>> retrieve(torch.tensor([[0.9, 0.2, 0.0, 0.0]]), memories, beta=8.0, alpha=2.0).tolist()
+    [[1.0, 0.0, 0.0, 0.0]]
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")

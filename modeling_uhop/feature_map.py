@@ -21,6 +21,13 @@ class FeatureMap(nn.Module):
         ValueError: If a width is below 1 or `start` is unknown.
 
     With "identity" and D > d the added rows are zero, and no separation loss can move them: prefer "orthogonal" there.
+
+    >>> from modeling_uhop import FeatureMap
+
+    >>> phi = FeatureMap(3, 5, start="orthogonal")
+    >>> u, v = torch.randn(2, 3)
+    >>> torch.allclose(phi(u) @ phi(v), u @ v, atol=1e-5)
+    True
     """
 
     def __init__(self, pattern_dim: int, feature_dim: int | None = None, *, start: str = "orthogonal", normalize: bool = False):

@@ -41,6 +41,13 @@ def hopfield_attention(
 
     Returns:
         (B, H, Q, d_v), of the dtype of `value`.
+
+    >>> from modeling_uhop import hopfield_attention
+
+    >>> query, key, value = torch.randn(3, 1, 2, 5, 8)
+    >>> softmax = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    >>> torch.allclose(hopfield_attention(query, key, value, alpha=1.0), softmax, atol=1e-5)
+    True
     """
     return hopfield_weights(query, key, alpha=alpha, scaling=scaling, attention_mask=attention_mask).to(value.dtype) @ value
 

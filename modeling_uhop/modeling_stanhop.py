@@ -440,7 +440,16 @@ class STanHopDecoder(STanHopPreTrainedModel):
 
 
 class STanHopForPrediction(STanHopPreTrainedModel):
-    """STanHop-Net: the encoder, and a decoder whose patches retrieve from each of its scales; optionally beside a linear skip."""
+    """STanHop-Net: the encoder, and a decoder whose patches retrieve from each of its scales; optionally beside a linear skip.
+
+    >>> from modeling_uhop import STanHopConfig, STanHopForPrediction
+
+    >>> model = STanHopForPrediction(STanHopConfig(num_input_channels=2, context_length=24, prediction_length=12, d_model=16, ffn_dim=16))
+    >>> past = torch.randn(3, 24, 2)
+    >>> past[0, :5, 1] = float("nan")
+    >>> model.generate(past).sequences.shape
+    torch.Size([3, 1, 12, 2])
+    """
 
     def __init__(self, config: STanHopConfig):
         super().__init__(config)

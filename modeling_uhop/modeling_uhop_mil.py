@@ -257,6 +257,13 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
 
     `config.problem_type` selects the loss as everywhere in transformers: "single_label_classification" (binary with two labels, or
     multi-class), "multi_label_classification", or "regression".
+
+    >>> from modeling_uhop import UHopMILConfig, UHopMILForBagClassification
+
+    >>> model = UHopMILForBagClassification(UHopMILConfig(instance_dim=6, num_labels=2)).eval()
+    >>> outputs = model(instances=torch.randn(1, 4, 6), attention_mask=torch.tensor([[1, 1, 1, 0]]))
+    >>> outputs.instance_weights[0, 3].item()
+    0.0
     """
 
     def __init__(self, config: UHopMILConfig):

@@ -52,6 +52,12 @@ def separation_loss(
     Raises:
         ValueError: For an unknown kind, a temperature that is not positive, a mask of another number of axes, or a sample below 2,
             with a mask, or for the nearest pair, which it hardly ever has.
+
+    >>> from modeling_uhop import separation_loss
+
+    >>> crowded = torch.nn.functional.normalize(torch.ones(4, 3) + 0.1 * torch.randn(4, 3), dim=-1)
+    >>> (separation_loss(torch.eye(4)) < separation_loss(crowded)).item()
+    True
     """
     if kind not in SEPARATION_KINDS:
         raise ValueError(f"kind must be one of {SEPARATION_KINDS}, got {kind!r}")
@@ -185,6 +191,13 @@ def maximize_separation(
 
     Raises:
         ValueError: For an unknown method or optimizer, or a number out of its range.
+
+    >>> from modeling_uhop import FeatureMap, maximize_separation
+
+    >>> phi = FeatureMap(8, normalize=True)
+    >>> history = maximize_separation(phi, 1.0 + torch.rand(6, 8), steps=20, lr=1e-2)
+    >>> history[-1] < history[0]
+    True
     """
     if method not in ("uhop", "uhop+", "denoising"):
         raise ValueError(f"method must be 'uhop', 'uhop+' or 'denoising', got {method!r}")

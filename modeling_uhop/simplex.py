@@ -52,6 +52,14 @@ def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: in
 
     Raises:
         ValueError: If `alpha` is outside [1, 2] (or, as a tensor, not a single value along `dim`).
+
+    >>> from modeling_uhop import simplex_map
+
+    >>> scores = torch.tensor([2.0, 1.5, -1.0])
+    >>> [round(weight, 3) for weight in simplex_map(scores, alpha=1.0).tolist()]
+    [0.604, 0.366, 0.03]
+    >>> simplex_map(scores, alpha=2.0).tolist()
+    [0.75, 0.25, 0.0]
     """
     _check_alpha(alpha, scores, dim)
     if scores.numel() == 0:
@@ -79,6 +87,12 @@ def simplex_conjugate(
 
     Returns:
         `scores` reduced along `dim`, in fp32 or better. A row without any present item gives 0.
+
+    >>> from modeling_uhop import simplex_conjugate
+
+    >>> scores = torch.tensor([2.0, 1.5, -1.0])
+    >>> torch.isclose(simplex_conjugate(scores, alpha=1.0), scores.logsumexp(-1)).item()
+    True
     """
     _check_alpha(alpha, scores, dim)
     if scores.numel() == 0:

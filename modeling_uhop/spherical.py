@@ -30,6 +30,12 @@ def spherical_code(num_points: int, dim: int, *, restarts: int | None = None, ge
 
     Raises:
         ValueError: If an argument is out of range.
+
+    >>> from modeling_uhop import spherical_code
+
+    >>> code = spherical_code(4, 3)
+    >>> round((code @ code.T)[0, 1].item(), 3)
+    -0.333
     """
     if num_points < 1 or dim < 1:
         raise ValueError(f"num_points and dim must be at least 1, got {num_points} and {dim}")

@@ -22,12 +22,23 @@ TRAINING = [block for block in ALL_BLOCKS if '"out"' in block]
 BLOCKS = [block for block in ALL_BLOCKS if block not in TRAINING and "push_to_hub" not in block]
 
 WITH_EXAMPLES = (
+    "capacity",
     "configuration_stanhop",
     "configuration_uhop_memory",
     "configuration_uhop_mil",
     "configuration_uhop_vit",
+    "corruption",
+    "energy",
     "feature_extraction_uhop_mil",
+    "feature_map",
+    "hopfield",
+    "modeling_stanhop",
     "modeling_uhop_memory",
+    "modeling_uhop_mil",
+    "modeling_uhop_vit",
+    "separation",
+    "simplex",
+    "spherical",
 )
 
 
