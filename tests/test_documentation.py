@@ -4,6 +4,7 @@ import doctest
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from document import render
@@ -55,7 +56,8 @@ def test_the_readmes_code_runs(block, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 def test_the_readmes_training_runs_and_loads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, second = ({}, {})
+    first: dict[str, Any] = {}
+    second: dict[str, Any] = {}
     for block, names in zip(TRAINING, (first, second), strict=True):
         exec(compile(block, "README.md", "exec"), names)
     images = first["images"][:9]
