@@ -166,14 +166,17 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
         assert message in refused.stderr
 
 
-def test_without_a_hub_or_a_token_a_push_says_so(tmp_path):
+def test_without_a_hub_or_a_token_a_push_says_so(port, tmp_path):
     for name in ("config.json", "recipe.yaml", "README.md", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "results.json").write_text("{}")
     nowhere = _run(["training/push.py", str(tmp_path), "you/digits"], 9, tmp_path)
     assert nowhere.returncode == 1
     assert "RecipeError: the Hub at http://127.0.0.1:9 cannot be reached" in nowhere.stderr
-    assert "Traceback" not in nowhere.stderr
+    nobody = _run(["training/push.py", str(tmp_path), "you/digits"], port, tmp_path, token=None)
+    assert nobody.returncode == 1
+    assert "RecipeError: the Hub does not know who asks: pass --token, set HF_TOKEN or run `hf auth login`" in nobody.stderr
+    assert "Traceback" not in nowhere.stderr + nobody.stderr
 
 
 def test_what_is_no_finished_run_is_refused_and_what_is_no_result_stays_here(tmp_path):

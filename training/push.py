@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cards import write_card
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 from recipe import RecipeError, errors_in_one_line
 
@@ -45,9 +45,9 @@ def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None
         return api.create_commit(repo_id, operations, commit_message=f"Upload {folder.resolve().name}")
     except HFValidationError as error:
         raise RecipeError(f"the repository must be named your_name/model_name, got {repo_id!r}: {error}") from error
-    except LocalTokenNotFoundError as error:
-        raise RecipeError("there is no access token: pass --token, set HF_TOKEN or run `hf auth login`") from error
     except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise RecipeError("the Hub does not know who asks: pass --token, set HF_TOKEN or run `hf auth login`") from error
         raise RecipeError(f"the Hub refused {repo_id}: {error}") from error
     except (OSError, httpx.TransportError) as error:
         raise RecipeError(f"the Hub at {api.endpoint} cannot be reached: {error}") from error
