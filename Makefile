@@ -6,8 +6,9 @@ READY := $(VENV)/.ready
 
 .PHONY: train demo test experiments bags forecasts speed lint types unit format tables clean
 
+# One thread: two would mostly wait for each other in so small a model.
 train: $(READY)
-	$(BIN)/python training/train_vit.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/python training/train_vit.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
 
 demo: $(READY)
 	$(BIN)/python space/app.py
