@@ -126,10 +126,13 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         """Features (M, feature_dim) of the memories, or these themselves without a feature map.
 
         They are kept, and computed again when the memories or the map have changed (unless through `.data` or a NumPy view, which
-        PyTorch does not count), where a gradient has to pass or Phi is offloaded, and under autocast and inference mode.
+        PyTorch does not count), where a gradient has to pass, Phi is offloaded or in an adapter, under autocast and inference mode, and
+        in a traced graph.
         """
         if self.feature_map is None:
             return self.memories
+        if torch.compiler.is_compiling() or not isinstance(self.feature_map, FeatureMap):
+            return self.feature_map(self.memories)
         memories, weight = self.memories, self.feature_map.weight
         # A weight that is offloaded (`device_map`) is there only while its own module runs.
         passing = weight.is_meta or (torch.is_grad_enabled() and weight.requires_grad)
@@ -263,8 +266,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha}
         similarity: dict[str, Any] = {"similarity": self.config.similarity, "degree": self.config.degree}
         features = self.stored_features()
-        moving = torch.ones(len(states), dtype=torch.bool, device=states.device)
-        taken = torch.zeros(len(states), dtype=torch.long, device=states.device)
+        moving = torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
+        taken = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
         weights = association(self._features(states), features, **settings, **similarity)
         for step in range(steps):
             if step > 0:
@@ -275,7 +278,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             if tolerance is not None:
                 moving = moving & ((next_states - states).abs().amax(-1) > tolerance)
             states = next_states
-            if tolerance is not None and not moving.any():
+            # A traced graph, which cannot branch on values, does all updates, and those past the tolerance change nothing.
+            if tolerance is not None and not torch.compiler.is_compiling() and not moving.any():
                 break
         energies = None
         if output_energies and self.config.similarity in ("kernel", "dot"):
@@ -369,14 +373,14 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         return features @ features.mT
 
     def _checked(self, patterns: torch.Tensor, name: str) -> torch.Tensor:
-        """Patterns on the device and in the dtype of the memory, of the right width and finite."""
+        """Patterns on the device and in the dtype of the memory, of the right width and finite (which a traced graph cannot ask)."""
         if not isinstance(patterns, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(patterns).__name__}")
         width = self.config.pattern_dim
         if patterns.dim() not in (1, 2) or patterns.shape[-1] != width:
             raise ValueError(f"{name} must have shape (..., {width}), got {tuple(patterns.shape)}")
         patterns = patterns.to(device=self.memories.device, dtype=self.memories.dtype)
-        bad = int((~torch.isfinite(patterns)).sum())
+        bad = 0 if torch.compiler.is_compiling() else int((~torch.isfinite(patterns)).sum())
         if bad > 0:
             raise ValueError(f"{name} must be finite in {self.memories.dtype}, got {bad} entries that are not")
         return patterns

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -38,6 +39,10 @@ from modeling_uhop import (
 FAMILIES = ("vit", "mil", "stanhop")
 # PEFT asks a model for the old name of what transformers 5.23 calls activation checkpointing.
 OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+# torch.onnx copies a tree spec of torch's own.
+TREE_SPEC = "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"
+# The decorators of transformers that collect hidden states keep a list while a model runs.
+SIDE_EFFECTS = "ignore:While (compiling|exporting), we found certain side effects:UserWarning"
 
 
 def make_model(family: str, **fields) -> PreTrainedModel:
@@ -96,20 +101,29 @@ def answer(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return next(outputs[name] for name in ("logits", "prediction_outputs", "retrieved") if name in outputs)
 
 
+def assert_same(given: Any, expected: Any) -> None:
+    """Outputs equal within the table's tolerance, whole numbers too."""
+    for one, other in zip(answers(given), answers(expected), strict=True):
+        assert_close(one, other, dtype=torch.float32)
+
+
 DYNAMIC = torch.export.Dim.DYNAMIC
 DYNAMIC_SHAPES = {
     "vit": {"pixel_values": {0: DYNAMIC}},
     "mil": {"instances": {0: DYNAMIC, 1: DYNAMIC}, "attention_mask": {0: DYNAMIC, 1: DYNAMIC}},
     "stanhop": {"past_values": {0: DYNAMIC}},
+    "memory": {"queries": {0: DYNAMIC}},
 }
 DYNAMIC_SHAPES["mil_images"] = DYNAMIC_SHAPES["mil"]
 OUTPUT_NAMES = {"vit": ["logits"], "mil": ["logits", "instance_weights"], "stanhop": ["prediction_outputs", "loc", "scale"]}
 OUTPUT_NAMES["mil_images"] = OUTPUT_NAMES["mil"]
-# Newton's steps above alpha = 1 make large graphs, and there are many in a forecaster.
-EXPORTED: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in (*FAMILIES, "mil_images")]
+OUTPUT_NAMES["memory"] = ["retrieved", "association", "energy", "steps"]
+# Newton's steps above alpha = 1 make large graphs, and there are many in a forecaster. The vision transformer at 1 is folded below.
+EXPORTED: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in ("mil", "mil_images", "stanhop", "memory")]
 EXPORTED += [("vit", {"num_hidden_layers": 1, "alpha": 1.5}), ("mil", {"alpha": 2.0}), ("mil", {"alpha": 1.6, "learnable_alpha": True})]
-TRACED = [*EXPORTED, ("vit", {"num_hidden_layers": 1, "alpha": 2.0, "encoder_type": "class_query"}), ("stanhop", {"alpha": 1.5})]
-TRACED += [("mil", {"alpha": 1.3}), ("mil", {"pooling": "max"})]
+TRACED: list[tuple[str, dict[str, Any]]] = [("vit", {}), ("mil", {}), ("mil", {"pooling": "max"}), ("mil", {"alpha": 1.3})]
+TRACED += [("vit", {"num_hidden_layers": 1, "alpha": 2.0, "encoder_type": "class_query"}), ("stanhop", {"alpha": 1.5})]
+TRACED += [("memory", {"alpha": 1.5, "update_steps": 3}), ("memory", {"alpha": 2.0, "similarity": "l2"})]
 
 
 def _name(case: Any) -> str:
@@ -117,8 +131,7 @@ def _name(case: Any) -> str:
 
 
 @pytest.mark.parametrize(("family", "fields"), EXPORTED, ids=_name)
-# torch.onnx copies a tree spec of torch's own.
-@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings(TREE_SPEC)
 def test_onnxruntime_gives_the_outputs_of_the_model_for_batches_and_bags_of_every_size(tmp_path, family, fields):
     model = make_model(family, **fields)
     torch.onnx.export(
@@ -147,8 +160,56 @@ def test_an_exported_program_gives_the_outputs_of_the_model(family, fields):
     program = torch.export.export(model, (), make_inputs(family), dynamic_shapes=DYNAMIC_SHAPES[family]).module()
     for batch_size, instances in ((2, 5), (1, 3), (5, 9), (2, 600)):
         inputs = make_inputs(family, batch_size, instances)
-        for given, expected in zip(answers(program(**inputs)), answers(model(**inputs)), strict=True):
-            assert_close(given, expected)
+        assert_same(program(**inputs), model(**inputs))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "memory"])
+@pytest.mark.filterwarnings(SIDE_EFFECTS)
+def test_a_strictly_exported_program_gives_the_outputs_of_the_model(family):
+    model = make_model(family)
+    program = torch.export.export(model, (), make_inputs(family), dynamic_shapes=DYNAMIC_SHAPES[family], strict=True).module()
+    for batch_size, instances in ((2, 5), (1, 3), (5, 9)):
+        inputs = make_inputs(family, batch_size, instances)
+        assert_same(program(**inputs), model(**inputs))
+
+
+@pytest.mark.filterwarnings(TREE_SPEC)
+def test_a_folded_model_becomes_a_smaller_file_with_the_same_outputs(tmp_path):
+    model, options = make_model("vit"), {"dynamo": True, "dynamic_shapes": DYNAMIC_SHAPES["vit"], "external_data": False, "verbose": False}
+    sessions, numbers, products = [], [], []
+    for name, exported in (("whole", model), ("folded", model.fold_feature_maps())):
+        path = str(tmp_path / f"{name}.onnx")
+        torch.onnx.export(exported, kwargs=make_inputs("vit"), f=path, output_names=OUTPUT_NAMES["vit"], **options)
+        graph = onnx.load(path).graph
+        numbers.append(sum(int(np.prod(tensor.dims)) for tensor in graph.initializer))
+        products.append(sum(node.op_type in ("MatMul", "Gemm") for node in graph.node))
+        sessions.append(onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
+    # W of both layers is gone, 16 x 16, and the products with it.
+    assert numbers[0] - numbers[1] == 2 * 16 * 16
+    assert products[0] > products[1]
+    for session in sessions:
+        for batch_size in (2, 1, 5):
+            inputs = make_inputs("vit", batch_size)
+            (logits,) = session.run(OUTPUT_NAMES["vit"], {name: tensor.numpy() for name, tensor in inputs.items()})
+            torch.testing.assert_close(torch.from_numpy(logits), answer(model, inputs), atol=1e-4, rtol=1e-4)
+
+
+def test_a_compiled_forecaster_is_one_graph_with_the_same_outputs():
+    model, inputs = make_model("stanhop", alpha=1.5), make_inputs("stanhop")
+    assert_same(torch.compile(model, fullgraph=True, backend="eager")(**inputs), model(**inputs))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_a_compiled_memory_is_one_graph_and_leaves_each_query_where_it_stops(alpha):
+    model = make_model("memory", alpha=alpha, beta=0.3)
+    queries = torch.cat([model.memories[:2], torch.randn(4, 16)])
+    settings = {"update_steps": 6, "tolerance": 0.01}
+    with torch.no_grad():
+        expected = model(queries, **settings)
+        given = torch.compile(model, fullgraph=True, backend="eager")(queries, **settings)
+    assert len(expected.steps.unique()) > 1
+    assert expected.steps.max() < 6
+    assert_same(given, expected)
 
 
 def test_a_program_traced_from_long_bags_takes_short_ones():
@@ -222,6 +283,45 @@ def test_lora_trains_adapters_alone_and_is_saved_loaded_merged_and_folded(tmp_pa
     assert_close(answer(again.fold_feature_maps(), inputs), expected, scale=10)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_that_transformers_adds_is_separated_saved_and_loaded(tmp_path, family):
+    inputs, fields = make_inputs(family), {"alpha": 1.5}
+    model = make_model(family, **fields)
+    model.add_adapter(LoraConfig(**ADAPTERS))
+    before = copy_of(model)
+    callback = SeparationCallback(schedule="train_begin", steps=10, lr=0.1, batch_size=12)
+    make_trainer(tmp_path, model, Examples(family), callback, learning_rate=0.0).train()
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved
+    assert all("feature_map.lora_" in name for name in moved)
+    assert callback.history[-1]["separation_loss"] < callback.history[0]["separation_loss"]
+
+    expected = answer(model.eval(), inputs)
+    assert not torch.allclose(expected, answer(make_model(family, **fields), inputs), atol=1e-4)
+    model.save_pretrained(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    loaded = make_model(family, **fields)
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    assert_close(answer(loaded.eval(), inputs), expected)
+
+
+@pytest.mark.filterwarnings(OLD_NAME)
+def test_a_memory_recalls_through_an_adapter_of_its_feature_map():
+    inputs, plain = make_inputs("memory"), make_model("memory")
+    memory = get_peft_model(make_model("memory"), LoraConfig(r=2, target_parameters=["feature_map.weight"]))
+    assert_close(answer(memory, inputs), answer(plain, inputs))
+    for step in range(1, 3):
+        with torch.no_grad():
+            for name, parameter in memory.named_parameters():
+                if "lora_B" in name:
+                    parameter.fill_(0.1 * step)
+        expected = copy.deepcopy(memory).merge_and_unload()
+        assert not torch.allclose(answer(memory, inputs), answer(plain, inputs), atol=1e-2)
+        assert_close(answer(memory, inputs), answer(expected, inputs), scale=10)
+    with pytest.raises(ValueError, match="frozen"):
+        memory.separate(2)
+
+
 @pytest.mark.parametrize("parameters", ["feature_maps", "upstream"])
 @pytest.mark.parametrize("how", ["adapter", "whole"])
 @pytest.mark.filterwarnings(OLD_NAME)
@@ -286,6 +386,7 @@ def test_loaded_in_another_precision_a_model_keeps_its_outputs_within_the_table(
         loaded = type(model).from_pretrained(tmp_path / "wide", dtype=dtype, **place)
         given = answer(loaded, inputs)
         assert given.dtype == loaded.dtype == getattr(torch, dtype)
+        assert torch.equal(given, answer(copy.deepcopy(model).to(getattr(torch, dtype)), inputs))
         # Forecasts are sums over scales, of up to 2.5.
         assert_close(given, answer(model, inputs), scale=2 if family == "stanhop" else 1)
     loaded.save_pretrained(tmp_path / "narrow")
@@ -299,11 +400,13 @@ def test_a_device_map_may_leave_weights_on_the_disk(tmp_path, family):
     model, inputs = make_model(family, alpha=1.5), make_inputs(family)
     model.save_pretrained(tmp_path / "saved")
     memory = sum(tensor.nbytes for tensor in model.state_dict().values()) // 2
-    loaded = type(model).from_pretrained(
-        tmp_path / "saved", device_map="auto", max_memory={"cpu": memory}, offload_folder=str(tmp_path / "offloaded")
-    )
-    assert "disk" in loaded.hf_device_map.values()
-    assert_close(answer(loaded, inputs), answer(model, inputs))
+    first, *others = [name for name, _ in model.named_children()] + (["memories"] if family == "memory" else [])
+    by_hand = {"device_map": {first: "disk"} | dict.fromkeys(others, "cpu")}
+    for place in (by_hand, {"device_map": "auto", "max_memory": {"cpu": memory}}):
+        loaded = type(model).from_pretrained(tmp_path / "saved", offload_folder=str(tmp_path / "offloaded"), **place)
+        assert "disk" in loaded.hf_device_map.values()
+        assert any(parameter.is_meta for parameter in loaded.parameters())
+        assert_close(answer(loaded, inputs), answer(model, inputs))
 
 
 @pytest.mark.parametrize("schedule", ["train_begin", "epoch", "step"])
@@ -430,6 +533,34 @@ def test_maximize_separation_of_a_models_memory_sets_is_a_round_of_the_callback(
     assert history[0] - history[-1] > 0.1
     for name, weight in copy_of(trainer.model).items():
         assert_close(model.get_parameter(name), weight, scale=20)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predictions_of_the_trainer_are_the_outputs_of_the_model_in_order(tmp_path, family):
+    examples, model = Examples(family, size=7), make_model(family, alpha=1.5)
+    labels = ["future_values"] if family == "stanhop" else ["labels"]
+    trainer = make_trainer(tmp_path, model, examples, per_device_eval_batch_size=3, label_names=labels)
+    predictions, label_ids, metrics = trainer.predict(examples)
+    loss, *expected = answers(model(**examples.columns))
+    given = predictions if isinstance(predictions, tuple) else (predictions,)
+    for array, tensor in zip(given, expected, strict=True):
+        assert_close(torch.from_numpy(array), tensor)
+    assert np.array_equal(label_ids, examples.columns[labels[0]].numpy())
+    assert metrics["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_predictions_for_ragged_bags_are_those_for_each_bag_alone(tmp_path):
+    generator, sizes = np.random.default_rng(0), (1, 5, 3, 0, 9, 2, 4)
+    bags = [{"instances": torch.tensor(generator.normal(size=(size, 6)), dtype=torch.float32), "label": size % 2} for size in sizes]
+    model = make_model("mil", alpha=1.5)
+    trainer = make_trainer(tmp_path, model, bags, collator=DataCollatorForBags(), per_device_eval_batch_size=3)
+    (logits, weights), label_ids, _ = trainer.predict(bags)
+    assert label_ids.tolist() == [size % 2 for size in sizes]
+    for bag, logit, weight, size in zip(bags, logits, weights, sizes, strict=True):
+        with torch.no_grad():
+            alone = model(bag["instances"][None])
+        assert_close(torch.from_numpy(logit), alone.logits[0])
+        assert_close(torch.from_numpy(weight[:size]), alone.instance_weights[0])
 
 
 def test_the_image_pipeline_answers_in_batches_as_the_model_does_one_by_one():
