@@ -99,7 +99,7 @@ def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
     command = [sys.executable, "training/run_geometry.py", "configs/geometry/loss_curve.yaml", "--output_dir", str(tmp_path)]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert set(json.loads((tmp_path / "geometry_loss_curve.json").read_text())) == {"results", "recipe", "versions", "commit"}
+    assert set(json.loads((tmp_path / "geometry_loss_curve.json").read_text())) == {"results", "recipe", "versions", "commit", "machine"}
     assert (tmp_path / "geometry_loss_curve.png").stat().st_size > 10_000
 
 

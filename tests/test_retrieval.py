@@ -143,7 +143,7 @@ def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
     finished = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     results = json.loads((tmp_path / "retrieval_memory_size_tiny.json").read_text())
-    assert set(results) == {"summary", "recipe", "rows", "versions", "commit"}
+    assert set(results) == {"summary", "recipe", "rows", "versions", "commit", "machine"}
     assert len(results["rows"]) == 8
     assert [row["model"] for row in results["rows"]] == ["modern Hopfield"] * 4 + ["U-Hop"] * 4
     assert (tmp_path / "retrieval_memory_size_tiny.png").stat().st_size > 10_000

@@ -24,6 +24,7 @@ from data import load_images
 from demo_digits import DemoError
 from demo_memory import MemorySettings
 from PIL import Image
+from playwright.sync_api import expect
 from recipe import DataRecipe
 from take_screenshots import READY, SIZES, chromium, open_tab, running_demo
 
@@ -466,6 +467,10 @@ def page(request, browser, address):
     assert wrong == []
 
 
+# A busy machine answers late.
+expect.set_options(timeout=30_000)
+
+
 def _overflow(page) -> int:
     return page.evaluate("Math.max(document.documentElement.scrollWidth, document.body.scrollWidth) - window.innerWidth")
 
@@ -512,12 +517,14 @@ def test_a_slider_changes_what_the_memory_retrieves(page):
     page.get_by_role("button", name="Store other digits").click()
     other = demo_memory.explore(MemorySettings(amount=0.2, beta=100, seed=1))[1]["with"].confused
     page.wait_for_selector(f".hop-count[data-side=with][data-confused='{int(other.sum())}']")
-    for name, value in (("M, stored digits", "150"), ("Digit to look at", "140"), ("M, stored digits", "120")):
+    digit = page.get_by_label("range slider for Digit to look at")
+    for name, value, most in (("M, stored digits", "150", "150"), ("Digit to look at", "140", "150"), ("M, stored digits", "120", "120")):
         page.get_by_label(f"number input for {name}").fill(value)
         page.get_by_label(f"number input for {name}").press("Enter")
-        page.wait_for_timeout(500)
+        expect(digit).to_have_attribute("max", most)
+        expect(page.get_by_label(f"number input for {name}")).to_have_value(value)
     page.wait_for_selector(".hop-count >> text=of 120")
-    assert page.get_by_label("number input for Digit to look at").input_value() == "120"
+    expect(page.get_by_label("number input for Digit to look at")).to_have_value("120")
     assert page.locator(".toast-body").count() == 0
     page.get_by_label("none", exact=True).check()
     page.get_by_text("Choose a method of separation to compare with.").wait_for()

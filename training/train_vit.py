@@ -77,9 +77,9 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     An earlier run is replaced only once all else is known to be right.
     """
     check_output_dir(folder, overwrite, resume)
-    checkpoint = last_checkpoint(folder) if resume else None
     if resume:
         check_same_recipe(recipe, folder)
+    checkpoint = last_checkpoint(folder) if resume else None
     set_seed(recipe.seed)
     images = load_images(recipe.data)
     names = images["train"].features["label"].names
