@@ -33,14 +33,14 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
     """Write the card of a finished run, with its figures, and the comparison of its recipe if that is a released one."""
     recipe = json.loads((folder / "results.json").read_text())["recipe"]
     path = RESULTS / f"{recipe['name']}.json"
-    gathered = json.loads(path.read_text()) if path.is_file() else None
-    same = gathered is not None and same_training(gathered["recipe"], recipe)
+    gathered = json.loads(path.read_text()) if path.is_file() else {}
+    same = "variants" in gathered and same_training(gathered["recipe"], recipe)
     write_model_card(
         folder,
         folder / "results.json",
         TEMPLATE,
         model_id=model_id,
-        comparison=comparison(gathered) if gathered is not None and same else None,
+        comparison=comparison(gathered) if same else None,
         figures=[(title, name) for name, title in FIGURES.items() if (folder / name).is_file()],
     )
 
