@@ -67,7 +67,7 @@ def test_a_card_has_valid_front_matter_results_and_links(path):
     text = path.read_text()
     assert isinstance(yaml.safe_load(text.split("---\n")[1]), dict)
     data = ModelCard.load(path).data
-    assert data.library_name == "transformers"
+    assert data.to_dict()["library_name"] == "transformers"
     assert data.license == "apache-2.0"
     assert data.pipeline_tag in (None, "time-series-forecasting", *PIPELINE_REGISTRY.get_supported_tasks())
     assert data.eval_results
