@@ -133,6 +133,7 @@ class SeparationCallback(TrainerCallback):
             self._sample = _sampler(train_dataloader, self.batch_size)
             state.stateful_callbacks[STATE_FILE] = {"args": {}, "attributes": {}}
             return
+        self._separated = None
         maps = _feature_maps(model)
         world_size = PartialState().num_processes
         if self.batch_size % world_size != 0:

@@ -272,9 +272,10 @@ class HopfieldAttention(nn.Module):
             return
         plain = {"feature_map": FeatureMap, "q_proj": nn.Linear, "k_proj": nn.Linear, "v_proj": nn.Linear}
         for name, kind in plain.items():
-            if type(getattr(self, name)) is not kind:
+            found = type(getattr(self, name))
+            if found is not kind:
                 raise ValueError(
-                    f"{name} must be a plain {kind.__name__} to be folded, got {type(getattr(self, name)).__name__}; "
+                    f"{name} must be a plain {kind.__name__} to be folded, got {found.__module__}.{found.__name__}; "
                     "of a model with adapters fold what merge_and_unload() returns"
                 )
         if self.value_source == "projected_memory":

@@ -81,11 +81,8 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.lock = threading.Lock()
-        self.requests: list[str] = []
         # How many of the next LFS uploads break off halfway.
         self.broken_uploads = 0
-        # What happens between a commit's uploads and the commit itself, once.
-        self.before_commit: Callable[[], Any] | None = None
 
     def repository(self, name: str, user: str | None, write: bool = False) -> Repository:
         repository = self.repositories.get(name)
@@ -113,9 +110,6 @@ class Hub:
 
     def commit(self, repository: Repository, lines: list[dict[str, Any]]) -> Commit:
         """All operations of a commit, or none."""
-        if self.before_commit is not None:
-            action, self.before_commit = self.before_commit, None
-            action()
         with self.lock:
             header = next(line["value"] for line in lines if line["key"] == "header")
             parent = header.get("parentCommit")
@@ -176,7 +170,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, method: str) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.requests.append(f"{method} {path}")
         body = self._body()
         authorization = self.headers.get("Authorization", "")
         user = self.hub.tokens.get(authorization.removeprefix("Bearer "))

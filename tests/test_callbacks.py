@@ -350,6 +350,25 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
     assert resumed._latest == whole._latest
 
 
+def test_a_resume_in_the_process_that_failed_repeats_the_round_it_lost(tmp_path):
+    settings = {"dataset": Images(augment=False), "save_strategy": "steps", "save_steps": 4}
+    expected = _train(tmp_path / "whole", SeparationCallback(batch_size=8), **settings)
+    trainer = _trainer(tmp_path / "broken", SeparationCallback(batch_size=8), **settings)
+    calls = 0
+
+    def fail_once(module, args, kwargs):
+        nonlocal calls
+        calls += module.training
+        if calls == 6 and module.training:
+            raise RuntimeError("no luck")
+
+    trainer.model.register_forward_pre_hook(fail_once, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="no luck"):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "broken" / "checkpoint-4"))
+    assert _equal(expected, dict(trainer.model.named_parameters()))
+
+
 def test_a_resume_from_elsewhere(tmp_path):
     schedule = {"schedule": "step", "optimizer": "adam", "lr": 0.01, "batch_size": 8}
     images = Images(augment=False)

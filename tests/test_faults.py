@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import checkpoints
 import pytest
 from checkpoints import SEAL, last_checkpoint, remove_unfinished, seal
 from fault_worker import MOMENTS
@@ -59,6 +61,17 @@ def test_a_full_disk_is_told_in_one_line(runs):
     lines = (folder / "on_a_full_disk.log").read_text().strip().splitlines()
     assert "File too large" in lines[-1] or "Error" in lines[-1]
     assert "Traceback" not in "\n".join(lines)
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_checkpoint_is_sealed_once_every_process_has_written_to_it(saves, tmp_path, monkeypatch):
+    happened = []
+    waiting = SimpleNamespace(wait_for_everyone=lambda: happened.append("all have written"))
+    monkeypatch.setattr(checkpoints, "PartialState", lambda: waiting)
+    monkeypatch.setattr(checkpoints, "seal", lambda checkpoint: happened.append(checkpoint.name))
+    arguments = SimpleNamespace(should_save=saves, output_dir=str(tmp_path))
+    checkpoints.SealingCallback().on_save(arguments, SimpleNamespace(global_step=4), None)
+    assert happened == ["all have written", *(["checkpoint-4"] if saves else [])]
 
 
 @pytest.fixture

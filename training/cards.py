@@ -53,7 +53,7 @@ def released_cards() -> dict[Path, str]:
         if "variants" in gathered or gathered.get("recipe", {}).get("experiment") == "memory_size":
             options: dict[str, Any] = {
                 "comparison": comparison(gathered),
-                "cost": cost_of(gathered["recipe"], path.stem),
+                "cost": cost_of(gathered, path.stem),
                 "figures": figures_of(path),
             }
             cards[CARDS / f"{path.stem}.md"] = f"{model_card(released(gathered, path.stem), TEMPLATE, **options)}\n"
@@ -115,11 +115,12 @@ def comparison(gathered: dict[str, Any]) -> str:
     return results_table([gathered])
 
 
-def cost_of(recipe: dict[str, Any], name: str) -> str:
-    """What the recipe's header says that it costs."""
+def cost_of(gathered: dict[str, Any], name: str) -> str:
+    """What the recipe's header says that it costs, and the machine of these results where they name it."""
+    recipe = gathered["recipe"]
     folder, stem = ("configs/retrieval", name.removeprefix("retrieval_")) if family_of(recipe).name == "memory" else ("configs", name)
     path = ROOT / folder / f"{stem}.yaml"
     match = re.search(r"^# Cost: +(.*)$", path.read_text(), re.MULTILINE)
     if match is None:
         raise ValueError(f"{path} does not say what it costs")
-    return match[1]
+    return f"{match[1]}; these results come from {gathered['machine']}" if "machine" in gathered else match[1]

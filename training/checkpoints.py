@@ -7,6 +7,7 @@ import shutil
 import warnings
 from pathlib import Path
 
+from accelerate import PartialState
 from recipe import RecipeError
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -19,6 +20,8 @@ class SealingCallback(TrainerCallback):
     """Seals every checkpoint when it and what other callbacks add to it is written: the last of a Trainer's callbacks."""
 
     def on_save(self, args, state, control, **kwargs):
+        # Every process writes its own random state into the checkpoint.
+        PartialState().wait_for_everyone()
         if args.should_save:
             seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 

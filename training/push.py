@@ -4,6 +4,8 @@ python training/push.py runs/vit_digits your_name/uhop-digits
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cards import write_card
@@ -38,11 +40,19 @@ def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None
     """
     check_finished(folder)
     api = HfApi(token=token)
-    try:
+    with in_words(repo_id, api.endpoint):
         api.create_repo(repo_id, private=private, exist_ok=True)
-        write_card(folder, model_id=repo_id)
-        operations = [CommitOperationAdd(path.name, path) for path in files_of(folder)]
+    write_card(folder, model_id=repo_id)
+    operations = [CommitOperationAdd(path.name, path) for path in files_of(folder)]
+    with in_words(repo_id, api.endpoint):
         return api.create_commit(repo_id, operations, commit_message=f"Upload {folder.resolve().name}")
+
+
+@contextmanager
+def in_words(repo_id: str, endpoint: str) -> Iterator[None]:
+    """Turn what the client raises into a `RecipeError` that says what to do."""
+    try:
+        yield
     except HFValidationError as error:
         raise RecipeError(f"the repository must be named your_name/model_name, got {repo_id!r}: {error}") from error
     except HfHubHTTPError as error:
@@ -50,7 +60,7 @@ def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None
             raise RecipeError("the Hub does not know who asks: pass --token, set HF_TOKEN or run `hf auth login`") from error
         raise RecipeError(f"the Hub refused {repo_id}: {error}") from error
     except (OSError, httpx.TransportError) as error:
-        raise RecipeError(f"the Hub at {api.endpoint} cannot be reached: {error}") from error
+        raise RecipeError(f"the Hub at {endpoint} cannot be reached: {error}") from error
 
 
 def check_finished(folder: Path) -> None:
