@@ -23,11 +23,13 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
-from .separation import SEPARATION_KINDS, annealed, apply_gradients, separation_loss, separation_optimizer
+from .hopfield import MemorySet
+from .separation import SEPARATION_KINDS, annealed, apply_gradients, denoising_loss, separation_loss, separation_optimizer
 
 
 SCHEDULES = ("train_begin", "epoch", "step")
 MOVED = ("feature_maps", "upstream")
+KINDS = (*SEPARATION_KINDS, "denoising")
 STATE_FILE = "separation.pt"
 
 
@@ -50,8 +52,10 @@ class SeparationCallback(TrainerCallback):
         schedule: "train_begin": one round before training. "epoch": a round before each epoch. "step": a round before each optimizer step.
         steps: Gradient steps in a round, at least 1 (the papers' N, or N_i of Algorithm 2).
         parameters: "feature_maps": the maps Phi alone, memories held fixed. "upstream": every trainable parameter that the features
-            depend on (embeddings, lower layers, Phi), as the authors' code does.
-        kind, temperature: The loss; see `separation_loss`.
+            depend on (embeddings, lower layers, Phi), as the authors' code does. A model without feature maps can only move these.
+        kind, temperature: The loss; see `separation_loss`. "denoising" has each memory told from the others of its set by its copy in a
+            noisy example; see `denoising_loss`.
+        noise: Of "denoising", the standard deviation of what is added to the model's main input (pixels, instances, past values), positive.
         final_temperature: Where the temperature ends after falling geometrically over all rounds (U-Hop+); `None` holds it fixed.
         lr: Learning rate, at least 0.
         optimizer: "sgd" or "adam".
@@ -82,6 +86,7 @@ class SeparationCallback(TrainerCallback):
         parameters: str = "feature_maps",
         kind: str = "squared",
         temperature: float = 0.25,
+        noise: float = 0.5,
         final_temperature: float | None = None,
         lr: float = 0.1,
         optimizer: str = "sgd",
@@ -96,7 +101,7 @@ class SeparationCallback(TrainerCallback):
         for name, value, choices in (
             ("schedule", schedule, SCHEDULES),
             ("parameters", parameters, MOVED),
-            ("kind", kind, SEPARATION_KINDS),
+            ("kind", kind, KINDS),
             ("optimizer", optimizer, ("sgd", "adam")),
         ):
             if value not in choices:
@@ -104,9 +109,9 @@ class SeparationCallback(TrainerCallback):
         for name, number in (("steps", steps), ("batch_size", batch_size)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
-        for name, tau in (("temperature", temperature), ("final_temperature", final_temperature)):
-            if tau is not None and not tau > 0:
-                raise ValueError(f"{name} must be positive, got {tau}")
+        for name, size in (("temperature", temperature), ("final_temperature", final_temperature), ("noise", noise)):
+            if size is not None and not size > 0:
+                raise ValueError(f"{name} must be positive, got {size}")
         if not lr >= 0:
             raise ValueError(f"lr must be at least 0, got {lr}")
         self.schedule = schedule
@@ -114,6 +119,7 @@ class SeparationCallback(TrainerCallback):
         self.parameters = parameters
         self.kind = kind
         self.temperature = temperature
+        self.noise = noise
         self.final_temperature = final_temperature
         self.lr = lr
         self.optimizer = optimizer
@@ -134,7 +140,7 @@ class SeparationCallback(TrainerCallback):
             state.stateful_callbacks[STATE_FILE] = {"args": {}, "attributes": {}}
             return
         self._separated = None
-        maps = _feature_maps(model)
+        maps = _feature_maps(model, needed=self.parameters == "feature_maps" or self.project or self.normalize_rows)
         world_size = PartialState().num_processes
         if self.batch_size % world_size != 0:
             raise ValueError(f"batch_size must be a multiple of the {world_size} processes, got {self.batch_size}")
@@ -216,7 +222,7 @@ class SeparationCallback(TrainerCallback):
         if self._separated is model:
             return
         self._separated = model
-        first_batch: dict[str, Any] = {}
+        first_batch: list[dict[str, Any]] = []
         before = 0.0
         bar = logging.tqdm(
             range(self.steps),
@@ -228,7 +234,7 @@ class SeparationCallback(TrainerCallback):
             for inner in bar:
                 index = self._steps_done
                 with _isolated_rng(_mixed(self._seed(args), index, PartialState().process_index), args.device):
-                    batch = send_to_device(self._sample(self._seed(args), index), args.device)
+                    batch = self._views(model, send_to_device(self._sample(self._seed(args), index), args.device))
                     losses = self._step(args, model, batch, self._temperature(state, index))
                 self._steps_done += 1
                 if measure:
@@ -248,10 +254,17 @@ class SeparationCallback(TrainerCallback):
             epoch = 0.0 if state.epoch is None else state.epoch
             state.log_history.append({**self._latest, "epoch": epoch, "step": state.global_step})
 
-    def _step(self, args: TrainingArguments, model: nn.Module, batch: dict[str, Any], temperature: float) -> torch.Tensor:
+    def _views(self, model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """The batch, and under "denoising" its noisy copy."""
+        if self.kind != "denoising":
+            return [batch]
+        clean = batch[model.main_input_name]
+        return [batch, {**batch, model.main_input_name: clean + self.noise * torch.randn_like(clean)}]
+
+    def _step(self, args: TrainingArguments, model: nn.Module, views: list[dict[str, Any]], temperature: float) -> torch.Tensor:
         """One gradient step; the losses of the layers before it."""
         with torch.enable_grad():
-            losses = self._losses(args, model, batch, temperature)
+            losses = self._losses(args, model, views, temperature)
             gradients = torch.autograd.grad(losses.sum(), self._moved, allow_unused=True)
         if PartialState().num_processes > 1:
             gradients = tuple(None if g is None else reduce(g, reduction="mean") for g in gradients)
@@ -260,22 +273,29 @@ class SeparationCallback(TrainerCallback):
             self._normalize_rows()
         return losses.detach()
 
-    def _losses(self, args: TrainingArguments, model: Any, batch: dict[str, Any], temperature: float) -> torch.Tensor:
+    def _losses(self, args: TrainingArguments, model: Any, views: list[dict[str, Any]], temperature: float) -> torch.Tensor:
         """Separation loss of each layer on one batch."""
-        options = {"include_class_token": True} if self.include_class_token else {}
         half = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype=half, enabled=args.bf16 or args.fp16):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.parameters == "upstream"):
-                sets = list(model.memory_sets(**batch, **options))
-            if self.pool_memories:
-                sets = [(phi, memories.flatten(0, 1), None if mask is None else mask.flatten()) for phi, memories, mask in sets]
-            for _, memories, mask in sets:
-                if mask is None and memories.shape[-2] < 2:
-                    raise ValueError(
-                        "there is nothing to separate: a memory set needs two memories, got one (include_class_token adds one)"
-                    )
-            losses = [separation_loss(phi(memories), kind=self.kind, temperature=temperature, mask=mask) for phi, memories, mask in sets]
+            stored, *noisy = [self._memory_sets(model, batch) for batch in views]
+            options = [{"temperature": temperature, "mask": each.mask} for each in stored]
+            if noisy:
+                pairs = zip(noisy[0], stored, options, strict=True)
+                losses = [denoising_loss(copies.features(), each.features(), **given) for copies, each, given in pairs]
+            else:
+                losses = [separation_loss(each.features(), kind=self.kind, **given) for each, given in zip(stored, options, strict=True)]
         return torch.stack(losses)
+
+    def _memory_sets(self, model: Any, batch: dict[str, Any]) -> list[MemorySet]:
+        """What each layer retrieves from, as `pool_memories` and `include_class_token` say."""
+        options = {"include_class_token": True} if self.include_class_token else {}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.parameters == "upstream"):
+            sets = [MemorySet(*memory_set) for memory_set in model.memory_sets(**batch, **options)]
+        if self.pool_memories:
+            sets = [MemorySet(phi, memories.flatten(0, 1), None if mask is None else mask.flatten()) for phi, memories, mask in sets]
+        if any(each.mask is None and each.memories.shape[-2] < 2 for each in sets):
+            raise ValueError("there is nothing to separate: a memory set needs two memories, got one (include_class_token adds one)")
+        return sets
 
     def _temperature(self, state: TrainerState, index: int) -> float:
         if self.final_temperature is None:
@@ -323,9 +343,8 @@ class SeparationCallback(TrainerCallback):
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for phi in self._maps:
-            for parameter in phi.parameters():
-                digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        for parameter in self._moved:
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
@@ -340,16 +359,16 @@ class SeparationCallback(TrainerCallback):
             )
 
 
-def _feature_maps(model: Any) -> list[Any]:
-    """The feature maps of a model, each with the adapter around it where it has one."""
+def _feature_maps(model: Any, needed: bool) -> list[Any]:
+    """The feature maps of a model, each with the adapter around it where it has one; none only where they are not needed."""
     # By name: code loaded from a model folder has classes of its own, and an adapter of PEFT has what it wraps as `base_layer`.
     names = [name for name, module in model.named_modules() if type(module).__name__ == "FeatureMap"]
     maps = [model.get_submodule(re.sub(r"(\.base_layer)+$", "", name)) for name in names]
-    if not maps or not hasattr(model, "memory_sets"):
+    if not hasattr(model, "memory_sets") or (needed and not maps):
         raise ValueError(
             f"SeparationCallback needs a model with feature maps (use_feature_map=True) and memory_sets; {type(model).__name__} has none"
         )
-    if not any(parameter.requires_grad for phi in maps for parameter in phi.parameters()):
+    if maps and not any(parameter.requires_grad for phi in maps for parameter in phi.parameters()):
         raise ValueError(
             "SeparationCallback needs feature maps that can move, but all of them are frozen (requires_grad=False); "
             "with PEFT, LoraConfig(target_parameters=['feature_map.weight']) adapts them"

@@ -170,9 +170,13 @@ def hopfield_kernel(config, requested: str | None) -> str | None:
 class MemorySet(NamedTuple):
     """What one layer retrieves from: its feature map, its memories (B, M, d), and which of them are present (B, M)."""
 
-    feature_map: FeatureMap
+    feature_map: FeatureMap | None
     memories: torch.Tensor
     mask: torch.Tensor | None = None
+
+    def features(self) -> torch.Tensor:
+        """The memories in feature space (B, M, D); as they are in a layer without a feature map."""
+        return self.memories if self.feature_map is None else self.feature_map(self.memories)
 
 
 class HopfieldAttention(nn.Module):

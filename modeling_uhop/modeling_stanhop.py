@@ -142,10 +142,10 @@ class STanHopBlock(GradientCheckpointingLayer):
 
     def memory_sets(self, hidden_states: torch.Tensor) -> Iterator[MemorySet]:
         """What the three Hopfield layers retrieve from: a series' patches, a position's series, a position's pooled series."""
-        yield _memory_set(self.time.attention, hidden_states.flatten(0, 1))
+        yield MemorySet(self.time.attention.feature_map, hidden_states.flatten(0, 1))
         series = self.series_of(self.over_time(hidden_states))
-        yield _memory_set(self.pooling, series)
-        yield _memory_set(self.series.attention, self.pooled(series))
+        yield MemorySet(self.pooling.feature_map, series)
+        yield MemorySet(self.series.attention.feature_map, self.pooled(series))
 
 
 class STanHopCoarseGraining(nn.Module):
@@ -531,10 +531,6 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         errors = prediction.float() - future.to(prediction.device).float().masked_fill(~observed, 0.0)
         errors = errors.abs() if self.config.loss == "mae" else errors.square()
         return (errors * observed).sum() / observed.sum().clamp(min=1)
-
-
-def _memory_set(attention: HopfieldAttention, memories: torch.Tensor) -> MemorySet:
-    return MemorySet(cast(FeatureMap, attention.feature_map), memories)
 
 
 __all__ = [

@@ -211,7 +211,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
             raise ValueError(f"pooling {self.config.pooling!r} stores no memories; 'hopfield' does")
         hidden_states, mask = self._embed(instances, attention_mask)
         pooling = cast(HopfieldPooling, self.pooling)
-        yield MemorySet(cast(FeatureMap, pooling.attention.feature_map), pooling.memories(hidden_states), mask)
+        yield MemorySet(pooling.attention.feature_map, pooling.memories(hidden_states), mask)
 
     def _embed(self, instances: torch.Tensor | None, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Embedded instances (B, N, hidden_size), zeros for padding, and the boolean mask (B, N)."""

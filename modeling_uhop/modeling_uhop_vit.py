@@ -326,7 +326,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
                 hidden_states = self.layers[index - 1](hidden_states, mask)
             layer = cast(UHopViTEncoderLayer, layer)
             memories = layer.memories(hidden_states)
-            yield MemorySet(cast(FeatureMap, layer.attention.feature_map), memories[:, first:], present)
+            yield MemorySet(layer.attention.feature_map, memories[:, first:], present)
 
     def _embed(
         self, pixel_values: torch.Tensor | None, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool | None

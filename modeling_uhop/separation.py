@@ -134,7 +134,13 @@ def _log_sum(exponents: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tens
     return torch.where(present, torch.logsumexp(exponents, -1), 0.0), present
 
 
-def denoising_loss(corrupted_features: torch.Tensor, features: torch.Tensor, *, temperature: float = 0.1) -> torch.Tensor:
+def denoising_loss(
+    corrupted_features: torch.Tensor,
+    features: torch.Tensor,
+    *,
+    temperature: float = 0.1,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """How badly memories are recognised from corrupted copies: `mean_mu -log softmax_nu(<Phi(x_mu), Phi(xi_nu)> / tau)_mu` (InfoNCE).
 
     The per-memory loss of U-Hop+ with a corrupted copy x_mu of the memory as its positive: beside spreading memories it keeps the copies
@@ -144,13 +150,27 @@ def denoising_loss(corrupted_features: torch.Tensor, features: torch.Tensor, *, 
         corrupted_features: Features (..., Q, D) of copies, in the order of the memories that they are of.
         features: Features (..., M, D) of memories, Q of them first.
         temperature: tau > 0.
+        mask: Boolean (..., M), True where a memory is present: others are no choice, and their copies do not count.
+
+    Returns:
+        The mean over copies, a scalar in fp32 or better; 0 without any.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+    if mask is not None:
+        stored_mask, mask = mask.unsqueeze(-1), mask[..., : corrupted_features.shape[-2]]
+        features = features.masked_fill(~stored_mask, 0.0)
+        corrupted_features = corrupted_features.masked_fill(~mask.unsqueeze(-1), 0.0)
     queries, stored = unit_norm(at_least_fp32(corrupted_features)), unit_norm(at_least_fp32(features))
     with torch.autocast(queries.device.type, enabled=False):
-        log_weights = (queries @ stored.mT / temperature).log_softmax(-1)
-    return -log_weights.diagonal(dim1=-2, dim2=-1).mean()
+        scores = queries @ stored.mT / temperature
+    if mask is None:
+        return -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+    # Finite, so that a set without any memory has a finite gradient.
+    scores = scores.masked_fill(~stored_mask.mT, torch.finfo(scores.dtype).min)
+    losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+    mask = mask.expand_as(losses)
+    return losses.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def maximize_separation(

@@ -32,12 +32,13 @@ def training_figure(
     figure = plt.figure(figsize=(12, 3.2 + (3.4 * len(grams) if grams else 0)), layout="constrained")
     parts = figure.subfigures(2 if grams else 1, 1, squeeze=False, height_ratios=(1, len(grams))[: 2 if grams else 1])[:, 0]
     task, separation, accuracy = parts[0].subplots(1, 3)
-    task.plot(*_series(log_history, "loss"), marker=".", label="train")
-    task.plot(*_series(log_history, "eval_loss"), marker=".", label="validation")
+    task.plot(*_series(log_history, "loss"), color="grey", label="while training")
+    for color, split in (("C0", "train"), ("C1", "validation")):
+        task.plot(*_series(log_history, f"eval_{split}_loss"), marker=".", color=color, label=split)
+        accuracy.plot(*_series(log_history, f"eval_{split}_accuracy"), marker=".", color=color, label=split)
     task.set(title="Task loss", xlabel="step", ylim=(0, None))
     task.legend()
-    accuracy.plot(*_series(log_history, "eval_accuracy"), marker=".", color="C1")
-    accuracy.set(title="Validation accuracy", xlabel="step", ylim=(0, 1))
+    accuracy.set(title="Accuracy", xlabel="step", ylim=(0, 1))
     separation.set(title="Separation loss (Stage I)")
     if separation_history:
         losses = [entry["separation_loss"] for entry in separation_history]

@@ -41,6 +41,8 @@ class DataRecipe:
         test_fraction: Part of "digits" that is the test split.
         split_seed: Seed of those cuts, apart from the training seed so that every seed is judged on the same images.
         max_train_samples: How many training images to keep, drawn with `split_seed`; `None` for all.
+        max_eval_samples: How many validation images, and as many training images, to look at after each epoch; `None` for all validation
+            images. At the end all are evaluated.
         skip_unreadable: Whether images that cannot be decoded are left out, with a warning each, at the price of reading all once before.
             Otherwise the first that is met ends the run.
         random_crop_padding: Pixels of zero padding that training images are randomly cropped from; 0 for none.
@@ -57,6 +59,7 @@ class DataRecipe:
     test_fraction: float = 0.2
     split_seed: int = 0
     max_train_samples: int | None = None
+    max_eval_samples: int | None = None
     skip_unreadable: bool = False
     random_crop_padding: int = 0
     random_flip: bool = False
@@ -107,7 +110,11 @@ class SeriesDataRecipe:
 @dataclass
 class ViTRecipe:
     """A vision experiment: `model` holds fields of `UHopViTConfig`, `separation` arguments of `SeparationCallback` (or nothing, for a run
-    without Stage I), `training` those of `TrainingArguments`."""
+    without Stage I), `training` those of `TrainingArguments`.
+
+    Attributes:
+        architecture: "uhop_vit", or "vit" for the peer: transformers' own ViT of equal size, where `model` has neither alpha nor Phi.
+    """
 
     config_class: ClassVar[type] = UHopViTConfig
     data_class: ClassVar[type] = DataRecipe
@@ -118,6 +125,7 @@ class ViTRecipe:
     separation: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    architecture: str = "uhop_vit"
 
 
 @dataclass

@@ -31,6 +31,7 @@ OPTIONAL: dict[str, Any] = {
     "metrics": ["test_accuracy", "validation_accuracy"],
     "pairs": [],
     "figures": [],
+    "curves": [],
     "published": {},
 }
 
@@ -156,6 +157,7 @@ def gather(sweep: dict[str, Any], recipe: str, runs: list[Run]) -> dict[str, Any
         variants[variant] = {
             "num_parameters": own[0]["num_parameters"],
             "metrics": {key: spread([result["metrics"][key] for result in own]) for key in numbers},
+            **({"curves": {key: curve(own, key) for key in sweep["curves"]}} if sweep["curves"] else {}),
         }
     return {
         "sweep": sweep,
@@ -166,6 +168,12 @@ def gather(sweep: dict[str, Any], recipe: str, runs: list[Run]) -> dict[str, Any
         "published": sweep["published"].get(recipe, {}),
         **{key: results[0][key] for key in ("versions", "commit", "machine")},
     }
+
+
+def curve(results: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """What the Trainer logged under a key: the epochs, and a list of values for each run."""
+    logged = [[entry for entry in result["log_history"] if key in entry] for result in results]
+    return {"epoch": [entry["epoch"] for entry in logged[0]], "values": [[round(entry[key], 5) for entry in entries] for entries in logged]}
 
 
 def spread(values: list[float]) -> dict[str, Any]:

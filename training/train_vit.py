@@ -14,10 +14,12 @@ from accelerate import PartialState
 from cards import write_card
 from checkpoints import SealingCallback, last_checkpoint, remove_unfinished
 from data import load_images, make_image_processor, with_dataset, with_pixels
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from figures import training_figure
 from metrics import classification_metrics
 from recipe import (
+    DataRecipe,
+    RecipeError,
     ViTRecipe,
     check_output_dir,
     check_same_recipe,
@@ -30,7 +32,15 @@ from recipe import (
     write_results,
 )
 from reload import check_reload
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessorPil, set_seed
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    set_seed,
+)
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.feature_map import unit_norm
@@ -57,7 +67,7 @@ class GramRecorder(TrainerCallback):
 @torch.no_grad()
 def feature_grams(model: Any, pixel_values: torch.Tensor) -> list[np.ndarray]:
     """For each layer, the cosines (patches, patches) between patch features, averaged over images."""
-    features = [unit_norm(phi(memories).float()) for phi, memories, _ in model.memory_sets(pixel_values.to(model.device))]
+    features = [unit_norm(memory_set.features().float()) for memory_set in model.memory_sets(pixel_values.to(model.device))]
     return [(feature @ feature.mT).mean(0).cpu().numpy() for feature in features]
 
 
@@ -83,9 +93,8 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     set_seed(recipe.seed)
     images = load_images(recipe.data)
     names = images["train"].features["label"].names
-    config = UHopViTConfig(**recipe.model, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
-    model = UHopViTForImageClassification(config)
-    processor = make_image_processor(recipe.data, config.image_size)
+    model = build_model(recipe, names)
+    processor = make_image_processor(recipe.data, model.config.image_size)
     separation = None if recipe.separation is None else SeparationCallback(**recipe.separation)
     # Every process has looked at the folder before one of them changes it.
     PartialState().wait_for_everyone()
@@ -121,8 +130,14 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
         "validation_accuracy": validation["validation_accuracy"],
         "validation_loss": validation["validation_loss"],
         "train_seconds": round(seconds, 1),
+        "last_step": trainer.state.global_step,
     }
+    if trainer.state.best_global_step is not None:
+        metrics["best_step"] = trainer.state.best_global_step
     log_history = trainer.state.log_history
+    train_accuracies = [entry["eval_train_accuracy"] for entry in log_history if "eval_train_accuracy" in entry]
+    if train_accuracies:
+        metrics["max_train_accuracy"] = max(train_accuracies)
     measured = [entry for entry in log_history if "separation_loss" in entry]
     if measured:
         metrics["separation_loss_before"] = measured[0]["separation_loss_before"]
@@ -132,7 +147,8 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     write_recipe(recipe, folder)
     write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), log_history=log_history)
     training_figure(folder / "training.png", log_history, separation.history if separation else [], grams)
-    write_card(folder)
+    if recipe.architecture == "uhop_vit":
+        write_card(folder)
     print(summary(metrics, folder))
     shown = [image.convert("RGB") for image in images["test"][:NUM_PROBES]["image"]]
     with torch.no_grad():
@@ -142,10 +158,23 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     return metrics
 
 
+def build_model(recipe: ViTRecipe, names: list[str]) -> PreTrainedModel:
+    """A fresh model of the recipe for these classes; of transformers' own if the recipe asks for the peer."""
+    config = UHopViTConfig(**recipe.model, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
+    if recipe.architecture == "uhop_vit":
+        return UHopViTForImageClassification(config)
+    if recipe.architecture != "vit" or recipe.separation is not None:
+        raise RecipeError(
+            "architecture must be 'uhop_vit', or 'vit' without a separation step, "
+            f"got {recipe.architecture!r} with separation {recipe.separation}"
+        )
+    return ViTForImageClassification(UHopViTForImageClassification(config).to_vit().config)
+
+
 def build_trainer(
     recipe: ViTRecipe,
     folder: Path,
-    model: UHopViTForImageClassification,
+    model: PreTrainedModel,
     processor: ViTImageProcessorPil,
     images: DatasetDict,
     separation: SeparationCallback | None,
@@ -160,14 +189,20 @@ def build_trainer(
         model=model,
         args=arguments,
         train_dataset=with_pixels(images["train"], processor, recipe.data),
-        eval_dataset=with_pixels(images["validation"], processor),
+        eval_dataset={split: with_pixels(looked_at(images, split, recipe.data), processor) for split in ("validation", "train")},
         processing_class=processor,
         compute_metrics=classification_metrics,
         callbacks=[*([] if separation is None else [separation]), SealingCallback()],
     )
 
 
-def describe(recipe: ViTRecipe, model: UHopViTForImageClassification, images: DatasetDict) -> str:
+def looked_at(images: DatasetDict, split: str, data: DataRecipe) -> Dataset:
+    """What of a split is looked at after each epoch: of both the same number, at most `max_eval_samples`."""
+    sizes = [len(images["validation"]), len(images["train"]), data.max_eval_samples]
+    return images[split].select(range(min(size for size in sizes if size is not None)))
+
+
+def describe(recipe: ViTRecipe, model: PreTrainedModel, images: DatasetDict) -> str:
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in images.items())
     stage_one = "no separation step" if recipe.separation is None else f"separation {recipe.separation}"
     return f"{recipe.name}: {model.num_parameters():,} parameters; images: {sizes}; {stage_one}; seed {recipe.seed}"
