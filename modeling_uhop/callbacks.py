@@ -278,12 +278,13 @@ class SeparationCallback(TrainerCallback):
         half = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype=half, enabled=args.bf16 or args.fp16):
             stored, *noisy = [self._memory_sets(model, batch) for batch in views]
-            options = [{"temperature": temperature, "mask": each.mask} for each in stored]
             if noisy:
-                pairs = zip(noisy[0], stored, options, strict=True)
-                losses = [denoising_loss(copies.features(), each.features(), **given) for copies, each, given in pairs]
+                losses = [
+                    denoising_loss(copies.features(), each.features(), temperature=temperature, mask=each.mask)
+                    for copies, each in zip(noisy[0], stored, strict=True)
+                ]
             else:
-                losses = [separation_loss(each.features(), kind=self.kind, **given) for each, given in zip(stored, options, strict=True)]
+                losses = [separation_loss(each.features(), kind=self.kind, temperature=temperature, mask=each.mask) for each in stored]
         return torch.stack(losses)
 
     def _memory_sets(self, model: Any, batch: dict[str, Any]) -> list[MemorySet]:

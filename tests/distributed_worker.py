@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -9,9 +10,17 @@ from pathlib import Path
 import torch
 from recipe import leave_process_group
 from test_callbacks import Images, _model, _trainer
-from transformers import EvalPrediction
+from transformers import EvalPrediction, TrainerCallback
 
 from modeling_uhop import SeparationCallback
+
+
+class Killed(TrainerCallback):
+    """Dies after a checkpoint."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -39,8 +48,12 @@ def main() -> None:
         # A key bias has no true gradient, and AdamW would turn its rounding errors into steps.
         optim="sgd",
         learning_rate=0.1,
+        save_strategy="steps",
+        save_steps=4,
     )
-    trainer.train()
+    if options.get("killed") == trainer.args.process_index:
+        trainer.add_callback(Killed())
+    trainer.train(resume_from_checkpoint=options.get("resume"))
     trainer.compute_metrics = metrics
     # 29 images: neither batches nor shards are of one size.
     evaluated = trainer.evaluate(Images(29, augment=False))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import data
 import datasets
 import safetensors.torch
 import torch
@@ -94,7 +95,27 @@ def on_a_full_disk() -> None:
     Trainer._save_checkpoint = at_call(2, Trainer._save_checkpoint, fill)  # type: ignore[method-assign]
 
 
-MOMENTS = (in_a_step, in_the_model_file, before_the_optimizer_is_written, before_the_seal, after_the_last_step, on_a_full_disk)
+def in_a_process_that_reads() -> None:
+    """A worker of the DataLoader is killed, after the first checkpoint."""
+    decoded = data._decoded
+
+    def decoded_but_in_workers(*args: Any) -> Any:
+        if torch.utils.data.get_worker_info() is not None:
+            kill()
+        return decoded(*args)
+
+    checkpoints.seal = at_call(1, checkpoints.seal, lambda *_: setattr(data, "_decoded", decoded_but_in_workers))
+
+
+MOMENTS = (
+    in_a_step,
+    in_the_model_file,
+    before_the_optimizer_is_written,
+    before_the_seal,
+    after_the_last_step,
+    on_a_full_disk,
+    in_a_process_that_reads,
+)
 
 
 def forked(work: Callable[[], Any], log: Path) -> int:
@@ -126,6 +147,7 @@ def main() -> None:
     statuses: dict[str, list[Any]] = {"whole": [forked(lambda: train_vit.run(recipe, root / "whole"), root / "whole.log")]}
     for moment in MOMENTS:
         folder = root / moment.__name__
+        recipe.training["dataloader_num_workers"] = int(moment is in_a_process_that_reads)
 
         def interrupted(moment: Callable[[], None] = moment, folder: Path = folder) -> None:
             moment()

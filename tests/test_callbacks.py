@@ -21,6 +21,7 @@ from modeling_uhop import (
     UHopMILForBagClassification,
     UHopViTConfig,
     UHopViTForImageClassification,
+    denoising_loss,
     separation_loss,
 )
 from modeling_uhop.callbacks import STATE_FILE
@@ -166,6 +167,51 @@ def test_one_step_is_sgd_on_the_summed_losses_of_the_layers(tmp_path, kind, clas
     for i, weight in enumerate(expected):
         assert_close(after[f"vit.layers.{i}.attention.feature_map.weight"], weight)
     assert callback.history[0]["separation_loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-5)
+
+
+def test_without_phi_the_memories_themselves_are_separated(tmp_path):
+    dataset = Images(size=8, augment=False)
+    model = _model(use_feature_map=False).eval()
+    loss = sum(separation_loss(s.memories, kind="average") for s in model.memory_sets(dataset.images))
+    named = dict(model.named_parameters())
+    gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
+    expected = {name: p if (g := gradients[name]) is None else p - 0.3 * g for name, p in named.items()}
+    expected = {name: value.detach().clone() for name, value in expected.items()}
+    callback = SeparationCallback("train_begin", parameters="upstream", kind="average", lr=0.3, batch_size=8)
+    after = _train(tmp_path, callback, Freeze(), model=model, dataset=dataset)
+    for name, value in expected.items():
+        assert_close(after[name], value)
+    assert callback.history[0]["separation_loss"] == pytest.approx(loss.item() / 2, abs=1e-5)
+
+
+def test_denoising_tells_memories_from_noisy_copies(tmp_path, monkeypatch):
+    model, seen = _model(), []
+    memory_sets = model.memory_sets
+
+    def watched(pixel_values, **kwargs):
+        sets = list(memory_sets(pixel_values, **kwargs))
+        seen.append((pixel_values, [s.features().detach() for s in sets]))
+        return sets
+
+    monkeypatch.setattr(model, "memory_sets", watched)
+    callback = SeparationCallback("train_begin", steps=4, kind="denoising", temperature=0.2, noise=0.7, lr=0.0, batch_size=40)
+    _train(tmp_path, callback, model=model, dataset=Images(size=40, augment=False))
+    (clean, features), (noisy, copies) = seen[:2]
+    assert (noisy - clean).std().item() == pytest.approx(0.7, rel=0.05)
+    losses = [denoising_loss(c, f, temperature=0.2).item() for c, f in zip(copies, features, strict=True)]
+    assert callback.history[0]["separation_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+    # Fresh noise in every step, and the first step's again for the loss afterwards.
+    assert not torch.equal(seen[3][0] - seen[2][0], noisy - clean)
+    assert torch.equal(seen[-1][0], noisy)
+
+
+def test_denoising_bags_ignores_their_padding(tmp_path):
+    model = UHopMILForBagClassification(UHopMILConfig(instance_dim=5, hidden_size=8, num_attention_heads=2)).eval()
+    batch = DataCollatorForBags()([{"instances": torch.randn(size, 5), "label": size % 2} for size in (1, 4, 2)])
+    (stored,) = model.memory_sets(**batch)
+    (copies,) = model.memory_sets(**{**batch, "instances": batch["instances"] + 0.1})
+    each = [denoising_loss(copies.features()[i, :size], stored.features()[i, :size]) * size for i, size in ((0, 1), (1, 4), (2, 2))]
+    assert_close(denoising_loss(copies.features(), stored.features(), mask=stored.mask), sum(each) / 7)
 
 
 def test_no_gradient_is_left_and_modes_come_back(tmp_path):
@@ -427,6 +473,10 @@ def test_a_step_that_runs_out_of_memory_is_tried_with_fewer_examples_and_without
 def test_a_model_without_phi_is_refused(tmp_path):
     with pytest.raises(ValueError, match="use_feature_map=True"):
         _train(tmp_path, SeparationCallback(), model=_model(use_feature_map=False))
+    with pytest.raises(ValueError, match="use_feature_map=True"):
+        _train(tmp_path, SeparationCallback(parameters="upstream", project=True), model=_model(use_feature_map=False))
+    with pytest.raises(ValueError, match="Linear has none"):
+        _train(tmp_path, SeparationCallback(parameters="upstream"), model=nn.Linear(2, 2))
     frozen = _model()
     for layer in frozen.vit.layers:
         layer.attention.feature_map.requires_grad_(False)
@@ -484,6 +534,7 @@ def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"final_temperature": -1.0}, "final_temperature must be positive, got -1.0"),
+        ({"noise": 0.0}, "noise must be positive, got 0.0"),
         ({"lr": -0.1}, "lr must be at least 0, got -0.1"),
     ],
 )
@@ -503,7 +554,7 @@ def test_pooled_memories_are_one_set(tmp_path, pool_memories):
         str(tmp_path), num_train_epochs=1, report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False
     )
     (expected_set,) = model.eval().memory_sets(**collate(bags))
-    features = expected_set.feature_map(expected_set.memories).detach()
+    features = expected_set.features().detach()
     if pool_memories:
         expected = separation_loss(features[expected_set.mask])
     else:

@@ -48,6 +48,20 @@ def test_two_processes_equal_each_other_and_one(tmp_path, separation):
     assert first["logged"][0]["separation_loss"] == pytest.approx(alone["logged"][0]["separation_loss"], abs=1e-4)
 
 
+def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(tmp_path):
+    options = {"separation": {"schedule": "step", "batch_size": 8}, "batch_size": 4}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    for folder in (whole, broken):
+        folder.mkdir()
+    expected = _launch(whole, 2, options)
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)rank *: 1.*Signal 9 \(SIGKILL\)"):
+        _launch(broken, 2, {**options, "killed": 1})
+    assert [path.name for path in broken.iterdir()] == ["checkpoint-4"]
+    resumed = _launch(broken, 2, {**options, "resume": str(broken / "checkpoint-4")})
+    for mine, known in zip(resumed, expected, strict=True):
+        assert [name for name, weight in known["weights"].items() if not torch.equal(weight, mine["weights"][name])] == []
+
+
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     options = {"separation": {"batch_size": 7}, "batch_size": 4}
     with pytest.raises(pytest.fail.Exception, match="batch_size must be a multiple of the 2 processes, got 7"):

@@ -241,6 +241,21 @@ def test_denoising_loss_is_the_log_weight_of_the_right_memory():
     assert torch.autograd.gradcheck(denoising_loss, (corrupted.requires_grad_(), features.requires_grad_()))
 
 
+def test_denoising_loss_of_sets_of_different_sizes():
+    features, corrupted = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 5, 4, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
+    absent = ~mask.unsqueeze(-1)
+    features, corrupted = (each.masked_fill(absent, math.nan).requires_grad_() for each in (features, corrupted))
+    loss = denoising_loss(corrupted, features, mask=mask)
+    expected = (5 * denoising_loss(corrupted[0], features[0]) + 2 * denoising_loss(corrupted[1, :2], features[1, :2])) / 7
+    assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss, (corrupted, features))
+    for gradient, known in zip(gradients, torch.autograd.grad(expected, (corrupted, features)), strict=True):
+        assert_close(gradient, known.masked_fill(absent, 0.0))
+    assert denoising_loss(corrupted[2], features[2], mask=mask[2]) == 0
+    assert_close(denoising_loss(corrupted[0, :3], features[0], mask=mask[0]), denoising_loss(corrupted[0, :3], features[0]))
+
+
 def test_corruptions():
     patterns = torch.rand(50, 200) + 0.5
     masked = mask_patterns(patterns, 0.3)

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import train_vit
 import yaml
 from data import load_images, make_image_processor, make_transform, with_pixels
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -16,8 +17,8 @@ from huggingface_hub import ModelCard
 from metrics import classification_metrics
 from PIL import Image as PILImage
 from recipe import DataRecipe, RecipeError, check_output_dir, clear_output_dir, commit, load_recipe, write_recipe, write_results
-from train_vit import run
-from transformers import EvalPrediction
+from train_vit import build_model, looked_at, run
+from transformers import EvalPrediction, ViTForImageClassification
 
 from modeling_uhop import SeparationCallback, UHopViTConfig
 
@@ -58,7 +59,7 @@ def test_every_recipe_builds_its_model_and_callback(path):
 
 @pytest.mark.parametrize("path", [path for path in RECIPES if path.stem != "vit_digits"], ids=lambda path: path.stem)
 def test_every_recipe_reads_the_real_data(path):
-    folder = SHARED / {"vit_cifar10": "cifar10", "vit_cifar10_patch32": "cifar10", "vit_tiny_imagenet": "tiny-imagenet"}[path.stem]
+    folder = SHARED / load_recipe(path).data.dataset.rpartition("/")[2]
     if not folder.is_dir():
         pytest.skip(f"{folder.name} is not on this machine")
     recipe = load_recipe(path, [f"data.dataset={folder}", "data.max_train_samples=400"])
@@ -69,7 +70,7 @@ def test_every_recipe_reads_the_real_data(path):
     assert pixel_values.shape == (8, 3, recipe.model["image_size"], recipe.model["image_size"])
     assert pixel_values.std() < 2
     labels = images["train"].features["label"].names
-    assert len(labels) == (200 if "tiny" in path.stem else 10)
+    assert len(labels) == {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}[folder.name]
 
 
 def test_yaml_reads_scientific_numbers(tmp_path):
@@ -305,6 +306,9 @@ def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
     assert results["recipe"]["model"]["hidden_size"] == 16
     assert set(results["versions"]) >= {"torch", "transformers", "modeling-uhop"}
     assert metrics["separation_loss"] < metrics["separation_loss_before"]
+    by_epoch = [entry["eval_train_accuracy"] for entry in results["log_history"] if "eval_train_accuracy" in entry]
+    assert len(by_epoch) == 2
+    assert metrics["max_train_accuracy"] == max(by_epoch)
     assert yaml.safe_load((folder / "recipe.yaml").read_text()) == results["recipe"]
     card = ModelCard.load(folder / "README.md")
     (evaluation,) = card.data.eval_results
@@ -314,6 +318,27 @@ def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
     output = capfd.readouterr().out
     assert "answers agree" in output
     assert "test_accuracy" in output
+
+
+def test_a_command_reproduces_its_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
+    augmented = ["data.random_crop_padding=1", "data.random_flip=true", "model.hidden_dropout_prob=0.1"]
+    results, weights = [], []
+    for name in ("first", "second"):
+        run(_recipe(*TINY, *augmented), tmp_path / name)
+        results.append(without_times(json.loads((tmp_path / name / "results.json").read_text())))
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert results[0] == results[1]
+    assert weights[0] == weights[1]
+    other = run(_recipe(*TINY, *augmented, "seed=1"), tmp_path / "other")
+    assert other["test_loss"] != results[0]["metrics"]["test_loss"]
+
+
+def without_times(content):
+    """Results without what a clock says."""
+    if isinstance(content, dict):
+        return {key: without_times(value) for key, value in content.items() if not key.endswith(("_runtime", "_second", "_seconds"))}
+    return [without_times(value) for value in content] if isinstance(content, list) else content
 
 
 def test_a_folder_of_images_of_different_sizes(tmp_path):
@@ -333,6 +358,50 @@ def test_a_run_without_separation(tmp_path):
     assert "separation_loss" not in metrics
     assert (folder / "training.png").stat().st_size > 1000
     assert "no feature map" in (folder / "README.md").read_text()
+
+
+def test_the_epoch_of_the_best_validation_accuracy_is_kept(tmp_path):
+    # A rate at which accuracy goes up and down.
+    best = [
+        "training.load_best_model_at_end=true",
+        "training.metric_for_best_model=eval_validation_accuracy",
+        "training.save_strategy=epoch",
+    ]
+    schedule = [
+        "training.num_train_epochs=8",
+        "training.lr_scheduler_type=constant",
+        "training.warmup_steps=0",
+        "training.learning_rate=0.02",
+    ]
+    metrics = run(_recipe(*TINY, *best, *schedule), tmp_path / "run")
+    log_history = json.loads((tmp_path / "run" / "results.json").read_text())["log_history"]
+    by_step = {entry["step"]: entry["eval_validation_accuracy"] for entry in log_history if "eval_validation_accuracy" in entry}
+    assert len(set(by_step.values())) > 1
+    assert metrics["best_step"] == max(by_step, key=lambda step: (by_step[step], -step))
+    assert metrics["validation_accuracy"] == by_step[metrics["best_step"]]
+
+
+@pytest.mark.parametrize(("most", "expected"), [(None, 144), (50, 50)])
+def test_as_many_training_as_validation_images_are_looked_at(most, expected):
+    recipe = _recipe(f"data.max_eval_samples={'null' if most is None else most}")
+    images = load_images(recipe.data)
+    assert [len(looked_at(images, split, recipe.data)) for split in ("validation", "train")] == [expected, expected]
+    assert looked_at(images, "train", recipe.data)[3] == images["train"][3]
+
+
+def test_the_peer_is_transformers_own_of_equal_size(tmp_path):
+    plain = [*TINY[:-1], "model.alpha=1.0", "model.use_feature_map=false", "separation=null"]
+    ours, theirs = (build_model(_recipe(*plain, f"architecture={name}"), ["cat", "dog"]) for name in ("uhop_vit", "vit"))
+    assert type(theirs) is ViTForImageClassification
+    assert theirs.num_parameters() == ours.num_parameters()
+    assert theirs.config.id2label == {0: "cat", 1: "dog"}
+    run(_recipe(*plain, "architecture=vit"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "vit"
+    assert not (tmp_path / "run" / "README.md").exists()
+    with pytest.raises(RecipeError, match="architecture must be 'uhop_vit', or 'vit' without a separation step, got 'vit' with"):
+        build_model(_recipe(*TINY, "architecture=vit"), ["cat", "dog"])
+    with pytest.raises(RecipeError, match="got 'resnet'"):
+        build_model(_recipe(*plain, "architecture=resnet"), ["cat", "dog"])
 
 
 def test_the_script_refuses_in_one_line_and_resumes(tmp_path):

@@ -25,7 +25,9 @@ folder.mkdir(parents=True, exist_ok=True)
 error = {0: 0.5, 1: 0.25, 2: 0.375}[seed] - (0.1 * seed if "better=true" in sets else 0.0)
 metrics = {"test_mse": error, "train_seconds": 1.0, "anchors": {"repeat": {"test_mse": 2.0}} if "anchors=true" in sets else {}}
 recipe = {"name": "fake", "data": {"dataset": value("--dataset") if "--dataset" in arguments else "fake"}}
-content = {"metrics": metrics, "num_parameters": 1234, "recipe": recipe, "versions": {}, "commit": "abc", "machine": "one core"}
+log = [{"epoch": 1.0, "eval_loss": 1.0 + seed}, {"epoch": 1.0, "loss": 3.0}, {"epoch": 2.0, "eval_loss": 0.5 + seed}]
+content = {"metrics": metrics, "log_history": log, "num_parameters": 1234, "recipe": recipe}
+content |= {"versions": {}, "commit": "abc", "machine": "one core"}
 (folder / "results.json").write_text(json.dumps(content))
 """
 
@@ -79,6 +81,21 @@ def test_runs_are_gathered_with_spread_and_paired_intervals(project):
         "| repeat |  | 2.0000 |",
         "| published: theirs |  | 0.9 |",
     ]
+
+
+def test_curves_are_gathered_by_epoch_and_seed(project):
+    sweep = read_sweep(write(project, curves=["eval_loss"]))
+    runs = runs_of(sweep, "fake", project / "runs", None)
+    execute(runs, jobs=1)
+    expected = {"eval_loss": {"epoch": [1.0, 2.0], "values": [[1.0, 0.5], [2.0, 1.5], [3.0, 2.5]]}}
+    assert [variant["curves"] for variant in gather(sweep, "fake", runs)["variants"].values()] == [expected, expected]
+
+
+def test_two_sweeps_of_a_recipe_do_not_share_a_results_file(project, monkeypatch):
+    path = write(project, suffix="_again", once=[])
+    monkeypatch.setattr("sys.argv", ["sweep", str(path), "--runs", str(project / "runs"), "--results", str(project / "results")])
+    sweep_module.main()
+    assert [file.name for file in (project / "results").iterdir()] == ["fake_again.json"]
 
 
 def test_finished_runs_of_the_same_command_and_recipe_are_kept(project):

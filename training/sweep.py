@@ -32,6 +32,7 @@ OPTIONAL: dict[str, Any] = {
     "pairs": [],
     "figures": [],
     "curves": [],
+    "suffix": "",
     "published": {},
 }
 
@@ -68,11 +69,11 @@ def main() -> None:
         for recipe in chosen:
             own = [run for run in runs if run.recipe == recipe]
             gathered = gather(sweep, recipe, own)
-            target = Path(args.results) / f"{recipe}.json"
+            target = Path(args.results) / f"{recipe}{sweep['suffix']}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(gathered, indent=1) + "\n")
             for figure in sweep["figures"]:
-                shutil.copyfile(own[0].folder / f"{figure}.png", target.with_name(f"{recipe}_{figure}.png"))
+                shutil.copyfile(own[0].folder / f"{figure}.png", target.with_name(f"{target.stem}_{figure}.png"))
             print(variants_table([gathered]), f"\n{target}")
 
 

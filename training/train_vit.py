@@ -6,7 +6,7 @@ accelerate launch training/train_vit.py configs/vit_cifar10.yaml --dataset path/
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
     set_seed,
@@ -168,7 +169,7 @@ def build_model(recipe: ViTRecipe, names: list[str]) -> PreTrainedModel:
             "architecture must be 'uhop_vit', or 'vit' without a separation step, "
             f"got {recipe.architecture!r} with separation {recipe.separation}"
         )
-    return ViTForImageClassification(UHopViTForImageClassification(config).to_vit().config)
+    return ViTForImageClassification(cast(ViTConfig, UHopViTForImageClassification(config).to_vit().config))
 
 
 def build_trainer(
