@@ -50,7 +50,9 @@ def released_cards() -> dict[Path, str]:
     cards = {}
     for path in sorted(RESULTS.glob("*.json")):
         gathered = json.loads(path.read_text())
-        if "variants" in gathered or gathered.get("recipe", {}).get("experiment") == "memory_size":
+        if ("variants" in gathered and not gathered["sweep"].get("suffix")) or gathered.get("recipe", {}).get(
+            "experiment"
+        ) == "memory_size":
             options: dict[str, Any] = {
                 "comparison": comparison(gathered),
                 "cost": cost_of(gathered, path.stem),

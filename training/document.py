@@ -1,26 +1,28 @@
 """Write the README's tables and the model cards anew from the results files, and draw anew the figures that they alone make.
 
-A table stands between `<!-- results: NAME ... -->` and `<!-- end -->`.
+A table stands between `<!-- results: NAME ... -->` and `<!-- end -->`, one of paired differences behind `<!-- paired: NAME ... -->`.
 """
 
 import json
 import re
 
 from cards import released_cards
-from figures import paired_figure, retrieval_figure
+from figures import curves_figure, paired_figure, retrieval_figure, samples_figure
 from recipe import ROOT
-from tables import results_table
+from tables import paired_table, results_table
 
 
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- results: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- (results|paired): ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLES = {"results": results_table, "paired": paired_table}
 
 
 def render(readme: str) -> str:
     """The README with every marked table as its results files have it."""
 
     def from_results(match: re.Match[str]) -> str:
-        return f"{match[1]}{results_table([json.loads((RESULTS / f'{name}.json').read_text()) for name in match[2].split()])}\n{match[3]}"
+        results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in match[3].split()]
+        return f"{match[1]}{TABLES[match[2]](results)}\n{match[4]}"
 
     return MARKED.sub(from_results, readme)
 
@@ -35,6 +37,13 @@ def main() -> None:
     compared = [json.loads(results_path.read_text()) for results_path in sorted(RESULTS.glob("mil_*.json"))]
     if compared:
         paired_figure(RESULTS / "mil_paired.png", compared)
+    images = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("vit_*.json"))}
+    for results_path, results in images.items():
+        if results.get("sweep", {}).get("curves"):
+            curves_figure(results_path.with_name(f"{results_path.stem}_curves.png"), results)
+    for results_path in [path for path in images if path.stem.endswith("_samples")]:
+        base = results_path.with_name(f"{results_path.stem.removesuffix('_samples')}.json")
+        samples_figure(results_path.with_suffix(".png"), [images[path] for path in (base, results_path) if path in images])
     for card, text in released_cards().items():
         card.write_text(text)
 

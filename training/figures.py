@@ -72,6 +72,54 @@ def _series(log_history: list[dict[str, Any]], key: str) -> tuple[list[float], l
     return [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
 
+def curves_figure(path: Path, gathered: dict[str, Any]) -> None:
+    """Loss and accuracy by epoch, a line for each variant: the mean over seeds, and a band from the lowest to the highest.
+
+    Args:
+        path: PNG file to write.
+        gathered: Results of `sweep.gather` whose sweep has `curves`.
+    """
+    keys = gathered["sweep"]["curves"]
+    figure, axes = plt.subplots(1, len(keys), figsize=(4.4 * len(keys), 4.2), layout="constrained", squeeze=False)
+    for axis, key in zip(axes.flat, keys, strict=True):
+        for name, variant in gathered["variants"].items():
+            epochs, values = variant["curves"][key]["epoch"], np.array(variant["curves"][key]["values"])
+            (line,) = axis.plot(epochs, values.mean(0), marker=".", label=name)
+            axis.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
+        axis.set(title=key.removeprefix("eval_").replace("_", " "), xlabel="epoch")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
+    """Accuracies by the number of training images, a line for each variant, with 95 % intervals over seeds.
+
+    Args:
+        path: PNG file to write.
+        gathered: Results of `sweep.gather`, of variants "NAME" at their recipe's `max_train_samples`, or "COUNT images: NAME".
+    """
+    points = [
+        (name.rpartition(": ")[2], int(name.partition(" images")[0].replace(",", "")) if ": " in name else default, variant["metrics"])
+        for result in gathered
+        for default in [result["recipe"]["data"]["max_train_samples"]]
+        for name, variant in result["variants"].items()
+    ]
+    counts: dict[str, set[int]] = {}
+    for name, count, _ in points:
+        counts.setdefault(name, set()).add(count)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for axis, metric in zip(axes, ("max_train_accuracy", "test_accuracy"), strict=True):
+        for name in [name for name, sizes in counts.items() if len(sizes) > 1]:
+            own = sorted((count, metrics[metric]) for label, count, metrics in points if label == name)
+            half_widths = [student_t.ppf(0.975, len(m["values"]) - 1) * m["std"] / len(m["values"]) ** 0.5 for _, m in own]
+            axis.errorbar([count for count, _ in own], [m["mean"] for _, m in own], half_widths, marker=".", capsize=3, label=name)
+        axis.set(title=metric.replace("_", " "), xlabel="training images", xscale="log")
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 AXES = {
     "memory_size": ("number of memories M", "log"),
     "noise_level": ("noise, times the pattern's norm", "linear"),

@@ -31,6 +31,23 @@ def variants_table(gathered: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
+def paired_table(gathered: list[dict[str, Any]]) -> str:
+    """A row for each pair of variants, a column for each recipe and metric: the mean difference at equal seeds, and its 95 % interval."""
+    metrics = gathered[0]["sweep"]["metrics"]
+    columns = [(result, metric) for result in gathered for metric in metrics]
+    titles = ["" if len(gathered) == 1 else result["recipe"]["name"] + ", " for result, _ in columns]
+    header = ["", *(title + metric.replace("_", " ") for title, (_, metric) in zip(titles, columns, strict=True))]
+    rows = []
+    for first, second in gathered[0]["sweep"]["pairs"]:
+        cells = []
+        for result, metric in columns:
+            asked = {"first": first, "second": second, "metric": metric}
+            (pair,) = [pair for pair in result["paired"] if asked.items() <= pair.items()]
+            cells.append(f"{pair['difference']:+.4f} ± {pair['half_width']:.4f}")
+        rows.append([f"{first} − {second}", *cells])
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
 def bags_table(gathered: list[dict[str, Any]]) -> str:
     """Mean of the metric that matters and its standard deviation over repeats, a column for each data set."""
     metric = gathered[0]["recipe"]["metrics"][0]
