@@ -2,25 +2,33 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from conftest import TOLERANCE, assert_close
+
+from modeling_uhop import UHopViTModel
 
 
 TESTS = Path(__file__).parent
 
 
-def _launch(folder: Path, processes: int, options: dict) -> list[dict]:
-    worker = [str(TESTS / "distributed_worker.py"), str(folder), json.dumps(options)]
+def _run(processes: int, *worker: str) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent / "training")))}
     finished = subprocess.run([sys.executable, *launcher, *worker], env=environment, capture_output=True, text=True)
     if finished.returncode != 0:
         pytest.fail(finished.stderr[-3000:])
+
+
+def _launch(folder: Path, processes: int, options: dict) -> list[dict]:
+    _run(processes, str(TESTS / "distributed_worker.py"), str(folder), json.dumps(options))
     return [torch.load(folder / f"rank_{rank}_of_{processes}.pt", weights_only=True) for rank in range(processes)]
 
 
@@ -66,3 +74,27 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     options = {"separation": {"batch_size": 7}, "batch_size": 4}
     with pytest.raises(pytest.fail.Exception, match="batch_size must be a multiple of the 2 processes, got 7"):
         _launch(tmp_path, 2, options)
+
+
+def test_a_model_sharded_by_fsdp2_is_the_whole_one(tmp_path):
+    _run(2, str(TESTS / "sharding_worker.py"), str(tmp_path))
+    for rank in range(2):
+        result = json.loads((tmp_path / f"rank_{rank}.json").read_text())
+        assert result["loss"] < TOLERANCE[torch.float32]
+        assert result["gradient"] < TOLERANCE[torch.float32]
+        assert result["count"] > 20
+
+
+@pytest.mark.parametrize("path", sorted((TESTS.parent / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_are_ones_that_accelerate_knows(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= 2
+    known = {action.dest for action in launch_command_parser()._actions}
+    for group in ("fsdp_config", "deepspeed_config"):
+        given = getattr(config, group, None) or {}
+        assert [key for key in given if key not in known] == []
+    layers = (getattr(config, "fsdp_config", None) or {}).get("fsdp_transformer_layer_cls_to_wrap")
+    assert layers is None or set(layers.split(",")) <= set(UHopViTModel._no_split_modules)
+    header = path.read_text()
+    assert "accelerate launch --config_file" in header
+    assert re.search(r"\b(Run|Not run)\b", header)

@@ -231,3 +231,21 @@ def test_no_pickle_is_read(name, config, tmp_path):
     for key, value in load_file(tmp_path / "safe" / "model.safetensors").items():
         assert_close(loaded.state_dict()[key], value.double())
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), r"model-00002-of-\d+\.safetensors"),
+        (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "a weights file of .*sharded is damaged"),
+        (lambda path: path.write_bytes(b""), "a weights file of .*sharded is damaged"),
+    ],
+    ids=["missing", "truncated", "empty"],
+)
+def test_a_damaged_shard_is_named(damage, message, tmp_path):
+    config = UHopViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=4, patch_size=2, intermediate_size=8)
+    modeling_uhop.UHopViTModel(config).save_pretrained(tmp_path / "sharded", max_shard_size="2KB")
+    (second,) = (tmp_path / "sharded").glob("model-00002-*")
+    damage(second)
+    with pytest.raises(OSError, match=message):
+        modeling_uhop.UHopViTModel.from_pretrained(tmp_path / "sharded")

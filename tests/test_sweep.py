@@ -6,10 +6,13 @@ import statistics
 import pytest
 import sweep as sweep_module
 import yaml
-from recipe import RecipeError
+from recipe import ROOT, RecipeError, STanHopRecipe, ViTRecipe, load_recipe, read_yaml
 from scipy.stats import ttest_1samp
 from sweep import execute, gather, read_sweep, runs_of
-from tables import variants_table
+from tables import paired_table, variants_table
+from transformers import TrainingArguments
+
+from modeling_uhop import SeparationCallback
 
 
 SCRIPT = """
@@ -81,6 +84,7 @@ def test_runs_are_gathered_with_spread_and_paired_intervals(project):
         "| repeat |  | 2.0000 |",
         "| published: theirs |  | 0.9 |",
     ]
+    assert paired_table([gathered]).splitlines()[2:] == [f"| better one, less plain | -0.1000 ± {(high - low) / 2:.4f} |"]
 
 
 def test_curves_are_gathered_by_epoch_and_seed(project):
@@ -156,3 +160,24 @@ def test_a_local_data_set_is_found_by_its_name(project):
 def test_wrong_sweeps_are_refused(project, changes, message):
     with pytest.raises(RecipeError, match=message):
         read_sweep(write(project, **changes))
+
+
+SWEEPS = [path for path in sorted((ROOT / "configs" / "sweeps").glob("*.yaml")) if "script" in read_yaml(path)]
+CLASSES = {"train_vit": ViTRecipe, "train_stanhop": STanHopRecipe}
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_variant_of_every_sweep_is_a_recipe(path):
+    sweep = read_sweep(path)
+    for name in sweep["recipes"]:
+        seen = []
+        for overrides in sweep["variants"].values():
+            recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", [*sweep["overrides"], *overrides], CLASSES[sweep["script"]])
+            config = recipe.config_class(**recipe.model)
+            assert recipe.separation is None or config.use_feature_map or recipe.separation["parameters"] == "upstream"
+            SeparationCallback(**(recipe.separation or {}))
+            TrainingArguments("out", **{"eval_strategy": "epoch", **recipe.training})
+            assert recipe not in seen, "two variants are the same"
+            seen.append(recipe)
+    header = path.read_text()
+    assert all(word in header for word in ("# Command:", "# Cost:"))
