@@ -6,6 +6,7 @@ import statistics
 import pytest
 import sweep as sweep_module
 import yaml
+from checkpoints import SEAL
 from recipe import ROOT, RecipeError, STanHopRecipe, ViTRecipe, load_recipe, read_yaml
 from scipy.stats import ttest_1samp
 from sweep import execute, gather, read_sweep, runs_of
@@ -24,7 +25,7 @@ folder, seed = pathlib.Path(value("--output_dir")), int(value("--seed"))
 if "fail=true" in sets and seed == 1:
     sys.exit("no luck")
 folder.mkdir(parents=True, exist_ok=True)
-(folder / "calls").open("a").write("x")
+(folder / "calls").open("a").write("r" if "--resume" in arguments else "x")
 error = {0: 0.5, 1: 0.25, 2: 0.375}[seed] - (0.1 * seed if "better=true" in sets else 0.0)
 metrics = {"test_mse": error, "train_seconds": 1.0, "anchors": {"repeat": {"test_mse": 2.0}} if "anchors=true" in sets else {}}
 recipe = {"name": "fake", "data": {"dataset": value("--dataset") if "--dataset" in arguments else "fake"}}
@@ -67,7 +68,7 @@ def write(project, **changes):
 def test_runs_are_gathered_with_spread_and_paired_intervals(project):
     sweep = read_sweep(write(project))
     runs = runs_of(sweep, "fake", project / "runs", None)
-    execute(runs, jobs=2)
+    execute(runs, jobs=2, cores=2)
     gathered = gather(sweep, "fake", runs)
     plain = gathered["variants"]["plain"]["metrics"]["test_mse"]
     assert plain == {"mean": statistics.mean([0.5, 0.25, 0.375]), "std": statistics.stdev([0.5, 0.25, 0.375]), "values": [0.5, 0.25, 0.375]}
@@ -90,7 +91,7 @@ def test_runs_are_gathered_with_spread_and_paired_intervals(project):
 def test_curves_are_gathered_by_epoch_and_seed(project):
     sweep = read_sweep(write(project, curves=["eval_loss"]))
     runs = runs_of(sweep, "fake", project / "runs", None)
-    execute(runs, jobs=1)
+    execute(runs, jobs=1, cores=2)
     expected = {"eval_loss": {"epoch": [1.0, 2.0], "values": [[1.0, 0.5], [2.0, 1.5], [3.0, 2.5]]}}
     assert [variant["curves"] for variant in gather(sweep, "fake", runs)["variants"].values()] == [expected, expected]
 
@@ -108,34 +109,63 @@ def test_finished_runs_of_the_same_command_and_recipe_are_kept(project):
 
     sweep = read_sweep(write(project))
     runs = runs_of(sweep, "fake", project / "runs", None)
-    execute(runs, jobs=1)
-    execute(runs, jobs=1)
+    execute(runs, jobs=1, cores=2)
+    execute(runs, jobs=1, cores=2)
     assert calls() == [1] * 6
     sweep = read_sweep(write(project, variants={"plain": ["new=1"], "better one": ["better=true"]}))
     runs = runs_of(sweep, "fake", project / "runs", None)
-    execute(runs, jobs=1)
+    execute(runs, jobs=1, cores=2)
     assert calls() == [2, 2, 2, 1, 1, 1]
     (project / "configs" / "fake.yaml").write_text("data: {dataset: somewhere/ETTh2}\n")
-    execute(runs, jobs=1)
+    execute(runs, jobs=1, cores=2)
     assert calls() == [3, 3, 3, 2, 2, 2]
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(project):
+    def calls():
+        return (runs[1].folder / "calls").read_text()
+
+    runs = runs_of(read_sweep(write(project, variants={"plain": []}, pairs=None)), "fake", project / "runs", None)
+    execute(runs, jobs=1, cores=2)
+    runs[1].folder.with_suffix(".done").unlink()
+    execute(runs, jobs=1, cores=2)
+    assert calls() == "xx"
+    (runs[1].folder / "checkpoint-4").mkdir()
+    (runs[1].folder / "checkpoint-4" / SEAL).touch()
+    runs[1].folder.with_suffix(".done").unlink()
+    execute(runs, jobs=1, cores=2)
+    assert calls() == "xxr"
+    # Another recipe is begun anew.
+    (project / "configs" / "fake.yaml").write_text("data: {dataset: somewhere/ETTh2}\n")
+    execute(runs, jobs=1, cores=2)
+    assert calls() == "xxrx"
+
+
+@pytest.mark.parametrize(("jobs", "cores"), [(1, 4), (2, 5), (4, 4)])
+def test_runs_share_the_cores(project, jobs, cores):
+    script = project / "training" / "fake.py"
+    script.write_text(f"import os\n{SCRIPT}\n(folder / 'threads').write_text(os.environ['OMP_NUM_THREADS'])\n")
+    runs = runs_of(read_sweep(write(project)), "fake", project / "runs", None)
+    execute(runs, jobs=jobs, cores=cores)
+    assert {(run.folder / "threads").read_text() for run in runs} == {str(cores // jobs)}
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_run(project):
     sweep = read_sweep(write(project, variants={"plain": ["fail=true"]}, pairs=None))
     runs = runs_of(sweep, "fake", project / "runs", None)
     with pytest.raises(RecipeError, match=r"1 of 3 runs failed; see .*seed_1.log"):
-        execute(runs, jobs=1)
+        execute(runs, jobs=1, cores=2)
     assert (runs[2].folder / "results.json").is_file()
     assert "no luck" in runs[1].folder.with_suffix(".log").read_text()
 
 
 def test_results_of_an_earlier_or_failed_run_are_not_taken_for_new_ones(project):
     sweep = read_sweep(write(project, variants={"plain": []}, pairs=None))
-    execute(runs_of(sweep, "fake", project / "runs", None), jobs=1)
+    execute(runs_of(sweep, "fake", project / "runs", None), jobs=1, cores=2)
     sweep = read_sweep(write(project, variants={"plain": ["fail=true"]}, pairs=None))
     for _ in range(2):
         with pytest.raises(RecipeError, match="1 of 3 runs failed"):
-            execute(runs_of(sweep, "fake", project / "runs", None), jobs=1)
+            execute(runs_of(sweep, "fake", project / "runs", None), jobs=1, cores=2)
 
 
 def test_a_local_data_set_is_found_by_its_name(project):
@@ -144,7 +174,7 @@ def test_a_local_data_set_is_found_by_its_name(project):
         runs_of(sweep, "fake", project / "runs", str(project / "data"))
     (project / "data" / "ETTh1.csv").write_text("")
     runs = runs_of(sweep, "fake", project / "runs", str(project / "data"))
-    execute(runs[:1], jobs=1)
+    execute(runs[:1], jobs=1, cores=2)
     assert json.loads((runs[0].folder / "results.json").read_text())["recipe"]["data"]["dataset"] == str(project / "data" / "ETTh1.csv")
 
 

@@ -1,6 +1,6 @@
 """Run recipes for several seeds and variants, and gather the results of each recipe in one file, with pictures of its first run beside it.
 
-Finished runs of the same command and recipe are kept, so a sweep can be resumed.
+Finished runs of the same command and recipe are kept, and one that was stopped goes on from its last checkpoint if it has one.
 
 python training/sweep.py configs/sweeps/vit_digits.yaml
 python training/sweep.py configs/sweeps/stanhop.yaml --data_dir path/to/folder --jobs 2
@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from checkpoints import SEAL
 from recipe import ROOT, RecipeError, check_keys, errors_in_one_line, local_dataset, read_yaml
 from scipy.stats import t as student_t
 from tables import variants_table
@@ -53,19 +54,20 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", help="only these of its recipes")
     parser.add_argument("--data_dir", help="folder with each recipe's data set as a folder or file of its name, instead of the Hub")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; each gets its share of the cores")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="cores that all runs together may use (default: all)")
     parser.add_argument("--runs", default="runs/sweeps", help="folder of the single runs")
     parser.add_argument("--results", default="benchmarks/results", help="folder of the gathered results")
     args = parser.parse_args()
     with errors_in_one_line():
-        if args.jobs < 1:
-            raise RecipeError(f"--jobs must be at least 1, got {args.jobs}")
+        if not 1 <= args.jobs <= args.cores:
+            raise RecipeError(f"--jobs must be at least 1 and at most the cores, {args.cores}, got {args.jobs}")
         sweep = read_sweep(Path(args.sweep))
         chosen = args.recipes or sweep["recipes"]
         for recipe in chosen:
             if recipe not in sweep["recipes"]:
                 raise RecipeError(f"recipes must be among {sweep['recipes']}, got {recipe!r}")
         runs = [run for recipe in chosen for run in runs_of(sweep, recipe, Path(args.runs) / Path(args.sweep).stem, args.data_dir)]
-        execute(runs, args.jobs)
+        execute(runs, args.jobs, args.cores)
         for recipe in chosen:
             own = [run for run in runs if run.recipe == recipe]
             gathered = gather(sweep, recipe, own)
@@ -117,23 +119,25 @@ def _folder_name(variant: str) -> str:
     return variant.replace(" ", "_")
 
 
-def execute(runs: list[Run], jobs: int) -> None:
+def execute(runs: list[Run], jobs: int, cores: int) -> None:
     """Run what is not finished, each in a process of its own, with its log beside its folder.
 
     Raises:
         RecipeError: After the last run, if some failed.
     """
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if jobs > 1 else None
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
 
     def run_one(run: Run) -> Path | None:
-        log, done = run.folder.with_suffix(".log"), run.folder.with_suffix(".done")
+        log, begun, done = (run.folder.with_suffix(suffix) for suffix in (".log", ".begun", ".done"))
         asked = f"{shlex.join(run.command[1:])}\n{Path(run.command[2]).read_text()}"
         if done.is_file() and done.read_text() == asked:
             return None
         done.unlink(missing_ok=True)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         existing = ["--overwrite"] if run.folder.exists() else []
+        if begun.is_file() and begun.read_text() == asked and any(run.folder.glob(f"*/{SEAL}")):
+            existing = ["--resume"]
+        begun.write_text(asked)
         with log.open("w") as stream:
             command = [*run.command, "--output_dir", str(run.folder), *existing]
             finished = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
