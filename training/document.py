@@ -41,9 +41,9 @@ def main() -> None:
     for results_path, results in images.items():
         if results.get("sweep", {}).get("curves"):
             curves_figure(results_path.with_name(f"{results_path.stem}_curves.png"), results)
-    for results_path in [path for path in images if path.stem.endswith("_samples")]:
-        base = results_path.with_name(f"{results_path.stem.removesuffix('_samples')}.json")
-        samples_figure(results_path.with_suffix(".png"), [images[path] for path in (base, results_path) if path in images])
+    for name in {results["recipe"]["name"] for results in images.values() if results.get("sweep", {}).get("suffix")}:
+        of_one_recipe = [results for results in images.values() if results["recipe"]["name"] == name and "variants" in results]
+        samples_figure(RESULTS / f"{name}_samples.png", of_one_recipe)
     for card, text in released_cards().items():
         card.write_text(text)
 

@@ -97,7 +97,7 @@ def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
 
     Args:
         path: PNG file to write.
-        gathered: Results of `sweep.gather`, of variants "NAME" at their recipe's `max_train_samples`, or "COUNT images: NAME".
+        gathered: Results of `sweep.gather` of one recipe, of variants "NAME" at its `max_train_samples`, or "COUNT images: NAME".
     """
     points = [
         (name.rpartition(": ")[2], int(name.partition(" images")[0].replace(",", "")) if ": " in name else default, variant["metrics"])
