@@ -132,7 +132,15 @@ def test_only_a_run_of_the_recipe_as_released_is_compared(tmp_path):
 def test_defaults_that_are_spelled_out_make_no_other_recipe():
     recipe = _results("vit", model={})["recipe"]
     assert same_training(recipe, {**recipe, "model": {"alpha": 1.0}, "seed": 5, "data": {**recipe["data"], "dataset": "elsewhere"}})
-    others: tuple[dict[str, Any], ...] = ({"model": {"alpha": 1.1}}, {"training": {"max_steps": 3}}, {"separation": {}}, {"name": "other"})
+    assert same_training(recipe, {**recipe, "architecture": "uhop_vit", "data": {**recipe["data"], "max_eval_samples": None}})
+    others: tuple[dict[str, Any], ...] = (
+        {"model": {"alpha": 1.1}},
+        {"architecture": "vit"},
+        {"data": {"dataset": "a", "random_flip": True}},
+        {"training": {"max_steps": 3}},
+        {"separation": {}},
+        {"name": "other"},
+    )
     for changes in others:
         assert not same_training(recipe, {**recipe, **changes})
     variants = {"sparse": ["model.alpha=2.0"], "dense": ["model.alpha=1.0"]}

@@ -85,7 +85,7 @@ def test_runs_are_gathered_with_spread_and_paired_intervals(project):
         "| repeat |  | 2.0000 |",
         "| published: theirs |  | 0.9 |",
     ]
-    assert paired_table([gathered]).splitlines()[2:] == [f"| better one, less plain | -0.1000 ± {(high - low) / 2:.4f} |"]
+    assert paired_table([gathered]).splitlines()[2:] == [f"| better one vs. plain | -0.1000 ± {(high - low) / 2:.4f} |"]
 
 
 def test_curves_are_gathered_by_epoch_and_seed(project):

@@ -8,18 +8,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from recipe import ROOT, apply_override
+from recipe import ROOT, MILRecipe, STanHopRecipe, ViTRecipe, apply_override
 from tables import results_table
 
-from modeling_uhop import STanHopConfig, UHopMILConfig, UHopViTConfig
 from modeling_uhop.model_card import family_of, model_card, write_model_card
 
 
-CONFIGS: dict[str, Any] = {"vit": UHopViTConfig, "mil": UHopMILConfig, "stanhop": STanHopConfig}
+RECIPES: dict[str, Any] = {"vit": ViTRecipe, "mil": MILRecipe, "stanhop": STanHopRecipe}
 RESULTS = ROOT / "benchmarks" / "results"
 CARDS = ROOT / "model_cards"
 TEMPLATE = CARDS / "template.md"
 FIGURES = {
+    "curves.png": "Losses and accuracies of every variant by epoch",
+    "samples.png": "Accuracies by the number of training images",
     "training.png": "Training, and cosines between patch features before and after the separation step",
     "bag.png": "A bag, sorted by the weights of the model",
     "forecast.png": "Forecasts beside the windows that a memory retrieves",
@@ -50,9 +51,8 @@ def released_cards() -> dict[Path, str]:
     cards = {}
     for path in sorted(RESULTS.glob("*.json")):
         gathered = json.loads(path.read_text())
-        if ("variants" in gathered and not gathered["sweep"].get("suffix")) or gathered.get("recipe", {}).get(
-            "experiment"
-        ) == "memory_size":
+        of_a_recipe = "variants" in gathered and not gathered.get("sweep", {}).get("suffix")
+        if of_a_recipe or gathered.get("recipe", {}).get("experiment") == "memory_size":
             options: dict[str, Any] = {
                 "comparison": comparison(gathered),
                 "cost": cost_of(gathered, path.stem),
@@ -101,9 +101,11 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether two recorded recipes train the same way, whatever their seed, where their data lay and what defaults they spell out."""
 
     def training(recipe: dict[str, Any]) -> dict[str, Any]:
-        data = {key: value for key, value in recipe["data"].items() if key != "dataset"}
-        model = {**vars(CONFIGS[family_of(recipe).name]()), **recipe["model"]}
-        return {**{key: recipe.get(key) for key in ("name", "separation", "training", "ensemble")}, "model": model, "data": data}
+        recipe_class = RECIPES[family_of(recipe).name]
+        data = {**vars(recipe_class.data_class("anything")), **recipe["data"], "dataset": "anything"}
+        model = {**vars(recipe_class.config_class()), **recipe["model"]}
+        rest = {key: recipe.get(key, getattr(recipe_class, key, None)) for key in ("separation", "training", "ensemble", "architecture")}
+        return {**rest, "name": recipe["name"], "model": model, "data": data}
 
     return training(first) == training(second)
 

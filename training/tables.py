@@ -44,7 +44,7 @@ def paired_table(gathered: list[dict[str, Any]]) -> str:
             asked = {"first": first, "second": second, "metric": metric}
             (pair,) = [pair for pair in result["paired"] if asked.items() <= pair.items()]
             cells.append(f"{pair['difference']:+.4f} ± {pair['half_width']:.4f}")
-        rows.append([f"{first}, less {second}", *cells])
+        rows.append([f"{first} vs. {second}", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
