@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils import DistributedType, reduce, send_to_device
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
@@ -138,6 +139,7 @@ class SeparationCallback(TrainerCallback):
             # The step behind the last round ran out of memory, and `auto_find_batch_size` begins anew.
             self._sample = _sampler(train_dataloader, self.batch_size)
             state.stateful_callbacks[STATE_FILE] = {"args": {}, "attributes": {}}
+            state.log_history += self._recorded
             return
         self._separated = None
         maps = _feature_maps(model, needed=self.parameters == "feature_maps" or self.project or self.normalize_rows)
@@ -160,6 +162,7 @@ class SeparationCallback(TrainerCallback):
             raise ValueError("final_temperature needs a known number of epochs, which a stream has not; anneal with schedule 'step'")
         self._steps_done, self.history = 0, []
         self._latest: dict[str, float] = {}
+        self._recorded: list[dict[str, float]] = []
         self._mid_epoch = False
         # A mark in every checkpoint, so that one whose separation.pt was lost is told from one that predates the callback.
         marked = STATE_FILE in state.stateful_callbacks
@@ -221,7 +224,6 @@ class SeparationCallback(TrainerCallback):
         """
         if self._separated is model:
             return
-        self._separated = model
         first_batch: list[dict[str, Any]] = []
         before = 0.0
         bar = logging.tqdm(
@@ -230,7 +232,7 @@ class SeparationCallback(TrainerCallback):
             disable=args.disable_tqdm or not state.is_local_process_zero or not record,
             leave=record,
         )
-        with _evaluating(model):
+        with _evaluating(model), _own_memory_errors(self.batch_size):
             for inner in bar:
                 index = self._steps_done
                 with _isolated_rng(_mixed(self._seed(args), index, PartialState().process_index), args.device):
@@ -245,6 +247,8 @@ class SeparationCallback(TrainerCallback):
                         first_batch, before = batch, value
             if self.normalize_rows:
                 self._normalize_rows()
+            # Only a whole round counts: after one that failed, training begins with it.
+            self._separated = model
             if not measure:
                 return
             with torch.no_grad():
@@ -252,7 +256,8 @@ class SeparationCallback(TrainerCallback):
         self._latest = {"separation_loss_before": before, "separation_loss": _mean_over_processes(after)}
         if record:
             epoch = 0.0 if state.epoch is None else state.epoch
-            state.log_history.append({**self._latest, "epoch": epoch, "step": state.global_step})
+            self._recorded = [{**self._latest, "epoch": epoch, "step": state.global_step}]
+            state.log_history += self._recorded
 
     def _views(self, model: Any, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """The batch, and under "denoising" its noisy copy."""
@@ -265,6 +270,8 @@ class SeparationCallback(TrainerCallback):
         """One gradient step; the losses of the layers before it."""
         with torch.enable_grad():
             losses = self._losses(args, model, views, temperature)
+            if not losses.requires_grad:
+                raise ValueError("there is nothing to move: all that the memories' features depend on is frozen (requires_grad=False)")
             gradients = torch.autograd.grad(losses.sum(), self._moved, allow_unused=True)
         if PartialState().num_processes > 1:
             gradients = tuple(None if g is None else reduce(g, reduction="mean") for g in gradients)
@@ -275,8 +282,8 @@ class SeparationCallback(TrainerCallback):
 
     def _losses(self, args: TrainingArguments, model: Any, views: list[dict[str, Any]], temperature: float) -> torch.Tensor:
         """Separation loss of each layer on one batch."""
-        half = torch.bfloat16 if args.bf16 else torch.float16
-        with torch.autocast(args.device.type, dtype=half, enabled=args.bf16 or args.fp16):
+        half = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float16
+        with torch.autocast(args.device.type, dtype=half, enabled=args.mixed_precision in ("bf16", "fp16")):
             stored, *noisy = [self._memory_sets(model, batch) for batch in views]
             if noisy:
                 losses = [
@@ -427,6 +434,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _own_memory_errors(batch_size: int) -> Iterator[None]:
+    """Keep `auto_find_batch_size` from halving the Trainer's batch, which is not the one that was too large."""
+    try:
+        yield
+    except Exception as error:
+        if should_reduce_batch_size(error):
+            raise MemoryError(f"the separation step ran out of memory with batch_size={batch_size}; give it a smaller one") from error
+        raise
 
 
 @contextmanager

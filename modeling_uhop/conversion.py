@@ -68,7 +68,7 @@ def from_vit(cls, source, *, alpha: float = 1.0, **fields):
             raise ValueError(f"{name} is decided by the weights, and cannot be chosen, got {fields[name]!r}")
     relabelled = not fields.keys().isdisjoint(("num_labels", "id2label", "label2id"))
     settings = [name for name in SETTINGS if not (relabelled and name in ("id2label", "label2id"))]
-    converted = cls(cls.config_class(**_shared(given, settings), **decided, alpha=alpha, **fields))
+    converted = cls(cls.config_class(**{**_shared(given, settings), **decided, "alpha": alpha, **fields}))
     if is_path:
         auto_class = AutoModelForImageClassification if hasattr(converted, "classifier") else AutoModel
         source = auto_class.from_pretrained(source, use_safetensors=True)
@@ -82,7 +82,7 @@ def _copy_weights(source: PreTrainedModel, converted: PreTrainedModel) -> None:
     if hasattr(source, "distillation_classifier"):
         raise ValueError(
             f"the logits of {name} are the mean of two classifiers, which no model here has; "
-            "convert a DeiTForImageClassification of the same checkpoint, which has the first"
+            "convert its `deit` part with UHopViTModel.from_vit, or give a DeiTForImageClassification its cls_classifier and convert that"
         )
     missing, unexpected = converted.base_model.load_state_dict(source.base_model.state_dict(), strict=False)
     lost = [key for key in unexpected if not key.startswith("pooler.") and key != "embeddings.mask_token"]

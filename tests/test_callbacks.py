@@ -415,6 +415,43 @@ def test_a_resume_in_the_process_that_failed_repeats_the_round_it_lost(tmp_path)
     assert _equal(expected, dict(trainer.model.named_parameters()))
 
 
+def test_a_round_that_failed_is_not_taken_for_done(tmp_path, monkeypatch):
+    callback = SeparationCallback("train_begin", steps=4, batch_size=8)
+    step, calls = callback._step, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(callback, "_step", interrupted)
+    trainer = _trainer(tmp_path, callback, dataset=Images(augment=False))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    assert len(callback.history) == 4
+    assert len(calls) == 2 + 4
+
+
+@pytest.mark.parametrize("schedule", ["train_begin", "step"])
+def test_a_separation_step_that_runs_out_of_memory_says_so(tmp_path, monkeypatch, schedule):
+    def exhausted(*args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    callback = SeparationCallback(schedule, batch_size=8)
+    monkeypatch.setattr(callback, "_step", exhausted)
+    with pytest.raises(MemoryError, match="the separation step ran out of memory with batch_size=8"):
+        _train(tmp_path, callback, auto_find_batch_size=True)
+
+
+def test_a_frozen_backbone_without_phi_is_refused(tmp_path):
+    model = _model(use_feature_map=False)
+    model.vit.requires_grad_(False)
+    with pytest.raises(ValueError, match="all that the memories' features depend on is frozen"):
+        _train(tmp_path, SeparationCallback(parameters="upstream"), model=model)
+
+
 def test_a_resume_from_elsewhere(tmp_path):
     schedule = {"schedule": "step", "optimizer": "adam", "lr": 0.01, "batch_size": 8}
     images = Images(augment=False)

@@ -320,6 +320,18 @@ def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
     assert "test_accuracy" in output
 
 
+def test_looking_at_features_changes_nothing(tmp_path, monkeypatch):
+    """A separation step that moves nothing leaves the run as one without it, dropout included."""
+    monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
+    still = run(_recipe(*TINY, "model.hidden_dropout_prob=0.3", "separation.lr=0"), tmp_path / "still")
+    without = run(_recipe(*TINY[:-1], "model.hidden_dropout_prob=0.3", "separation=null"), tmp_path / "without")
+    assert still["test_loss"] == without["test_loss"]
+
+
+def test_half_precision_is_taken_off_before_the_reload_is_checked(tmp_path):
+    run(_recipe(*TINY, "training.bf16=true", "training.use_cpu=true"), tmp_path / "run")
+
+
 def test_a_command_reproduces_its_results(tmp_path, monkeypatch):
     monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
     augmented = ["data.random_crop_padding=1", "data.random_flip=true", "model.hidden_dropout_prob=0.1"]

@@ -64,9 +64,11 @@ def released_cards() -> dict[Path, str]:
 
 def figures_of(path: Path) -> list[tuple[str, str]]:
     """Titles of the pictures beside a results file, and their paths from a card."""
-    titles = {f"{path.stem}_{name}": title for name, title in FIGURES.items()}
-    pictures = sorted(path.parent.glob(f"{path.stem}*.png"))
-    return [(titles.get(p.name, "Error against the number of memories"), f"../benchmarks/results/{p.name}") for p in pictures]
+    titles = {
+        f"{path.stem}.png": "Error against the number of memories",
+        **{f"{path.stem}_{name}": FIGURES[name] for name in sorted(FIGURES)},
+    }
+    return [(title, f"../benchmarks/results/{name}") for name, title in titles.items() if (path.parent / name).is_file()]
 
 
 def released(gathered: dict[str, Any], name: str) -> dict[str, Any]:

@@ -28,7 +28,9 @@ class SealingCallback(TrainerCallback):
 
 def seal(checkpoint: Path) -> None:
     """Write the names and digests of a checkpoint's files, in one step: a checkpoint has all of this file or nothing of it."""
-    files = {path.name: _digest(path) for path in sorted(checkpoint.iterdir()) if path.is_file() and path.name != SEAL}
+    files = {
+        str(path.relative_to(checkpoint)): _digest(path) for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL
+    }
     partial = checkpoint / f"{SEAL}.tmp"
     with partial.open("w") as stream:
         json.dump(files, stream, indent=1)

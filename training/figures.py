@@ -99,11 +99,12 @@ def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
         path: PNG file to write.
         gathered: Results of `sweep.gather` of one recipe, of variants "NAME" at its `max_train_samples`, or "COUNT images: NAME".
     """
-    points = [
+    points: list[tuple[str, Any, dict[str, Any]]] = [
         (name.rpartition(": ")[2], int(name.partition(" images")[0].replace(",", "")) if ": " in name else default, variant["metrics"])
         for result in gathered
-        for default in [result["recipe"]["data"]["max_train_samples"]]
+        for default in [None if result.get("sweep", {}).get("suffix") else result["recipe"]["data"]["max_train_samples"]]
         for name, variant in result["variants"].items()
+        if default is not None or ": " in name
     ]
     counts: dict[str, set[int]] = {}
     for name, count, _ in points:
@@ -111,7 +112,7 @@ def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axis, metric in zip(axes, ("max_train_accuracy", "test_accuracy"), strict=True):
         for name in [name for name, sizes in counts.items() if len(sizes) > 1]:
-            own = sorted((count, metrics[metric]) for label, count, metrics in points if label == name)
+            own = sorted(((count, metrics[metric]) for label, count, metrics in points if label == name), key=lambda point: point[0])
             half_widths = [student_t.ppf(0.975, len(m["values"]) - 1) * m["std"] / len(m["values"]) ** 0.5 for _, m in own]
             axis.errorbar([count for count, _ in own], [m["mean"] for _, m in own], half_widths, marker=".", capsize=3, label=name)
         axis.set(title=metric.replace("_", " "), xlabel="training images", xscale="log")

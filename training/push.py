@@ -39,6 +39,8 @@ def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None
         RecipeError: If the folder holds no finished run, or the Hub cannot be reached or does not let this user write there.
     """
     check_finished(folder)
+    if repo_id.count("/") != 1:
+        raise RecipeError(f"the repository must be named your_name/model_name, got {repo_id!r}")
     api = HfApi(token=token)
     with in_words(repo_id, api.endpoint):
         api.create_repo(repo_id, private=private, exist_ok=True)

@@ -158,7 +158,7 @@ def gather(sweep: dict[str, Any], recipe: str, runs: list[Run]) -> dict[str, Any
     variants: dict[str, Any] = {}
     for variant in sweep["variants"]:
         own = [result for run, result in zip(runs, results, strict=True) if run.variant == variant]
-        numbers = [key for key, value in own[0]["metrics"].items() if isinstance(value, float)]
+        numbers = [key for key, value in own[0]["metrics"].items() if isinstance(value, float) and all(key in r["metrics"] for r in own)]
         variants[variant] = {
             "num_parameters": own[0]["num_parameters"],
             "metrics": {key: spread([result["metrics"][key] for result in own]) for key in numbers},

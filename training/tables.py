@@ -43,7 +43,7 @@ def paired_table(gathered: list[dict[str, Any]]) -> str:
         for result, metric in columns:
             asked = {"first": first, "second": second, "metric": metric}
             (pair,) = [pair for pair in result["paired"] if asked.items() <= pair.items()]
-            cells.append(f"{pair['difference']:+.4f} ± {pair['half_width']:.4f}")
+            cells.append(f"{pair['difference']:+.4f}" + ("" if pair["half_width"] is None else f" ± {pair['half_width']:.4f}"))
         rows.append([f"{first} vs. {second}", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 

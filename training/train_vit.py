@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel
 from cards import write_card
 from checkpoints import SealingCallback, last_checkpoint, remove_unfinished
 from data import load_images, make_image_processor, with_dataset, with_pixels
@@ -68,7 +69,10 @@ class GramRecorder(TrainerCallback):
 @torch.no_grad()
 def feature_grams(model: Any, pixel_values: torch.Tensor) -> list[np.ndarray]:
     """For each layer, the cosines (patches, patches) between patch features, averaged over images."""
-    features = [unit_norm(memory_set.features().float()) for memory_set in model.memory_sets(pixel_values.to(model.device))]
+    training = model.training
+    # Without dropout, which would also draw from the random state that training goes on with.
+    features = [unit_norm(each.features().float()) for each in model.eval().memory_sets(pixel_values.to(model.device))]
+    model.train(training)
     return [(feature @ feature.mT).mean(0).cpu().numpy() for feature in features]
 
 
@@ -130,9 +134,10 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
         "test_loss": test["test_loss"],
         "validation_accuracy": validation["validation_accuracy"],
         "validation_loss": validation["validation_loss"],
-        "train_seconds": round(seconds, 1),
         "last_step": trainer.state.global_step,
     }
+    if not resume:
+        metrics["train_seconds"] = round(seconds, 1)
     if trainer.state.best_global_step is not None:
         metrics["best_step"] = trainer.state.best_global_step
     log_history = trainer.state.log_history
@@ -154,9 +159,17 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     shown = [image.convert("RGB") for image in images["test"][:NUM_PROBES]["image"]]
     with torch.no_grad():
         pixel_values = processor(shown, return_tensors="pt")["pixel_values"]
-        logits = model.eval().cpu().float()(pixel_values).logits.numpy()
+        logits = whole_model(trainer, folder).eval().cpu().float()(pixel_values).logits.numpy()
     check_reload(folder, "image-classification", [np.asarray(image) for image in shown], logits)
     return metrics
+
+
+def whole_model(trainer: Trainer, folder: Path) -> PreTrainedModel:
+    """The trained model without what accelerate wrapped around it; as it was saved, where an engine keeps but a part of it here."""
+    model = cast(PreTrainedModel, trainer.model)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return type(model).from_pretrained(folder)
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 def build_model(recipe: ViTRecipe, names: list[str]) -> PreTrainedModel:
