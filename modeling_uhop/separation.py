@@ -87,7 +87,7 @@ def _loss_of_sets(features: torch.Tensor, kind: str, temperature: float, mask: t
     """`separation_loss` over all pairs of present memories."""
     size = features.shape[-2]
     if size < 2:
-        return features.sum() * 0.0
+        return (features * 0.0).nan_to_num().sum()
     members = None
     if mask is not None:
         members = mask.expand(features.shape[:-1]).reshape(-1, size)
@@ -101,7 +101,7 @@ def _loss_of_sets(features: torch.Tensor, kind: str, temperature: float, mask: t
 def _loss_of_counted_pairs(features: torch.Tensor, kind: str, temperature: float, mask: torch.Tensor) -> torch.Tensor:
     """`separation_loss` over the pairs (..., M, M) that count, whose similarities are all there at once."""
     if features.shape[-2] < 2:
-        return features.sum() * 0.0
+        return (features * 0.0).nan_to_num().sum()
     different = ~torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
     pairs = mask.expand(*features.shape[:-1], features.shape[-2]) & different
     members = pairs.any(-1) | pairs.any(-2)
@@ -165,7 +165,8 @@ def denoising_loss(
     with torch.autocast(queries.device.type, enabled=False):
         scores = queries @ stored.mT / temperature
     if mask is None:
-        return -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+        losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+        return losses.sum() / max(1, losses.numel())
     # Finite, so that a set without any memory has a finite gradient.
     scores = scores.masked_fill(~stored_mask.mT, torch.finfo(scores.dtype).min)
     losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
@@ -237,7 +238,7 @@ def maximize_separation(
     final_temperature = final_temperature if method == "uhop+" else temperature
 
     def loss_at(step: int) -> torch.Tensor:
-        tau = annealed(temperature, final_temperature, min(step, steps - 1), steps)
+        tau = annealed(temperature, final_temperature, max(0, min(step, steps - 1)), steps)
         seen, seen_mask = _drawn(memories, mask, batch_size)
         if method == "denoising":
             return denoising_loss(feature_map(corruption(seen)), feature_map(seen), temperature=tau)

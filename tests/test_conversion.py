@@ -112,6 +112,14 @@ def test_alpha_changes_the_function_and_not_the_weights():
     assert_close(learnable.vit.layers[0].attention.alpha, torch.full((3, 1, 1), 1.5))
 
 
+def test_what_the_weights_do_not_decide_can_be_chosen():
+    theirs, images = _classifier("vit"), _images()
+    chosen = {"hidden_dropout_prob": 0.25, "attention_probs_dropout_prob": 0.125, "initializer_range": 0.5}
+    ours = UHopViTForImageClassification.from_vit(theirs, **chosen)
+    assert {name: getattr(ours.config, name) for name in chosen} == chosen
+    assert_close(ours(images).logits, theirs(images).logits)
+
+
 def test_half_precision_stays():
     theirs = _classifier("vit").to(torch.bfloat16)
     ours, images = UHopViTForImageClassification.from_vit(theirs), _images().bfloat16()

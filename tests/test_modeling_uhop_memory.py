@@ -15,7 +15,18 @@ from hypothesis.extra.numpy import arrays
 from sklearn.datasets import load_digits
 from transformers import AutoModel
 
-from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, denoising_loss, energy, mask_patterns, maximize_separation, retrieve
+from modeling_uhop import (
+    FeatureMap,
+    UHopMemoryConfig,
+    UHopMemoryModel,
+    add_noise,
+    denoising_loss,
+    energy,
+    mask_patterns,
+    maximize_separation,
+    retrieve,
+    separation_loss,
+)
 from modeling_uhop.feature_map import unit_norm
 
 
@@ -241,6 +252,13 @@ def test_denoising_loss_is_the_log_weight_of_the_right_memory():
     assert torch.autograd.gradcheck(denoising_loss, (corrupted.requires_grad_(), features.requires_grad_()))
 
 
+def test_without_steps_the_loss_is_the_first_temperature_s():
+    phi, memories = FeatureMap(6, normalize=True), torch.randn(5, 6)
+    expected = separation_loss(phi(memories), kind="per_memory", temperature=0.25)
+    (loss,) = maximize_separation(phi, memories, method="uhop+", steps=0)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_denoising_loss_of_sets_of_different_sizes():
     features, corrupted = torch.randn(3, 5, 4, dtype=torch.float64), torch.randn(3, 5, 4, dtype=torch.float64)
     mask = torch.arange(5) < torch.tensor([[5], [2], [0]])
@@ -253,6 +271,7 @@ def test_denoising_loss_of_sets_of_different_sizes():
     for gradient, known in zip(gradients, torch.autograd.grad(expected, (corrupted, features)), strict=True):
         assert_close(gradient, known.masked_fill(absent, 0.0))
     assert denoising_loss(corrupted[2], features[2], mask=mask[2]) == 0
+    assert denoising_loss(features[0, :0], features[0]) == 0
     assert_close(denoising_loss(corrupted[0, :3], features[0], mask=mask[0]), denoising_loss(corrupted[0, :3], features[0]))
 
 

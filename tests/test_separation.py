@@ -193,3 +193,12 @@ def test_a_refused_separation_moves_nothing():
 def test_maximize_separation_refuses_bad_arguments(arguments):
     with pytest.raises(ValueError, match="must be"):
         maximize_separation(FeatureMap(3), torch.randn(4, 3), **arguments)
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([[False]]), torch.tensor([[[False]]])], ids=["memories", "pairs"])
+def test_a_single_absent_memory_has_no_influence_even_as_nan(mask):
+    features = torch.full((1, 1, 3), torch.nan, requires_grad=True)
+    loss = separation_loss(features, mask=mask)
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(features.grad, torch.zeros(1, 1, 3))
