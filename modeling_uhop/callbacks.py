@@ -75,8 +75,9 @@ class SeparationCallback(TrainerCallback):
     `Trainer(callbacks=[SeparationCallback(), TensorBoardCallback()])` have both in this order, and `report_to` be "none".
 
     Raises:
-        ValueError: For an argument outside its choices or range; when training begins, for a model without trainable feature maps, and for
+        ValueError: For an argument outside its choices or range; when training begins, where nothing that is to move can, and for
             `project` or `normalize_rows` where an adapter moves in the place of W.
+        MemoryError: When a separation step runs out of memory.
         NotImplementedError: When training begins under FSDP, DeepSpeed or another engine that shards parameters.
     """
 

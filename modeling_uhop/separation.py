@@ -154,6 +154,9 @@ def denoising_loss(
 
     Returns:
         The mean over copies, a scalar in fp32 or better; 0 without any.
+
+    Raises:
+        ValueError: For a temperature that is not positive.
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")

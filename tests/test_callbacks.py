@@ -3,6 +3,7 @@
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,13 +206,16 @@ def test_denoising_tells_memories_from_noisy_copies(tmp_path, monkeypatch):
     assert torch.equal(seen[-1][0], noisy)
 
 
-def test_denoising_bags_ignores_their_padding(tmp_path):
+def test_denoising_bags_ignores_their_padding():
     model = UHopMILForBagClassification(UHopMILConfig(instance_dim=5, hidden_size=8, num_attention_heads=2)).eval()
     batch = DataCollatorForBags()([{"instances": torch.randn(size, 5), "label": size % 2} for size in (1, 4, 2)])
     (stored,) = model.memory_sets(**batch)
-    (copies,) = model.memory_sets(**{**batch, "instances": batch["instances"] + 0.1})
+    noisy = {**batch, "instances": batch["instances"] + 0.1}
+    (copies,) = model.memory_sets(**noisy)
     each = [denoising_loss(copies.features()[i, :size], stored.features()[i, :size]) * size for i, size in ((0, 1), (1, 4), (2, 2))]
-    assert_close(denoising_loss(copies.features(), stored.features(), mask=stored.mask), sum(each) / 7)
+    callback = SeparationCallback(kind="denoising", temperature=0.1)
+    arguments = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
+    assert_close(callback._losses(arguments, model, [batch, noisy], 0.1), (sum(each) / 7).unsqueeze(0))
 
 
 def test_no_gradient_is_left_and_modes_come_back(tmp_path):
