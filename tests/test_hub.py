@@ -12,7 +12,7 @@ import yaml
 from conftest import assert_close
 from hub_server import Hub, environment, serving
 from huggingface_hub import ModelCard
-from push import check_finished, files_of
+from push import check_finished, files_of, recorded_recipe
 from recipe import ROOT, RecipeError
 from safetensors.torch import load_file
 
@@ -149,6 +149,7 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "modeling_uhop_vit.py", "hopfield.py"} <= files.keys()
     assert {"README.md", "results.json", "recipe.yaml", "training.png"} <= files.keys()
     assert not [path for path in files if path.endswith((".bin", ".pt")) or "/" in path]
+    assert yaml.safe_load(files["recipe.yaml"]) == json.loads(files["results.json"])["recipe"]
     card = ModelCard(files["README.md"].decode())
     (evaluation,) = card.data.to_dict()["model-index"][0]["results"]
     accuracy = json.loads(files["results.json"])["metrics"]["test_accuracy"]
@@ -169,7 +170,9 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
 def test_without_a_hub_or_a_token_a_push_says_so(port, tmp_path):
     for name in ("config.json", "recipe.yaml", "README.md", "model.safetensors"):
         (tmp_path / name).write_text("{}")
-    (tmp_path / "results.json").write_text("{}")
+    recipe = {"name": "my_vit", "data": {"dataset": "pictures"}, "model": {}, "separation": None, "training": {}}
+    results = {"recipe": recipe, "metrics": {"test_accuracy": 0.5}, "seed": 0, "num_parameters": 9, "versions": {}, "commit": None}
+    (tmp_path / "results.json").write_text(json.dumps(results))
     nowhere = _run(["training/push.py", str(tmp_path), "you/digits"], 9, tmp_path)
     assert nowhere.returncode == 1
     assert "RecipeError: the Hub at http://127.0.0.1:9 cannot be reached" in nowhere.stderr
@@ -187,8 +190,12 @@ def test_what_is_no_finished_run_is_refused_and_what_is_no_result_stays_here(tmp
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "model.safetensors").touch()
     check_finished(tmp_path)
-    expected = ["README.md", "a.png", "config.json", "model.safetensors", "recipe.yaml", "results.json"]
+    expected = ["README.md", "a.png", "config.json", "model.safetensors", "results.json"]
     assert [path.name for path in files_of(tmp_path)] == expected
+    # Where the data lay on this machine stays here too.
+    (tmp_path / "recipe.yaml").write_text("data: {dataset: /home/me/pictures}\n")
+    (tmp_path / "results.json").write_text('{"recipe": {"data": {"dataset": "pictures"}}}')
+    assert yaml.safe_load(recorded_recipe(tmp_path)) == {"data": {"dataset": "pictures"}}
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(RecipeError, match=r"no finished run: it has no \*.safetensors"):
         check_finished(tmp_path)

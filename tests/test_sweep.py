@@ -9,7 +9,7 @@ import yaml
 from checkpoints import SEAL
 from recipe import ROOT, RecipeError, STanHopRecipe, ViTRecipe, load_recipe, read_yaml
 from scipy.stats import ttest_1samp
-from sweep import execute, gather, read_sweep, runs_of
+from sweep import alone_in, execute, gather, read_sweep, runs_of
 from tables import paired_table, variants_table
 from transformers import TrainingArguments
 
@@ -101,6 +101,16 @@ def test_two_sweeps_of_a_recipe_do_not_share_a_results_file(project, monkeypatch
     monkeypatch.setattr("sys.argv", ["sweep", str(path), "--runs", str(project / "runs"), "--results", str(project / "results")])
     sweep_module.main()
     assert [file.name for file in (project / "results").iterdir()] == ["fake_again.json"]
+
+
+def test_a_second_sweep_at_once_is_kept_out_of_the_folder(project):
+    with alone_in(project / "runs"):
+        with pytest.raises(RecipeError, match=r"another sweep is running in .*runs"), alone_in(project / "runs"):
+            pass
+        with alone_in(project / "elsewhere"):
+            pass
+    with alone_in(project / "runs"):
+        pass
 
 
 def test_finished_runs_of_the_same_command_and_recipe_are_kept(project):

@@ -3,6 +3,7 @@
 Those in model_cards/ are made anew by `python training/document.py`.
 """
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from recipe import ROOT, MILRecipe, STanHopRecipe, ViTRecipe, apply_override
 from tables import results_table
 
+from modeling_uhop import SeparationCallback
 from modeling_uhop.model_card import family_of, model_card, write_model_card
 
 
@@ -107,6 +109,9 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
         data = {**vars(recipe_class.data_class("anything")), **recipe["data"], "dataset": "anything"}
         model = {**vars(recipe_class.config_class()), **recipe["model"]}
         rest = {key: recipe.get(key, getattr(recipe_class, key, None)) for key in ("separation", "training", "ensemble", "architecture")}
+        if rest["separation"] is not None:
+            arguments = inspect.signature(SeparationCallback).parameters.values()
+            rest["separation"] = {**{each.name: each.default for each in arguments}, **rest["separation"]}
         return {**rest, "name": recipe["name"], "model": model, "data": data}
 
     return training(first) == training(second)

@@ -4,10 +4,12 @@ python training/push.py runs/vit_digits your_name/uhop-digits
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from cards import write_card
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -17,7 +19,7 @@ from recipe import RecipeError, errors_in_one_line
 
 NEEDED = ("config.json", "recipe.yaml", "results.json", "README.md")
 # What a run leaves beside these, such as checkpoints and pickled training arguments, stays here.
-UPLOADED = ("*.json", "*.py", "*.safetensors", "*.png", "README.md", "recipe.yaml")
+UPLOADED = ("*.json", "*.py", "*.safetensors", "*.png", "README.md")
 
 
 def main() -> None:
@@ -42,11 +44,11 @@ def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None
     if repo_id.count("/") != 1:
         raise RecipeError(f"the repository must be named your_name/model_name, got {repo_id!r}")
     api = HfApi(token=token)
-    with in_words(repo_id, api.endpoint):
-        api.create_repo(repo_id, private=private, exist_ok=True)
     write_card(folder, model_id=repo_id)
     operations = [CommitOperationAdd(path.name, path) for path in files_of(folder)]
+    operations.append(CommitOperationAdd("recipe.yaml", recorded_recipe(folder)))
     with in_words(repo_id, api.endpoint):
+        api.create_repo(repo_id, private=private, exist_ok=True)
         return api.create_commit(repo_id, operations, commit_message=f"Upload {folder.resolve().name}")
 
 
@@ -76,8 +78,14 @@ def check_finished(folder: Path) -> None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files of a run that belong on the Hub."""
+    """The files of a run that belong on the Hub as they are."""
     return sorted({path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()})
+
+
+def recorded_recipe(folder: Path) -> bytes:
+    """The recipe of a run as its results have it: local data by its name, not by where it lies on this machine."""
+    results = json.loads((folder / "results.json").read_text())
+    return yaml.safe_dump(results["recipe"], sort_keys=False).encode()
 
 
 if __name__ == "__main__":

@@ -14,11 +14,14 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from checkpoints import SEAL
+from filelock import FileLock, Timeout
 from recipe import ROOT, RecipeError, check_keys, errors_in_one_line, local_dataset, read_yaml
 from scipy.stats import t as student_t
 from tables import variants_table
@@ -67,7 +70,8 @@ def main() -> None:
             if recipe not in sweep["recipes"]:
                 raise RecipeError(f"recipes must be among {sweep['recipes']}, got {recipe!r}")
         runs = [run for recipe in chosen for run in runs_of(sweep, recipe, Path(args.runs) / Path(args.sweep).stem, args.data_dir)]
-        execute(runs, args.jobs, args.cores)
+        with alone_in(Path(args.runs) / Path(args.sweep).stem):
+            execute(runs, args.jobs, args.cores)
         for recipe in chosen:
             own = [run for run in runs if run.recipe == recipe]
             gathered = gather(sweep, recipe, own)
@@ -77,6 +81,17 @@ def main() -> None:
             for figure in sweep["figures"]:
                 shutil.copyfile(own[0].folder / f"{figure}.png", target.with_name(f"{target.stem}_{figure}.png"))
             print(variants_table([gathered]), f"\n{target}")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep a second sweep out of a folder; a `RecipeError` if this is the second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise RecipeError(f"another sweep is running in {folder}") from error
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
