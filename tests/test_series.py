@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 import torch
 import yaml
 from anchors import WindowMemory, anchors, errors_of, forward_filled, linear_map, repeat_last, repeat_season
+from conftest import assert_close
 from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
-from train_stanhop import weights_of
+from train_stanhop import begin_as_linear_map, check_skip_start, weights_of
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
 
@@ -161,6 +163,32 @@ def test_the_linear_map_is_ridge_regression(series, last_value):
     assert sum(matches) == 1
 
 
+def test_the_skip_may_begin_as_the_ridge_map(series):
+    start = linear_map(series, 30, 5, last_value=False)
+    torch.manual_seed(0)
+    config = STanHopConfig(num_input_channels=4, context_length=30, prediction_length=5, d_model=16, use_linear_skip=True, scaling=None)
+    model = STanHopForPrediction(config).eval()
+    begin_as_linear_map(model, start)
+    past = torch.randn(3, 30, 4)
+    forecast = model(past_values=past, future_values=torch.randn(3, 5, 4))
+    assert_close(forecast.prediction_outputs, start(past))
+    forecast.loss.backward()
+    assert all(layer.head.weight.grad.abs().max() > 0 for layer in model.decoder.layers)
+
+
+@pytest.mark.parametrize(
+    ("model", "start", "message"),
+    [
+        ({}, "ols", "skip_start must be 'zero' or 'ridge', got 'ols'"),
+        ({"scaling": None}, "ridge", "needs model.use_linear_skip=true and model.scaling=null, got False and None"),
+        ({"use_linear_skip": True}, "ridge", "got True and 'std'"),
+    ],
+)
+def test_a_start_that_the_model_cannot_have_is_refused(model, start, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        check_skip_start(STanHopRecipe("a", SeriesDataRecipe("synthetic"), model=model, skip_start=start))
+
+
 def test_the_memory_of_windows_by_loops(series):
     memory = WindowMemory(series, 24, 6, beta=5.0, stride=7)
     past = series.windows("test", 24, 6)[3]["past_values"]
@@ -224,13 +252,19 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     assert (tmp_path / "out" / "README.md").is_file()
     for name in ("forecast.png", "weights.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
-    judged = subprocess.run([*command, "--overwrite", "--set", "judge=validation"], cwd=ROOT, capture_output=True, text=True)
+    again = ["--overwrite", "--set", "judge=validation"]
+    judged = subprocess.run([*command, *again], cwd=ROOT, capture_output=True, text=True)
     assert judged.returncode == 0, judged.stderr
-    again = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
-    assert set(again) == validation
-    assert again["validation_mse"] == results["metrics"]["validation_mse"]
-    assert set(again["anchors"]["repeat last"]) == {"validation_mse", "validation_mae"}
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    assert set(metrics) == validation
+    assert metrics["validation_mse"] == results["metrics"]["validation_mse"]
+    assert set(metrics["anchors"]["repeat last"]) == {"validation_mse", "validation_mae"}
     assert "Validation errors" in judged.stdout
+    ridge = [word for each in ("skip_start=ridge", "model.use_linear_skip=true", "model.scaling=null") for word in ("--set", each)]
+    started = subprocess.run([*command, *again, *ridge, "--set", "training.learning_rate=0.0"], cwd=ROOT, capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+    assert metrics["validation_mse"] == pytest.approx(metrics["anchors"]["linear, 48"]["validation_mse"], rel=1e-5)
     (tmp_path / "a.csv").write_text(pd.DataFrame({"date": ["2024-01-02", "2024-01-01"], "x": [1.0, 2.0]}).to_csv(index=False))
     refused = subprocess.run([*command, "--dataset", str(tmp_path / "a.csv"), "--overwrite"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode != 0

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from series import Series
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from modeling_uhop import simplex_map
 
@@ -47,9 +47,21 @@ def repeat_season(prediction_length: int, season: int) -> Forecaster:
     return lambda past: forward_filled(past)[:, -season:].repeat(1, -(-prediction_length // season), 1)[:, :prediction_length]
 
 
-def linear_map(series: Series, context_length: int, prediction_length: int, *, last_value: bool) -> Forecaster:
-    """A ridge map from the past to the future, one for all series; the function class of DLinear, or with `last_value`, on differences
-    to the last value, of NLinear. The penalty is chosen by squared error on validation windows."""
+class LinearMap:
+    """A linear map from the past to the future, one for all series: the function class of DLinear, or with `last_value`, on differences to
+    the last value, of NLinear. `weight` is (H, L) and `bias` (H,)."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, last_value: bool):
+        self.weight, self.bias, self.last_value = weight, bias, last_value
+
+    def __call__(self, past: torch.Tensor) -> torch.Tensor:
+        past = forward_filled(past)
+        offset = past[:, -1:] if self.last_value else torch.zeros_like(past[:, -1:])
+        return linear((past - offset).mT, self.weight, self.bias).mT + offset
+
+
+def linear_map(series: Series, context_length: int, prediction_length: int, *, last_value: bool) -> LinearMap:
+    """The ridge solution over all training windows, its penalty chosen by squared error on validation windows."""
     first, last = series.rows["train"]
     size = context_length + 1
     gram, target = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, prediction_length, dtype=torch.float64)
@@ -66,19 +78,13 @@ def linear_map(series: Series, context_length: int, prediction_length: int, *, l
             target += past.T @ future
             count += len(rows)
 
-    def forecaster(penalty: float) -> Forecaster:
+    def solution(penalty: float) -> LinearMap:
         ridge = penalty * count * torch.eye(size, dtype=torch.float64)
         ridge[-1, -1] = 0.0
         weights = torch.linalg.solve(gram + ridge, target).float()
+        return LinearMap(weights[:-1].T, weights[-1], last_value=last_value)
 
-        def forecast(past: torch.Tensor) -> torch.Tensor:
-            past = forward_filled(past)
-            offset = past[:, -1:] if last_value else torch.zeros_like(past[:, -1:])
-            return ((past - offset).mT @ weights[:-1] + weights[-1]).mT + offset
-
-        return forecast
-
-    candidates = [forecaster(penalty) for penalty in (1e-4, 1e-3, 1e-2, 1e-1)]
+    candidates = [solution(penalty) for penalty in (1e-4, 1e-3, 1e-2, 1e-1)]
     return min(candidates, key=lambda candidate: errors_of(candidate, series, "validation", context_length, prediction_length)["mse"])
 
 

@@ -28,6 +28,8 @@ FIGURES = {
     "forecast.png": "Forecasts beside the windows that a memory retrieves",
     "weights.png": "Association weights over time and over series",
 }
+# Fields of some recipes, beside these, that a run of another value of is another run.
+OPTIONS = ("ensemble", "architecture", "skip_start")
 # The number of memories and the conditions that a memory's card speaks of.
 MEMORIES, PANEL = "100", "unit norm, beta 10"
 
@@ -108,7 +110,7 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
         recipe_class = RECIPES[family_of(recipe).name]
         data = {**vars(recipe_class.data_class("anything")), **recipe["data"], "dataset": "anything"}
         model = {**vars(recipe_class.config_class()), **recipe["model"]}
-        rest = {key: recipe.get(key, getattr(recipe_class, key, None)) for key in ("separation", "training", "ensemble", "architecture")}
+        rest = {key: recipe.get(key, getattr(recipe_class, key, None)) for key in ("separation", "training", *OPTIONS)}
         if rest["separation"] is not None:
             arguments = inspect.signature(SeparationCallback).parameters.values()
             rest["separation"] = {**{each.name: each.default for each in arguments}, **rest["separation"]}

@@ -166,6 +166,8 @@ class STanHopRecipe:
         season: Steps in a season, for the anchor that repeats one.
         anchor_lengths: Steps that the linear anchors see; the memory sees the fewest of them. Without any there are no anchors.
         judge: "test" scores the test windows. "validation" leaves them alone: for choosing between recipes.
+        skip_start: Where the linear skip begins: "zero", or "ridge", the ridge solution over training windows. The heads of the decoder
+            then begin at zero, so that the forecast begins as the linear map's, and STanHop-Net learns what this leaves.
     """
 
     config_class: ClassVar[type] = STanHopConfig
@@ -181,6 +183,7 @@ class STanHopRecipe:
     season: int = 24
     anchor_lengths: list[int] = field(default_factory=lambda: [168, 336])
     judge: str = "test"
+    skip_start: str = "zero"
 
 
 ROOT = Path(__file__).parent.parent

@@ -6,14 +6,15 @@ python training/train_stanhop.py configs/stanhop_etth1_96.yaml --dataset path/to
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from anchors import WindowMemory, anchors, errors_of
+from anchors import LinearMap, WindowMemory, anchors, errors_of, linear_map
 from cards import write_card
 from figures import forecast_figure, retrieval_weights_figure
 from recipe import (
+    RecipeError,
     STanHopRecipe,
     check_judge,
     check_output_dir,
@@ -58,6 +59,7 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     """Run a recipe and leave everything it makes in `folder`; the metrics."""
     check_output_dir(folder, overwrite, resume=False)
     check_judge(recipe.judge)
+    check_skip_start(recipe)
     series = load_series(recipe.data)
     config = STanHopConfig(**{**recipe.model, "num_input_channels": series.values.shape[1]})
     lengths = (config.context_length, config.prediction_length)
@@ -65,6 +67,8 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     validation: Subset = Subset(every, range(0, len(every), recipe.data.validation_stride))
     set_seed(recipe.seed)
     model = STanHopForPrediction(config)
+    if recipe.skip_start == "ridge":
+        begin_as_linear_map(model, linear_map(series, *lengths, last_value=False))
     clear_output_dir(folder)
     write_recipe(recipe, folder)
     print(f"{recipe.name}: {model.num_parameters():,} parameters; windows: {len(train):,} train, {len(validation):,} validation")
@@ -105,6 +109,27 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     print(describe(metrics, recipe.judge))
     check_reload(folder, "time-series-forecasting", list(past.numpy()), forecasts.numpy())
     return metrics
+
+
+def check_skip_start(recipe: STanHopRecipe) -> None:
+    """A `RecipeError` for a start that there is not, or that the model has no skip for; the ridge solution is of unscaled windows."""
+    if recipe.skip_start not in ("zero", "ridge"):
+        raise RecipeError(f"skip_start must be 'zero' or 'ridge', got {recipe.skip_start!r}")
+    config = STanHopConfig(**recipe.model)
+    if recipe.skip_start == "ridge" and (not config.use_linear_skip or config.scaling is not None):
+        needed = "model.use_linear_skip=true and model.scaling=null"
+        raise RecipeError(f"skip_start='ridge' needs {needed}, got {config.use_linear_skip} and {config.scaling!r}")
+
+
+@torch.no_grad()
+def begin_as_linear_map(model: STanHopForPrediction, start: LinearMap) -> None:
+    """Let a model with a linear skip forecast what a linear map does, and nothing else."""
+    skip = cast(torch.nn.Linear, model.linear_skip)
+    skip.weight.copy_(start.weight)
+    skip.bias.copy_(start.bias)
+    for layer in model.decoder.layers:
+        torch.nn.init.zeros_(layer.head.weight)
+        torch.nn.init.zeros_(layer.head.bias)
 
 
 def forecaster(model: STanHopForPrediction):
