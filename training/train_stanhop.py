@@ -128,8 +128,8 @@ def begin_as_linear_map(model: STanHopForPrediction, start: LinearMap) -> None:
     skip.weight.copy_(start.weight)
     skip.bias.copy_(start.bias)
     for layer in model.decoder.layers:
-        torch.nn.init.zeros_(layer.head.weight)
-        torch.nn.init.zeros_(layer.head.bias)
+        for parameter in cast(torch.nn.Linear, layer.head).parameters():
+            parameter.zero_()
 
 
 def forecaster(model: STanHopForPrediction):
