@@ -63,7 +63,7 @@ class SeparationCallback(TrainerCallback):
         batch_size: Examples in a step, over all processes together; a multiple of their number.
         include_class_token: Whether the CLS token counts as a memory.
         pool_memories: Whether the memories of a batch are one set, in place of a set for each example (image, bag, series).
-        project: Whether the rows of W are scaled to unit norm after every step (the projection of U-Hop+).
+        project: Whether the rows of W are scaled to unit norm after every step (the projection of U-Hop+), in the maps that it moved.
         normalize_rows: Whether they are after every round (U-Hop Algorithm 1).
         seed: Seed of Stage I; `None` for the Trainer's.
         resume_from: Checkpoint folder to take Stage I's state from when training resumes; `None` looks where the Trainer saves.
@@ -75,8 +75,10 @@ class SeparationCallback(TrainerCallback):
     `Trainer(callbacks=[SeparationCallback(), TensorBoardCallback()])` have both in this order, and `report_to` be "none".
 
     Raises:
-        ValueError: For an argument outside its choices or range; when training begins, where nothing that is to move can, and for
-            `project` or `normalize_rows` where an adapter moves in the place of W.
+        ValueError: For an argument outside its choices or range; when training begins, where nothing that is to move can, for
+            `project` or `normalize_rows` where an adapter moves in the place of W, for `final_temperature` under "epoch" on a stream, and
+            on resuming, where a checkpoint's state is of other weights or another schedule, choice of parameters or optimizer.
+        FileNotFoundError: On resuming, where a checkpoint's state is missing.
         MemoryError: When a separation step runs out of memory.
         NotImplementedError: When training begins under FSDP, DeepSpeed or another engine that shards parameters.
     """
@@ -277,6 +279,8 @@ class SeparationCallback(TrainerCallback):
         if PartialState().num_processes > 1:
             gradients = tuple(None if g is None else reduce(g, reduction="mean") for g in gradients)
         apply_gradients(self._private_optimizer, self._moved, gradients)
+        reached = {id(parameter) for parameter, gradient in zip(self._moved, gradients, strict=True) if gradient is not None}
+        self._moved_maps = [phi for phi in self._maps if id(phi.weight) in reached]
         if self.project:
             self._normalize_rows()
         return losses.detach()
@@ -313,9 +317,8 @@ class SeparationCallback(TrainerCallback):
         return annealed(self.temperature, self.final_temperature, index, rounds * self.steps)
 
     def _normalize_rows(self) -> None:
-        for phi in self._maps:
-            if phi.weight.requires_grad:
-                phi.normalize_rows()
+        for phi in self._moved_maps:
+            phi.normalize_rows()
 
     def _seed(self, args: TrainingArguments) -> int:
         return args.seed if self.seed is None else self.seed

@@ -25,8 +25,8 @@ def retrieval_error_bound(memories: torch.Tensor, features: torch.Tensor, beta: 
 
     `2 m (M - 1) exp(-beta (Delta_mu - 2 m_Phi r))` with m the largest norm of a memory, m_Phi of a feature, and Delta_mu the margin. It
     holds for every query whose feature is within r of that of xi_mu; `None` is the paper's radius R_Phi, half the smallest distance in
-    feature space. Of unit-norm features no margin exceeds 2 R_Phi: there the bound at R_Phi is at least 2 m (M - 1) and says little, and a
-    smaller radius says more. For the un-kernelized model pass the memories as features.
+    feature space. Of unit-norm features the smallest margin never exceeds 2 R_Phi: for the closest pair the bound at R_Phi is at least
+    2 m (M - 1) and says little, and a smaller radius says more. For the un-kernelized model pass the memories as features.
     """
     count = len(memories)
     if count < 2:

@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .validation import check_at_least_one, check_hopfield
+from .validation import check_at_least_one, check_dropouts, check_hopfield
 
 
 @strict
@@ -112,9 +112,7 @@ class STanHopConfig(PreTrainedConfig):
             raise ValueError(f"merge_window must be at least 2 where there are several scales, got {self.merge_window}")
         if self.activation_function not in ACT2FN:
             raise ValueError(f"activation_function must be one of {sorted(ACT2FN)}, got {self.activation_function!r}")
-        for name in ("attention_dropout", "ff_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        check_dropouts(self, "attention_dropout", "ff_dropout")
         if self.num_memories < 0:
             raise ValueError(f"num_memories must be at least 0, got {self.num_memories}")
         if not 0 < self.memory_beta < float("inf"):

@@ -18,12 +18,15 @@ class UHopMemoryConfig(PreTrainedConfig):
             "l2" and "manhattan" (minus the distance), or "polynomial" (Krotov & Hopfield); see `similarity_scores`.
         feature_dim (`int`, *optional*): Width D of a feature of "kernel"; `None` for `pattern_dim`.
         feature_init (`str`, defaults to `"normal"`): How Phi begins: "identity", "orthogonal" or "normal".
-        normalize_features (`bool`, defaults to `True`): Whether features are scaled to unit norm (equation D.2). Phi is then not linear,
+        normalize_features (`bool`, defaults to `True`): Whether features are scaled to unit norm (section D.2). Phi is then not linear,
             and the energy may rise along retrieval, as it never does with a linear one.
         degree (`int`, defaults to 10): Degree of "polynomial".
         alpha (`float`, defaults to 1): Tsallis exponent in [1, 2] of the map from similarities to weights.
         beta (`float`, defaults to 10): Inverse temperature, positive.
         update_steps (`int`, defaults to 1): Retrieval steps, at least 1.
+
+    Raises:
+        A validation error that names the field, its value and what is accepted.
 
     >>> from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
 

@@ -9,7 +9,7 @@ from transformers.models.auto import CONFIG_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .pipelines import TASK
-from .validation import check_at_least_one, check_hopfield
+from .validation import check_at_least_one, check_dropouts, check_hopfield
 
 
 @strict
@@ -109,9 +109,7 @@ class UHopMILConfig(PreTrainedConfig):
             raise ValueError(f"head_dim must be at least 1, or None for hidden_size // num_attention_heads, got {self.head_dim}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "bag_dropout_prob"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        check_dropouts(self, "hidden_dropout_prob", "attention_probs_dropout_prob", "bag_dropout_prob")
         if (self.instance_type == "backbone") != (self.backbone_config is not None):
             raise ValueError(
                 "instance_type 'backbone' needs a backbone_config, and no other takes one, got "

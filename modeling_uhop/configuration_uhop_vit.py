@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .validation import check_at_least_one, check_hopfield
+from .validation import check_at_least_one, check_dropouts, check_hopfield
 
 
 @strict
@@ -33,7 +33,8 @@ class UHopViTConfig(PreTrainedConfig):
         pooler_act (`str`, defaults to `"tanh"`): Activation of the pooler.
         alpha (`float`, defaults to 1): Tsallis exponent in [1, 2] of the simplex map: 1 softmax (modern Hopfield), 2 sparsemax (sparse
             Hopfield), between them alpha-entmax.
-        learnable_alpha (`bool`, defaults to `False`): Whether each head learns its own exponent in (1, 2), beginning at `alpha`.
+        learnable_alpha (`bool`, defaults to `False`): Whether each head learns its own exponent in (1, 2), beginning at `alpha`, which
+            must then lie strictly between 1 and 2, say 1.5.
         beta (`float`, *optional*): Inverse temperature, positive; `None` for 1 / sqrt(head width).
         use_feature_map (`bool`, defaults to `True`): Whether queries and keys go through a feature map Phi; without one the model is a
             plain Hopfield vision transformer, and there is nothing to separate.
@@ -93,7 +94,9 @@ class UHopViTConfig(PreTrainedConfig):
 
     def validate_hopfield(self):
         """Ranges and combinations that types alone do not express."""
-        check_at_least_one(self, "hidden_size", "num_attention_heads", "intermediate_size", "num_channels", "update_steps")
+        check_at_least_one(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
+        check_at_least_one(self, "update_steps")
+        check_dropouts(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
         for name in ("hidden_act", "pooler_act"):
             if getattr(self, name) not in ACT2FN:
                 raise ValueError(f"{name} must be one of {sorted(ACT2FN)}, got {getattr(self, name)!r}")

@@ -11,6 +11,9 @@ Corruption = Callable[[torch.Tensor], torch.Tensor]
 def mask_patterns(patterns: torch.Tensor, fraction: float = 0.5, generator: torch.Generator | None = None) -> torch.Tensor:
     """Patterns (..., d) with each entry set to zero with probability `fraction` in [0, 1]; the others are not rescaled.
 
+    Raises:
+        ValueError: For a fraction outside [0, 1].
+
     >>> from modeling_uhop import mask_patterns
 
     >>> mask_patterns(torch.full((100, 8), 2.0), fraction=0.25).unique().tolist()
@@ -24,6 +27,9 @@ def mask_patterns(patterns: torch.Tensor, fraction: float = 0.5, generator: torc
 
 def add_noise(patterns: torch.Tensor, level: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
     """Patterns (..., d) plus Gaussian noise of `level` times each pattern's own norm (U-Hop, section 4.1).
+
+    Raises:
+        ValueError: For a negative level.
 
     >>> from modeling_uhop import add_noise
 

@@ -109,7 +109,11 @@ def association(
     degree: int = 10,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights (..., Q, M) of each memory in a retrieval, `p = Sep_alpha(beta K(Xi, x))` (equation 2.4). Arguments as in `retrieve`."""
+    """Weights (..., Q, M) of each memory in a retrieval, `p = Sep_alpha(beta K(Xi, x))` (equation 2.4). Arguments as in `retrieve`.
+
+    Raises:
+        ValueError: As `retrieve`.
+    """
     _check_beta(beta)
     if memories.shape[-2] == 0:
         raise ValueError("there is nothing to retrieve from: memories must hold at least one pattern, got 0")

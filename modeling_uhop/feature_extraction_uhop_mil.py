@@ -29,6 +29,9 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
             deviation so that they stay of order 1; `None` to keep the features. For vectors only; needs scikit-learn to fit.
         mean, scale, components, component_mean, feature_names, image_size: What `fit` measured.
 
+    Raises:
+        ValueError: For a clip that is not positive, or fewer than one component.
+
     >>> import numpy as np
     >>> from modeling_uhop import UHopMILFeatureExtractor
 

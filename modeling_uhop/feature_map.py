@@ -15,7 +15,7 @@ class FeatureMap(nn.Module):
         feature_dim: Width D of a feature (the papers' D_Phi), at least 1; `None` for `pattern_dim`.
         start: How W begins. "identity": the first min(D, d) coordinates. "orthogonal": orthonormal columns (rows where D < d), so
             that the kernel is the plain inner product where D >= d. "normal": independent entries of variance 1 / d.
-        normalize: Whether features are scaled to unit norm, `Phi(u) = W u / |W u|` (equation D.2); a zero vector stays zero.
+        normalize: Whether features are scaled to unit norm, `Phi(u) = W u / |W u|` (section D.2); a zero vector stays zero.
 
     Raises:
         ValueError: If a width is below 1 or `start` is unknown.

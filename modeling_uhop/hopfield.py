@@ -42,6 +42,9 @@ def hopfield_attention(
     Returns:
         (B, H, Q, d_v), of the dtype of `value`.
 
+    Raises:
+        ValueError: For an alpha outside [1, 2].
+
     >>> from modeling_uhop import hopfield_attention
 
     >>> query, key, value = torch.randn(3, 1, 2, 5, 8)

@@ -350,13 +350,16 @@ class STanHopModel(STanHopPreTrainedModel):
         Each window is scaled by its own past. Missing futures count as the window's location.
 
         Raises:
-            ValueError: As `forward`, and for futures of a wrong shape.
+            ValueError: As `forward`, and for futures of a wrong shape or infinite ones.
         """
         expected = (len(past_values), self.config.prediction_length, self.config.num_input_channels)
         if future_values.shape != expected:
             raise ValueError(f"future_values must have shape (M, prediction_length, C) = {expected}, got {tuple(future_values.shape)}")
+        if bool(future_values.isinf().any()):
+            raise ValueError("future_values must be finite or NaN, where they were not observed, got infinite ones")
         scaled, loc, scale = self.scaled(past_values.to(self.device), None)
-        futures = ((future_values.to(self.device, self.dtype) - loc) / scale).nan_to_num(nan=0.0)
+        futures = (future_values.to(self.device, self.dtype) - loc) / scale
+        futures = futures.masked_fill(futures.isnan(), 0.0)
         self.memory.pasts, self.memory.futures = scaled.permute(2, 0, 1).contiguous(), futures.permute(2, 0, 1).contiguous()
         self.config.num_memories = len(past_values)
 

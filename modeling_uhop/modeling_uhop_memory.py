@@ -157,6 +157,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
         Raises:
             ValueError: For a wrong shape, or entries that are not finite.
+            TypeError: For what is no tensor.
         """
         patterns = self._checked(patterns, "patterns")
         if patterns.dim() != 2:
@@ -172,7 +173,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         self.store(torch.cat([self.memories, torch.atleast_2d(self._checked(patterns, "patterns"))]))
 
     def delete(self, indices: int | list[int] | torch.Tensor) -> None:
-        """Forget the memories at `indices`; an index that does not exist is an `IndexError`."""
+        """Forget the memories at `indices`; an index that does not exist is an `IndexError`, and one that is no integer a `TypeError`."""
         count = len(self)
         given = torch.as_tensor(indices)
         if given.numel() == 0:
@@ -215,7 +216,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             options: Further arguments of `maximize_separation`.
 
         Returns:
-            The loss before each step, and after the last.
+            The loss before each step, and after the last; of the optimal code two numbers, minus the smallest margin before and after.
 
         Raises:
             ValueError: If there is no feature map, or there are fewer than two memories.
@@ -258,6 +259,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
         Raises:
             ValueError: If nothing is stored, or queries have a wrong shape or entries that are not finite.
+            TypeError: For what is no tensor.
         """
         steps = self.config.update_steps if update_steps is None else update_steps
         if steps < 1:

@@ -144,7 +144,7 @@ def denoising_loss(
     """How badly memories are recognised from corrupted copies: `mean_mu -log softmax_nu(<Phi(x_mu), Phi(xi_nu)> / tau)_mu` (InfoNCE).
 
     The per-memory loss of U-Hop+ with a corrupted copy x_mu of the memory as its positive: beside spreading memories it keeps the copies
-    where they belong. At tau = 1 / beta it is the log weight of the right memory in a retrieval at alpha = 1.
+    where they belong. At tau = 1 / beta it is minus the log weight of the right memory in a retrieval at alpha = 1.
 
     Args:
         corrupted_features: Features (..., Q, D) of copies, in the order of the memories that they are of.

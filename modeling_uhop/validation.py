@@ -28,6 +28,13 @@ def check_at_least_one(config, *names: str) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
+def check_dropouts(config, *names: str) -> None:
+    """A `ValueError` for the first of these fields that is no probability below 1."""
+    for name in names:
+        if not 0.0 <= getattr(config, name) < 1.0:
+            raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
+
+
 def is_readable(tensor: torch.Tensor) -> bool:
     """Whether Python may look at values: on an accelerator this would stall every step, and a traced graph cannot branch on them."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()

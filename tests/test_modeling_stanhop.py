@@ -340,6 +340,35 @@ def test_training_with_stage_one(tmp_path, parameters):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("option", ["project", "normalize_rows"])
+def test_only_maps_that_stage_one_separates_get_unit_rows(tmp_path, option):
+    examples = [{"past_values": _windows(1)[0], "future_values": _windows(1, 10)[0]} for _ in range(8)]
+    model = _model()
+    maps = {name: parameter for name, parameter in model.named_parameters() if "feature_map" in name}
+    for weight in maps.values():
+        weight.data.mul_(3.0)
+    before = {name: weight.detach().clone() for name, weight in maps.items()}
+    separation = SeparationCallback("train_begin", kind="average", lr=0.1, batch_size=4, **{option: True})
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        learning_rate=0.0,
+        label_names=["future_values"],
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    Trainer(model, arguments, train_dataset=examples, callbacks=[separation]).train()
+    separated = {name for name in maps if not name.startswith("decoder")}
+    assert 0 < len(separated) < len(maps)
+    for name, weight in maps.items():
+        if name in separated:
+            assert_close(weight.norm(dim=-1), torch.ones(len(weight)))
+        else:
+            assert torch.equal(weight, before[name])
+
+
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_recalled_futures_by_loops(alpha):
     model = _model(memory_beta=3.0, memory_alpha=alpha, minimum_scale=0.5).double()
@@ -406,6 +435,12 @@ def test_bad_memories_are_refused():
         model.store(_windows(), _windows(length=9))
     with pytest.raises(ValueError, match="past_values must have shape"):
         model.store(_windows(length=19), _windows(length=10))
+    with pytest.raises(ValueError, match="future_values must be finite or NaN"):
+        model.store(_windows(), torch.full_like(_windows(length=10), float("inf")))
+    missing = _windows(length=10)
+    missing[0, 2, 1] = float("nan")
+    model.store(_windows(), missing)
+    assert (model.model.memory.futures == 0).nonzero().tolist() == [[1, 0, 2]]
 
 
 def test_a_model_overfits():
