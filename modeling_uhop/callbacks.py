@@ -37,10 +37,13 @@ STATE_FILE = "separation.pt"
 class SeparationCallback(TrainerCallback):
     """Separates what the Hopfield layers of a model retrieve from, before and between the supervised steps of a `Trainer`.
 
-    The defaults are U-Hop Algorithm 2 (arXiv 2404.03827): before every optimizer step, `steps` SGD steps on the feature maps alone, on the
-    separation loss (3.2) of a sampled batch. The memories are those that the model's `memory_sets` yields, for a vision transformer
-    the tokens of an image as each layer's feature map sees them; the losses of the layers are added up for the gradient, and averaged
-    where they are reported.
+    The defaults are what our experiments speak for, of models that are trained from scratch on few examples: before training, SGD steps on
+    all that the features depend on, on the average separation loss (2.6) of U-Hop (arXiv 2404.03827), each on a sampled batch. Its
+    Algorithm 2 is `SeparationCallback(schedule="step", parameters="feature_maps", kind="squared")`. Where what lies below the features is
+    to be kept, as in a pretrained model, let `parameters` be "feature_maps".
+
+    The memories are those that the model's `memory_sets` yields, for a vision transformer the tokens of an image as each layer's feature
+    map sees them; the losses of the layers are added up for the gradient, and averaged where they are reported.
 
     Stage I leaves Stage II alone: it samples its own batches with its own random state, has its own optimizer, leaves no gradient
     behind and moves nothing but what `parameters` says. With `lr=0` training is bitwise what it would be without the callback.
@@ -51,7 +54,7 @@ class SeparationCallback(TrainerCallback):
 
     Args:
         schedule: "train_begin": one round before training. "epoch": a round before each epoch. "step": a round before each optimizer step.
-        steps: Gradient steps in a round, at least 1 (the papers' N, or N_i of Algorithm 2).
+        steps: Gradient steps in a round, at least 1 (the papers' N, or N_i of Algorithm 2); `None`: 100 under "train_begin", else 1.
         parameters: "feature_maps": the maps Phi alone, memories held fixed. "upstream": every trainable parameter that the features
             depend on (embeddings, lower layers, Phi), as the authors' code does. A model without feature maps can only move these.
         kind, temperature: The loss; see `separation_loss`. "denoising" has each memory told from the others of its set by its copy in a
@@ -85,10 +88,10 @@ class SeparationCallback(TrainerCallback):
 
     def __init__(
         self,
-        schedule: str = "step",
-        steps: int = 1,
-        parameters: str = "feature_maps",
-        kind: str = "squared",
+        schedule: str = "train_begin",
+        steps: int | None = None,
+        parameters: str = "upstream",
+        kind: str = "average",
         temperature: float = 0.25,
         noise: float = 0.5,
         final_temperature: float | None = None,
@@ -111,7 +114,7 @@ class SeparationCallback(TrainerCallback):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
         for name, number in (("steps", steps), ("batch_size", batch_size)):
-            if number < 1:
+            if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         for name, size in (("temperature", temperature), ("final_temperature", final_temperature), ("noise", noise)):
             if size is not None and not size > 0:
@@ -119,7 +122,7 @@ class SeparationCallback(TrainerCallback):
         if not lr >= 0:
             raise ValueError(f"lr must be at least 0, got {lr}")
         self.schedule = schedule
-        self.steps = steps
+        self.steps = (100 if schedule == "train_begin" else 1) if steps is None else steps
         self.parameters = parameters
         self.kind = kind
         self.temperature = temperature

@@ -108,7 +108,7 @@ def train_and_push(folder: Path) -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    callback = uhop.SeparationCallback(lr=0.1, batch_size=4)
+    callback = uhop.SeparationCallback(steps=2, batch_size=4)
     trainer = Trainer(model, arguments, train_dataset=examples, callbacks=[callback])
     trainer.train()
     trainer.push_to_hub()

@@ -4,6 +4,7 @@ import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +100,13 @@ def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> b
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+def algorithm_2(
+    schedule: str = "step", steps: int = 1, parameters: str = "feature_maps", kind: str = "squared", **options: Any
+) -> SeparationCallback:
+    """U-Hop Algorithm 2, the choices of which these tests change one at a time."""
+    return SeparationCallback(schedule, steps, parameters, kind, **options)
+
+
 SCHEDULES = [{"schedule": "train_begin", "steps": 4}, {"schedule": "epoch", "steps": 2}, {"schedule": "step"}]
 MOVED = ["feature_maps", "upstream"]
 
@@ -107,16 +115,16 @@ MOVED = ["feature_maps", "upstream"]
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_with_lr_0_training_is_bitwise_what_it_is_without(tmp_path, schedule, parameters, optimizer):
-    callback = SeparationCallback(**schedule, parameters=parameters, optimizer=optimizer, lr=0.0, batch_size=8)
+    callback = algorithm_2(**schedule, parameters=parameters, optimizer=optimizer, lr=0.0, batch_size=8)
     assert _equal(_train(tmp_path), _train(tmp_path, callback))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
 def test_with_a_rate_it_changes_training_and_is_deterministic(tmp_path, schedule):
-    runs = [_train(tmp_path, SeparationCallback(**schedule, batch_size=8)) for _ in range(2)]
+    runs = [_train(tmp_path, algorithm_2(**schedule, batch_size=8)) for _ in range(2)]
     assert _equal(*runs)
     assert not _equal(runs[0], _train(tmp_path))
-    assert not _equal(runs[0], _train(tmp_path, SeparationCallback(**schedule, batch_size=8, seed=123)))
+    assert not _equal(runs[0], _train(tmp_path, algorithm_2(**schedule, batch_size=8, seed=123)))
 
 
 class Freeze(TrainerCallback):
@@ -133,7 +141,7 @@ def test_only_what_it_was_told_to_move_moves(tmp_path, schedule):
     before = {name: p.detach().clone() for name, p in _model().named_parameters()}
     moved = {}
     for parameters in MOVED:
-        after = _train(tmp_path, SeparationCallback(**schedule, parameters=parameters, batch_size=8), Freeze())
+        after = _train(tmp_path, algorithm_2(**schedule, parameters=parameters, batch_size=8), Freeze())
         moved[parameters] = {name for name in before if not torch.equal(before[name], after[name])}
     maps = {name for name in before if "feature_map" in name}
     assert moved["feature_maps"] == maps
@@ -150,7 +158,7 @@ def test_frozen_parameters_stay(tmp_path):
     model.vit.embeddings.requires_grad_(False)
     first_map = model.vit.layers[0].attention.feature_map.weight.requires_grad_(False)
     kept = [p.detach().clone() for p in (*model.vit.embeddings.parameters(), first_map)]
-    _train(tmp_path, SeparationCallback("train_begin", steps=2, parameters="upstream", batch_size=8), model=model)
+    _train(tmp_path, algorithm_2("train_begin", steps=2, parameters="upstream", batch_size=8), model=model)
     assert all(torch.equal(a, b) for a, b in zip(kept, (*model.vit.embeddings.parameters(), first_map), strict=True))
 
 
@@ -163,7 +171,7 @@ def test_one_step_is_sgd_on_the_summed_losses_of_the_layers(tmp_path, kind, clas
     memories = [s.memories.detach() for s in model.memory_sets(dataset.images, include_class_token=class_token)]
     losses = [separation_loss(m @ w.mT, kind=kind, temperature=0.4) for m, w in zip(memories, weights, strict=True)]
     expected = [w - 0.3 * g for w, g in zip(weights, torch.autograd.grad(sum(losses), weights), strict=True)]
-    callback = SeparationCallback("train_begin", kind=kind, temperature=0.4, lr=0.3, batch_size=8, include_class_token=class_token)
+    callback = algorithm_2("train_begin", kind=kind, temperature=0.4, lr=0.3, batch_size=8, include_class_token=class_token)
     after = _train(tmp_path, callback, Freeze(), model=model, dataset=dataset)
     for i, weight in enumerate(expected):
         assert_close(after[f"vit.layers.{i}.attention.feature_map.weight"], weight)
@@ -178,7 +186,7 @@ def test_without_phi_the_memories_themselves_are_separated(tmp_path):
     gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
     expected = {name: p if (g := gradients[name]) is None else p - 0.3 * g for name, p in named.items()}
     expected = {name: value.detach().clone() for name, value in expected.items()}
-    callback = SeparationCallback("train_begin", parameters="upstream", kind="average", lr=0.3, batch_size=8)
+    callback = algorithm_2("train_begin", parameters="upstream", kind="average", lr=0.3, batch_size=8)
     after = _train(tmp_path, callback, Freeze(), model=model, dataset=dataset)
     for name, value in expected.items():
         assert_close(after[name], value)
@@ -195,7 +203,7 @@ def test_denoising_tells_memories_from_noisy_copies(tmp_path, monkeypatch):
         return sets
 
     monkeypatch.setattr(model, "memory_sets", watched)
-    callback = SeparationCallback("train_begin", steps=4, kind="denoising", temperature=0.2, noise=0.7, lr=0.0, batch_size=40)
+    callback = algorithm_2("train_begin", steps=4, kind="denoising", temperature=0.2, noise=0.7, lr=0.0, batch_size=40)
     _train(tmp_path, callback, model=model, dataset=Images(size=40, augment=False))
     (clean, features), (noisy, copies) = seen[:2]
     assert (noisy - clean).std().item() == pytest.approx(0.7, rel=0.05)
@@ -213,7 +221,7 @@ def test_denoising_bags_ignores_their_padding():
     noisy = {**batch, "instances": batch["instances"] + 0.1}
     (copies,) = model.memory_sets(**noisy)
     each = [denoising_loss(copies.features()[i, :size], stored.features()[i, :size]) * size for i, size in ((0, 1), (1, 4), (2, 2))]
-    callback = SeparationCallback(kind="denoising", temperature=0.1)
+    callback = algorithm_2(kind="denoising", temperature=0.1)
     arguments = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
     assert_close(callback._losses(arguments, model, [batch, noisy], 0.1), (sum(each) / 7).unsqueeze(0))
 
@@ -234,7 +242,7 @@ def test_no_gradient_is_left_and_modes_come_back(tmp_path):
             model.train()
             model.vit.layernorm.eval()
 
-    _train(tmp_path, SeparationCallback(parameters="upstream", batch_size=8), Watch())
+    _train(tmp_path, algorithm_2(parameters="upstream", batch_size=8), Watch())
     assert Watch.seen == 12
 
 
@@ -248,7 +256,7 @@ def test_no_gradient_is_left_and_modes_come_back(tmp_path):
     ids=lambda value: value.get("schedule") if isinstance(value, dict) else None,
 )
 def test_the_loss_before_and_after_is_logged(tmp_path, schedule, entries, steps):
-    callback = SeparationCallback(**schedule, batch_size=16, lr=0.5)
+    callback = algorithm_2(**schedule, batch_size=16, lr=0.5)
     trainer = _trainer(tmp_path, callback)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "separation_loss" in entry]
@@ -265,7 +273,7 @@ def test_annealing_covers_all_rounds(tmp_path):
         ({"schedule": "step"}, 12),
     ):
         seen: list[float] = []
-        callback = SeparationCallback(**schedule, temperature=0.8, final_temperature=0.1, batch_size=8)
+        callback = algorithm_2(**schedule, temperature=0.8, final_temperature=0.1, batch_size=8)
         step = callback._step
         callback._step = lambda *args, step=step, seen=seen: seen.append(args[-1]) or step(*args)  # type: ignore[method-assign]
         _train(tmp_path, callback)
@@ -274,16 +282,16 @@ def test_annealing_covers_all_rounds(tmp_path):
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
 def test_rows_can_be_normalised(tmp_path, option):
-    callback = SeparationCallback("train_begin", steps=3, batch_size=8, **{option: True})
+    callback = algorithm_2("train_begin", steps=3, batch_size=8, **{option: True})
     after = _train(tmp_path, callback, Freeze())
     rows = [after[name].norm(dim=-1) for name in after if "feature_map" in name]
     assert_close(torch.stack(rows), torch.ones(2, 16))
-    free = _train(tmp_path, SeparationCallback("train_begin", steps=3, batch_size=8), Freeze())
+    free = _train(tmp_path, algorithm_2("train_begin", steps=3, batch_size=8), Freeze())
     assert not torch.allclose(free["vit.layers.0.attention.feature_map.weight"].norm(dim=-1), torch.ones(16), atol=1e-4)
 
 
 def test_gradient_accumulation_gives_one_round_an_optimizer_step(tmp_path):
-    callback = SeparationCallback(batch_size=8, lr=0.0)
+    callback = algorithm_2(batch_size=8, lr=0.0)
     accumulated = _train(tmp_path, callback, gradient_accumulation_steps=3)
     assert callback._steps_done == 4
     assert _equal(accumulated, _train(tmp_path, gradient_accumulation_steps=3))
@@ -291,7 +299,7 @@ def test_gradient_accumulation_gives_one_round_an_optimizer_step(tmp_path):
 
 def test_bf16_training(tmp_path):
     schedule = {"schedule": "train_begin", "steps": 5, "batch_size": 16, "lr": 0.5}
-    full, half = SeparationCallback(**schedule), SeparationCallback(**schedule)
+    full, half = algorithm_2(**schedule), algorithm_2(**schedule)
     _train(tmp_path, full)
     _train(tmp_path, half, bf16=True)
     losses = [[entry["separation_loss"] for entry in callback.history] for callback in (full, half)]
@@ -300,7 +308,7 @@ def test_bf16_training(tmp_path):
 
 
 def test_a_streamed_data_set_is_read_in_order_round_and_round(tmp_path):
-    callback = SeparationCallback(batch_size=16)
+    callback = algorithm_2(batch_size=16)
     _train(tmp_path, callback, dataset=Stream(), max_steps=5)
     assert callback._steps_done == 5
     images = Images(augment=False).images
@@ -310,17 +318,17 @@ def test_a_streamed_data_set_is_read_in_order_round_and_round(tmp_path):
 
 
 def test_a_data_set_smaller_than_the_batch(tmp_path):
-    callback = SeparationCallback("train_begin", batch_size=64, steps=2)
+    callback = algorithm_2("train_begin", batch_size=64, steps=2)
     _train(tmp_path, callback, dataset=Images(size=10))
     assert len(callback.history) == 2
 
 
 def test_a_stream_has_an_epoch_each_time_it_is_read(tmp_path):
-    callback = SeparationCallback("epoch", steps=1, batch_size=8)
+    callback = algorithm_2("epoch", steps=1, batch_size=8)
     _train(tmp_path, callback, dataset=Stream(), max_steps=18)
     assert [entry["step"] for entry in callback.history] == [0, 6, 12]
     with pytest.raises(ValueError, match="which a stream has not"):
-        _train(tmp_path, SeparationCallback("epoch", final_temperature=0.1), dataset=Stream(), max_steps=6)
+        _train(tmp_path, algorithm_2("epoch", final_temperature=0.1), dataset=Stream(), max_steps=6)
 
 
 class Counting(IterableDataset):
@@ -346,16 +354,16 @@ class Empty(IterableDataset):
 
 def test_a_stream_with_a_state_is_left_alone(tmp_path):
     expected = _train(tmp_path, dataset=Counting(), max_steps=12)
-    assert _equal(expected, _train(tmp_path, SeparationCallback(lr=0.0, batch_size=16), dataset=Counting(), max_steps=12))
+    assert _equal(expected, _train(tmp_path, algorithm_2(lr=0.0, batch_size=16), dataset=Counting(), max_steps=12))
 
 
 def test_an_empty_stream_is_refused(tmp_path):
     with pytest.raises(ValueError, match="empty stream"):
-        _train(tmp_path, SeparationCallback("train_begin"), dataset=Empty(), max_steps=2)
+        _train(tmp_path, algorithm_2("train_begin"), dataset=Empty(), max_steps=2)
 
 
 def test_only_measured_losses_are_logged(tmp_path):
-    trainer = _trainer(tmp_path, SeparationCallback(batch_size=8, lr=0.5), logging_strategy="epoch", logging_steps=500)
+    trainer = _trainer(tmp_path, algorithm_2(batch_size=8, lr=0.5), logging_strategy="epoch", logging_steps=500)
     trainer.train()
     logged = [entry["separation_loss"] for entry in trainer.state.log_history if "separation_loss" in entry]
     assert len(set(logged)) == 2
@@ -367,13 +375,13 @@ def test_a_frozen_map_keeps_its_rows(tmp_path, option):
     weight = model.vit.layers[0].attention.feature_map.weight.requires_grad_(False)
     weight.mul_(3.0)
     kept = weight.clone()
-    _train(tmp_path, SeparationCallback("train_begin", batch_size=8, **{option: True}), model=model)
+    _train(tmp_path, algorithm_2("train_begin", batch_size=8, **{option: True}), model=model)
     assert torch.equal(weight, kept)
 
 
 def test_one_process_alone_saves(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "should_save", property(lambda self: False))
-    callback = SeparationCallback(batch_size=8)
+    callback = algorithm_2(batch_size=8)
     trainer = _trainer(tmp_path, callback)
     trainer.train()
     (tmp_path / "checkpoint-12").mkdir()
@@ -386,7 +394,7 @@ def test_one_process_alone_saves(tmp_path, monkeypatch):
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
 def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, optimizer):
     def callback() -> SeparationCallback:
-        return SeparationCallback(**schedule, optimizer=optimizer, lr=0.01, batch_size=8, parameters="upstream", final_temperature=0.1)
+        return algorithm_2(**schedule, optimizer=optimizer, lr=0.01, batch_size=8, parameters="upstream", final_temperature=0.1)
 
     # Inside an epoch the Trainer itself reads the first batch with another random state, so augmentation is left out there.
     images = Images(augment=stop == 6)
@@ -402,8 +410,8 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
 
 def test_a_resume_in_the_process_that_failed_repeats_the_round_it_lost(tmp_path):
     settings = {"dataset": Images(augment=False), "save_strategy": "steps", "save_steps": 4}
-    expected = _train(tmp_path / "whole", SeparationCallback(batch_size=8), **settings)
-    trainer = _trainer(tmp_path / "broken", SeparationCallback(batch_size=8), **settings)
+    expected = _train(tmp_path / "whole", algorithm_2(batch_size=8), **settings)
+    trainer = _trainer(tmp_path / "broken", algorithm_2(batch_size=8), **settings)
     calls = 0
 
     def fail_once(module, args, kwargs):
@@ -420,7 +428,7 @@ def test_a_resume_in_the_process_that_failed_repeats_the_round_it_lost(tmp_path)
 
 
 def test_a_round_that_failed_is_not_taken_for_done(tmp_path, monkeypatch):
-    callback = SeparationCallback("train_begin", steps=4, batch_size=8)
+    callback = algorithm_2("train_begin", steps=4, batch_size=8)
     step, calls = callback._step, []
 
     def interrupted(*args):
@@ -443,7 +451,7 @@ def test_a_separation_step_that_runs_out_of_memory_says_so(tmp_path, monkeypatch
     def exhausted(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
-    callback = SeparationCallback(schedule, batch_size=8)
+    callback = algorithm_2(schedule, batch_size=8)
     monkeypatch.setattr(callback, "_step", exhausted)
     with pytest.raises(MemoryError, match="the separation step ran out of memory with batch_size=8"):
         _train(tmp_path, callback, auto_find_batch_size=True)
@@ -453,7 +461,7 @@ def test_a_frozen_backbone_without_phi_is_refused(tmp_path):
     model = _model(use_feature_map=False)
     model.vit.requires_grad_(False)
     with pytest.raises(ValueError, match="all that the memories' features depend on is frozen"):
-        _train(tmp_path, SeparationCallback(parameters="upstream"), model=model)
+        _train(tmp_path, algorithm_2(parameters="upstream"), model=model)
 
 
 def test_a_resume_from_elsewhere(tmp_path):
@@ -461,18 +469,18 @@ def test_a_resume_from_elsewhere(tmp_path):
     images = Images(augment=False)
     # Nothing is logged before the checkpoint: what it holds must not be told by the log.
     saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 500}
-    expected = _train(tmp_path / "first", SeparationCallback(**schedule), dataset=images, **saving)
+    expected = _train(tmp_path / "first", algorithm_2(**schedule), dataset=images, **saving)
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "first" / "checkpoint-4", moved)
     with pytest.raises(FileNotFoundError, match="resume_from=checkpoint folder"):
-        _train(tmp_path / "second", SeparationCallback(**schedule), resume=str(moved))
+        _train(tmp_path / "second", algorithm_2(**schedule), resume=str(moved))
     with pytest.raises(ValueError, match="was written with optimizer='adam', and cannot go on with optimizer='sgd'"):
-        _train(tmp_path / "second", SeparationCallback(**{**schedule, "optimizer": "sgd"}, resume_from=moved), resume=str(moved))
-    actual = _train(tmp_path / "second", SeparationCallback(**schedule, resume_from=moved), dataset=images, resume=str(moved))
+        _train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "sgd"}, resume_from=moved), resume=str(moved))
+    actual = _train(tmp_path / "second", algorithm_2(**schedule, resume_from=moved), dataset=images, resume=str(moved))
     assert _equal(expected, actual)
     other = tmp_path / "first" / "checkpoint-8"
     with pytest.raises(ValueError, match="belongs to other weights"):
-        _train(tmp_path / "third", SeparationCallback(**schedule, resume_from=other), resume=str(moved))
+        _train(tmp_path / "third", algorithm_2(**schedule, resume_from=other), resume=str(moved))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
@@ -482,14 +490,14 @@ def test_a_resume_from_a_checkpoint_that_predates_the_callback(tmp_path, schedul
     checkpoint = str(tmp_path / "checkpoint-6")
     runs = []
     for _ in range(2):
-        callback = SeparationCallback(**schedule, batch_size=8)
+        callback = algorithm_2(**schedule, batch_size=8)
         with pytest.warns(UserWarning, match="predates the separation step"):
             weights = _train(tmp_path / "out", callback, dataset=images, resume=checkpoint, save_strategy="steps", save_steps=3)
         runs.append(weights)
     assert _equal(*runs)
     assert (tmp_path / "out" / "checkpoint-9" / STATE_FILE).is_file()
     checkpoint = str(tmp_path / "out" / "checkpoint-9")
-    again = _train(tmp_path / "out", SeparationCallback(**schedule, batch_size=8), dataset=images, resume=checkpoint)
+    again = _train(tmp_path / "out", algorithm_2(**schedule, batch_size=8), dataset=images, resume=checkpoint)
     assert _equal(runs[0], again)
 
 
@@ -504,7 +512,7 @@ def test_a_step_that_runs_out_of_memory_is_tried_with_fewer_examples_and_without
     for size in (4, 5):
         model = _model(hidden_dropout_prob=0.0)
         model.register_forward_pre_hook(crowded, with_kwargs=True)
-        callbacks.append(SeparationCallback(**schedule, lr=0.3, batch_size=8))
+        callbacks.append(algorithm_2(**schedule, lr=0.3, batch_size=8))
         options = {"per_device_train_batch_size": size, "auto_find_batch_size": size == 5}
         weights.append(_train(tmp_path, callbacks[-1], model=model, **settings, **options))
     assert _equal(*weights)
@@ -513,28 +521,28 @@ def test_a_step_that_runs_out_of_memory_is_tried_with_fewer_examples_and_without
 
 def test_a_model_without_phi_is_refused(tmp_path):
     with pytest.raises(ValueError, match="use_feature_map=True"):
-        _train(tmp_path, SeparationCallback(), model=_model(use_feature_map=False))
+        _train(tmp_path, algorithm_2(), model=_model(use_feature_map=False))
     with pytest.raises(ValueError, match="use_feature_map=True"):
-        _train(tmp_path, SeparationCallback(parameters="upstream", project=True), model=_model(use_feature_map=False))
+        _train(tmp_path, algorithm_2(parameters="upstream", project=True), model=_model(use_feature_map=False))
     with pytest.raises(ValueError, match="Linear has none"):
-        _train(tmp_path, SeparationCallback(parameters="upstream"), model=nn.Linear(2, 2))
+        _train(tmp_path, algorithm_2(parameters="upstream"), model=nn.Linear(2, 2))
     frozen = _model()
     for layer in frozen.vit.layers:
         layer.attention.feature_map.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen"):
-        _train(tmp_path, SeparationCallback(), model=frozen)
+        _train(tmp_path, algorithm_2(), model=frozen)
 
 
 def test_a_single_memory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="needs two memories, got one"):
-        _train(tmp_path, SeparationCallback(), model=_model(patch_size=8))
-    _train(tmp_path, SeparationCallback(include_class_token=True, batch_size=8), model=_model(patch_size=8))
+        _train(tmp_path, algorithm_2(), model=_model(patch_size=8))
+    _train(tmp_path, algorithm_2(include_class_token=True, batch_size=8), model=_model(patch_size=8))
 
 
 def test_seeds_draw_unrelated_batches(tmp_path):
     batches = {}
     for seed in (0, 1):
-        callback = SeparationCallback("train_begin", batch_size=8, seed=seed)
+        callback = algorithm_2("train_begin", batch_size=8, seed=seed)
         _train(tmp_path, callback, dataset=Images(augment=False))
         batches[seed] = [callback._sample(seed, index)["pixel_values"] for index in range(4)]
     drawn = torch.stack(batches[0] + batches[1])
@@ -543,7 +551,7 @@ def test_seeds_draw_unrelated_batches(tmp_path):
 
 @pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_sharded_parameters_are_refused(tmp_path, monkeypatch, kind):
-    trainer = _trainer(tmp_path, SeparationCallback())
+    trainer = _trainer(tmp_path, algorithm_2())
     callback = trainer.callback_handler.callbacks[1]
     assert isinstance(callback, SeparationCallback)
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
@@ -555,7 +563,7 @@ def test_sharded_parameters_are_refused(tmp_path, monkeypatch, kind):
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
-    callback = SeparationCallback()
+    callback = algorithm_2()
     trainer = _trainer(tmp_path, callback)
     setattr(trainer.args, engine, "full_shard")
     with pytest.raises(NotImplementedError, match=f"under {engine}"):
@@ -581,7 +589,29 @@ def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        SeparationCallback(**arguments)
+        algorithm_2(**arguments)
+
+
+@pytest.mark.parametrize(("schedule", "steps"), [("train_begin", 100), ("epoch", 1), ("step", 1)])
+def test_a_round_is_long_where_there_is_but_one(schedule, steps):
+    assert SeparationCallback(schedule).steps == steps
+    assert SeparationCallback(schedule, steps=7).steps == 7
+
+
+def test_by_default_all_below_the_features_moves_once_before_training(tmp_path):
+    def run(callback):
+        model = _model(hidden_dropout_prob=0.0)
+        return _train(tmp_path, callback, model=model, dataset=Images(augment=False), learning_rate=0.0, num_train_epochs=1)
+
+    plain = SeparationCallback(batch_size=16)
+    before = {name: parameter.detach().clone() for name, parameter in _model().named_parameters()}
+    after = run(plain)
+    assert _equal(after, run(SeparationCallback("train_begin", 100, "upstream", "average", batch_size=16)))
+    assert len(plain.history) == 100
+    assert plain.history[0]["separation_loss"] > plain.history[-1]["separation_loss"]
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {"vit.embeddings.patch_embeddings.projection.weight", "vit.layers.0.attention.feature_map.weight"} <= moved
+    assert not [name for name in moved if name.startswith("classifier")]
 
 
 @pytest.mark.parametrize("pool_memories", [True, False])
@@ -590,7 +620,7 @@ def test_pooled_memories_are_one_set(tmp_path, pool_memories):
     model = UHopMILForBagClassification(UHopMILConfig(instance_dim=5, hidden_size=8, num_attention_heads=2))
     bags = [{"instances": torch.randn(size, 5), "label": size % 2} for size in (1, 4, 2, 6)]
     collate = DataCollatorForBags()
-    separation = SeparationCallback("train_begin", kind="average", pool_memories=pool_memories, batch_size=4)
+    separation = algorithm_2("train_begin", kind="average", pool_memories=pool_memories, batch_size=4)
     arguments = TrainingArguments(
         str(tmp_path), num_train_epochs=1, report_to="none", save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False
     )

@@ -219,7 +219,7 @@ def test_a_converted_model_trains_with_the_separation_step(tmp_path):
     ours = UHopViTForImageClassification.from_vit(_classifier("deit"), alpha=1.5)
     before = ours.vit.layers[0].attention.feature_map.weight.detach().clone()
     examples = [{"pixel_values": torch.randn(3, 12, 12), "labels": index % 5} for index in range(8)]
-    callback = SeparationCallback("train_begin", steps=5, kind="average", lr=1.0, batch_size=8)
+    callback = SeparationCallback("train_begin", steps=5, parameters="feature_maps", lr=1.0, batch_size=8)
     arguments = TrainingArguments(str(tmp_path), max_steps=2, learning_rate=0.0, report_to="none", save_strategy="no", disable_tqdm=True)
     Trainer(ours, arguments, train_dataset=examples, callbacks=[callback]).train()
     assert callback.history[-1]["separation_loss"] < callback.history[0]["separation_loss"]

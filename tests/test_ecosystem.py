@@ -289,7 +289,7 @@ def test_an_adapter_that_transformers_adds_is_separated_saved_and_loaded(tmp_pat
     model = make_model(family, **fields)
     model.add_adapter(LoraConfig(**ADAPTERS))
     before = copy_of(model)
-    callback = SeparationCallback(schedule="train_begin", steps=10, lr=0.1, batch_size=12)
+    callback = SeparationCallback(steps=10, parameters="feature_maps", batch_size=12)
     make_trainer(tmp_path, model, Examples(family), callback, learning_rate=0.0).train()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved
@@ -427,7 +427,7 @@ def test_tensorboard_behind_the_callback_has_the_separation_loss_beside_the_loss
 
 def test_tensorboard_of_the_trainer_has_the_loss(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
-    trainer = make_trainer(tmp_path, make_model("vit"), Examples("vit"), SeparationCallback(batch_size=8), report_to="tensorboard")
+    trainer = make_trainer(tmp_path, make_model("vit"), Examples("vit"), SeparationCallback(steps=2, batch_size=8), report_to="tensorboard")
     trainer.train()
     events = EventAccumulator(str(tmp_path / "events")).Reload()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -460,7 +460,7 @@ def test_a_stream_of_images_trains_a_vision_transformer_as_the_same_images_in_a_
     for dataset in stream_of(tmp_path, rows, Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"])})):
         images = dataset.map(prepared, batched=True, remove_columns=["image", "label"]).with_format("torch")
         # As many as there are images: of a stream the first, of a list any, and so in both cases all of them.
-        callback = SeparationCallback(schedule="step", lr=0.5, batch_size=10)
+        callback = SeparationCallback(schedule="step", parameters="feature_maps", kind="squared", lr=0.5, batch_size=10)
         trainer = make_trainer(tmp_path, make_model("vit", alpha=1.5), images, callback, max_steps=5, **PLAIN_STEPS)
         trainer.train()
         weights.append(copy_of(trainer.model))
@@ -479,7 +479,7 @@ def test_a_stream_of_ragged_bags_trains_a_bag_classifier_as_the_same_bags_in_a_l
     rows = {"instances": [generator.normal(size=(size, 6)).tolist() for size in (1, 5, 3, 4, 2, 7)], "label": [0, 1, 1, 0, 1, 0]}
     weights = []
     for bags in stream_of(tmp_path, rows, Features({"instances": List(List(Value("float32"))), "label": Value("int64")})):
-        callback = SeparationCallback(schedule="step", lr=0.5, batch_size=6)
+        callback = SeparationCallback(schedule="step", parameters="feature_maps", kind="squared", lr=0.5, batch_size=6)
         arguments = {"max_steps": 5, "per_device_train_batch_size": 2, **PLAIN_STEPS}
         trainer = make_trainer(tmp_path, make_model("mil"), bags, callback, collator=DataCollatorForBags(), **arguments)
         trainer.train()
@@ -494,7 +494,7 @@ def test_a_stream_of_ragged_bags_trains_a_bag_classifier_as_the_same_bags_in_a_l
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_loop_of_accelerate_separates_and_trains_as_the_trainer_with_the_callback(tmp_path, family):
     examples = Examples(family, size=8)
-    callback = SeparationCallback(schedule="step", kind="average", lr=0.3, batch_size=8)
+    callback = SeparationCallback(schedule="step", parameters="feature_maps", lr=0.3, batch_size=8)
     trainer = make_trainer(tmp_path, make_model(family), examples, callback, **PLAIN_STEPS)
     trainer.train()
 
@@ -522,8 +522,8 @@ def test_a_loop_of_accelerate_separates_and_trains_as_the_trainer_with_the_callb
 
 def test_maximize_separation_of_a_models_memory_sets_is_a_round_of_the_callback(tmp_path):
     examples = Examples("vit", size=8)
-    algorithm_1 = {"kind": "average", "optimizer": "adam", "normalize_rows": True}
-    callback = SeparationCallback(schedule="train_begin", steps=10, lr=0.01, batch_size=8, **algorithm_1)
+    algorithm_1 = {"parameters": "feature_maps", "optimizer": "adam", "normalize_rows": True}
+    callback = SeparationCallback(steps=10, lr=0.01, batch_size=8, **algorithm_1)
     trainer = make_trainer(tmp_path, make_model("vit", num_hidden_layers=1), examples, callback, learning_rate=0.0)
     trainer.train()
 

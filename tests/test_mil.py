@@ -285,7 +285,7 @@ def test_options_of_the_trainer(options):
 @pytest.mark.parametrize("pool_memories", [True, False])
 def test_separation_before_training(pool_memories):
     bags = _bags()
-    separation = {"schedule": "train_begin", "steps": 20, "kind": "average", "lr": 0.5, "batch_size": 8, "pool_memories": pool_memories}
+    separation = {"steps": 20, "parameters": "feature_maps", "lr": 0.5, "batch_size": 8, "pool_memories": pool_memories}
     kept: list[SeparationCallback] = []
 
     class Kept(SeparationCallback):

@@ -145,8 +145,8 @@ def test_defaults_that_are_spelled_out_make_no_other_recipe():
     for changes in others:
         assert not same_training(recipe, {**recipe, **changes})
     separated = {**recipe, "separation": {"lr": 0.1}}
-    assert same_training(separated, {**recipe, "separation": {"lr": 0.1, "schedule": "step", "kind": "squared"}})
-    assert not same_training(separated, {**recipe, "separation": {"lr": 0.1, "kind": "average"}})
+    assert same_training(separated, {**recipe, "separation": {"lr": 0.1, "schedule": "train_begin", "kind": "average"}})
+    assert not same_training(separated, {**recipe, "separation": {"lr": 0.1, "kind": "squared"}})
     variants = {"sparse": ["model.alpha=2.0"], "dense": ["model.alpha=1.0"]}
     assert variant_as_released(recipe, variants) == "dense"
     with pytest.raises(ValueError, match="no variant of my_vit is the recipe itself"):
