@@ -82,6 +82,8 @@ def curves_figure(path: Path, gathered: dict[str, Any]) -> None:
     keys = gathered["sweep"]["curves"]
     figure, axes = plt.subplots(1, len(keys), figsize=(4.4 * len(keys), 4.2), layout="constrained", squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=True):
+        # Past the last colour the colours come again, in other strokes.
+        axis.set_prop_cycle(matplotlib.cycler(linestyle=["-", "--"]) * plt.rcParams["axes.prop_cycle"])
         for name, variant in gathered["variants"].items():
             epochs, values = variant["curves"][key]["epoch"], np.array(variant["curves"][key]["values"])
             (line,) = axis.plot(epochs, values.mean(0), marker=".", label=name)
