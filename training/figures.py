@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from scipy.stats import t as student_t
 
 
@@ -83,7 +84,7 @@ def curves_figure(path: Path, gathered: dict[str, Any]) -> None:
     figure, axes = plt.subplots(1, len(keys), figsize=(4.4 * len(keys), 4.2), layout="constrained", squeeze=False)
     for axis, key in zip(axes.flat, keys, strict=True):
         # Past the last colour the colours come again, in other strokes.
-        axis.set_prop_cycle(matplotlib.cycler(linestyle=["-", "--"]) * plt.rcParams["axes.prop_cycle"])
+        axis.set_prop_cycle(cycler(linestyle=["-", "--"]) * plt.rcParams["axes.prop_cycle"])
         for name, variant in gathered["variants"].items():
             epochs, values = variant["curves"][key]["epoch"], np.array(variant["curves"][key]["values"])
             (line,) = axis.plot(epochs, values.mean(0), marker=".", label=name)
