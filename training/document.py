@@ -41,8 +41,9 @@ def main() -> None:
     for results_path, results in images.items():
         if results.get("sweep", {}).get("curves"):
             curves_figure(results_path.with_name(f"{results_path.stem}_curves.png"), results)
-    for name in {results["recipe"]["name"] for results in images.values() if results.get("sweep", {}).get("suffix")}:
-        of_one_recipe = [results for results in images.values() if results["recipe"]["name"] == name and "variants" in results]
+    gathered = [results for results in images.values() if "variants" in results]
+    for name in {results["recipe"]["name"] for results in gathered if any(" images: " in variant for variant in results["variants"])}:
+        of_one_recipe = [results for results in gathered if results["recipe"]["name"] == name]
         samples_figure(RESULTS / f"{name}_samples.png", of_one_recipe)
     for card, text in released_cards().items():
         card.write_text(text)
