@@ -193,7 +193,7 @@ def test_what_is_no_finished_run_is_refused_and_what_is_no_result_stays_here(tmp
     expected = ["README.md", "a.png", "config.json", "model.safetensors", "results.json"]
     assert [path.name for path in files_of(tmp_path)] == expected
     # Where the data lay on this machine stays here too.
-    (tmp_path / "recipe.yaml").write_text("data: {dataset: /home/me/pictures}\n")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": {"dataset": str(tmp_path / "pictures")}}))
     (tmp_path / "results.json").write_text('{"recipe": {"data": {"dataset": "pictures"}}}')
     assert yaml.safe_load(recorded_recipe(tmp_path)) == {"data": {"dataset": "pictures"}}
     (tmp_path / "model.safetensors").unlink()

@@ -317,23 +317,19 @@ def test_memory_sets_are_what_the_layers_retrieve_from():
         assert_close(memory_set.memories, memories)
 
 
+def _trainer(folder, model, callback, **arguments) -> Trainer:
+    examples = [{"past_values": _windows(1)[0], "future_values": _windows(1, 10)[0]} for _ in range(16)]
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False}
+    settings = TrainingArguments(str(folder), label_names=["future_values"], **quiet, **arguments)
+    return Trainer(model, settings, train_dataset=examples, eval_dataset=examples, callbacks=[callback])
+
+
 @pytest.mark.parametrize("parameters", ["feature_maps", "upstream"])
 def test_training_with_stage_one(tmp_path, parameters):
-    examples = [{"past_values": _windows(1)[0], "future_values": _windows(1, 10)[0]} for _ in range(16)]
     separation = SeparationCallback("step", kind="average", parameters=parameters, batch_size=4)
-    arguments = TrainingArguments(
-        str(tmp_path),
-        max_steps=4,
-        per_device_train_batch_size=4,
-        label_names=["future_values"],
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
     model = _model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    trainer = Trainer(model, arguments, train_dataset=examples, eval_dataset=examples, callbacks=[separation])
+    trainer = _trainer(tmp_path, model, separation, max_steps=4, per_device_train_batch_size=4)
     trainer.train()
     assert all(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert np.isfinite([entry["separation_loss"] for entry in separation.history]).all()
@@ -342,24 +338,13 @@ def test_training_with_stage_one(tmp_path, parameters):
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
 def test_only_maps_that_stage_one_separates_get_unit_rows(tmp_path, option):
-    examples = [{"past_values": _windows(1)[0], "future_values": _windows(1, 10)[0]} for _ in range(8)]
     model = _model()
     maps = {name: parameter for name, parameter in model.named_parameters() if "feature_map" in name}
     for weight in maps.values():
         weight.data.mul_(3.0)
     before = {name: weight.detach().clone() for name, weight in maps.items()}
     separation = SeparationCallback("train_begin", kind="average", lr=0.1, batch_size=4, **{option: True})
-    arguments = TrainingArguments(
-        str(tmp_path),
-        max_steps=1,
-        learning_rate=0.0,
-        label_names=["future_values"],
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
-    Trainer(model, arguments, train_dataset=examples, callbacks=[separation]).train()
+    _trainer(tmp_path, model, separation, max_steps=1, learning_rate=0.0).train()
     separated = {name for name in maps if not name.startswith("decoder")}
     assert 0 < len(separated) < len(maps)
     for name, weight in maps.items():

@@ -186,7 +186,7 @@ def test_the_skip_may_begin_as_the_ridge_map(series):
 )
 def test_a_start_that_the_model_cannot_have_is_refused(model, start, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
-        check_skip_start(STanHopRecipe("a", SeriesDataRecipe("synthetic"), model=model, skip_start=start))
+        check_skip_start(start, STanHopConfig(**model))
 
 
 def test_the_memory_of_windows_by_loops(series):

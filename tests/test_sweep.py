@@ -103,14 +103,14 @@ def test_two_sweeps_of_a_recipe_do_not_share_a_results_file(project, monkeypatch
     assert [file.name for file in (project / "results").iterdir()] == ["fake_again.json"]
 
 
-def test_a_second_sweep_at_once_is_kept_out_of_the_folder(project):
-    with alone_in(project / "runs"):
-        with pytest.raises(RecipeError, match=r"another sweep is running in .*runs"), alone_in(project / "runs"):
-            pass
-        with alone_in(project / "elsewhere"):
-            pass
-    with alone_in(project / "runs"):
-        pass
+def test_a_second_sweep_at_once_is_kept_out_of_the_folder(project, monkeypatch):
+    path = write(project, once=[])
+    monkeypatch.setattr("sys.argv", ["sweep", str(path), "--runs", str(project / "runs"), "--results", str(project / "results")])
+    with alone_in(project / "runs" / path.stem), pytest.raises(SystemExit, match=r"another sweep is running in .*runs"):
+        sweep_module.main()
+    assert not (project / "results").exists()
+    sweep_module.main()
+    assert (project / "results" / "fake.json").is_file()
 
 
 def test_finished_runs_of_the_same_command_and_recipe_are_kept(project):

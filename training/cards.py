@@ -28,7 +28,7 @@ FIGURES = {
     "forecast.png": "Forecasts beside the windows that a memory retrieves",
     "weights.png": "Association weights over time and over series",
 }
-# Fields of some recipes, beside these, that a run of another value of is another run.
+# Fields that only some recipes have, and that tell their runs apart.
 OPTIONS = ("ensemble", "architecture", "skip_start")
 # The number of memories and the conditions that a memory's card speaks of.
 MEMORIES, PANEL = "100", "unit norm, beta 10"

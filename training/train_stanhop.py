@@ -59,9 +59,9 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     """Run a recipe and leave everything it makes in `folder`; the metrics."""
     check_output_dir(folder, overwrite, resume=False)
     check_judge(recipe.judge)
-    check_skip_start(recipe)
     series = load_series(recipe.data)
     config = STanHopConfig(**{**recipe.model, "num_input_channels": series.values.shape[1]})
+    check_skip_start(recipe.skip_start, config)
     lengths = (config.context_length, config.prediction_length)
     train, every = series.windows("train", *lengths), series.windows("validation", *lengths)
     validation: Subset = Subset(every, range(0, len(every), recipe.data.validation_stride))
@@ -111,12 +111,11 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     return metrics
 
 
-def check_skip_start(recipe: STanHopRecipe) -> None:
+def check_skip_start(start: str, config: STanHopConfig) -> None:
     """A `RecipeError` for a start that there is not, or that the model has no skip for; the ridge solution is of unscaled windows."""
-    if recipe.skip_start not in ("zero", "ridge"):
-        raise RecipeError(f"skip_start must be 'zero' or 'ridge', got {recipe.skip_start!r}")
-    config = STanHopConfig(**recipe.model)
-    if recipe.skip_start == "ridge" and (not config.use_linear_skip or config.scaling is not None):
+    if start not in ("zero", "ridge"):
+        raise RecipeError(f"skip_start must be 'zero' or 'ridge', got {start!r}")
+    if start == "ridge" and (not config.use_linear_skip or config.scaling is not None):
         needed = "model.use_linear_skip=true and model.scaling=null"
         raise RecipeError(f"skip_start='ridge' needs {needed}, got {config.use_linear_skip} and {config.scaling!r}")
 
