@@ -362,11 +362,12 @@ def main() -> None:
     parser.add_argument(
         "--bag_model", help="folder or Hub id of a UHopMILForBagClassification (runs/mil_digits, or one trained on first use)"
     )
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder that holds the runs vit_digits and mil_digits, if there are any")
     args = parser.parse_args()
     try:
-        classifier = known_or_trained(args.model, RUNS / "vit_digits", demo_models.load_classifier, demo_models.train_classifier)
+        classifier = known_or_trained(args.model, args.runs / "vit_digits", demo_models.load_classifier, demo_models.train_classifier)
         bag_classifier = known_or_trained(
-            args.bag_model, RUNS / "mil_digits", demo_models.load_bag_classifier, demo_models.train_bag_classifier
+            args.bag_model, args.runs / "mil_digits", demo_models.load_bag_classifier, demo_models.train_bag_classifier
         )
     except DemoError as error:
         sys.exit(f"error: {error}")

@@ -438,8 +438,9 @@ needs_browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="no 
 
 
 @pytest.fixture(scope="module")
-def address():
-    with running_demo() as where:
+def address(tmp_path_factory):
+    # Without runs, so that the demo shows the models that it trains, whatever was trained here before.
+    with running_demo("--runs", str(tmp_path_factory.mktemp("runs"))) as where:
         yield where
 
 
