@@ -114,8 +114,8 @@ class SeparationCallback(TrainerCallback):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
         for name, number in (("steps", steps), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+            if number is not None and (number < 1 or number != int(number)):
+                raise ValueError(f"{name} must be an integer of at least 1, got {number}")
         for name, size in (("temperature", temperature), ("final_temperature", final_temperature), ("noise", noise)):
             if size is not None and not size > 0:
                 raise ValueError(f"{name} must be positive, got {size}")
@@ -138,6 +138,7 @@ class SeparationCallback(TrainerCallback):
         self.seed = seed
         self.resume_from = resume_from
         self.history: list[dict[str, float]] = []
+        self._latest: dict[str, float] = {}
         self._separated: nn.Module | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
@@ -167,7 +168,7 @@ class SeparationCallback(TrainerCallback):
         if self.final_temperature is not None and self.schedule == "epoch" and not self._sized:
             raise ValueError("final_temperature needs a known number of epochs, which a stream has not; anneal with schedule 'step'")
         self._steps_done, self.history = 0, []
-        self._latest: dict[str, float] = {}
+        self._latest = {}
         self._recorded: list[dict[str, float]] = []
         self._mid_epoch = False
         # A mark in every checkpoint, so that one whose separation.pt was lost is told from one that predates the callback.

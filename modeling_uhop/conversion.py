@@ -52,6 +52,8 @@ SETTINGS = (
 def from_vit(cls, source, *, alpha: float = 1.0, **fields):
     """See `UHopViTPreTrainedModel.from_vit`."""
     is_path = isinstance(source, (str, os.PathLike))
+    if not is_path and not isinstance(source, PreTrainedModel):
+        raise TypeError(f"a vision transformer must be given as a model, a folder or a Hub id, got {type(source).__name__}")
     given = AutoConfig.from_pretrained(source) if is_path else source.config
     if given.model_type not in ARCHITECTURES:
         raise ValueError(f"a vision transformer must be one of {ARCHITECTURES} to be converted, got {given.model_type!r}")
@@ -66,7 +68,7 @@ def from_vit(cls, source, *, alpha: float = 1.0, **fields):
     for name in fields:
         if name in decided:
             raise ValueError(f"{name} is decided by the weights, and cannot be chosen, got {fields[name]!r}")
-    relabelled = not fields.keys().isdisjoint(("num_labels", "id2label", "label2id"))
+    relabelled = not fields.keys().isdisjoint(("id2label", "label2id")) or fields.get("num_labels", given.num_labels) != given.num_labels
     settings = [name for name in SETTINGS if not (relabelled and name in ("id2label", "label2id"))]
     converted = cls(cls.config_class(**{**_shared(given, settings), **decided, "alpha": alpha, **fields}))
     if is_path:

@@ -88,7 +88,10 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
             ValueError: For bags that differ in their features, entries that are not finite, or no instance at all; naming the bag.
         """
         if is_one_bag(bags):
-            raise ValueError("fit takes a list of bags, got a single one")
+            raise ValueError(
+                "fit takes a list of bags, arrays (instances, features) or (instances, channels, height, width); "
+                "got a single bag, or bags of what is no array"
+            )
         columns = getattr(bags[0], "columns", None) if len(bags) > 0 else None
         names = None if columns is None else [str(name) for name in columns]
         arrays = [array for array in as_arrays(bags, feature_names=names) if len(array) > 0]

@@ -155,13 +155,13 @@ def hopfield_kernel(config, requested: str | None) -> str | None:
     """The attention to use where `requested` was asked for: for alpha > 1, if none was, "hopfield", or "eager" where weights are wanted.
 
     Raises:
-        ValueError: For one that computes softmax while the model has alpha > 1.
+        ValueError: For one that does not compute alpha-entmax while the model has alpha > 1.
     """
     if config.alpha == 1.0 and not config.learnable_alpha:
         return requested
     if requested not in (None, "eager", "hopfield", "hopfield_triton"):
         raise ValueError(
-            f"attn_implementation={requested!r} computes softmax attention (alpha = 1), and this model has "
+            f"attn_implementation={requested!r} does not compute alpha-entmax, and this model has "
             f"alpha={config.alpha}, learnable_alpha={config.learnable_alpha}; use 'hopfield', "
             "'hopfield_triton' or 'eager' (a configuration that a model was made from remembers its attention)"
         )
@@ -220,6 +220,7 @@ class HopfieldAttention(nn.Module):
         self.v_proj = nn.Linear(value_dim, inner_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(inner_dim, config.hidden_size, bias=True)
         self.alpha_logit = nn.Parameter(torch.empty(self.num_attention_heads)) if config.learnable_alpha else None
+        self.reset_parameters()
 
     @property
     def alpha(self) -> float | torch.Tensor:
@@ -350,6 +351,7 @@ class HopfieldPooling(nn.Module):
         self.layernorm_memory = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_content = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = HopfieldAttention(config)
+        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -360,8 +362,9 @@ class HopfieldPooling(nn.Module):
         """Items as the feature map sees them."""
         return self.layernorm_memory(states)
 
-    def forward(self, states: torch.Tensor, mask: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Pool items (B, N, hidden_size), those that the boolean mask (B, N) has, to (B, num_queries, hidden_size); and the weights."""
+    def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pool items (B, N, hidden_size), those that the mask (B, N) has, or all, to (B, num_queries, hidden_size); and the weights."""
         queries = self.layernorm_query(self.queries).expand(states.shape[0], -1, -1)
         contents = self.layernorm_content(states)
-        return self.attention(queries, self.memories(states), mask[:, None, None, :], contents, **kwargs)
+        present = None if mask is None else mask.bool()[:, None, None, :]
+        return self.attention(queries, self.memories(states), present, contents, **kwargs)

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap, unit_norm
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
-from .loading import SafetensorsOnlyMixin
+from .loading import SafetensorsOnlyMixin, name_auto_classes
 from .simplex import simplex_map
 from .validation import is_finite, is_readable
 
@@ -52,7 +52,7 @@ class STanHopForPredictionOutput(ModelOutput):
     """
     Args:
         loss: A scalar, where future values are given.
-        prediction_outputs: (B, H, C), in the units of the past values.
+        prediction_outputs: (B, H, C), in the units of the past values; at least in fp32, as these may be far from zero.
         hidden_states, attentions, loc, scale: As in `STanHopModelOutput`.
         decoder_attentions: Association weights of the decoder's layers: those of its block, then from output patches to a scale of the
             encoder, (B C, H, output patches, patches of the scale).
@@ -251,6 +251,7 @@ class STanHopPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
     main_input_name = "past_values"
     input_modalities = ["time"]
     supports_gradient_checkpointing = True
+    _supports_sdpa = True
     # The loss is a mean over what was observed, whatever `num_items_in_batch` says.
     accepts_loss_kwargs = False
     _no_split_modules = ["STanHopBlock", "STanHopDecoderLayer"]
@@ -277,14 +278,19 @@ class STanHopPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
             init.normal_(module.position_embeddings, mean=0.0, std=self.config.position_init_std)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        return super().get_correct_attn_implementation(hopfield_kernel(self.config, requested_attention), is_init_check)
+        # Softmax through "hopfield" too, which has weights where they are asked for.
+        requested_attention = hopfield_kernel(self.config, requested_attention) or "hopfield"
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        self.config.auto_map = {
-            "AutoConfig": "configuration_stanhop.STanHopConfig",
-            "AutoModel": "modeling_stanhop.STanHopModel",
-            "AutoModelForTimeSeriesPrediction": "modeling_stanhop.STanHopForPrediction",
-        }
+        name_auto_classes(
+            self,
+            {
+                "AutoConfig": "configuration_stanhop.STanHopConfig",
+                "AutoModel": "modeling_stanhop.STanHopModel",
+                "AutoModelForTimeSeriesPrediction": "modeling_stanhop.STanHopForPrediction",
+            },
+        )
         super().save_pretrained(*args, **kwargs)
 
 
@@ -338,10 +344,10 @@ class STanHopModel(STanHopPreTrainedModel):
     def scaled(
         self, past_values: torch.Tensor | None, past_observed_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The window with location and scale taken off, zeros where it was not observed; and both, (B, 1, C)."""
+        """The window with location and scale taken off, zeros where it was not observed; and both, (B, 1, C), at least in fp32."""
         values, observed = self.checked(past_values, past_observed_mask)
         loc, scale = self.scaler(values, observed)
-        return (values - loc) / scale * observed, loc, scale
+        return ((values - loc) / scale * observed).to(self.dtype), loc, scale
 
     @torch.no_grad()
     def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
@@ -358,8 +364,8 @@ class STanHopModel(STanHopPreTrainedModel):
         if bool(future_values.isinf().any()):
             raise ValueError("future_values must be finite or NaN, where they were not observed, got infinite ones")
         scaled, loc, scale = self.scaled(past_values.to(self.device), None)
-        futures = (future_values.to(self.device, self.dtype) - loc) / scale
-        futures = futures.masked_fill(futures.isnan(), 0.0)
+        futures = (future_values.to(self.device, loc.dtype) - loc) / scale
+        futures = futures.masked_fill(futures.isnan(), 0.0).to(self.dtype)
         self.memory.pasts, self.memory.futures = scaled.permute(2, 0, 1).contiguous(), futures.permute(2, 0, 1).contiguous()
         self.config.num_memories = len(past_values)
 
@@ -376,7 +382,8 @@ class STanHopModel(STanHopPreTrainedModel):
         return self.memory(scaled)[1] * scale + loc
 
     def checked(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values with zeros where nothing was observed, and the mask as numbers."""
+        """Values with zeros where nothing was observed, and the mask as numbers, at least in fp32: what half precision keeps of values
+        far from zero has lost their differences."""
         if past_values is None:
             raise ValueError("past_values is required, got None")
         expected = (self.config.context_length, self.config.num_input_channels)
@@ -391,10 +398,10 @@ class STanHopModel(STanHopPreTrainedModel):
                 shapes = f"{tuple(past_values.shape)}, got {tuple(mask.shape)}"
                 raise ValueError(f"past_observed_mask must have the shape of past_values, {shapes}")
             observed = observed & mask.bool()
-        values = past_values.to(self.dtype).masked_fill(~observed, 0.0)
+        values = past_values.to(torch.promote_types(self.dtype, torch.float32)).masked_fill(~observed, 0.0)
         if is_readable(values) and not is_finite(values):
             row, _, channel = (~values.isfinite()).nonzero()[0].tolist()
-            raise ValueError(f"observed past_values must be finite in {self.dtype}, but series {channel} of window {row} is not")
+            raise ValueError(f"observed past_values must be finite in {values.dtype}, but series {channel} of window {row} is not")
         return values, observed.to(values.dtype)
 
     def embed(self, scaled: torch.Tensor) -> torch.Tensor:
@@ -531,7 +538,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
                 expected = f"(B, prediction_length, num_input_channels) = {tuple(prediction.shape)}"
                 raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
         observed = ~future.isnan() if mask is None else ~future.isnan() & mask.bool()
-        errors = prediction.float() - future.to(prediction.device).float().masked_fill(~observed, 0.0)
+        errors = prediction - future.to(prediction.device, prediction.dtype).masked_fill(~observed, 0.0)
         errors = errors.abs() if self.config.loss == "mae" else errors.square()
         return (errors * observed).sum() / observed.sum().clamp(min=1)
 

@@ -25,7 +25,7 @@ from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import Corruption, mask_patterns
 from .energy import association, energy, similarity_scores
 from .feature_map import FeatureMap, unit_norm
-from .loading import SafetensorsOnlyMixin
+from .loading import SafetensorsOnlyMixin, name_auto_classes
 from .search import Candidates, brute_force, mixture, sparse_association
 from .separation import maximize_separation
 from .simplex import at_least_fp32
@@ -87,10 +87,13 @@ class UHopMemoryPreTrainedModel(SafetensorsOnlyMixin, PreTrainedModel):
             init.zeros_(module.memories)
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        self.config.auto_map = {
-            "AutoConfig": "configuration_uhop_memory.UHopMemoryConfig",
-            "AutoModel": "modeling_uhop_memory.UHopMemoryModel",
-        }
+        name_auto_classes(
+            self,
+            {
+                "AutoConfig": "configuration_uhop_memory.UHopMemoryConfig",
+                "AutoModel": "modeling_uhop_memory.UHopMemoryModel",
+            },
+        )
         super().save_pretrained(*args, **kwargs)
 
 
@@ -255,7 +258,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             update_steps: Updates to do, at least 1; `None` for `config.update_steps`.
             tolerance: Stop updating a query once no entry of it changes by more than this; `None` to do all updates.
             output_energies: Whether to compute the energies of what was retrieved, which cost about as much as an update.
-            return_dict: `False` for a tuple.
+            return_dict: `False` for a tuple; `None` for what the configuration has.
 
         Raises:
             ValueError: If nothing is stored, or queries have a wrong shape or entries that are not finite.
@@ -287,7 +290,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         if output_energies and self.config.similarity in ("kernel", "dot"):
             energies = energy(self._features(states), features, **settings)
         output = UHopMemoryOutput(retrieved=states, association=weights, energy=energies, steps=taken)
-        return output if return_dict is None or return_dict else output.to_tuple()
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     @torch.no_grad()
     def search(
@@ -380,7 +384,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(patterns).__name__}")
         width = self.config.pattern_dim
         if patterns.dim() not in (1, 2) or patterns.shape[-1] != width:
-            raise ValueError(f"{name} must have shape (..., {width}), got {tuple(patterns.shape)}")
+            raise ValueError(f"{name} must have shape (N, {width}) or ({width},), got {tuple(patterns.shape)}")
         patterns = patterns.to(device=self.memories.device, dtype=self.memories.dtype)
         bad = 0 if torch.compiler.is_compiling() else int((~torch.isfinite(patterns)).sum())
         if bad > 0:

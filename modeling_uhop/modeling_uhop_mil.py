@@ -12,13 +12,12 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_uhop_mil import UHopMILConfig
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, HopfieldPooling, MemorySet
-from .loading import SafetensorsOnlyMixin
+from .loading import SafetensorsOnlyMixin, name_auto_classes
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
 from .validation import check_class_indices, is_finite, is_readable
 
@@ -31,8 +30,8 @@ class UHopMILModelOutput(ModelOutput):
         pooler_output: (B, num_queries * hidden_size), what the queries retrieved.
         instance_weights: (B, N), how much each instance counts: association weights averaged over heads and queries, which sum to 1 over a
             bag (but for their dropout in training). For "max" pooling, the share of features that an instance decides.
-        hidden_states: Output of each embedding layer, (B, N, hidden_size).
-        attentions: Association weights of every head, (B, H, num_queries, N).
+        hidden_states: Output of each embedding layer, (B, N, hidden_size); zeros where there is no instance.
+        attentions: Association weights of every head, (B, H, num_queries, N); of another pooling than "hopfield" none.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -127,10 +126,6 @@ class UHopMILPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
     # The losses of several labels and of regression are means over a batch, whatever `num_items_in_batch` says.
     accepts_loss_kwargs = False
     _no_split_modules = ["UHopMILImageEmbedding", "UHopMILBackboneEmbedding", "HopfieldPooling"]
-    _can_record_outputs = {
-        "hidden_states": OutputRecorder(UHopMILEmbeddingLayer, capture_initial_hidden_state=False),
-        "attentions": HopfieldAttention,
-    }
 
     def __init__(self, config: UHopMILConfig, *args, **kwargs):
         # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
@@ -153,7 +148,7 @@ class UHopMILPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
 
     def save_pretrained(self, *args, **kwargs) -> None:
         # There is no auto class for bags; of those there are, that for sequences, which are sets with an order, is the nearest.
-        self.config.auto_map = {
+        auto_map = {
             "AutoConfig": "configuration_uhop_mil.UHopMILConfig",
             "AutoModel": "modeling_uhop_mil.UHopMILModel",
             "AutoModelForSequenceClassification": "modeling_uhop_mil.UHopMILForBagClassification",
@@ -162,7 +157,8 @@ class UHopMILPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
             "impl": f"pipelines.{MultipleInstanceClassificationPipeline.__name__}",
             "pt": ["AutoModelForSequenceClassification"],
         }
-        self.config.custom_pipelines = {TASK: {**implementation, "type": "multimodal"}}
+        if name_auto_classes(self, auto_map):
+            self.config.custom_pipelines = {TASK: {**implementation, "type": "multimodal"}}
         super().save_pretrained(*args, **kwargs)
 
 
@@ -186,13 +182,20 @@ class UHopMILModel(UHopMILPreTrainedModel):
             self.pooling = UHopMILMeanPooling() if config.pooling == "mean" else UHopMILMaxPooling()
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(self, instances: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, **kwargs) -> UHopMILModelOutput:
+    @can_return_tuple
+    def forward(
+        self,
+        instances: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> UHopMILModelOutput:
         """
         Args:
             instances: (B, N, instance_dim), or (B, N, num_channels, height, width) where instances are images; bags padded to N.
             attention_mask: (B, N), 1 for instances and 0 for padding, whose values are never looked at; `None` for no padding.
+            output_attentions, output_hidden_states: Whether to return these; `None` for what the configuration has.
 
         Raises:
             ValueError: If `instances` is missing, of a wrong shape, or (on CPU) not finite; the message names the bag.
@@ -200,10 +203,17 @@ class UHopMILModel(UHopMILPreTrainedModel):
         hidden_states, mask = self._embed(instances, attention_mask)
         if self.training and self.config.bag_dropout_prob > 0:
             mask = _thinned(mask, self.config.bag_dropout_prob)
-        pooled, weights = self.pooling(hidden_states, mask)
-        if weights.dim() == 4:
-            weights = weights.mean((1, 2))
-        return UHopMILModelOutput(last_hidden_state=hidden_states, pooler_output=pooled.flatten(1), instance_weights=weights)
+        pooled, weights = self.pooling(hidden_states[-1], mask)
+        attentions = (weights,) if self.config.pooling == "hopfield" else ()
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return UHopMILModelOutput(
+            last_hidden_state=hidden_states[-1],
+            pooler_output=pooled.flatten(1),
+            instance_weights=weights.mean((1, 2)) if attentions else weights,
+            hidden_states=hidden_states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
+        )
 
     def memory_sets(self, instances: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
         """The memories that Stage I separates: the embedded instances of each bag as the feature map sees them, padding masked."""
@@ -211,10 +221,10 @@ class UHopMILModel(UHopMILPreTrainedModel):
             raise ValueError(f"pooling {self.config.pooling!r} stores no memories; 'hopfield' does")
         hidden_states, mask = self._embed(instances, attention_mask)
         pooling = cast(HopfieldPooling, self.pooling)
-        yield MemorySet(pooling.attention.feature_map, pooling.memories(hidden_states), mask)
+        yield MemorySet(pooling.attention.feature_map, pooling.memories(hidden_states[-1]), mask)
 
-    def _embed(self, instances: torch.Tensor | None, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embedded instances (B, N, hidden_size), zeros for padding, and the boolean mask (B, N)."""
+    def _embed(self, instances: torch.Tensor | None, attention_mask: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """What each embedding layer makes of the instances, (B, N, hidden_size), zeros for padding; and the boolean mask (B, N)."""
         if instances is None:
             raise ValueError("instances is required, got None")
         mask = self._checked_mask(instances, attention_mask)
@@ -232,9 +242,11 @@ class UHopMILModel(UHopMILPreTrainedModel):
         if getattr(self.layers[0], "gradient_checkpointing", False) and torch.is_grad_enabled() and not hidden_states.requires_grad:
             # A reentrant checkpoint gives its layer gradients only if its input asks for one.
             hidden_states = hidden_states.detach().requires_grad_()
+        every = []
         for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return hidden_states.masked_fill(~mask.unsqueeze(-1), 0.0), mask
+            hidden_states = layer(hidden_states).masked_fill(~mask.unsqueeze(-1), 0.0)
+            every.append(hidden_states)
+        return tuple(every), mask
 
     def _checked_mask(self, instances: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         config = self.config

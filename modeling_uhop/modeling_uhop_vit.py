@@ -18,7 +18,7 @@ from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
-from .loading import SafetensorsOnlyMixin
+from .loading import SafetensorsOnlyMixin, name_auto_classes
 from .validation import check_class_indices, is_finite, is_readable
 
 
@@ -242,11 +242,14 @@ class UHopViTPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
 
     def save_pretrained(self, *args, **kwargs) -> None:
         # save_pretrained writes only the saved class's own entry; the folder's code serves all three.
-        self.config.auto_map = {
-            "AutoConfig": "configuration_uhop_vit.UHopViTConfig",
-            "AutoModel": "modeling_uhop_vit.UHopViTModel",
-            "AutoModelForImageClassification": "modeling_uhop_vit.UHopViTForImageClassification",
-        }
+        name_auto_classes(
+            self,
+            {
+                "AutoConfig": "configuration_uhop_vit.UHopViTConfig",
+                "AutoModel": "modeling_uhop_vit.UHopViTModel",
+                "AutoModelForImageClassification": "modeling_uhop_vit.UHopViTForImageClassification",
+            },
+        )
         super().save_pretrained(*args, **kwargs)
 
 
@@ -287,10 +290,10 @@ class UHopViTModel(UHopViTPreTrainedModel):
             attention_mask: (batch_size, N), 1 for tokens that may be retrieved from.
 
         Raises:
-            ValueError: If `pixel_values` is missing, of a wrong shape, or (on CPU) not finite.
+            ValueError: If `pixel_values` is missing, of a wrong shape, or (on CPU) not finite; or if the mask has another number of tokens.
         """
         hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+        mask = self._attention_mask(hidden_states, attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
         sequence_output = self.layernorm(hidden_states)
@@ -318,7 +321,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
             asked for, so nothing above the last feature map is computed.
         """
         hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+        mask = self._attention_mask(hidden_states, attention_mask)
         first = 0 if include_class_token else num_prefix_tokens(self.config)
         present = None if attention_mask is None else attention_mask[:, first:].bool()
         for index, layer in enumerate(self.layers):
@@ -337,6 +340,14 @@ class UHopViTModel(UHopViTPreTrainedModel):
             raise ValueError(f"pixel_values must be finite, got {int((~pixel_values.isfinite()).sum())} values that are not")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         return self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+
+    def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None):
+        if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, an entry for each patch and token before them, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        return create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
 
 
 class UHopViTForImageClassification(UHopViTPreTrainedModel):
@@ -378,6 +389,11 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         if labels is not None:
             check_class_indices(labels, self.num_labels)
             loss = self.loss_function(labels, logits, self.config, **kwargs)
+            count = kwargs.get("num_items_in_batch")
+            if count is not None and self.config.problem_type != "single_label_classification":
+                # Of several labels and of regression transformers takes the mean over this batch, which may be one of several that a
+                # step accumulates.
+                loss = loss * labels.numel() / count
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def memory_sets(self, pixel_values: torch.Tensor, **kwargs) -> Iterator[MemorySet]:

@@ -1,5 +1,6 @@
 """Stage I, the separation step: spread the stored patterns over the unit sphere of the feature space."""
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 
@@ -201,7 +202,7 @@ def maximize_separation(
     - "denoising": `denoising_loss` of fresh corrupted copies in every step, at a fixed temperature (0.1).
 
     Args:
-        feature_map: The map to move, in place. Nothing else moves, and no `.grad` is left behind.
+        feature_map: The map to move, in place; one in half precision by way of fp32. Nothing else moves, and no `.grad` is left behind.
         memories: Patterns (..., M, d).
         steps: Gradient steps N, at least 0.
         lr: Learning rate.
@@ -214,7 +215,8 @@ def maximize_separation(
         The loss before each step, then the loss of the final map: `steps + 1` values. Under "uhop+" each is at its own step's temperature.
 
     Raises:
-        ValueError: For an unknown method or optimizer, or a number out of its range.
+        ValueError: For an unknown method or optimizer, a number out of its range, or a frozen map.
+        RuntimeError: Under `torch.inference_mode()`.
 
     >>> from modeling_uhop import FeatureMap, maximize_separation
 
@@ -234,20 +236,27 @@ def maximize_separation(
     for name, tau in (("temperature", temperature), ("final_temperature", final_temperature)):
         if tau is not None and not tau > 0:
             raise ValueError(f"{name} must be positive, got {tau}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("separation needs gradients, which torch.inference_mode() forbids; torch.no_grad() does not")
     if not feature_map.weight.requires_grad:
         raise ValueError("the feature map must be able to move, but it is frozen (requires_grad=False)")
     kind = kind or ("per_memory" if method == "uhop+" else "average")
     temperature = temperature or (0.1 if method == "denoising" else 0.25)
     final_temperature = final_temperature if method == "uhop+" else temperature
+    moving = feature_map
+    is_half = feature_map.weight.dtype in (torch.float16, torch.bfloat16)
+    if is_half:
+        # Small steps would be lost in rounding, and Adam's epsilon is 0 in fp16.
+        moving, memories = copy.deepcopy(feature_map).float(), memories.float()
 
     def loss_at(step: int) -> torch.Tensor:
         tau = annealed(temperature, final_temperature, max(0, min(step, steps - 1)), steps)
         seen, seen_mask = _drawn(memories, mask, batch_size)
         if method == "denoising":
-            return denoising_loss(feature_map(corruption(seen)), feature_map(seen), temperature=tau)
-        return separation_loss(feature_map(seen), kind=kind, temperature=tau, mask=seen_mask)
+            return denoising_loss(moving(corruption(seen)), moving(seen), temperature=tau)
+        return separation_loss(moving(seen), kind=kind, temperature=tau, mask=seen_mask)
 
-    parameters = [feature_map.weight]
+    parameters = [moving.weight]
     private = separation_optimizer(optimizer, parameters, lr)
     history = []
     for step in logging.tqdm(range(steps), desc="separation", leave=False, delay=3):
@@ -256,12 +265,14 @@ def maximize_separation(
             gradients = torch.autograd.grad(loss, parameters)
         apply_gradients(private, parameters, gradients)
         if method == "uhop+":
-            feature_map.normalize_rows()
+            moving.normalize_rows()
         history.append(loss.item())
     if method == "uhop":
-        feature_map.normalize_rows()
+        moving.normalize_rows()
     with torch.no_grad():
         history.append(loss_at(steps).item())
+        if is_half:
+            feature_map.weight.copy_(moving.weight)
     return history
 
 

@@ -579,8 +579,9 @@ def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
         ({"parameters": "all"}, "parameters must be one of .* got 'all'"),
         ({"kind": "max"}, "kind must be one of .* got 'max'"),
         ({"optimizer": "lion"}, "optimizer must be one of .* got 'lion'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"final_temperature": -1.0}, "final_temperature must be positive, got -1.0"),
         ({"noise": 0.0}, "noise must be positive, got 0.0"),
@@ -632,3 +633,8 @@ def test_pooled_memories_are_one_set(tmp_path, pool_memories):
         expected = torch.stack([separation_loss(features[i, :size]) for i, size in ((1, 4), (2, 2), (3, 6))]).mean()
     Trainer(model, arguments, collate, bags, callbacks=[separation]).train()
     assert separation.history[0]["separation_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_model_may_be_evaluated_before_training(tmp_path):
+    trainer = _trainer(tmp_path, SeparationCallback())
+    assert trainer.evaluate(Images(8))["eval_loss"] > 0

@@ -234,3 +234,14 @@ def test_a_distillation_token_is_no_memory_unless_asked_for():
     assert_close(patches, tokens[:, 2:])
     with pytest.raises(ValueError, match="use_distillation_token needs encoder_type 'transformer'"):
         UHopViTConfig(**SMALL, use_distillation_token=True, encoder_type="class_query")
+
+
+def test_labels_keep_their_names_where_their_number_is_kept():
+    theirs = _classifier("vit", id2label={0: "a", 1: "b", 2: "c", 3: "d", 4: "e"})
+    assert UHopViTForImageClassification.from_vit(theirs, num_labels=5).config.id2label == theirs.config.id2label
+    assert UHopViTForImageClassification.from_vit(theirs, num_labels=2).config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+def test_a_configuration_alone_is_refused():
+    with pytest.raises(TypeError, match="a model, a folder or a Hub id, got ViTConfig"):
+        UHopViTForImageClassification.from_vit(ViTConfig(**SMALL))

@@ -8,7 +8,7 @@ import torch
 from conftest import assert_close
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_uhop import HopfieldAttention, UHopViTConfig, hopfield_attention
+from modeling_uhop import HopfieldAttention, HopfieldPooling, UHopMILConfig, UHopViTConfig, hopfield_attention
 from modeling_uhop.hopfield import eager_attention_forward
 
 
@@ -165,3 +165,12 @@ def test_learnable_alpha_begins_where_it_is_told():
 def test_width_must_divide_into_heads():
     with pytest.raises(ValueError, match="multiple of num_attention_heads, got 12 and 5"):
         _layer(num_attention_heads=5)
+
+
+def test_layers_of_ones_own_begin_as_their_configuration_says():
+    config = UHopMILConfig(hidden_size=12, num_attention_heads=3, alpha=1.5, learnable_alpha=True, num_queries=200)
+    first, second = (torch.manual_seed(0) and HopfieldPooling(config) for _ in range(2))
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert_close(first.attention.alpha, torch.full((3, 1, 1), 1.5))
+    assert 0.018 < first.queries.std() < 0.022

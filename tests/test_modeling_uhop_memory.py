@@ -470,7 +470,7 @@ def test_a_wrong_width_is_refused(width, given_width, rows):
         memory.store(torch.randn(rows, given_width))
         assert len(memory) == rows
     else:
-        with pytest.raises(ValueError, match=rf"patterns must have shape \(..., {width}\), got \({rows}, {given_width}\)"):
+        with pytest.raises(ValueError, match=rf"patterns must have shape \(N, {width}\) or \({width},\), got \({rows}, {given_width}\)"):
             memory.store(torch.randn(rows, given_width))
 
 
@@ -488,7 +488,7 @@ def test_no_memories():
     [
         (torch.tensor([[1.0, torch.nan, 0.0]]), "must be finite in .* got 1 entries"),
         (torch.tensor([[1.0, torch.inf, -torch.inf]]), "must be finite in .* got 2 entries"),
-        (torch.randn(2, 4), r"must have shape \(..., 3\), got \(2, 4\)"),
+        (torch.randn(2, 4), r"must have shape \(N, 3\) or \(3,\), got \(2, 4\)"),
         (torch.randn(2, 2, 3), "must have shape"),
         (torch.randn(3), r"must have shape \(M, 3\)"),
     ],
@@ -558,3 +558,10 @@ def test_every_field_changes_what_is_retrieved(change):
     plain = _memory()(queries).retrieved
     torch.manual_seed(4)
     assert not torch.allclose(_memory(**change)(queries).retrieved, plain, atol=1e-5)
+
+
+def test_the_configuration_may_ask_for_a_tuple():
+    memory = _memory(return_dict=False)
+    queries = torch.randn(2, 6)
+    retrieved, *_ = memory(queries)
+    assert torch.equal(retrieved, memory(queries, return_dict=True).retrieved)

@@ -6,7 +6,7 @@ import torch
 from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModel, AutoModelForSequenceClassification, ResNetConfig, SwinConfig, Trainer, TrainingArguments
+from transformers import AutoModel, AutoModelForSequenceClassification, Dinov2Config, ResNetConfig, SwinConfig, Trainer, TrainingArguments
 
 from modeling_uhop import DataCollatorForBags, HopfieldPooling, UHopMILConfig, UHopMILForBagClassification, UHopMILModel, separation_loss
 
@@ -366,3 +366,49 @@ def test_a_bad_instance_is_named():
     instances[1, 2, 4] = torch.inf
     with pytest.raises(ValueError, match=r"instances must be finite in torch.float32, but instance 2 of bag 1 of the batch is not"):
         _model()(instances, mask)
+
+
+@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
+def test_asking_for_more_leaves_the_backbone_as_it_is(asked):
+    backbone = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+        out_features=["stage2"],
+        initializer_range=0.3,
+    )
+    model = _model(instance_type="backbone", backbone_config=backbone)
+    images = torch.randn(2, 3, 3, 28, 28)
+    expected = model(images).logits
+    assert_close(model(images, **{asked: True}).logits, expected)
+    assert_close(model(images).logits, expected)
+
+
+def test_the_configuration_may_ask_for_more():
+    outputs = _model(output_attentions=True, output_hidden_states=True, num_embedding_layers=2)(*_bags())
+    assert [states.shape for states in outputs.hidden_states] == [(3, 7, 16)] * 2
+    assert [weights.shape for weights in outputs.attentions] == [(3, 2, 1, 7)]
+    assert _model(pooling="mean")(*_bags(), output_attentions=True).attentions == ()
+
+
+def test_metrics_are_computed_from_logits(tmp_path):
+    examples = [{"instances": torch.randn(size, 6), "labels": size % 2} for size in (3, 1, 4, 2)]
+    seen = []
+    trainer = Trainer(
+        _model(),
+        TrainingArguments(tmp_path, report_to="none", disable_tqdm=True, dataloader_pin_memory=False),
+        DataCollatorForBags(),
+        eval_dataset=examples,
+        compute_metrics=lambda prediction: seen.append(prediction.predictions) or {},
+    )
+    trainer.evaluate()
+    assert seen[0].shape == (4, 2)
+
+
+def test_a_pooling_takes_masks_of_integers_or_none():
+    layer = HopfieldPooling(UHopMILConfig(**SMALL)).eval()
+    states, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert torch.equal(layer(states, mask)[0], layer(states, mask.bool())[0])
+    assert torch.equal(layer(states)[0], layer(states, torch.ones(2, 5, dtype=torch.bool))[0])

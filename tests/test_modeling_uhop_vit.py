@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import assert_close
-from transformers import AutoModel, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, UHopViTModel
 from modeling_uhop.feature_map import FeatureMap
@@ -88,7 +88,7 @@ def test_the_kernel_follows_alpha():
     assert _model().config._attn_implementation == "sdpa"
     assert _model(alpha=1.5).config._attn_implementation == "hopfield"
     assert _model(alpha=1.5, learnable_alpha=True).config._attn_implementation == "hopfield"
-    with pytest.raises(ValueError, match=r"'sdpa' computes softmax attention .* alpha=1.5"):
+    with pytest.raises(ValueError, match=r"'sdpa' does not compute alpha-entmax.* alpha=1.5"):
         _model(alpha=1.5, attn_implementation="sdpa")
     model = _model(alpha=1.5)
     with pytest.raises(ValueError, match="use 'hopfield', 'hopfield_triton' or 'eager'"):
@@ -355,3 +355,40 @@ def test_a_configuration_without_return_dict():
     twin = _model()
     twin.load_state_dict(model.state_dict())
     assert torch.equal(model(images)[0], twin(images).logits)
+
+
+def test_a_mask_of_another_number_of_tokens_is_refused():
+    model = _model()
+    for call in (
+        lambda mask: model(_images(2), attention_mask=mask),
+        lambda mask: list(model.memory_sets(_images(2), attention_mask=mask)),
+    ):
+        with pytest.raises(ValueError, match=r"attention_mask must have shape \(2, 10\).* got \(2, 9\)"):
+            call(torch.ones(2, 9))
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
+def test_accumulated_batches_are_one_batch(tmp_path, problem):
+    labels = {
+        "single_label_classification": torch.arange(8) % 5,
+        "multi_label_classification": torch.rand(8, 5).round(),
+        "regression": torch.randn(8, 5),
+    }[problem]
+    examples = [{"pixel_values": image, "labels": label} for image, label in zip(_images(8), labels, strict=True)]
+    norms = []
+    for size, count in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        arguments = TrainingArguments(
+            tmp_path,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=count,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(_model(problem_type=problem), arguments, train_dataset=examples)
+        trainer.train()
+        norms.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert_close(torch.tensor(norms[1]), torch.tensor(norms[0]), scale=100)

@@ -182,3 +182,18 @@ def test_public_names():
     for name in modeling_uhop.__all__:
         assert getattr(modeling_uhop, name) is not None
     assert (Path(modeling_uhop.__file__).parent / "py.typed").is_file()
+
+
+def test_the_folder_of_a_subclass_names_no_class_whose_file_it_lacks(tmp_path):
+    class Own(UHopViTForImageClassification):
+        pass
+
+    Own.register_for_auto_class("AutoModelForImageClassification")
+    for model_class in (UHopViTForImageClassification, Own):
+        # The second time with the configuration of a model that named them.
+        config = UHopViTConfig(**FIELDS) if model_class is UHopViTForImageClassification else AutoConfig.from_pretrained(tmp_path / "own")
+        model_class(config).save_pretrained(tmp_path / "own")
+    assert AutoConfig.from_pretrained(tmp_path / "own").auto_map == {
+        "AutoConfig": "configuration_uhop_vit.UHopViTConfig",
+        "AutoModelForImageClassification": f"{Path(__file__).stem}.Own",
+    }

@@ -202,3 +202,26 @@ def test_a_single_absent_memory_has_no_influence_even_as_nan(mask):
     loss.backward()
     assert loss == 0
     assert torch.equal(features.grad, torch.zeros(1, 1, 3))
+
+
+@pytest.mark.parametrize("method", ["uhop", "uhop+", "denoising"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_moves_by_way_of_fp32(method, dtype):
+    phi, memories = FeatureMap(8, start="orthogonal").to(dtype), torch.randn(6, 8).to(dtype)
+    wide = FeatureMap(8).float()
+    wide.load_state_dict(phi.state_dict())
+    histories = []
+    for feature_map, patterns in ((phi, memories), (wide, memories.float())):
+        torch.manual_seed(0)
+        histories.append(maximize_separation(feature_map, patterns, method=method, steps=20, lr=1e-2))
+    assert histories[0] == histories[1]
+    assert phi.weight.dtype == dtype
+    assert torch.equal(phi.weight, wide.weight.to(dtype))
+
+
+def test_inference_mode_is_refused():
+    phi, memories = FeatureMap(8), torch.randn(6, 8)
+    with torch.no_grad():
+        maximize_separation(phi, memories, steps=1)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch.inference_mode\(\) forbids"):
+        maximize_separation(phi, memories, steps=1)

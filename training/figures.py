@@ -112,13 +112,16 @@ def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
     counts: dict[str, set[int]] = {}
     for name, count, _ in points:
         counts.setdefault(name, set()).add(count)
+    sizes = sorted(set.union(*counts.values()))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axis, metric in zip(axes, ("max_train_accuracy", "test_accuracy"), strict=True):
-        for name in [name for name, sizes in counts.items() if len(sizes) > 1]:
+        for name in [name for name, seen in counts.items() if len(seen) > 1]:
             own = sorted(((count, metrics[metric]) for label, count, metrics in points if label == name), key=lambda point: point[0])
             half_widths = [student_t.ppf(0.975, len(m["values"]) - 1) * m["std"] / len(m["values"]) ** 0.5 for _, m in own]
             axis.errorbar([count for count, _ in own], [m["mean"] for _, m in own], half_widths, marker=".", capsize=3, label=name)
         axis.set(title=metric.replace("_", " "), xlabel="training images", xscale="log")
+        axis.set_xticks(sizes, [f"{count:,}" for count in sizes])
+        axis.minorticks_off()
     axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=90)
     plt.close(figure)
