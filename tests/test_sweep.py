@@ -31,7 +31,7 @@ metrics = {"test_mse": error, "train_seconds": 1.0, "anchors": {"repeat": {"test
 recipe = {"name": "fake", "data": {"dataset": value("--dataset") if "--dataset" in arguments else "fake"}}
 log = [{"epoch": 1.0, "eval_loss": 1.0 + seed}, {"epoch": 1.0, "loss": 3.0}, {"epoch": 2.0, "eval_loss": 0.5 + seed}]
 content = {"metrics": metrics, "log_history": log, "num_parameters": 1234, "recipe": recipe}
-content |= {"versions": {}, "commit": "abc", "machine": "one core"}
+content |= {"versions": {}, "commit": "abd" if seed == 2 else "abc", "machine": "one core"}
 (folder / "results.json").write_text(json.dumps(content))
 """
 
@@ -77,6 +77,7 @@ def test_runs_are_gathered_with_spread_and_paired_intervals(project):
     low, high = ttest_1samp([0.0, -0.1, -0.2], 0.0).confidence_interval(0.95)
     assert pair["half_width"] == pytest.approx((high - low) / 2)
     assert gathered["anchors"] == {"repeat": {"test_mse": 2.0}}
+    assert gathered["commit"] == "abc, abd"
     assert variants_table([gathered]).splitlines() == [
         "|  | parameters | test mse |",
         "| --- | --- | --- |",
