@@ -8,6 +8,7 @@ python benchmarks/run.py --only attention separation --check
 """
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import statistics
@@ -22,6 +23,7 @@ from typing import Any, cast
 import matplotlib
 import torch
 from entmax import entmax15
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, scaled_dot_product_attention
 from transformers import ViTConfig, ViTForImageClassification, ViTModel
 from transformers.utils import logging
@@ -33,6 +35,7 @@ from modeling_uhop import (
     UHopViTConfig,
     UHopViTForImageClassification,
     UHopViTModel,
+    hopfield_attention,
     separation_loss,
 )
 from modeling_uhop.attention import chunked_hopfield_attention
@@ -52,6 +55,7 @@ SAMPLE = 4096
 SHAPES = [(32, 3, 65, 64), (32, 6, 197, 64), (8, 8, 1024, 64)]
 
 MEMORY_SHAPE = (2, 8, 1024, 64)
+GPU_SHAPE = (32, 12, 1024, 64)
 # Width and depth of the vision transformers, for images of 224 in patches of 16.
 VIT: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1536}
 TEN = {label: str(label) for label in range(10)}
@@ -128,16 +132,16 @@ def line(case: Case) -> str:
     return f"{case.name:<58} {case.ratio:8.3g} times {meaning} {case.peer:<28} {bound:<8} {'' if case.kept else 'OUT OF BOUND'}"
 
 
-def interleaved(rounds: int, *works: Work) -> list[list[float]]:
-    """Milliseconds of CPU time of each in every round, run in turn."""
+def interleaved(rounds: int, *works: Work, clock: Callable[[], float] = time.process_time) -> list[list[float]]:
+    """Milliseconds (of CPU time, by default) of each in every round, run in turn."""
     times: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
     for _ in range(rounds):
         for work, own in zip(works, times, strict=True):
-            started = time.process_time()
+            started = clock()
             work()
-            own.append(1e3 * (time.process_time() - started))
+            own.append(1e3 * (clock() - started))
     return times
 
 
@@ -355,15 +359,48 @@ def training(rounds: int) -> Iterator[Case]:
 
         return step
 
-    def separation_step(model=models[1]) -> None:
-        sets = list(model.memory_sets(pixel_values=images))
-        loss = torch.stack([separation_loss(part.feature_map(part.memories)) for part in sets]).sum()
-        torch.autograd.grad(loss, [part.feature_map.weight for part in sets])
+    def separation_step(moved: str, model=models[1]) -> None:
+        with torch.set_grad_enabled(moved == "upstream"):
+            sets = list(model.memory_sets(pixel_values=images))
+        loss = torch.stack([separation_loss(part.features()) for part in sets]).sum()
+        moving = model.parameters() if moved == "upstream" else [part.feature_map.weight for part in sets]
+        torch.autograd.grad(loss, list(moving), allow_unused=True)
 
-    taken, *ours, separating = interleaved(rounds, step_of(peer), *(step_of(model) for model in models), separation_step)
-    for (alpha, bound), own in zip(bounds.items(), ours, strict=True):
+    separations = {"upstream": "all below", "feature_maps": "Phi alone"}
+    works: list[Work] = [step_of(peer), *(step_of(model) for model in models), *(partial(separation_step, moved) for moved in separations)]
+    taken, *ours = interleaved(rounds, *works)
+    for (alpha, bound), own in zip(bounds.items(), ours[: len(models)], strict=True):
         yield Case("training", f"training step of a ViT, 3 layers of 384, alpha {alpha}", "transformers' ViT", own, taken, at_most=bound)
-    yield Case("training", "separation step of the same, alpha 1.5", "its training step", separating, ours[1])
+    for moved, own in zip(separations.values(), ours[len(models) :], strict=True):
+        yield Case("training", f"separation step of the same, alpha 1.5, {moved}", "its training step", own, ours[1])
+
+
+def gpu(rounds: int) -> Iterator[Case]:
+    """The Triton kernels with their gradients, beside FlashAttention, and adasplash where it is installed; nothing without a GPU."""
+    if not torch.cuda.is_available():
+        return
+    from modeling_uhop.triton_attention import triton_hopfield_attention  # needs Triton
+
+    def flash(query, key, value):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(query, key, value)
+
+    ours = partial(triton_hopfield_attention, alpha=1.5)
+    peers: dict[str, tuple[Callable[..., torch.Tensor], dict[str, float]]] = {"FlashAttention": (flash, {"at_most": 2.0})}
+    if importlib.util.find_spec("adasplash") is not None:
+        peers["adasplash"] = (partial(importlib.import_module("adasplash").adasplash_v1, alpha=1.5, is_causal=False), {"at_least": 1.0})
+    inputs = [torch.randn(GPU_SHAPE, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    some = [x.detach()[:1] for x in inputs]
+    error = difference(ours(*some), hopfield_attention(*(x.double() for x in some), alpha=1.5), 2e-2)
+    for peer, (attend, bound) in peers.items():
+        own, theirs = interleaved(rounds, with_gradients(ours, inputs), with_gradients(attend, inputs), clock=gpu_clock)
+        yield Case("gpu", f"1.5-entmax attention {GPU_SHAPE}, bf16, with gradients", peer, own, theirs, error=error, **bound)
+
+
+def gpu_clock() -> float:
+    """Seconds, once the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def stored(count: int, width: int) -> UHopMemoryModel:
@@ -379,6 +416,7 @@ PARTS: dict[str, Callable[[int], Iterator[Case]]] = {
     "sampling": sampling,
     "retrieval": retrieval,
     "training": training,
+    "gpu": gpu,
 }
 
 

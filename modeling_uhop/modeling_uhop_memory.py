@@ -304,6 +304,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
     ) -> UHopMemorySearchOutput:
         """Retrieve (Stage II) from many memories, without forming the weights of those that have none. Exact; see `sparse_association`.
 
+        At alpha = 1 every memory has weight, and room for all of them is taken, (Q, M).
+
         Args:
             queries: (Q, pattern_dim), or one (pattern_dim,).
             update_steps: Updates to do, at least 1; `None` for `config.update_steps`.

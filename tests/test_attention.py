@@ -194,7 +194,7 @@ def test_a_forecaster_uses_it():
     fast = model(past_values=past)
     model.set_attn_implementation("eager")
     assert_close(fast.prediction_outputs, model(past_values=past).prediction_outputs, scale=3)
-    assert STanHopForPrediction(STanHopConfig(**sizes, alpha=1.0, learnable_alpha=False)).config._attn_implementation == "eager"
+    assert STanHopForPrediction(STanHopConfig(**sizes, alpha=1.0, learnable_alpha=False)).config._attn_implementation == "hopfield"
 
 
 def test_it_compiles_without_a_break():

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import checkpoints
 import pytest
-from checkpoints import SEAL, last_checkpoint, remove_unfinished, seal
+from checkpoints import SEAL, check_fits, last_checkpoint, remove_unfinished, seal
 from fault_worker import MOMENTS
 from recipe import ROOT, RecipeError
 from safetensors.torch import load_file
+
+from modeling_uhop import UHopViTConfig, UHopViTForImageClassification
 
 
 TESTS = Path(__file__).parent
@@ -119,3 +121,20 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_left(sealed, d
 def test_nothing_to_resume_from_is_said(tmp_path):
     with pytest.raises(RecipeError, match="has no checkpoint to resume from; pass --overwrite"):
         last_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 32}, r"classifier.weight has shape \(2, 32\) in it, and \(2, 16\) here"),
+        ({"num_hidden_layers": 2}, r"vit.layers.1.* has shape \(16, 16\) in it, and none here"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, fields, message):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
+    model, other = (UHopViTForImageClassification(UHopViTConfig(**{**sizes, **changed})) for changed in ({}, fields))
+    model.save_pretrained(tmp_path / "own")
+    other.save_pretrained(tmp_path / "other")
+    check_fits(str(tmp_path / "own"), model)
+    with pytest.raises(RecipeError, match=rf"other is of another model: {message}"):
+        check_fits(str(tmp_path / "other"), model)

@@ -250,6 +250,8 @@ def test_an_output_folder_is_never_mixed_or_lost(tmp_path):
     (folder / "thesis.txt").write_text("precious")
     with pytest.raises(RecipeError, match="is not empty; pass --overwrite"):
         check_output_dir(folder, overwrite=False, resume=False)
+    with pytest.raises(RecipeError, match="pass --overwrite to replace it, or another --output_dir"):
+        check_output_dir(folder, overwrite=False, resume=None)
     for flags in ({"overwrite": True, "resume": False}, {"overwrite": False, "resume": True}):
         with pytest.raises(RecipeError, match="holds no earlier run"):
             check_output_dir(folder, **flags)

@@ -14,10 +14,11 @@ import torch
 import yaml
 from anchors import WindowMemory, anchors, errors_of, forward_filled, linear_map, repeat_last, repeat_season
 from conftest import assert_close
+from datasets import Dataset
 from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
-from train_stanhop import begin_as_linear_map, check_skip_start, weights_of
+from train_stanhop import begin_as_linear_map, check_skip_start, run, weights_of
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
 
@@ -95,7 +96,16 @@ def test_scaling_is_by_training_rows():
 
 
 @pytest.mark.parametrize(
-    ("split", "message"), [([0.5, 0.5], "three positive numbers"), ([0.9, 0, 0.1], "positive"), ([90, 10, 1], "needs 101 rows")]
+    ("split", "message"),
+    [
+        ([0.5, 0.5], "three positive numbers"),
+        ([0.9, 0, 0.1], "positive"),
+        ([90, 10, 1], "needs 101 rows"),
+        ([0.5, 0.1, 0.1], "fractions that are 1 together"),
+        ([0.7, 0.2, 0.3], "fractions that are 1 together"),
+        ([0.7, 0.3, 1], "three numbers of rows, or three fractions"),
+        ([90.5, 5, 4], "three numbers of rows, or three fractions"),
+    ],
 )
 def test_bad_splits_are_refused(split, message):
     with pytest.raises(RecipeError, match=message):
@@ -123,12 +133,27 @@ def test_bad_files_are_refused(tmp_path):
     for change, message in (
         (lambda f: f.iloc[[0, 1, 3, 2, *range(4, 300)]], "row 3 of .* does not come after the row before it"),
         (lambda f: f.rename(columns={"date": "when"}), "column 'when' of .* is not numbers; if it holds time stamps, set data.date_column"),
+        (lambda f: f.assign(date=f["date"].where(f.index != 7)), "row 7 of .* has no time stamp"),
+        (lambda f: f.assign(series_1=f["series_1"].where(f.index != 9, np.inf)), "column 'series_1' of .* is infinite in row 9"),
+        (lambda f: f.assign(series_2=f["series_2"].where(f.index > 250)), "column 'series_2' of .* has no value in the 210 training rows"),
     ):
         change(frame).to_csv(path, index=False)
         with pytest.raises(RecipeError, match=message):
             load_series(SeriesDataRecipe(str(path)))
     with pytest.raises(RecipeError, match="there is no file"):
         load_series(SeriesDataRecipe(str(tmp_path / "none.csv")))
+    with pytest.raises(RecipeError, match=r"ETTh1 is to be given as a CSV or parquet file, or as the id .*: --dataset FILE"):
+        load_series(SeriesDataRecipe("ETTh1"))
+
+
+def test_a_series_from_the_hub(monkeypatch):
+    asked = []
+    frame = synthetic_series(300)
+    monkeypatch.setattr("series.load_dataset", lambda name, split: asked.append((name, split)) or Dataset.from_pandas(frame))
+    values = frame.drop(columns="date").to_numpy()
+    expected = (values - values[:210].mean(0)) / values[:210].std(0)
+    np.testing.assert_allclose(load_series(SeriesDataRecipe("someone/ett")).values, expected, atol=1e-5)
+    assert asked == [("someone/ett", "train")]
 
 
 def test_errors_are_means_over_every_window(series):
@@ -285,3 +310,28 @@ def test_anchors_with_missing_values_and_a_season_longer_than_their_past(series)
     values[-30, 0] = float("nan")
     table = anchors(dataclasses.replace(series, values=values), 24, 60, [48])
     assert all(np.isfinite(list(errors.values())).all() for errors in table.values())
+
+
+def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
+    recipe = STanHopRecipe(
+        name="early",
+        data=SeriesDataRecipe("synthetic", split=[400, 150, 150]),
+        model={"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16, "loss": "mse"},
+        training={
+            "max_steps": 60,
+            "learning_rate": 0.3,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        },
+        patience=3,
+        anchor_lengths=[],
+        judge="validation",
+    )
+    metrics = run(recipe, tmp_path / "run")
+    log = json.loads((tmp_path / "run" / "results.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    assert len(losses) == losses.index(min(losses)) + 1 + 3 < 30
+    assert metrics["validation_loss"] == min(losses)
+    assert metrics["validation_mse"] == pytest.approx(min(losses), rel=1e-5)

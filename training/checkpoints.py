@@ -9,8 +9,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 from recipe import RecipeError
-from transformers import TrainerCallback
+from safetensors import safe_open
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 
 SEAL = "complete.json"
@@ -51,6 +53,21 @@ def last_checkpoint(folder: Path) -> str:
             return str(checkpoint)
         warnings.warn(f"{checkpoint} was not written to the end, and is left out", stacklevel=2)
     raise RecipeError(f"{folder} has no checkpoint to resume from; pass --overwrite to begin again")
+
+
+def check_fits(checkpoint: str, model: PreTrainedModel) -> None:
+    """A `RecipeError` for a checkpoint whose weights are those of another model; what an engine has sharded, it checks itself."""
+    weights = Path(checkpoint) / SAFE_WEIGHTS_NAME
+    if not weights.is_file():
+        return
+    with safe_open(weights, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name in sorted({*found, *expected}):
+        if found.get(name) != expected.get(name):
+            raise RecipeError(
+                f"{checkpoint} is of another model: {name} has shape {found.get(name, 'none')} in it, and {expected.get(name, 'none')} here"
+            )
 
 
 def remove_unfinished(folder: Path) -> None:

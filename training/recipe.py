@@ -97,7 +97,7 @@ class SeriesDataRecipe:
     Attributes:
         dataset: "synthetic" (made from a seed), a CSV or parquet file with a row for each time step, or a Hub id.
         date_column: Column of time stamps; it is checked and left out. Every other column is a series.
-        split: Rows of training, validation and test, or their fractions of all rows.
+        split: Rows of training, validation and test, or fractions of all rows that are 1 together.
         validation_stride: Training looks at every so many-th validation window. Test errors are over every test window.
     """
 
@@ -162,7 +162,8 @@ class STanHopRecipe:
     """A forecasting experiment: `model` holds fields of `STanHopConfig`, the others are as in `ViTRecipe`.
 
     Attributes:
-        patience: Epochs without a lower validation loss after which training ends; the best checkpoint is restored.
+        patience: Looks at validation windows, one each `training.eval_steps` or epoch, without a lower loss after which training ends; the
+            best checkpoint is restored.
         season: Steps in a season, for the anchor that repeats one.
         anchor_lengths: Steps that the linear anchors see; the memory sees the fewest of them. Without any there are no anchors.
         judge: "test" scores the test windows. "validation" leaves them alone: for choosing between recipes.
@@ -335,8 +336,11 @@ def command_line(description: str, resume: bool = True) -> argparse.ArgumentPars
     return parser
 
 
-def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
+def check_output_dir(folder: Path, overwrite: bool, resume: bool | None) -> None:
     """Refuse a folder that a run would mix with, or delete though it is no earlier run. Changes nothing.
+
+    Args:
+        resume: `None` for a run that cannot be resumed.
 
     Raises:
         RecipeError: If the folder is not empty and neither flag is given, is not an earlier run, or has nothing to resume.
@@ -348,7 +352,8 @@ def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
         if not (folder / "recipe.yaml").is_file():
             raise RecipeError(f"{folder} holds no earlier run (no recipe.yaml), so it is left alone; choose another --output_dir")
     else:
-        raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, --resume to go on, or another --output_dir")
+        go_on = "" if resume is None else "--resume to go on, "
+        raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, {go_on}or another --output_dir")
 
 
 def check_judge(judge: str) -> None:

@@ -1,5 +1,6 @@
 """Multivariate series for forecasting: reading, splits, scaling, and windows that are views of one array."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,11 +70,14 @@ def load_series(data: SeriesDataRecipe) -> Series:
     """Read and scale a series.
 
     Raises:
-        RecipeError: If the data set is missing, its time stamps are not sorted, a column is not numbers, or the splits do not fit.
+        RecipeError: If the data set is missing, its time stamps are not sorted, a column is not numbers, infinite somewhere or missing from
+            all training rows, or the splits do not fit.
     """
     frame = synthetic_series() if data.dataset == "synthetic" else _read(data)
     if data.date_column in frame.columns:
         dates = pandas.to_datetime(frame.pop(data.date_column))
+        if dates.isna().any():
+            raise RecipeError(f"row {int(dates.isna().to_numpy().argmax())} of {data.dataset} has no time stamp")
         backwards = np.flatnonzero(dates.diff().dt.total_seconds().to_numpy()[1:] <= 0)
         if len(backwards) > 0:
             raise RecipeError(
@@ -85,16 +89,24 @@ def load_series(data: SeriesDataRecipe) -> Series:
     values = frame.to_numpy(dtype=np.float64)
     rows = split_rows(len(values), data.split)
     train = values[slice(*rows["train"])]
+    for index, name in enumerate(frame.columns):
+        if np.isinf(values[:, index]).any():
+            raise RecipeError(f"column {name!r} of {data.dataset} is infinite in row {int(np.isinf(values[:, index]).argmax())}")
+        if np.isnan(train[:, index]).all():
+            raise RecipeError(f"column {name!r} of {data.dataset} has no value in the {len(train)} training rows to be scaled by")
     mean, std = np.nanmean(train, 0), np.nanstd(train, 0)
     scaled = (values - mean) / np.where(std > 0, std, 1.0)
     return Series(torch.from_numpy(scaled.astype(np.float32)), [str(name) for name in frame.columns], mean, std, rows)
 
 
 def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:
-    """Rows of training, validation and test, one behind the other: numbers of rows, or fractions of all."""
+    """Rows of training, validation and test, one behind the other: numbers of rows, or fractions that are 1 together."""
     if len(split) != 3 or min(split) <= 0:
         raise RecipeError(f"split must be three positive numbers, got {split}")
-    if max(split) < 1:
+    fractions = max(split) < 1
+    if not (math.isclose(sum(split), 1.0, abs_tol=1e-6) if fractions else all(size == int(size) for size in split)):
+        raise RecipeError(f"split must be three numbers of rows, or three fractions that are 1 together, got {split}")
+    if fractions:
         test, train = int(count * split[2]), int(count * split[0])
         sizes = [train, count - train - test, test]
     else:
@@ -113,6 +125,8 @@ def _read(data: SeriesDataRecipe) -> pandas.DataFrame:
         return pandas.read_parquet(path)
     if data.dataset.startswith((".", "/", "~")) or path.suffix in (".csv", ".parquet"):
         raise RecipeError(f"there is no file {data.dataset}")
+    if "/" not in data.dataset:
+        raise RecipeError(f"{data.dataset} is to be given as a CSV or parquet file, or as the id of a data set on the Hub: --dataset FILE")
     return load_dataset(data.dataset, split="train").to_pandas()
 
 

@@ -75,7 +75,7 @@ def prepare_for_many_runs() -> None:
 
 def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Run a recipe and leave everything it makes in `folder`; the metrics."""
-    check_output_dir(folder, overwrite, resume=False)
+    check_output_dir(folder, overwrite, resume=None)
     check(recipe)
     bags = load_bags(recipe.data)
     model_config(recipe, bags.instances[0].shape[1], bags.names)

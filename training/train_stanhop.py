@@ -57,7 +57,7 @@ def main() -> None:
 
 def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Run a recipe and leave everything it makes in `folder`; the metrics."""
-    check_output_dir(folder, overwrite, resume=False)
+    check_output_dir(folder, overwrite, resume=None)
     check_judge(recipe.judge)
     series = load_series(recipe.data)
     config = STanHopConfig(**{**recipe.model, "num_input_channels": series.values.shape[1]})

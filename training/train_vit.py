@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from cards import write_card
-from checkpoints import SealingCallback, last_checkpoint, remove_unfinished
+from checkpoints import SealingCallback, check_fits, last_checkpoint, remove_unfinished
 from data import load_images, make_image_processor, with_dataset, with_pixels
 from datasets import Dataset, DatasetDict
 from figures import training_figure
@@ -99,6 +99,8 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     images = load_images(recipe.data)
     names = images["train"].features["label"].names
     model = build_model(recipe, names)
+    if checkpoint is not None:
+        check_fits(checkpoint, model)
     processor = make_image_processor(recipe.data, model.config.image_size)
     separation = None if recipe.separation is None else SeparationCallback(**recipe.separation)
     # Every process has looked at the folder before one of them changes it.
