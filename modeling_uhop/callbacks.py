@@ -39,8 +39,9 @@ class SeparationCallback(TrainerCallback):
 
     The defaults are what our experiments speak for, of models that are trained from scratch on few examples (thousands of images; with ten
     thousand they cost test accuracy): before training, SGD steps on all that the features depend on, on the average separation loss (2.6)
-    of U-Hop (arXiv 2404.03827), each on a sampled batch. Its Algorithm 2 is `SeparationCallback(schedule="step", parameters="feature_maps", kind="squared")`. Where what lies below the features is
-    to be kept, as in a pretrained model, let `parameters` be "feature_maps".
+    of U-Hop (arXiv 2404.03827), each on a sampled batch. Its Algorithm 2 is
+    `SeparationCallback(schedule="step", parameters="feature_maps", kind="squared")`. Where what lies below the features is to be kept, as
+    in a pretrained model, let `parameters` be "feature_maps".
 
     The memories are those that the model's `memory_sets` yields, for a vision transformer the tokens of an image as each layer's feature
     map sees them; the losses of the layers are added up for the gradient, and averaged where they are reported.
