@@ -342,7 +342,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
         return self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
 
     def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None):
-        if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
+        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != hidden_states.shape[:2]:
             raise ValueError(
                 f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, an entry for each patch and token before them, "
                 f"got {tuple(attention_mask.shape)}"
