@@ -52,6 +52,7 @@ class UHopMILConfig(PreTrainedConfig):
     """
 
     model_type = "uhop_mil"
+    # So that `compute_metrics` gets logits alone; `trainer.predict(bags, ignore_keys=[])` has the weights too.
     keys_to_ignore_at_inference = ["instance_weights"]
     attribute_map = {"num_hidden_layers": "num_embedding_layers"}
 
