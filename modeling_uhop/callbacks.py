@@ -38,8 +38,8 @@ class SeparationCallback(TrainerCallback):
     """Separates what the Hopfield layers of a model retrieve from, before and between the supervised steps of a `Trainer`.
 
     The defaults are what our experiments speak for, of models that are trained from scratch on few examples (thousands of images; with ten
-    thousand they cost test accuracy): before training, SGD steps on all that the features depend on, on the average separation loss (2.6)
-    of U-Hop (arXiv 2404.03827), each on a sampled batch. Its Algorithm 2 is
+    thousand they gain nothing on others, and many more steps than 100 cost accuracy there): before training, SGD steps on all that the
+    features depend on, on the average separation loss (2.6) of U-Hop (arXiv 2404.03827), each on a sampled batch. Its Algorithm 2 is
     `SeparationCallback(schedule="step", parameters="feature_maps", kind="squared")`. Where what lies below the features is to be kept, as
     in a pretrained model, let `parameters` be "feature_maps".
 
