@@ -132,7 +132,7 @@ def test_nothing_to_resume_from_is_said(tmp_path):
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, fields, message):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
-    model, other = (UHopViTForImageClassification(UHopViTConfig(**{**sizes, **changed})) for changed in ({}, fields))
+    model, other = (UHopViTForImageClassification(UHopViTConfig(**size)) for size in (sizes, {**sizes, **fields}))
     model.save_pretrained(tmp_path / "own")
     other.save_pretrained(tmp_path / "other")
     check_fits(str(tmp_path / "own"), model)

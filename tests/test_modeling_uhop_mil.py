@@ -396,12 +396,17 @@ def test_the_configuration_may_ask_for_more():
 def test_metrics_are_computed_from_logits(tmp_path):
     examples = [{"instances": torch.randn(size, 6), "labels": size % 2} for size in (3, 1, 4, 2)]
     seen = []
+
+    def keep(prediction):
+        seen.append(prediction.predictions)
+        return {}
+
     trainer = Trainer(
         _model(),
         TrainingArguments(tmp_path, report_to="none", disable_tqdm=True, dataloader_pin_memory=False),
         DataCollatorForBags(),
         eval_dataset=examples,
-        compute_metrics=lambda prediction: seen.append(prediction.predictions) or {},
+        compute_metrics=keep,
     )
     trainer.evaluate()
     assert seen[0].shape == (4, 2)
