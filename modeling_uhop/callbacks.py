@@ -37,9 +37,9 @@ STATE_FILE = "separation.pt"
 class SeparationCallback(TrainerCallback):
     """Separates what the Hopfield layers of a model retrieve from, before and between the supervised steps of a `Trainer`.
 
-    The defaults are what our experiments speak for, of models that are trained from scratch on few examples (thousands of images; with ten
-    thousand they gain nothing on others, and many more steps than 100 cost accuracy there): before training, SGD steps on all that the
-    features depend on, on the average separation loss (2.6) of U-Hop (arXiv 2404.03827), each on a sampled batch. Its Algorithm 2 is
+    The defaults are what our experiments speak for, of models that are trained from scratch on few examples (a thousand images; with five
+    and ten thousand they gain nothing on others, and many more steps than 100 cost accuracy there): before training, SGD steps on all that
+    the features depend on, on the average separation loss (2.6) of U-Hop (arXiv 2404.03827), each on a sampled batch. Its Algorithm 2 is
     `SeparationCallback(schedule="step", parameters="feature_maps", kind="squared")`. Where what lies below the features is to be kept, as
     in a pretrained model, let `parameters` be "feature_maps".
 
@@ -115,7 +115,7 @@ class SeparationCallback(TrainerCallback):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
         for name, number in (("steps", steps), ("batch_size", batch_size)):
-            if number is not None and (number < 1 or number != int(number)):
+            if number is not None and (not isinstance(number, int) or number < 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {number}")
         for name, size in (("temperature", temperature), ("final_temperature", final_temperature), ("noise", noise)):
             if size is not None and not size > 0:

@@ -278,8 +278,10 @@ class STanHopPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
             init.normal_(module.position_embeddings, mean=0.0, std=self.config.position_init_std)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        # Softmax through "hopfield" too, which has weights where they are asked for.
-        requested_attention = hopfield_kernel(self.config, requested_attention) or "hopfield"
+        # Softmax through "hopfield" too, which has weights where a call asks for them.
+        requested_attention = hopfield_kernel(self.config, requested_attention)
+        if requested_attention is None:
+            requested_attention = "eager" if self.config.output_attentions else "hopfield"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     def save_pretrained(self, *args, **kwargs) -> None:
@@ -347,7 +349,7 @@ class STanHopModel(STanHopPreTrainedModel):
         """The window with location and scale taken off, zeros where it was not observed; and both, (B, 1, C), at least in fp32."""
         values, observed = self.checked(past_values, past_observed_mask)
         loc, scale = self.scaler(values, observed)
-        return ((values - loc) / scale * observed).to(self.dtype), loc, scale
+        return self._narrowed((values - loc) / scale * observed, "past_values"), loc, scale
 
     @torch.no_grad()
     def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
@@ -365,7 +367,7 @@ class STanHopModel(STanHopPreTrainedModel):
             raise ValueError("future_values must be finite or NaN, where they were not observed, got infinite ones")
         scaled, loc, scale = self.scaled(past_values.to(self.device), None)
         futures = (future_values.to(self.device, loc.dtype) - loc) / scale
-        futures = futures.masked_fill(futures.isnan(), 0.0).to(self.dtype)
+        futures = self._narrowed(futures.masked_fill(futures.isnan(), 0.0), "future_values")
         self.memory.pasts, self.memory.futures = scaled.permute(2, 0, 1).contiguous(), futures.permute(2, 0, 1).contiguous()
         self.config.num_memories = len(past_values)
 
@@ -403,6 +405,12 @@ class STanHopModel(STanHopPreTrainedModel):
             row, _, channel = (~values.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"observed past_values must be finite in {values.dtype}, but series {channel} of window {row} is not")
         return values, observed.to(values.dtype)
+
+    def _narrowed(self, scaled: torch.Tensor, name: str) -> torch.Tensor:
+        narrow = scaled.to(self.dtype)
+        if is_readable(narrow) and not is_finite(narrow):
+            raise ValueError(f"{name} must be finite in {self.dtype} once they are scaled, got some as large as {scaled.abs().max():.4g}")
+        return narrow
 
     def embed(self, scaled: torch.Tensor) -> torch.Tensor:
         """A scaled window (B, L, C) as embedded patches (B, C, num_patches, d_model)."""

@@ -157,8 +157,8 @@ class UHopMILPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
             "impl": f"pipelines.{MultipleInstanceClassificationPipeline.__name__}",
             "pt": ["AutoModelForSequenceClassification"],
         }
-        if name_auto_classes(self, auto_map):
-            self.config.custom_pipelines = {TASK: {**implementation, "type": "multimodal"}}
+        is_ours = name_auto_classes(self, auto_map)
+        self.config.custom_pipelines = {TASK: {**implementation, "type": "multimodal"}} if is_ours else {}
         super().save_pretrained(*args, **kwargs)
 
 

@@ -212,7 +212,8 @@ def maximize_separation(
         batch_size: How many memories, drawn anew in every step, a step looks at; `None` for all. At least 2.
 
     Returns:
-        The loss before each step, then the loss of the final map: `steps + 1` values. Under "uhop+" each is at its own step's temperature.
+        The loss before each step, then the loss of the final map (before it is rounded to half precision, if it is): `steps + 1` values.
+        Under "uhop+" each is at its own step's temperature.
 
     Raises:
         ValueError: For an unknown method or optimizer, a number out of its range, or a frozen map.

@@ -582,6 +582,7 @@ def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
+        ({"steps": 5.0}, "steps must be an integer of at least 1, got 5.0"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"final_temperature": -1.0}, "final_temperature must be positive, got -1.0"),
         ({"noise": 0.0}, "noise must be positive, got 0.0"),

@@ -509,7 +509,17 @@ def test_softmax_may_be_any_softmax():
     assert model.config._attn_implementation == "hopfield"
     past = _windows()
     expected = model(past)
-    assert all(weights is not None for weights in model(past, output_attentions=True).attentions)
+    for asked in (model(past, output_attentions=True), _model(alpha=1.0, learnable_alpha=False, output_attentions=True)(past)):
+        assert (len(asked.attentions), len(asked.decoder_attentions)) == (6, 12)
     for kernel in ("sdpa", "eager"):
         model.set_attn_implementation(kernel)
         assert_close(model(past).prediction_outputs, expected.prediction_outputs)
+
+
+def test_what_half_precision_cannot_hold_is_refused():
+    model = _model(scaling=None).half()
+    past, future = torch.full((2, 20, 3), 70000.0), torch.zeros(2, 10, 3)
+    with pytest.raises(ValueError, match=r"past_values must be finite in torch.float16 once they are scaled, got some as large as 7e\+04"):
+        model(past)
+    with pytest.raises(ValueError, match=r"future_values must be finite in torch.float16 once they are scaled"):
+        model.store(future.new_zeros(2, 20, 3), future + 70000.0)

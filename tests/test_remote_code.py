@@ -1,5 +1,6 @@
 """A saved folder stands alone: it loads, saves again and loads again where the package cannot be imported."""
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from modeling_uhop import (
     STanHopForPrediction,
     UHopMemoryConfig,
     UHopMemoryModel,
+    UHopMILConfig,
+    UHopMILForBagClassification,
     UHopViTConfig,
     UHopViTForImageClassification,
     UHopViTModel,
@@ -197,3 +200,15 @@ def test_the_folder_of_a_subclass_names_no_class_whose_file_it_lacks(tmp_path):
         "AutoConfig": "configuration_uhop_vit.UHopViTConfig",
         "AutoModelForImageClassification": f"{Path(__file__).stem}.Own",
     }
+
+
+def test_the_folder_of_a_subclass_names_no_pipeline_whose_file_it_lacks(tmp_path):
+    class Own(UHopMILForBagClassification):
+        pass
+
+    model = UHopMILForBagClassification(UHopMILConfig())
+    model.save_pretrained(tmp_path / "ours")
+    Own(model.config).save_pretrained(tmp_path / "own")
+    ours, own = (json.loads((tmp_path / folder / "config.json").read_text()).get("custom_pipelines") for folder in ("ours", "own"))
+    assert ours
+    assert not own

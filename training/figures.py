@@ -112,7 +112,7 @@ def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
     counts: dict[str, set[int]] = {}
     for name, count, _ in points:
         counts.setdefault(name, set()).add(count)
-    sizes = sorted(set.union(*counts.values()))
+    sizes = sorted(set().union(*counts.values()))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axis, metric in zip(axes, ("max_train_accuracy", "test_accuracy"), strict=True):
         for name in [name for name, seen in counts.items() if len(seen) > 1]:
