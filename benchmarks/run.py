@@ -378,6 +378,7 @@ def training(rounds: int) -> Iterator[Case]:
 def gpu(rounds: int) -> Iterator[Case]:
     """The Triton kernels with their gradients, beside FlashAttention, and adasplash where it is installed; nothing without a GPU."""
     if not torch.cuda.is_available():
+        print("no GPU here: its kernels are not timed")
         return
     from modeling_uhop.triton_attention import triton_hopfield_attention  # needs Triton
 

@@ -1,19 +1,30 @@
 """What a saved folder says of its classes, and loading of weights."""
 
+from typing import Any
+
 from safetensors import SafetensorError
 
 
-def name_auto_classes(model, auto_map: dict[str, str]) -> bool:
-    """Write into a model's configuration which classes of the package's files the auto classes load.
+class AutoClassesMixin:
+    """For a `PreTrainedModel` whose saved folder names what the auto classes load from the package's files in it: `_auto_classes`.
 
-    A folder has the files of its model's own class alone: that of a subclass from elsewhere names none of these, and `False` is returned.
+    A folder has the files of its model's own class alone, so that of a subclass from elsewhere names none of them.
     """
-    # A sharded module is of a class that PyTorch derived.
-    own = next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
-    is_ours = f"{own.__module__.rpartition('.')[2]}.{own.__name__}" in auto_map.values()
-    known = getattr(model.config, "auto_map", None) or {}
-    model.config.auto_map = auto_map if is_ours else {name: entry for name, entry in known.items() if entry not in auto_map.values()}
-    return is_ours
+
+    config: Any
+    _auto_classes: dict[str, str]
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """See `PreTrainedModel.save_pretrained`, which alone would write the entry of the saved class only."""
+        named = getattr(self.config, "auto_map", None) or {}
+        elsewhere = {name: entry for name, entry in named.items() if entry not in self._auto_classes.values()}
+        self.config.auto_map = dict(self._auto_classes) if self._is_named() else elsewhere
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def _is_named(self) -> bool:
+        # A sharded module is of a class that PyTorch derived.
+        own = next(kind for kind in type(self).__mro__ if not kind.__module__.startswith("torch."))
+        return f"{own.__module__.rpartition('.')[2]}.{own.__name__}" in self._auto_classes.values()
 
 
 class SafetensorsOnlyMixin:

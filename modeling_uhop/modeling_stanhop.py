@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap, unit_norm
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
-from .loading import SafetensorsOnlyMixin, name_auto_classes
+from .loading import AutoClassesMixin, SafetensorsOnlyMixin
 from .simplex import simplex_map
 from .validation import is_finite, is_readable
 
@@ -244,11 +244,16 @@ class STanHopSkip(nn.Linear):
     training would leave random weights as they are."""
 
 
-class STanHopPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
+class STanHopPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
     config: STanHopConfig
     config_class = STanHopConfig
     base_model_prefix = "model"
     main_input_name = "past_values"
+    _auto_classes = {
+        "AutoConfig": "configuration_stanhop.STanHopConfig",
+        "AutoModel": "modeling_stanhop.STanHopModel",
+        "AutoModelForTimeSeriesPrediction": "modeling_stanhop.STanHopForPrediction",
+    }
     input_modalities = ["time"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
@@ -283,17 +288,6 @@ class STanHopPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
         if requested_attention is None:
             requested_attention = "eager" if self.config.output_attentions else "hopfield"
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        name_auto_classes(
-            self,
-            {
-                "AutoConfig": "configuration_stanhop.STanHopConfig",
-                "AutoModel": "modeling_stanhop.STanHopModel",
-                "AutoModelForTimeSeriesPrediction": "modeling_stanhop.STanHopForPrediction",
-            },
-        )
-        super().save_pretrained(*args, **kwargs)
 
 
 class STanHopModel(STanHopPreTrainedModel):
@@ -331,7 +325,8 @@ class STanHopModel(STanHopPreTrainedModel):
                 are not NaN were.
 
         Raises:
-            ValueError: If `past_values` is missing, of a wrong shape, or (on CPU) infinite where it was observed.
+            ValueError: If `past_values` is missing, of a wrong shape, or (on CPU) infinite where it was observed, or so once it is scaled
+                and in the model's precision.
         """
         scaled, loc, scale = self.scaled(past_values, past_observed_mask)
         hidden_states = self.embed(scaled)
@@ -408,7 +403,7 @@ class STanHopModel(STanHopPreTrainedModel):
 
     def _narrowed(self, scaled: torch.Tensor, name: str) -> torch.Tensor:
         narrow = scaled.to(self.dtype)
-        if is_readable(narrow) and not is_finite(narrow):
+        if narrow is not scaled and is_readable(narrow) and not is_finite(narrow):
             raise ValueError(f"{name} must be finite in {self.dtype} once they are scaled, got some as large as {scaled.abs().max():.4g}")
         return narrow
 

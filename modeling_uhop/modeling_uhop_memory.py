@@ -25,7 +25,7 @@ from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import Corruption, mask_patterns
 from .energy import association, energy, similarity_scores
 from .feature_map import FeatureMap, unit_norm
-from .loading import SafetensorsOnlyMixin, name_auto_classes
+from .loading import AutoClassesMixin, SafetensorsOnlyMixin
 from .search import Candidates, brute_force, mixture, sparse_association
 from .separation import maximize_separation
 from .simplex import at_least_fp32
@@ -67,11 +67,15 @@ class UHopMemorySearchOutput(ModelOutput):
     weights: torch.Tensor | None = None
 
 
-class UHopMemoryPreTrainedModel(SafetensorsOnlyMixin, PreTrainedModel):
+class UHopMemoryPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrainedModel):
     config: UHopMemoryConfig
     config_class = UHopMemoryConfig
     base_model_prefix = "memory"
     main_input_name = "queries"
+    _auto_classes = {
+        "AutoConfig": "configuration_uhop_memory.UHopMemoryConfig",
+        "AutoModel": "modeling_uhop_memory.UHopMemoryModel",
+    }
 
     def __init__(self, config: UHopMemoryConfig, *args, **kwargs):
         # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
@@ -85,16 +89,6 @@ class UHopMemoryPreTrainedModel(SafetensorsOnlyMixin, PreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, UHopMemoryModel):
             init.zeros_(module.memories)
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        name_auto_classes(
-            self,
-            {
-                "AutoConfig": "configuration_uhop_memory.UHopMemoryConfig",
-                "AutoModel": "modeling_uhop_memory.UHopMemoryModel",
-            },
-        )
-        super().save_pretrained(*args, **kwargs)
 
 
 class UHopMemoryModel(UHopMemoryPreTrainedModel):

@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_uhop_mil import UHopMILConfig
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, HopfieldPooling, MemorySet
-from .loading import SafetensorsOnlyMixin, name_auto_classes
+from .loading import AutoClassesMixin, SafetensorsOnlyMixin
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
 from .validation import check_class_indices, is_finite, is_readable
 
@@ -117,11 +117,17 @@ class UHopMILMaxPooling(nn.Module):
         return torch.where(filled, largest, 0.0), shares * mask
 
 
-class UHopMILPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
+class UHopMILPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
     config: UHopMILConfig
     config_class = UHopMILConfig
     base_model_prefix = "mil"
     main_input_name = "instances"
+    # There is no auto class for bags; of those there are, that for sequences, which are sets with an order, is the nearest.
+    _auto_classes = {
+        "AutoConfig": "configuration_uhop_mil.UHopMILConfig",
+        "AutoModel": "modeling_uhop_mil.UHopMILModel",
+        "AutoModelForSequenceClassification": "modeling_uhop_mil.UHopMILForBagClassification",
+    }
     supports_gradient_checkpointing = True
     # The losses of several labels and of regression are means over a batch, whatever `num_items_in_batch` says.
     accepts_loss_kwargs = False
@@ -147,18 +153,12 @@ class UHopMILPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
         return super().get_correct_attn_implementation("eager", is_init_check)
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        # There is no auto class for bags; of those there are, that for sequences, which are sets with an order, is the nearest.
-        auto_map = {
-            "AutoConfig": "configuration_uhop_mil.UHopMILConfig",
-            "AutoModel": "modeling_uhop_mil.UHopMILModel",
-            "AutoModelForSequenceClassification": "modeling_uhop_mil.UHopMILForBagClassification",
-        }
-        implementation = {
+        pipeline = {
             "impl": f"pipelines.{MultipleInstanceClassificationPipeline.__name__}",
             "pt": ["AutoModelForSequenceClassification"],
+            "type": "multimodal",
         }
-        is_ours = name_auto_classes(self, auto_map)
-        self.config.custom_pipelines = {TASK: {**implementation, "type": "multimodal"}} if is_ours else {}
+        self.config.custom_pipelines = {TASK: pipeline} if self._is_named() else {}
         super().save_pretrained(*args, **kwargs)
 
 
@@ -242,11 +242,11 @@ class UHopMILModel(UHopMILPreTrainedModel):
         if getattr(self.layers[0], "gradient_checkpointing", False) and torch.is_grad_enabled() and not hidden_states.requires_grad:
             # A reentrant checkpoint gives its layer gradients only if its input asks for one.
             hidden_states = hidden_states.detach().requires_grad_()
-        every = []
+        states = []
         for layer in self.layers:
             hidden_states = layer(hidden_states).masked_fill(~mask.unsqueeze(-1), 0.0)
-            every.append(hidden_states)
-        return tuple(every), mask
+            states.append(hidden_states)
+        return tuple(states), mask
 
     def _checked_mask(self, instances: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         config = self.config

@@ -18,7 +18,7 @@ from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
-from .loading import SafetensorsOnlyMixin, name_auto_classes
+from .loading import AutoClassesMixin, SafetensorsOnlyMixin
 from .validation import check_class_indices, is_finite, is_readable
 
 
@@ -160,11 +160,16 @@ class UHopViTPooler(nn.Module):
         return self.activation(self.dense(hidden_states[:, 0]))
 
 
-class UHopViTPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
+class UHopViTPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
     config: UHopViTConfig
     config_class = UHopViTConfig
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
+    _auto_classes = {
+        "AutoConfig": "configuration_uhop_vit.UHopViTConfig",
+        "AutoModel": "modeling_uhop_vit.UHopViTModel",
+        "AutoModelForImageClassification": "modeling_uhop_vit.UHopViTForImageClassification",
+    }
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["UHopViTEmbeddings", "UHopViTLayer", "UHopViTClassQueryLayer"]
@@ -239,18 +244,6 @@ class UHopViTPreTrainedModel(SafetensorsOnlyMixin, FoldableMixin, PreTrainedMode
                 values W_V W_K Xi without Phi.
         """
         return to_vit(self)
-
-    def save_pretrained(self, *args, **kwargs) -> None:
-        # save_pretrained writes only the saved class's own entry; the folder's code serves all three.
-        name_auto_classes(
-            self,
-            {
-                "AutoConfig": "configuration_uhop_vit.UHopViTConfig",
-                "AutoModel": "modeling_uhop_vit.UHopViTModel",
-                "AutoModelForImageClassification": "modeling_uhop_vit.UHopViTForImageClassification",
-            },
-        )
-        super().save_pretrained(*args, **kwargs)
 
 
 class UHopViTModel(UHopViTPreTrainedModel):
