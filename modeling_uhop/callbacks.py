@@ -44,7 +44,8 @@ class SeparationCallback(TrainerCallback):
     in a pretrained model, let `parameters` be "feature_maps".
 
     The memories are those that the model's `memory_sets` yields, for a vision transformer the tokens of an image as each layer's feature
-    map sees them; the losses of the layers are added up for the gradient, and averaged where they are reported.
+    map sees them; the losses of the layers are added up for the gradient, and averaged where they are reported. Layers that retrieve from
+    a single memory (of a single series, for one) have no part in it.
 
     Stage I leaves Stage II alone: it samples its own batches with its own random state, has its own optimizer, leaves no gradient
     behind and moves nothing but what `parameters` says. With `lr=0` training is bitwise what it would be without the callback.
@@ -311,9 +312,10 @@ class SeparationCallback(TrainerCallback):
             sets = [MemorySet(*memory_set) for memory_set in model.memory_sets(**batch, **options)]
         if self.pool_memories:
             sets = [MemorySet(phi, memories.flatten(0, 1), None if mask is None else mask.flatten()) for phi, memories, mask in sets]
-        if any(each.mask is None and each.memories.shape[-2] < 2 for each in sets):
+        separable = [each for each in sets if each.mask is not None or each.memories.shape[-2] > 1]
+        if not separable:
             raise ValueError("there is nothing to separate: a memory set needs two memories, got one (include_class_token adds one)")
-        return sets
+        return separable
 
     def _temperature(self, state: TrainerState, index: int) -> float:
         if self.final_temperature is None:

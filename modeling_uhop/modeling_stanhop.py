@@ -183,6 +183,11 @@ class STanHopDecoderLayer(GradientCheckpointingLayer):
         hidden_states = crossed.unflatten(0, hidden_states.shape[:2])
         return hidden_states, self.head(hidden_states).flatten(2)
 
+    def memory_sets(self, hidden_states: torch.Tensor, encoded: torch.Tensor) -> Iterator[MemorySet]:
+        """What the block's layers retrieve from, then what the output patches do: a series' patches in a scale of the encoder."""
+        yield from self.block.memory_sets(hidden_states)
+        yield MemorySet(self.cross.attention.feature_map, encoded.flatten(0, 1))
+
 
 class STanHopScaler(nn.Module):
     """Location and scale of each series over its observed values, of a window (B, L, C) and its mask."""
@@ -451,6 +456,14 @@ class STanHopDecoder(STanHopPreTrainedModel):
             forecast = part if forecast is None else forecast + part
         return STanHopDecoderOutput(forecast=cast(torch.Tensor, forecast)[..., : self.config.prediction_length].transpose(1, 2))
 
+    def memory_sets(self, scales: tuple[torch.Tensor, ...]) -> Iterator[MemorySet]:
+        """The memories that Stage I separates, layer by layer; see `STanHopDecoderLayer.memory_sets`."""
+        hidden_states = self.position_embeddings.expand(scales[0].shape[0], -1, -1, -1)
+        for index, (layer, encoded) in enumerate(zip(self.layers, scales, strict=True)):
+            if index > 0:
+                hidden_states, _ = self.layers[index - 1](hidden_states, scales[index - 1])
+            yield from cast(STanHopDecoderLayer, layer).memory_sets(hidden_states, encoded)
+
 
 class STanHopForPrediction(STanHopPreTrainedModel):
     """STanHop-Net: the encoder, and a decoder whose patches retrieve from each of its scales; optionally beside a linear skip.
@@ -532,8 +545,9 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         return SampleTSPredictionOutput(sequences=outputs.prediction_outputs.unsqueeze(1))
 
     def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """The memories that Stage I separates: the encoder's; see `STanHopModel.memory_sets`."""
-        return self.model.memory_sets(past_values, past_observed_mask, **kwargs)
+        """The memories that Stage I separates: the encoder's, then the decoder's; see their `memory_sets`."""
+        yield from self.model.memory_sets(past_values, past_observed_mask)
+        yield from self.decoder.memory_sets(self.model(past_values, past_observed_mask, return_dict=True).scales)
 
     def _loss(self, prediction: torch.Tensor, future: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         for name, tensor in (("future_values", future), ("future_observed_mask", mask)):

@@ -1,6 +1,7 @@
 """STanHop models: configuration, values against loops, scaling and masks, losses, Stage I, saving and loading, refusals."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -305,13 +306,14 @@ def test_memory_sets_are_what_the_layers_retrieve_from():
     model = _model()
     past = _windows()
     seen = []
-    for module in model.model.modules():
+    for module in model.modules():
         if type(module).__name__ == "HopfieldAttention":
             module.register_forward_pre_hook(lambda module, arguments: seen.append((module.feature_map, arguments[1])))
-    model.model(past)
+    model(past)
     expected, seen[:] = list(seen), []
     sets = list(model.memory_sets(past, future_values=None))
-    assert len(sets) == 6
+    assert len(sets) == len(list(model.model.memory_sets(past))) + 3 * 4 == 18
+    assert len({id(memory_set.feature_map) for memory_set in sets}) == 18
     for memory_set, (feature_map, memories) in zip(sets, expected, strict=True):
         assert memory_set.feature_map is feature_map
         assert_close(memory_set.memories, memories)
@@ -338,20 +340,33 @@ def test_training_with_stage_one(tmp_path, parameters):
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
 def test_only_maps_that_stage_one_separates_get_unit_rows(tmp_path, option):
-    model = _model()
+    # Each series has a single output patch, from which the decoder's blocks retrieve over time.
+    model = _model(patch_length=10, num_hidden_layers=1)
     maps = {name: parameter for name, parameter in model.named_parameters() if "feature_map" in name}
     for weight in maps.values():
         weight.data.mul_(3.0)
     before = {name: weight.detach().clone() for name, weight in maps.items()}
-    separation = SeparationCallback("train_begin", kind="average", lr=0.1, batch_size=4, **{option: True})
+    separation = SeparationCallback(parameters="feature_maps", batch_size=4, **{option: True})
     _trainer(tmp_path, model, separation, max_steps=1, learning_rate=0.0).train()
-    separated = {name for name in maps if not name.startswith("decoder")}
-    assert 0 < len(separated) < len(maps)
+    alone = [name for name in maps if re.fullmatch(r"decoder\.layers\.\d\.block\.time\..*", name)]
+    separated = set(maps) - set(alone)
+    assert len(alone) == 2
     for name, weight in maps.items():
         if name in separated:
             assert_close(weight.norm(dim=-1), torch.ones(len(weight)))
         else:
             assert torch.equal(weight, before[name])
+
+
+def test_stage_one_of_a_single_series(tmp_path):
+    model = _model(num_input_channels=1)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "feature_map" in name}
+    separation = SeparationCallback("train_begin", kind="average", parameters="feature_maps", batch_size=4)
+    trainer = _trainer(tmp_path, model, separation, max_steps=1, learning_rate=0.0)
+    trainer.train_dataset = [{name: values[:, :1] for name, values in example.items()} for example in trainer.train_dataset]
+    trainer.train()
+    moved = {name for name, parameter in model.named_parameters() if name in before and not torch.equal(parameter, before[name])}
+    assert moved == {name for name in before if "pooling" not in name}
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
