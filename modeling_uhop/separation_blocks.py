@@ -4,7 +4,7 @@ A pair (mu, nu) of unit features enters by K = <Phi_mu, Phi_nu> alone, so that i
 of Phi_mu for nu: a block adds two matrix products to the gradient, and is forgotten. Blocks lie on and above the diagonal.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -90,17 +90,17 @@ def _add_to_gradient(gradient: torch.Tensor, features: torch.Tensor, block: Bloc
 
 
 def _mean_of_exponentials(
-    features: torch.Tensor,
-    members: torch.Tensor | None,
-    exponent: Callable[[torch.Tensor], torch.Tensor],
-    slope: Callable[[torch.Tensor], torch.Tensor | float],
-    gradient: torch.Tensor | None,
+    features: torch.Tensor, members: torch.Tensor | None, power: int, temperature: float, gradient: torch.Tensor | None
 ) -> torch.Tensor:
-    """`log mean exp(exponent(K))` over pairs, whose largest exponent so far is taken off."""
+    """`log mean exp((K^power - 1) / temperature)` over pairs, for a power of 1 or 2; the largest exponent so far is taken off."""
     largest = features.new_full((len(features), 1, 1), -torch.inf)
     total = features.new_zeros(len(features), 1, 1)
     for index, block in enumerate(_blocks(features, members)):
-        exponents = exponent(block.similarity)
+        similarity = block.similarity
+        if power == 1:
+            exponents = similarity.div_(temperature)
+        else:
+            exponents = similarity.square().div_(temperature).masked_fill_(similarity == -torch.inf, -torch.inf)
         above = torch.maximum(largest, exponents.amax((1, 2), keepdim=True))
         shrunk = torch.where(largest == above, 1.0, (largest - above).exp())
         weights = exponents.sub_(torch.where(above == -torch.inf, 0.0, above)).exp_()
@@ -108,28 +108,23 @@ def _mean_of_exponentials(
         if gradient is not None:
             if index > 0:
                 gradient *= shrunk
-            _add_to_gradient(gradient, features, block, weights * slope(block.similarity))
+            slopes = weights if power == 1 else weights.mul_(similarity.clamp_(min=-1.0))
+            _add_to_gradient(gradient, features, block, slopes)
         largest = above
     pairs = _pairs(features, members)
     present = (pairs > 0).view(-1, 1, 1)
     if gradient is not None:
-        gradient.div_(torch.where(present, total, 1.0))
-    return torch.where(present, largest + total.log(), 0.0).flatten() - pairs.clamp(min=1).log()
+        gradient.mul_(power / temperature / torch.where(present, total, 1.0))
+    return torch.where(present, largest - 1.0 / temperature + total.log(), 0.0).flatten() - pairs.clamp(min=1).log()
 
 
 # Each kind returns losses (S,) and, where a gradient is wanted, adds it to zeros (S, M, D).
 def _average(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
-    return _mean_of_exponentials(features, members, lambda k: (k - 1.0) / temperature, lambda k: 1.0 / temperature, gradient)
+    return _mean_of_exponentials(features, members, 1, temperature, gradient)
 
 
 def _squared(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
-    def exponent(similarity: torch.Tensor) -> torch.Tensor:
-        return ((similarity.square() - 1.0) / temperature).masked_fill_(similarity == -torch.inf, -torch.inf)
-
-    def slope(similarity: torch.Tensor) -> torch.Tensor:
-        return similarity.clamp(min=-1.0) * (2.0 / temperature)
-
-    return _mean_of_exponentials(features, members, exponent, slope, gradient)
+    return _mean_of_exponentials(features, members, 2, temperature, gradient)
 
 
 def _nearest(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
