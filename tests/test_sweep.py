@@ -89,6 +89,14 @@ def test_runs_are_gathered_with_spread_and_paired_intervals(project):
     assert paired_table([gathered]).splitlines()[2:] == [f"| better one vs. plain | -0.1000 ± {(high - low) / 2:.4f} |"]
 
 
+def test_one_seed_has_no_spread(project):
+    sweep = read_sweep(write(project, seeds=[0]))
+    runs = runs_of(sweep, "fake", project / "runs", None)
+    execute(runs, jobs=1, cores=2)
+    gathered = gather(sweep, "fake", runs)
+    assert variants_table([gathered]).splitlines()[2:4] == ["| plain | 1,234 | 0.5000 |", "| better one | 1,234 | 0.5000 |"]
+
+
 def test_curves_are_gathered_by_epoch_and_seed(project):
     sweep = read_sweep(write(project, curves=["eval_loss"]))
     runs = runs_of(sweep, "fake", project / "runs", None)
