@@ -314,7 +314,9 @@ class SeparationCallback(TrainerCallback):
             sets = [MemorySet(phi, memories.flatten(0, 1), None if mask is None else mask.flatten()) for phi, memories, mask in sets]
         separable = [each for each in sets if each.mask is not None or each.memories.shape[-2] > 1]
         if not separable:
-            raise ValueError("there is nothing to separate: a memory set needs two memories, got one (include_class_token adds one)")
+            raise ValueError(
+                "there is nothing to separate: a memory set needs two memories, and each has one (of images, include_class_token adds one)"
+            )
         return separable
 
     def _temperature(self, state: TrainerState, index: int) -> float:

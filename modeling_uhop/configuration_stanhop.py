@@ -37,13 +37,14 @@ class STanHopConfig(PreTrainedConfig):
             first: begun close to zero, its patches cannot be told apart.
         scaling (`str`, *optional*, defaults to `"std"`): How each window is scaled, and the forecast back: "std" (its mean and standard
             deviation), "mean" (its mean of absolute values), or `None`.
-        minimum_scale (`float`, defaults to 1e-2): Least scale; a constant window is divided by it.
+        minimum_scale (`float`, defaults to 1e-2): Least scale, in the units of the values; a constant window is divided by it.
         use_linear_skip (`bool`, defaults to `False`): Whether a linear map from the scaled window to the horizon, one for all series, is
             added to the forecast.
         memory_type (`str`, *optional*): What stored windows are for, beside `STanHopModel.recall`. The papers' equations of both are not
             available to us, and these are reconstructions. "plug": a window is completed by what it retrieves, with nothing learned,
             `LN(R + Sep_alpha(beta cos(R, Y)) Y)`. "tune": the futures of retrieved windows go through a linear map that is trained with the
-            model, and are added to the forecast.
+            model, and are added to the forecast; train it on other windows than those stored and their neighbours, as a window that
+            retrieves itself has its own future before it.
         num_memories (`int`, defaults to 0): Number of stored windows; `store` sets it.
         memory_beta (`float`, defaults to 12): Inverse temperature of their retrieval.
         memory_alpha (`float`, defaults to 1): Tsallis exponent in [1, 2] of their retrieval.

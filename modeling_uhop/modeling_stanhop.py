@@ -52,7 +52,8 @@ class STanHopForPredictionOutput(ModelOutput):
     """
     Args:
         loss: A scalar, where future values are given.
-        prediction_outputs: (B, H, C), in the units of the past values; at least in fp32, as these may be far from zero.
+        prediction_outputs: (B, H, C), in the units of the past values; in their precision and at least in fp32, as these may be far from
+            zero.
         hidden_states, attentions, loc, scale: As in `STanHopModelOutput`.
         decoder_attentions: Association weights of the decoder's layers: those of its block, then from output patches to a scale of the
             encoder, (B C, H, output patches, patches of the scale).
@@ -214,7 +215,8 @@ class STanHopScaler(nn.Module):
 class STanHopWindowMemory(nn.Module):
     """Stored windows, scaled: each series retrieves windows of its own, by the cosine of their pasts.
 
-    `p = Sep_alpha(beta cos(R, Y))` for a past R and the stored pasts Y; it recalls `p Y`, and what followed, `p Y_future`.
+    `p = Sep_alpha(beta cos(R, Y))` for a past R and the stored pasts Y; it recalls `p Y`, and what followed, `p Y_future`. A stored past of
+    zeros has no direction, and is never retrieved.
     """
 
     def __init__(self, config: STanHopConfig):
@@ -236,7 +238,8 @@ class STanHopWindowMemory(nn.Module):
     def weights(self, scaled: torch.Tensor) -> torch.Tensor:
         """Association weights (C, B, num_memories) of windows (B, L, C)."""
         similarity = unit_norm(scaled.permute(2, 0, 1)) @ unit_norm(self.pasts).mT
-        return simplex_map(self.config.memory_beta * similarity, self.config.memory_alpha).to(scaled.dtype)
+        present = self.pasts.any(-1).unsqueeze(1)
+        return simplex_map(self.config.memory_beta * similarity, self.config.memory_alpha, mask=present).to(scaled.dtype)
 
     def forward(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The recalled past (B, L, C) and future (B, H, C) of windows (B, L, C)."""
@@ -346,29 +349,36 @@ class STanHopModel(STanHopPreTrainedModel):
     def scaled(
         self, past_values: torch.Tensor | None, past_observed_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The window with location and scale taken off, zeros where it was not observed; and both, (B, 1, C), at least in fp32."""
+        """The window with location and scale taken off, zeros where it was not observed; and both, (B, 1, C), at least in fp32 and in the
+        precision of the values."""
         values, observed = self.checked(past_values, past_observed_mask)
         loc, scale = self.scaler(values, observed)
         return self._narrowed((values - loc) / scale * observed, "past_values"), loc, scale
 
     @torch.no_grad()
     def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
-        """Replace the stored windows by these, (M, context_length, C) and what followed, (M, prediction_length, C).
+        """Replace the stored windows by these, (M, context_length, C) and what followed, (M, prediction_length, C); NaN where a value was
+        not observed.
 
-        Each window is scaled by its own past. Missing futures count as the window's location.
+        Each window is scaled by its own past. Missing futures count as the window's location. A series without an observed past, or with a
+        constant one where windows are scaled by standard deviation, says nothing of the scale of its future, and is never retrieved.
 
         Raises:
-            ValueError: As `forward`, and for futures of a wrong shape or infinite ones.
+            ValueError: As `forward`, without any window, and for futures of a wrong shape or infinite ones.
         """
         expected = (len(past_values), self.config.prediction_length, self.config.num_input_channels)
-        if future_values.shape != expected:
-            raise ValueError(f"future_values must have shape (M, prediction_length, C) = {expected}, got {tuple(future_values.shape)}")
+        if len(past_values) == 0 or future_values.shape != expected:
+            given = f"got {len(past_values)} windows and futures {tuple(future_values.shape)}"
+            raise ValueError(f"at least one window is needed, and future_values of shape (M, prediction_length, C) = {expected}, {given}")
         if bool(future_values.isinf().any()):
             raise ValueError("future_values must be finite or NaN, where they were not observed, got infinite ones")
         scaled, loc, scale = self.scaled(past_values.to(self.device), None)
+        # What is left of a window whose mean was taken off has both signs, or is the rounding of a constant.
+        says_nothing = ~((scaled > 0).any(1) & (scaled < 0).any(1) if self.config.scaling == "std" else scaled.any(1)).unsqueeze(1)
         futures = (future_values.to(self.device, loc.dtype) - loc) / scale
-        futures = self._narrowed(futures.masked_fill(futures.isnan(), 0.0), "future_values")
-        self.memory.pasts, self.memory.futures = scaled.permute(2, 0, 1).contiguous(), futures.permute(2, 0, 1).contiguous()
+        futures = self._narrowed(futures.masked_fill(futures.isnan() | says_nothing, 0.0), "future_values")
+        pasts = scaled.masked_fill(says_nothing, 0.0)
+        self.memory.pasts, self.memory.futures = pasts.permute(2, 0, 1).contiguous(), futures.permute(2, 0, 1).contiguous()
         self.config.num_memories = len(past_values)
 
     @torch.no_grad()
@@ -378,14 +388,14 @@ class STanHopModel(STanHopPreTrainedModel):
         Raises:
             ValueError: If nothing is stored; and as `forward`.
         """
-        if self.config.num_memories == 0:
+        if self.config.num_memories == 0 or not self.memory.pasts.any():
             raise ValueError("no window is stored: call store(past_values, future_values) first")
         scaled, loc, scale = self.scaled(past_values, past_observed_mask)
         return self.memory(scaled)[1] * scale + loc
 
     def checked(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values with zeros where nothing was observed, and the mask as numbers, at least in fp32: what half precision keeps of values
-        far from zero has lost their differences."""
+        """Values with zeros where nothing was observed, and the mask as numbers, in no less precision than they have, and at least in fp32:
+        what a narrower one keeps of values far from zero has lost their differences."""
         if past_values is None:
             raise ValueError("past_values is required, got None")
         expected = (self.config.context_length, self.config.num_input_channels)
@@ -400,7 +410,8 @@ class STanHopModel(STanHopPreTrainedModel):
                 shapes = f"{tuple(past_values.shape)}, got {tuple(mask.shape)}"
                 raise ValueError(f"past_observed_mask must have the shape of past_values, {shapes}")
             observed = observed & mask.bool()
-        values = past_values.to(torch.promote_types(self.dtype, torch.float32)).masked_fill(~observed, 0.0)
+        wide = torch.promote_types(torch.promote_types(self.dtype, torch.float32), past_values.dtype)
+        values = past_values.to(wide).masked_fill(~observed, 0.0)
         if is_readable(values) and not is_finite(values):
             row, _, channel = (~values.isfinite()).nonzero()[0].tolist()
             raise ValueError(f"observed past_values must be finite in {values.dtype}, but series {channel} of window {row} is not")
@@ -457,10 +468,12 @@ class STanHopDecoder(STanHopPreTrainedModel):
         return STanHopDecoderOutput(forecast=cast(torch.Tensor, forecast)[..., : self.config.prediction_length].transpose(1, 2))
 
     def memory_sets(self, scales: tuple[torch.Tensor, ...]) -> Iterator[MemorySet]:
-        """The memories that Stage I separates, layer by layer; see `STanHopDecoderLayer.memory_sets`."""
-        hidden_states = self.position_embeddings.expand(scales[0].shape[0], -1, -1, -1)
+        """The memories that Stage I separates, layer by layer; see `STanHopDecoderLayer.memory_sets`. Those of the first block are the same
+        for every window, and are there once."""
+        hidden_states: torch.Tensor = self.position_embeddings
         for index, (layer, encoded) in enumerate(zip(self.layers, scales, strict=True)):
             if index > 0:
+                hidden_states = hidden_states.expand(len(encoded), -1, -1, -1)
                 hidden_states, _ = self.layers[index - 1](hidden_states, scales[index - 1])
             yield from cast(STanHopDecoderLayer, layer).memory_sets(hidden_states, encoded)
 
@@ -507,7 +520,8 @@ class STanHopForPrediction(STanHopPreTrainedModel):
             return_loss: Whether to compute a loss where there are future values. The Trainer looks for this name.
 
         Raises:
-            ValueError: As `STanHopModel.forward`, and for future values or a mask of a wrong shape.
+            ValueError: As `STanHopModel.forward`, for future values or a mask of a wrong shape, and (on CPU) for future values that are
+                infinite where they were observed.
         """
         outputs: STanHopModelOutput = self.model(past_values, past_observed_mask, return_dict=True, **kwargs)
         decoded: STanHopDecoderOutput = self.decoder(outputs.scales, return_dict=True, **kwargs)
@@ -555,7 +569,10 @@ class STanHopForPrediction(STanHopPreTrainedModel):
                 expected = f"(B, prediction_length, num_input_channels) = {tuple(prediction.shape)}"
                 raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
         observed = ~future.isnan() if mask is None else ~future.isnan() & mask.bool()
-        errors = prediction - future.to(prediction.device, prediction.dtype).masked_fill(~observed, 0.0)
+        future = future.to(prediction.device, prediction.dtype).masked_fill(~observed, 0.0)
+        if is_readable(future) and not is_finite(future):
+            raise ValueError(f"observed future_values must be finite, got {int((~future.isfinite()).sum())} values that are not")
+        errors = prediction - future
         errors = errors.abs() if self.config.loss == "mae" else errors.square()
         return (errors * observed).sum() / observed.sum().clamp(min=1)
 

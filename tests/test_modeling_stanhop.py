@@ -266,6 +266,9 @@ def test_losses(loss):
     assert model(past, future_values=future, future_observed_mask=torch.zeros_like(mask)).loss == 0.0
     assert model(past, future_values=future, return_loss=False).loss is None
     assert model(past).loss is None
+    future[1, 2, 0] = torch.inf
+    with pytest.raises(ValueError, match="observed future_values must be finite, got 1 values that are not"):
+        model(past, future_values=future)
 
 
 def test_windows_without_any_value_or_variation():
@@ -314,9 +317,11 @@ def test_memory_sets_are_what_the_layers_retrieve_from():
     sets = list(model.memory_sets(past, future_values=None))
     assert len(sets) == len(list(model.model.memory_sets(past))) + 3 * 4 == 18
     assert len({id(memory_set.feature_map) for memory_set in sets}) == 18
+    # Those of the decoder's first block are the same for both windows, and are there once.
+    assert [len(memories) // len(each.memories) for each, (_, memories) in zip(sets, expected, strict=True)] == [1] * 6 + [2] * 3 + [1] * 9
     for memory_set, (feature_map, memories) in zip(sets, expected, strict=True):
         assert memory_set.feature_map is feature_map
-        assert_close(memory_set.memories, memories)
+        assert_close(memory_set.memories, memories[: len(memory_set.memories)])
 
 
 def _trainer(folder, model, callback, **arguments) -> Trainer:
@@ -380,14 +385,32 @@ def test_recalled_futures_by_loops(alpha):
     for channel in range(3):
         scaled, futures = [], []
         for stored, following in zip(past[:, :, channel].numpy(), future[:, :, channel].numpy(), strict=True):
+            if stored.std() == 0:
+                continue
             scale = max(stored.std(), 0.5)
             scaled.append((stored - stored.mean()) / scale)
             futures.append((following - stored.mean()) / scale)
         window = query[0, :, channel].numpy()
         mine = (window - window.mean()) / max(window.std(), 0.5)
-        scores = [3.0 * (mine @ key) / (np.linalg.norm(mine) * (np.linalg.norm(key) or 1.0)) for key in scaled]
+        scores = [3.0 * (mine @ key) / (np.linalg.norm(mine) * np.linalg.norm(key)) for key in scaled]
         expected = reference.entmax(scores, alpha) @ np.stack(futures) * max(window.std(), 0.5) + window.mean()
         assert_close(recalled[:, channel], expected, scale=10)
+
+
+@pytest.mark.parametrize("silent", [0.3, float("nan")])
+def test_stored_windows_that_say_nothing_are_never_recalled(silent):
+    model = _model()
+    query, past, future = 1000.0 + _windows(3), 1000.0 + _windows(7), 1000.0 + _windows(7, 10)
+    model.store(past[1:], future[1:])
+    expected = model.recall(query)
+    # 0.3 is not its own mean, to the last bit.
+    past[0], future[0] = silent, 2000.0
+    model.store(past, future)
+    assert model.config.num_memories == 7
+    assert_close(model.recall(query), expected)
+    model.store(past[:1], future[:1])
+    with pytest.raises(ValueError, match="no window is stored"):
+        model.recall(query)
 
 
 def test_a_stored_window_is_recalled():
@@ -431,8 +454,10 @@ def test_bad_memories_are_refused():
     model = _model()
     with pytest.raises(ValueError, match="no window is stored"):
         model.recall(_windows())
-    with pytest.raises(ValueError, match=r"future_values must have shape \(M, prediction_length, C\) = \(2, 10, 3\), got \(2, 9, 3\)"):
+    with pytest.raises(ValueError, match=r"of shape \(M, prediction_length, C\) = \(2, 10, 3\), got 2 windows and futures \(2, 9, 3\)"):
         model.store(_windows(), _windows(length=9))
+    with pytest.raises(ValueError, match="at least one window is needed"):
+        model.store(_windows(0), _windows(0, 10))
     with pytest.raises(ValueError, match="past_values must have shape"):
         model.store(_windows(length=19), _windows(length=10))
     with pytest.raises(ValueError, match="future_values must be finite or NaN"):
@@ -519,6 +544,19 @@ def test_half_precision_keeps_what_varies_far_from_zero(dtype):
     assert (model.recall(past) - recalled).abs().max() < 0.1
 
 
+def test_values_in_double_precision_keep_their_differences():
+    model = _model()
+    past = torch.randn(2, 20, 3, dtype=torch.float64)
+    near, far = (model(past + shift, future_values=past[:, :10] + shift) for shift in (0.0, 1.7e9))
+    assert far.prediction_outputs.dtype == torch.float64
+    # Around 1.7e9 the numbers of double precision are 2e-7 apart.
+    assert (far.prediction_outputs - 1.7e9 - near.prediction_outputs).abs().max() < 1e-5
+    assert (far.scale - near.scale).abs().max() < 1e-6
+    assert far.loss.item() == pytest.approx(near.loss.item(), rel=1e-5)
+    far.loss.backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
 def test_softmax_may_be_any_softmax():
     model = _model(alpha=1.0, learnable_alpha=False)
     assert model.config._attn_implementation == "hopfield"
@@ -537,4 +575,4 @@ def test_what_half_precision_cannot_hold_is_refused():
     with pytest.raises(ValueError, match=r"past_values must be finite in torch.float16 once they are scaled, got some as large as 7e\+04"):
         model(past)
     with pytest.raises(ValueError, match=r"future_values must be finite in torch.float16 once they are scaled"):
-        model.store(future.new_zeros(2, 20, 3), future + 70000.0)
+        model.store(future.new_ones(2, 20, 3), future + 70000.0)

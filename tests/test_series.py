@@ -120,11 +120,15 @@ def test_files(tmp_path):
     assert torch.allclose(one.values, other.values, atol=1e-5)
     gaps = frame.copy()
     gaps.loc[5, "series_1"] = np.nan
-    gaps.loc[:, "series_2"] = 3.0
-    gaps.to_csv(tmp_path / "gaps.csv", index=False)
-    loaded = load_series(SeriesDataRecipe(str(tmp_path / "gaps.csv")))
+    # The standard deviation of 0.3 and of what was made of it is not 0, but for rounding.
+    gaps["series_2"] = np.where(np.arange(300) < 250, 0.3, 0.4)
+    gaps.drop(index=range(100, 104)).to_csv(tmp_path / "gaps.csv", index=False)
+    with pytest.warns(UserWarning, match=r"gaps.csv has 1 gaps in its time stamps, the first before row 100; windows run over them"):
+        loaded = load_series(SeriesDataRecipe(str(tmp_path / "gaps.csv")))
     assert loaded.values.isnan().sum() == 1
-    assert (loaded.values[:, 2] == 0).all()
+    assert (loaded.values[:246, 2] == 0).all()
+    assert torch.allclose(loaded.values[246:, 2], torch.tensor(0.1))
+    assert loaded.std[2] == 1.0
 
 
 def test_bad_files_are_refused(tmp_path):
@@ -146,13 +150,26 @@ def test_bad_files_are_refused(tmp_path):
         load_series(SeriesDataRecipe("ETTh1"))
 
 
-def test_a_series_from_the_hub(monkeypatch):
+def test_a_series_from_the_hub(tmp_path, monkeypatch):
+    # A folder stands for a repository: what has one is not looked for elsewhere.
     frame = synthetic_series(300)
-    hub = {("someone/ett", "train"): Dataset.from_pandas(frame)}
-    monkeypatch.setattr("series.load_dataset", lambda name, split: hub[name, split])
+    monkeypatch.chdir(tmp_path)
+    for repository, files in {"ett": ("ETTh1.csv", "ETTh2.csv"), "one": ("data.csv",), "split": ("train.csv", "test.csv")}.items():
+        (tmp_path / "someone" / repository).mkdir(parents=True)
+        for number, name in enumerate(files, 1):
+            frame.assign(series_0=frame["series_0"] * number + number**2).to_csv(tmp_path / "someone" / repository / name, index=False)
     values = frame.drop(columns="date").to_numpy()
     expected = (values - values[:210].mean(0)) / values[:210].std(0)
-    np.testing.assert_allclose(load_series(SeriesDataRecipe("someone/ett")).values, expected, atol=1e-5)
+    whole = load_series(SeriesDataRecipe("someone/one"))
+    np.testing.assert_allclose(whole.values, expected, atol=1e-5)
+    second = load_series(SeriesDataRecipe("someone/ett", data_files="ETTh2.csv"))
+    np.testing.assert_allclose(second.values, expected, atol=1e-5)
+    raw = frame["series_0"][:210].mean()
+    assert (whole.mean[0], second.mean[0]) == (pytest.approx(raw + 1.0), pytest.approx(2.0 * raw + 4.0))
+    with pytest.raises(RecipeError, match=r"someone/split has the splits train, test, .*set data.data_files"):
+        load_series(SeriesDataRecipe("someone/split"))
+    with pytest.raises(RecipeError, match="row 300 of someone/ett does not come after"):
+        load_series(SeriesDataRecipe("someone/ett"))
 
 
 def test_errors_are_means_over_every_window(series):
@@ -172,19 +189,22 @@ def test_repeated_seasons():
 
 @pytest.mark.parametrize("last_value", [False, True])
 def test_the_linear_map_is_ridge_regression(series, last_value):
-    """Whichever penalty it chose, it is that of scikit-learn's ridge regression."""
+    """It is scikit-learn's, with the penalty that has the least error on validation windows."""
     forecast = linear_map(series, 30, 5, last_value=last_value)
     rows = torch.cat([series.values[:600, channel].unfold(0, 35, 1) for channel in range(4)]).double().numpy()
     offset = rows[:, 29:30] if last_value else 0.0
     past = torch.randn(3, 30, 4)
-    matches = []
+    windows = torch.cat([series.values[570:800, channel].unfold(0, 35, 1) for channel in range(4)]).numpy()
+    anchor = windows[:, 29:30] if last_value else 0.0
+    forecasts, errors = [], []
     for penalty in (1e-4, 1e-3, 1e-2, 1e-1):
         ridge = Ridge(penalty * len(rows)).fit(rows[:, :30] - offset, rows[:, 30:] - offset)
         flat = past.permute(0, 2, 1).reshape(12, 30).numpy()
         shift = flat[:, 29:30] if last_value else 0.0
-        expected = (ridge.predict(flat - shift) + shift).reshape(3, 4, 5).transpose(0, 2, 1)
-        matches.append(np.allclose(forecast(past).numpy(), expected, atol=2e-3))
-    assert sum(matches) == 1
+        forecasts.append((ridge.predict(flat - shift) + shift).reshape(3, 4, 5).transpose(0, 2, 1))
+        errors.append(np.square(ridge.predict(windows[:, :30] - anchor) + anchor - windows[:, 30:]).mean())
+    matches = [np.allclose(forecast(past).numpy(), expected, atol=2e-3) for expected in forecasts]
+    assert [index for index, match in enumerate(matches) if match] == [np.argmin(errors)]
 
 
 def test_the_skip_may_begin_as_the_ridge_map(series):
@@ -257,6 +277,23 @@ def test_anchors_know_the_season(series):
     assert table["memory of windows, 48"]["test_mse"] < table["repeat last"]["test_mse"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"anchor_lengths": [24, 168]}, r"anchor_lengths=\[24, 168\] do not fit the train rows: 12 rows hold no window"),
+        ({"anchor_lengths": [24, 168], "data": {"split": [400, 20, 180]}}, "do not fit the validation rows: 20 rows hold no window"),
+        ({"season": 0}, "season must be at least 1, got 0"),
+        ({"model": {"memory_type": "tune"}}, "model.memory_type='tune' is of a model that stores windows"),
+    ],
+)
+def test_what_could_only_fail_after_training_is_refused_before_it(tmp_path, changes, message):
+    data = SeriesDataRecipe("synthetic", **{"split": [180, 100, 100], **changes.pop("data", {})})
+    model = {"context_length": 24, "prediction_length": 24, "d_model": 16, **changes.pop("model", {})}
+    with pytest.raises(RecipeError, match=message):
+        run(STanHopRecipe(name="bad", data=data, model=model, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_script_leaves_a_model_that_reloads(tmp_path):
     content = {
         "data": {"dataset": "synthetic", "split": [400, 150, 150]},
@@ -273,6 +310,9 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     validation = {"validation_loss", "validation_mse", "validation_mae", "train_seconds", "anchors"}
     assert validation | {"test_mse", "test_mae"} == set(results["metrics"])
+    raw = synthetic_series().drop(columns="date")[:400]
+    assert results["series"]["names"] == [f"series_{index}" for index in range(4)]
+    np.testing.assert_allclose((results["series"]["mean"], results["series"]["std"]), (raw.mean(), raw.std(ddof=0)))
     assert (tmp_path / "out" / "README.md").is_file()
     for name in ("forecast.png", "weights.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000

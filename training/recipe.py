@@ -96,12 +96,14 @@ class SeriesDataRecipe:
 
     Attributes:
         dataset: "synthetic" (made from a seed), a CSV or parquet file with a row for each time step, or a Hub id.
+        data_files: File of a data set on the Hub that holds several, for instance "ETTh1.csv".
         date_column: Column of time stamps; it is checked and left out. Every other column is a series.
         split: Rows of training, validation and test, or fractions of all rows that are 1 together.
         validation_stride: Training looks at every so many-th validation window. Test errors are over every test window.
     """
 
     dataset: str
+    data_files: str | None = None
     date_column: str = "date"
     split: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.2])
     validation_stride: int = 1

@@ -1,6 +1,7 @@
 """Multivariate series for forecasting: reading, splits, scaling, and windows that are views of one array."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Series:
     Attributes:
         values: (T, C), z-scored by the training rows.
         names: Names of the C series.
-        mean, std: Of the training rows, (C,): what the values were scaled by.
+        mean, std: Of the training rows, (C,): what the values were scaled by. The std of a series that is constant there is 1.
         rows: First and last row (exclusive) of each split, "train", "validation" and "test".
     """
 
@@ -83,6 +84,7 @@ def load_series(data: SeriesDataRecipe) -> Series:
             raise RecipeError(
                 f"time stamps must increase, and row {backwards[0] + 1} of {data.dataset} does not come after the row before it"
             )
+        _warn_of_gaps(dates, data.dataset)
     for name in frame.columns:
         if not pandas.api.types.is_numeric_dtype(frame[name]):
             raise RecipeError(f"column {name!r} of {data.dataset} is not numbers; if it holds time stamps, set data.date_column")
@@ -94,9 +96,20 @@ def load_series(data: SeriesDataRecipe) -> Series:
             raise RecipeError(f"column {name!r} of {data.dataset} is infinite in row {int(np.isinf(values[:, index]).argmax())}")
         if np.isnan(train[:, index]).all():
             raise RecipeError(f"column {name!r} of {data.dataset} has no value in the {len(train)} training rows to be scaled by")
-    mean, std = np.nanmean(train, 0), np.nanstd(train, 0)
-    scaled = (values - mean) / np.where(std > 0, std, 1.0)
+    constant = np.nanmax(train, 0) == np.nanmin(train, 0)
+    mean = np.where(constant, np.nanmax(train, 0), np.nanmean(train, 0))
+    std = np.where(constant, 1.0, np.nanstd(train, 0))
+    scaled = (values - mean) / std
     return Series(torch.from_numpy(scaled.astype(np.float32)), [str(name) for name in frame.columns], mean, std, rows)
+
+
+def _warn_of_gaps(dates: pandas.Series, name: str) -> None:
+    """A warning where steps are far longer than most: a window over a gap counts its rows as if there were none."""
+    steps = dates.diff().dt.total_seconds().to_numpy()[1:]
+    gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) if len(steps) > 0 else steps
+    if len(gaps) > 0:
+        first = f"the first before row {gaps[0] + 1}"
+        warnings.warn(f"{name} has {len(gaps)} gaps in its time stamps, {first}; windows run over them", stacklevel=3)
 
 
 def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:
@@ -127,7 +140,11 @@ def _read(data: SeriesDataRecipe) -> pandas.DataFrame:
         raise RecipeError(f"there is no file {data.dataset}")
     if "/" not in data.dataset:
         raise RecipeError(f"{data.dataset} is to be given as a CSV or parquet file, or as the id of a data set on the Hub: --dataset FILE")
-    return load_dataset(data.dataset, split="train").to_pandas()
+    splits = load_dataset(data.dataset, data_files=data.data_files)
+    if len(splits) > 1:
+        raise RecipeError(f"{data.dataset} has the splits {', '.join(splits)}, which are one series only together; set data.data_files")
+    (rows,) = splits.values()
+    return rows.to_pandas()
 
 
 def synthetic_series(num_steps: int = 2400, num_series: int = 4, seed: int = 0) -> pandas.DataFrame:

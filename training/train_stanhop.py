@@ -26,7 +26,7 @@ from recipe import (
     write_results,
 )
 from reload import check_reload
-from series import load_series
+from series import Series, load_series
 from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
@@ -62,6 +62,9 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     series = load_series(recipe.data)
     config = STanHopConfig(**{**recipe.model, "num_input_channels": series.values.shape[1]})
     check_skip_start(recipe.skip_start, config)
+    if config.memory_type is not None:
+        raise RecipeError(f"model.memory_type={config.memory_type!r} is of a model that stores windows (`store`); this script stores none")
+    check_anchors(recipe, series, config.prediction_length)
     lengths = (config.context_length, config.prediction_length)
     train, every = series.windows("train", *lengths), series.windows("validation", *lengths)
     validation: Subset = Subset(every, range(0, len(every), recipe.data.validation_stride))
@@ -96,7 +99,9 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
     metrics |= {"validation_loss": trainer.state.best_metric, "train_seconds": round(seconds, 1)}
     trainer.save_model()
     metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths, recipe.judge)
-    write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), log_history=trainer.state.log_history)
+    scaling = {"names": series.names, "mean": series.mean.tolist(), "std": series.std.tolist()}
+    log = trainer.state.log_history
+    write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), series=scaling, log_history=log)
     windows = series.windows(recipe.judge, *lengths)
     examples = [windows[index] for index in range(0, len(windows), 500)]
     past, future = (torch.stack([example[name] for example in examples]) for name in ("past_values", "future_values"))
@@ -118,6 +123,18 @@ def check_skip_start(start: str, config: STanHopConfig) -> None:
     if start == "ridge" and (not config.use_linear_skip or config.scaling is not None):
         needed = "model.use_linear_skip=true and model.scaling=null"
         raise RecipeError(f"skip_start='ridge' needs {needed}, got {config.use_linear_skip} and {config.scaling!r}")
+
+
+def check_anchors(recipe: STanHopRecipe, series: Series, prediction_length: int) -> None:
+    """A `RecipeError` for anchors that would fail once the model is trained."""
+    if recipe.season < 1:
+        raise RecipeError(f"season must be at least 1, got {recipe.season}")
+    for length in recipe.anchor_lengths:
+        for split in ("train", "validation", recipe.judge):
+            try:
+                series.windows(split, length, prediction_length)
+            except RecipeError as error:
+                raise RecipeError(f"anchor_lengths={recipe.anchor_lengths} do not fit the {split} rows: {error}") from None
 
 
 @torch.no_grad()
