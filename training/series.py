@@ -108,8 +108,8 @@ def _warn_of_gaps(dates: pandas.Series, name: str) -> None:
     steps = dates.diff().dt.total_seconds().to_numpy()[1:]
     gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) if len(steps) > 0 else steps
     if len(gaps) > 0:
-        first = f"the first before row {gaps[0] + 1}"
-        warnings.warn(f"{name} has {len(gaps)} gaps in its time stamps, {first}; windows run over them", stacklevel=3)
+        where = f"{len(gaps)}, the first before row {gaps[0] + 1}"
+        warnings.warn(f"{name} has gaps in its time stamps ({where}); windows run over them", stacklevel=3)
 
 
 def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:
