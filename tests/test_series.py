@@ -140,6 +140,7 @@ def test_bad_files_are_refused(tmp_path):
         (lambda f: f.assign(date=f["date"].where(f.index != 7)), "row 7 of .* has no time stamp"),
         (lambda f: f.assign(series_1=f["series_1"].where(f.index != 9, np.inf)), "column 'series_1' of .* is infinite in row 9"),
         (lambda f: f.assign(series_2=f["series_2"].where(f.index > 250)), "column 'series_2' of .* has no value in the 210 training rows"),
+        (lambda f: f.assign(**{f"series_{i}": f[f"series_{i}"].where(f.index < 240) for i in range(4)}), "in the test rows, 240 to 299"),
     ):
         change(frame).to_csv(path, index=False)
         with pytest.raises(RecipeError, match=message):

@@ -72,7 +72,7 @@ def load_series(data: SeriesDataRecipe) -> Series:
 
     Raises:
         RecipeError: If the data set is missing, its time stamps are not sorted, a column is not numbers, infinite somewhere or missing from
-            all training rows, or the splits do not fit.
+            all training rows, or the splits do not fit or hold no value.
     """
     frame = synthetic_series() if data.dataset == "synthetic" else _read(data)
     if data.date_column in frame.columns:
@@ -96,6 +96,9 @@ def load_series(data: SeriesDataRecipe) -> Series:
             raise RecipeError(f"column {name!r} of {data.dataset} is infinite in row {int(np.isinf(values[:, index]).argmax())}")
         if np.isnan(train[:, index]).all():
             raise RecipeError(f"column {name!r} of {data.dataset} has no value in the {len(train)} training rows to be scaled by")
+    for split, (first, last) in rows.items():
+        if np.isnan(values[first:last]).all():
+            raise RecipeError(f"no series of {data.dataset} has a value in the {split} rows, {first} to {last - 1}")
     constant = np.nanmax(train, 0) == np.nanmin(train, 0)
     mean = np.where(constant, np.nanmax(train, 0), np.nanmean(train, 0))
     std = np.where(constant, 1.0, np.nanstd(train, 0))
