@@ -14,7 +14,6 @@ import torch
 import yaml
 from anchors import WindowMemory, anchors, errors_of, forward_filled, linear_map, repeat_last, repeat_season
 from conftest import assert_close
-from datasets import Dataset
 from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
