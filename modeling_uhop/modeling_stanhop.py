@@ -340,9 +340,7 @@ class STanHopModel(STanHopPreTrainedModel):
         hidden_states = self.embed(scaled)
         scales = [hidden_states]
         for index, block in enumerate(self.blocks):
-            if index > 0:
-                hidden_states = self.mergers[index - 1](hidden_states)
-            hidden_states = block(hidden_states, **kwargs)
+            hidden_states = block(self._merged(hidden_states, index), **kwargs)
             scales.append(hidden_states)
         return STanHopModelOutput(last_hidden_state=hidden_states, scales=tuple(scales), loc=loc, scale=scale, scaled_values=scaled)
 
@@ -374,10 +372,11 @@ class STanHopModel(STanHopPreTrainedModel):
             raise ValueError("future_values must be finite or NaN, where they were not observed, got infinite ones")
         scaled, loc, scale = self.scaled(past_values.to(self.device), None)
         # What is left of a window whose mean was taken off has both signs, or is the rounding of a constant.
-        says_nothing = ~((scaled > 0).any(1) & (scaled < 0).any(1) if self.config.scaling == "std" else scaled.any(1)).unsqueeze(1)
+        varies = (scaled > 0).any(1) & (scaled < 0).any(1) if self.config.scaling == "std" else scaled.any(1)
+        silent = ~varies.unsqueeze(1)
         futures = (future_values.to(self.device, loc.dtype) - loc) / scale
-        futures = self._narrowed(futures.masked_fill(futures.isnan() | says_nothing, 0.0), "future_values")
-        pasts = scaled.masked_fill(says_nothing, 0.0)
+        futures = self._narrowed(futures.masked_fill(futures.isnan() | silent, 0.0), "future_values")
+        pasts = scaled.masked_fill(silent, 0.0)
         self.memory.pasts, self.memory.futures = pasts.permute(2, 0, 1).contiguous(), futures.permute(2, 0, 1).contiguous()
         self.config.num_memories = len(past_values)
 
@@ -386,7 +385,7 @@ class STanHopModel(STanHopPreTrainedModel):
         """A forecast (B, prediction_length, C) without training: what followed the stored windows that are like this one.
 
         Raises:
-            ValueError: If nothing is stored; and as `forward`.
+            ValueError: If nothing that can be retrieved is stored; and as `forward`.
         """
         if self.config.num_memories == 0 or not self.memory.pasts.any():
             raise ValueError("no window is stored: call store(past_values, future_values) first")
@@ -437,11 +436,16 @@ class STanHopModel(STanHopPreTrainedModel):
 
     def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
         """The memories that Stage I separates, block by block, as each layer's feature map sees them; see `STanHopBlock.memory_sets`."""
-        hidden_states = self.embed(self.scaled(past_values, past_observed_mask)[0])
+        yield from self.memory_sets_of(self(past_values, past_observed_mask, return_dict=True).scales)
+
+    def memory_sets_of(self, scales: tuple[torch.Tensor, ...]) -> Iterator[MemorySet]:
+        """The same of the scales of `STanHopModelOutput`."""
         for index, block in enumerate(self.blocks):
-            if index > 0:
-                hidden_states = self.mergers[index - 1](self.blocks[index - 1](hidden_states))
-            yield from cast(STanHopBlock, block).memory_sets(hidden_states)
+            yield from cast(STanHopBlock, block).memory_sets(self._merged(scales[index], index))
+
+    def _merged(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
+        """What the block of this index is given of the scale before it."""
+        return self.mergers[index - 1](hidden_states) if index > 0 else hidden_states
 
 
 class STanHopDecoder(STanHopPreTrainedModel):
@@ -560,8 +564,9 @@ class STanHopForPrediction(STanHopPreTrainedModel):
 
     def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
         """The memories that Stage I separates: the encoder's, then the decoder's; see their `memory_sets`."""
-        yield from self.model.memory_sets(past_values, past_observed_mask)
-        yield from self.decoder.memory_sets(self.model(past_values, past_observed_mask, return_dict=True).scales)
+        scales = self.model(past_values, past_observed_mask, return_dict=True).scales
+        yield from self.model.memory_sets_of(scales)
+        yield from self.decoder.memory_sets(scales)
 
     def _loss(self, prediction: torch.Tensor, future: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         for name, tensor in (("future_values", future), ("future_observed_mask", mask)):

@@ -278,19 +278,24 @@ def test_anchors_know_the_season(series):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("split", "model", "fields", "message"),
     [
-        ({"anchor_lengths": [24, 168]}, r"anchor_lengths=\[24, 168\] do not fit the train rows: 12 rows hold no window"),
-        ({"anchor_lengths": [24, 168], "data": {"split": [400, 20, 180]}}, "do not fit the validation rows: 20 rows hold no window"),
-        ({"season": 0}, "season must be at least 1, got 0"),
-        ({"model": {"memory_type": "tune"}}, "model.memory_type='tune' is of a model that stores windows"),
+        (
+            [180, 100, 100],
+            {},
+            {"anchor_lengths": [24, 168]},
+            r"anchor_lengths=\[24, 168\] do not fit the train rows: 12 rows hold no window",
+        ),
+        ([400, 20, 180], {}, {"anchor_lengths": [24, 168]}, "do not fit the validation rows: 20 rows hold no window"),
+        ([180, 100, 100], {}, {"season": 0}, "season must be at least 1, got 0"),
+        ([180, 100, 100], {"memory_type": "tune"}, {}, "model.memory_type='tune' is of a model that stores windows"),
     ],
 )
-def test_what_could_only_fail_after_training_is_refused_before_it(tmp_path, changes, message):
-    data = SeriesDataRecipe("synthetic", **{"split": [180, 100, 100], **changes.pop("data", {})})
-    model = {"context_length": 24, "prediction_length": 24, "d_model": 16, **changes.pop("model", {})}
+def test_what_could_only_fail_after_training_is_refused_before_it(tmp_path, split, model, fields, message):
+    data = SeriesDataRecipe("synthetic", split=split)
+    model = {"context_length": 24, "prediction_length": 24, "d_model": 16, **model}
     with pytest.raises(RecipeError, match=message):
-        run(STanHopRecipe(name="bad", data=data, model=model, **changes), tmp_path / "out")
+        run(STanHopRecipe(name="bad", data=data, model=model, **fields), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

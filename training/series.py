@@ -76,15 +76,7 @@ def load_series(data: SeriesDataRecipe) -> Series:
     """
     frame = synthetic_series() if data.dataset == "synthetic" else _read(data)
     if data.date_column in frame.columns:
-        dates = pandas.to_datetime(frame.pop(data.date_column))
-        if dates.isna().any():
-            raise RecipeError(f"row {int(dates.isna().to_numpy().argmax())} of {data.dataset} has no time stamp")
-        backwards = np.flatnonzero(dates.diff().dt.total_seconds().to_numpy()[1:] <= 0)
-        if len(backwards) > 0:
-            raise RecipeError(
-                f"time stamps must increase, and row {backwards[0] + 1} of {data.dataset} does not come after the row before it"
-            )
-        _warn_of_gaps(dates, data.dataset)
+        _check_time_stamps(pandas.to_datetime(frame.pop(data.date_column)), data.dataset)
     for name in frame.columns:
         if not pandas.api.types.is_numeric_dtype(frame[name]):
             raise RecipeError(f"column {name!r} of {data.dataset} is not numbers; if it holds time stamps, set data.date_column")
@@ -106,12 +98,17 @@ def load_series(data: SeriesDataRecipe) -> Series:
     return Series(torch.from_numpy(scaled.astype(np.float32)), [str(name) for name in frame.columns], mean, std, rows)
 
 
-def _warn_of_gaps(dates: pandas.Series, name: str) -> None:
-    """A warning where steps are far longer than most: a window over a gap counts its rows as if there were none."""
-    steps = dates.diff().dt.total_seconds().to_numpy()[1:]
-    gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) if len(steps) > 0 else steps
+def _check_time_stamps(dates: pandas.Series, name: str) -> None:
+    """A `RecipeError` for one that is missing or not after the one before it; a warning of gaps, over which windows run as if there were
+    none."""
+    if dates.isna().any():
+        raise RecipeError(f"row {int(dates.isna().to_numpy().argmax())} of {name} has no time stamp")
+    steps = dates.diff().dt.total_seconds()
+    backwards, gaps = np.flatnonzero(steps <= 0), np.flatnonzero(steps > 1.5 * steps.median())
+    if len(backwards) > 0:
+        raise RecipeError(f"time stamps must increase, and row {backwards[0]} of {name} does not come after the row before it")
     if len(gaps) > 0:
-        where = f"{len(gaps)}, the first before row {gaps[0] + 1}"
+        where = f"{len(gaps)}, the first before row {gaps[0]}"
         warnings.warn(f"{name} has gaps in its time stamps ({where}); windows run over them", stacklevel=3)
 
 
