@@ -1,8 +1,9 @@
 """Hopfield attention on a GPU for alpha > 1: two Triton kernels for the gradients and one for the output, none of which keeps scores.
 
-Scores of a block of queries are computed again in every pass over the keys: one pass for the largest, some for the threshold, and one for
-the output, which also makes the escort mean of the values. With it the backward pass needs one pass over the keys for queries, and
-one over the queries for keys and values (the idea of AdaSplash, arXiv 2502.12082).
+Scores of a block of queries are computed again in every pass over the keys: one pass for the largest of every so many, whose threshold is
+a first guess, a few from there to the threshold of all, and one for the output, which also makes the escort mean of the values. With it
+the backward pass needs one pass over the keys for queries, and one over the queries for keys and values (the idea of AdaSplash,
+arXiv 2502.12082).
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ try:
 except ImportError:
     triton = None
 
-# Newton steps after which the threshold is exact to fp32 rounding on all but contrived rows; see `entmax_solve`, which looks.
-_NEWTON_STEPS = 7
+# Widest heads that the kernels take, of each dtype: what fits the registers.
+MAX_WIDTH = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+# Newton steps at most, as in `entmax_solve`; most rows need three.
+_NEWTON_STEPS = 12
 
 
 def _kernel(function):
@@ -37,24 +40,25 @@ def triton_hopfield_attention(
     alpha: float,
     scaling: float | None = None,
     key_mask: torch.Tensor | None = None,
-    block_queries: int = 64,
-    block_keys: int = 64,
+    block_queries: int | None = None,
+    block_keys: int | None = None,
 ) -> torch.Tensor:
     """`hopfield_attention` for one alpha in (1, 2] on a CUDA device, differentiable once in query, key and value.
 
     Args:
-        query, key, value: (B, H, Q, d), (B, H, N, d) and (B, H, N, d), of one dtype: fp32, bf16 or fp16. Sums are in fp32.
+        query, key, value: (B, H, Q, d), (B, H, N, d) and (B, H, N, d), of one dtype: fp32 (d up to 128), bf16 or fp16 (up to 256).
+            Sums are in fp32. Products of fp32 are made from three of TF32 each on NVIDIA's GPUs.
         alpha: Tsallis exponent in (1, 2]. A learnable one needs `hopfield_attention`.
         scaling: Inverse temperature beta; `None` for `1 / sqrt(d)`.
         key_mask: Boolean (B, N), True where a key is present. A query without any key retrieves zeros.
-        block_queries, block_keys: Powers of two, at least 16: how many of each a program holds at once.
+        block_queries, block_keys: Powers of two, at least 16: how many of each a program holds at once; `None` for what fits.
 
     Returns:
         (B, H, Q, d), in the dtype of the query.
 
     Raises:
         ImportError: If Triton is not installed.
-        ValueError: If alpha is a tensor or outside (1, 2], shapes or dtypes do not agree, or there is no CUDA device; with
+        ValueError: If alpha is a tensor or outside (1, 2], shapes or dtypes do not fit, or there is no CUDA device; with
             TRITON_INTERPRET=1 in the environment, Triton's interpreter takes a CPU's tensors, but for bf16, which it multiplies wrongly.
     """
     if triton is None:
@@ -64,8 +68,10 @@ def triton_hopfield_attention(
     check_alpha_range(alpha)
     if key.shape != value.shape or query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query, key and value do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in MAX_WIDTH:
         raise ValueError(f"query, key and value must be of one dtype, fp32, bf16 or fp16, got {query.dtype}, {key.dtype}, {value.dtype}")
+    if query.shape[-1] > MAX_WIDTH[query.dtype]:
+        raise ValueError(f"heads of {query.dtype} may be up to {MAX_WIDTH[query.dtype]} wide for the Triton kernels, got {query.shape[-1]}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if query.device.type != "cuda" and not interpreted:
         raise ValueError(f"the Triton kernels need a CUDA device, got tensors on {query.device}")
@@ -76,30 +82,38 @@ def triton_hopfield_attention(
     if query.numel() == 0 or key.numel() == 0:
         return query * 0.0
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output: torch.Tensor = _TritonAttention.apply(query, key, value, key_mask, alpha - 1.0, scaling, block_queries, block_keys)
+    launch = launch_of(query.dtype, query.shape[-1])
+    launch.update({name: size for name, size in (("BLOCK_Q", block_queries), ("BLOCK_N", block_keys)) if size is not None})
+    output: torch.Tensor = _TritonAttention.apply(query, key, value, key_mask, alpha - 1.0, scaling, launch)
     return output
+
+
+def launch_of(dtype: torch.dtype, width: int) -> dict[str, int]:
+    """Block sizes and warps with which the kernels fit the registers and the 99 KB of shared memory of NVIDIA's GPUs since Ampere."""
+    block_width = max(16, 1 << (width - 1).bit_length())
+    if dtype == torch.float32:
+        rows, columns, warps = (32, 32, 8) if block_width <= 64 else (16, 16, 8)
+    elif block_width <= 64:
+        rows, columns, warps = 64, 64, 4
+    else:
+        rows, columns, warps = (64, 32, 8) if block_width == 128 else (32, 32, 8)
+    return {"BLOCK_Q": rows, "BLOCK_N": columns, "BLOCK_D": block_width, "WIDTH": width, "num_warps": warps}
 
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, key_mask, eps, scaling, block_queries, block_keys):
+    def forward(ctx, query, key, value, key_mask, eps, scaling, launch):
         query, key, value = (x.contiguous() for x in (query, key, value))
         mask = query if key_mask is None else key_mask.to(torch.int8).contiguous()
-        batch_size, heads, queries, width = query.shape
+        batch_size, heads, queries, _ = query.shape
         keys = key.shape[2]
         output = torch.empty_like(query)
         escort_mean = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-        # Of each row: the largest score, the threshold, and the sum of weights before they are scaled to 1.
-        rows = torch.empty(3, batch_size * heads, queries, dtype=torch.float32, device=query.device)
-        sizes = (heads, queries, keys, width, eps * scaling)
-        constants = {
-            "HAS_MASK": key_mask is not None,
-            "EPS": eps,
-            "BLOCK_Q": block_queries,
-            "BLOCK_N": block_keys,
-            "BLOCK_D": max(16, triton.next_power_of_2(width)),
-        }
-        grid = (triton.cdiv(queries, block_queries), batch_size * heads)
+        # Of each row: the largest score, and the threshold beside it.
+        rows = torch.empty(2, batch_size * heads, queries, dtype=torch.float32, device=query.device)
+        sizes = (heads, queries, keys, eps * scaling)
+        constants = {"HAS_MASK": key_mask is not None, "EPS": eps, "PRECISION": "ieee" if torch.version.hip else "tf32x3", **launch}
+        grid = (batch_size * heads * triton.cdiv(queries, launch["BLOCK_Q"]),)
         _forward_kernel[grid](query, key, value, mask, output, escort_mean, *rows, *sizes, STEPS=_NEWTON_STEPS, **constants)
         ctx.save_for_backward(query, key, value, mask, escort_mean, rows)
         ctx.sizes, ctx.constants, ctx.scaling = sizes, constants, scaling
@@ -111,38 +125,45 @@ class _TritonAttention(torch.autograd.Function):
         query, key, value, mask, escort_mean, rows = ctx.saved_tensors
         grad = grad.contiguous()
         batch_size, heads, queries, _ = query.shape
-        along = (grad.float() * escort_mean).sum(-1).contiguous()
+        along = torch.empty_like(rows[0])
         grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
-        given = (query, key, value, mask, grad, along, *rows)
+        given, settings = (query, key, value, mask, grad), (*ctx.sizes, ctx.scaling)
         programs = batch_size * heads
-        grid = (triton.cdiv(queries, ctx.constants["BLOCK_Q"]), programs)
-        _grad_query_kernel[grid](*given, grad_query, *ctx.sizes, ctx.scaling, **ctx.constants)
-        grid = (triton.cdiv(key.shape[2], ctx.constants["BLOCK_N"]), programs)
-        _grad_memory_kernel[grid](*given, grad_key, grad_value, *ctx.sizes, ctx.scaling, **ctx.constants)
-        return grad_query, grad_key, grad_value, None, None, None, None, None
+        grid = (programs * triton.cdiv(queries, ctx.constants["BLOCK_Q"]),)
+        _grad_query_kernel[grid](*given, escort_mean, *rows, along, grad_query, *settings, **ctx.constants)
+        grid = (programs * triton.cdiv(key.shape[2], ctx.constants["BLOCK_N"]),)
+        _grad_memory_kernel[grid](*given, *rows, along, grad_key, grad_value, *settings, **ctx.constants)
+        return grad_query, grad_key, grad_value, None, None, None, None
 
 
 @_kernel
-def _block(pointer, head, positions, count, width, BLOCK_D: tl.constexpr):
+def _place(count, BLOCK: tl.constexpr):
+    """Which head a program is of, and which positions of its `count` it holds, those of a head by neighbouring programs."""
+    blocks = tl.cdiv(count, BLOCK)
+    program = tl.program_id(0)
+    return program // blocks, (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+
+
+@_kernel
+def _block(pointer, head, positions, count, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows (positions, BLOCK_D) of one head, 0 beyond its end and width."""
     columns = tl.arange(0, BLOCK_D)
-    inside = (positions[:, None] < count) & (columns[None, :] < width)
-    places = (head * count + positions[:, None]).to(tl.int64) * width + columns[None, :]
-    return tl.load(pointer + places, mask=inside, other=0.0)
+    inside = (positions[:, None] < count) & (columns[None, :] < WIDTH)
+    return tl.load(pointer + head.to(tl.int64) * count * WIDTH + (positions[:, None] * WIDTH + columns[None, :]), mask=inside, other=0.0)
 
 
 @_kernel
-def _put(pointer, values, head, positions, count, width, BLOCK_D: tl.constexpr):
+def _put(pointer, values, head, positions, count, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
-    inside = (positions[:, None] < count) & (columns[None, :] < width)
-    places = (head * count + positions[:, None]).to(tl.int64) * width + columns[None, :]
-    tl.store(pointer + places, values.to(pointer.dtype.element_ty), mask=inside)
+    inside = (positions[:, None] < count) & (columns[None, :] < WIDTH)
+    places = pointer + head.to(tl.int64) * count * WIDTH + (positions[:, None] * WIDTH + columns[None, :])
+    tl.store(places, values.to(pointer.dtype.element_ty), mask=inside)
 
 
 @_kernel
-def _scores(q, k, mask, head, heads, positions, keys, scale, HAS_MASK: tl.constexpr):
+def _scores(q, k, mask, head, heads, positions, keys, scale, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr):
     """eps times the scores of a block, -inf for keys that are not there."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     present = positions < keys
     if HAS_MASK:
         present = present & (tl.load(mask + (head // heads) * keys + positions, mask=present, other=0) != 0)
@@ -165,105 +186,125 @@ def _powers(root, EPS: tl.constexpr):
 
 
 @_kernel
-def _forward_kernel(
-    query, key, value, mask, output, escort_mean, largest, threshold, total, heads, queries, keys, width, scale,
-    STEPS: tl.constexpr, HAS_MASK: tl.constexpr, EPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    head, rows = tl.program_id(1), tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    offsets = tl.arange(0, BLOCK_N)
-    q = _block(query, head, rows, queries, width, BLOCK_D)
+def _rise(weight_sum, escort_sum, absent, EPS: tl.constexpr):
+    """What Newton's method on the (1 / eps)-norm adds to thresholds whose weights and escorts have these sums; see `entmax_solve`."""
+    below = tl.exp2(tl.log2(tl.where(absent, 1.0, weight_sum)) * (1.0 - EPS))
+    return tl.where(absent, 0.0, (weight_sum - below) / tl.where(absent, 1.0, escort_sum))
 
-    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+
+@_kernel
+def _forward_kernel(
+    query, key, value, mask, output, escort_mean, largest, threshold, heads, queries, keys, scale,
+    STEPS: tl.constexpr, HAS_MASK: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    head, rows = _place(queries, BLOCK_Q)
+    offsets = tl.arange(0, BLOCK_N)
+    q = _block(query, head, rows, queries, WIDTH, BLOCK_D)
+
+    leaders = tl.full((BLOCK_Q, BLOCK_N), float("-inf"), tl.float32)
     for start in range(0, keys, BLOCK_N):
-        k = _block(key, head, start + offsets, keys, width, BLOCK_D)
-        top = tl.maximum(top, tl.max(_scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK), 1))
+        k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
+        leaders = tl.maximum(leaders, _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, PRECISION))
+    top = tl.max(leaders, 1)
     absent = top == float("-inf")
     top = tl.where(absent, 0.0, top)
 
-    # Newton's method on the (1 / eps)-norm, from where the largest weight is 1; see entmax_solve.
+    # From where the largest weight is 1 to the threshold of the leaders alone, which is left of that of all.
     tau = tl.full((BLOCK_Q,), -1.0, tl.float32)
-    for _ in range(STEPS):
+    for _ in range(4):
+        weights, escort = _powers((leaders - top[:, None]) - tau[:, None], EPS)
+        tau += _rise(tl.sum(weights, 1), tl.sum(escort, 1), absent, EPS)
+
+    step, excess = tl.full((), 0, tl.int32), tl.full((), 1.0, tl.float32)
+    # A step squares what is left, and the last pass takes one of its own.
+    while (step < STEPS) & (excess > 1e-3):
         weight_sum, escort_sum = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
         for start in range(0, keys, BLOCK_N):
-            k = _block(key, head, start + offsets, keys, width, BLOCK_D)
-            scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK)
+            k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
+            scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, PRECISION)
             weights, escort = _powers((scores - top[:, None]) - tau[:, None], EPS)
             weight_sum += tl.sum(weights, 1)
             escort_sum += tl.sum(escort, 1)
-        below = tl.exp2(tl.log2(tl.where(absent, 1.0, weight_sum)) * (1.0 - EPS))
-        tau += tl.where(absent, 0.0, (weight_sum - below) / tl.where(absent, 1.0, escort_sum))
+        tau += _rise(weight_sum, escort_sum, absent, EPS)
+        excess = tl.max(tl.where(absent, 0.0, tl.abs(weight_sum - 1.0)), 0)
+        step += 1
 
     mixed, escorted = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32), tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     weight_sum, escort_sum = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
     for start in range(0, keys, BLOCK_N):
-        k = _block(key, head, start + offsets, keys, width, BLOCK_D)
-        v = _block(value, head, start + offsets, keys, width, BLOCK_D)
-        scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK)
+        k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
+        v = _block(value, head, start + offsets, keys, WIDTH, BLOCK_D)
+        scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, PRECISION)
         weights, escort = _powers((scores - top[:, None]) - tau[:, None], EPS)
         weight_sum += tl.sum(weights, 1)
         escort_sum += tl.sum(escort, 1)
-        mixed += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        escorted += tl.dot(escort.to(v.dtype), v, input_precision="ieee")
-    weight_sum, escort_sum = tl.where(absent, 1.0, weight_sum), tl.where(absent, 1.0, escort_sum)
-    _put(output, mixed / weight_sum[:, None], head, rows, queries, width, BLOCK_D)
-    _put(escort_mean, escorted / escort_sum[:, None], head, rows, queries, width, BLOCK_D)
+        mixed += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        escorted += tl.dot(escort.to(v.dtype), v, input_precision=PRECISION)
+    escorted /= tl.where(absent, 1.0, escort_sum)[:, None]
+    excess_weight = tl.where(absent, 0.0, weight_sum - 1.0)
+    _put(output, mixed - excess_weight[:, None] * escorted, head, rows, queries, WIDTH, BLOCK_D)
+    _put(escort_mean, escorted, head, rows, queries, WIDTH, BLOCK_D)
     places, inside = head * queries + rows, rows < queries
     # A row without keys has no root above this threshold.
     tl.store(largest + places, top, mask=inside)
-    tl.store(threshold + places, tau, mask=inside)
-    tl.store(total + places, weight_sum, mask=inside)
+    tl.store(threshold + places, tau + EPS * excess_weight / tl.where(absent, 1.0, escort_sum), mask=inside)
 
 
 @_kernel
 def _gradients(
-    q, k, v, g, mask, along, largest, threshold, total, head, heads, rows, positions, queries, keys, scale,
-    HAS_MASK: tl.constexpr, EPS: tl.constexpr,
+    q, k, v, g, mask, top, tau, mean, head, heads, inside, positions, keys, scale,
+    HAS_MASK: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Weights of a block, and the gradient for its scores, both (rows, positions)."""
-    inside, places = rows < queries, head * queries + rows
-    top = tl.load(largest + places, mask=inside, other=0.0)
-    tau = tl.load(threshold + places, mask=inside, other=0.0)
-    weight_sum = tl.load(total + places, mask=inside, other=1.0)
-    mean = tl.load(along + places, mask=inside, other=0.0)
-    scores = _scores(q, k, mask, head, heads, positions, keys, scale, HAS_MASK)
+    scores = _scores(q, k, mask, head, heads, positions, keys, scale, HAS_MASK, PRECISION)
     weights, escort = _powers((scores - top[:, None]) - tau[:, None], EPS)
-    grad_weights = tl.dot(g, tl.trans(v), input_precision="ieee")
-    return weights / weight_sum[:, None], tl.where(inside[:, None], escort * (grad_weights - mean[:, None]), 0.0)
+    grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    return weights, tl.where(inside[:, None], escort * (grad_weights - mean[:, None]), 0.0)
 
 
 @_kernel
 def _grad_query_kernel(
-    query, key, value, mask, grad, along, largest, threshold, total, grad_query, heads, queries, keys, width, scale, scaling,
-    HAS_MASK: tl.constexpr, EPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    query, key, value, mask, grad, escort_mean, largest, threshold, along, grad_query, heads, queries, keys, scale, scaling,
+    HAS_MASK: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    head, rows = tl.program_id(1), tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    q, g = _block(query, head, rows, queries, width, BLOCK_D), _block(grad, head, rows, queries, width, BLOCK_D)
+    head, rows = _place(queries, BLOCK_Q)
+    inside, places = rows < queries, head * queries + rows
+    q, g = _block(query, head, rows, queries, WIDTH, BLOCK_D), _block(grad, head, rows, queries, WIDTH, BLOCK_D)
+    mean = tl.sum(g.to(tl.float32) * _block(escort_mean, head, rows, queries, WIDTH, BLOCK_D), 1)
+    tl.store(along + places, mean, mask=inside)
+    top = tl.load(largest + places, mask=inside, other=0.0)
+    tau = tl.load(threshold + places, mask=inside, other=0.0)
     result = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_N):
         positions = start + tl.arange(0, BLOCK_N)
-        k, v = _block(key, head, positions, keys, width, BLOCK_D), _block(value, head, positions, keys, width, BLOCK_D)
-        _, grad_scores = _gradients(
-            q, k, v, g, mask, along, largest, threshold, total, head, heads, rows, positions, queries, keys, scale, HAS_MASK, EPS
-        )
-        result += tl.dot(grad_scores.to(k.dtype), k, input_precision="ieee")
-    _put(grad_query, result * scaling, head, rows, queries, width, BLOCK_D)
+        k, v = _block(key, head, positions, keys, WIDTH, BLOCK_D), _block(value, head, positions, keys, WIDTH, BLOCK_D)
+        _, grad_scores = _gradients(q, k, v, g, mask, top, tau, mean, head, heads, inside, positions, keys, scale, HAS_MASK, EPS, PRECISION)
+        result += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
+    _put(grad_query, result * scaling, head, rows, queries, WIDTH, BLOCK_D)
 
 
 @_kernel
 def _grad_memory_kernel(
-    query, key, value, mask, grad, along, largest, threshold, total, grad_key, grad_value, heads, queries, keys, width, scale, scaling,
-    HAS_MASK: tl.constexpr, EPS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    query, key, value, mask, grad, largest, threshold, along, grad_key, grad_value, heads, queries, keys, scale, scaling,
+    HAS_MASK: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    head, positions = tl.program_id(1), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k, v = _block(key, head, positions, keys, width, BLOCK_D), _block(value, head, positions, keys, width, BLOCK_D)
+    head, positions = _place(keys, BLOCK_N)
+    k, v = _block(key, head, positions, keys, WIDTH, BLOCK_D), _block(value, head, positions, keys, WIDTH, BLOCK_D)
     for_keys, for_values = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, queries, BLOCK_Q):
         rows = start + tl.arange(0, BLOCK_Q)
-        q, g = _block(query, head, rows, queries, width, BLOCK_D), _block(grad, head, rows, queries, width, BLOCK_D)
+        inside, places = rows < queries, head * queries + rows
+        q, g = _block(query, head, rows, queries, WIDTH, BLOCK_D), _block(grad, head, rows, queries, WIDTH, BLOCK_D)
+        top = tl.load(largest + places, mask=inside, other=0.0)
+        tau = tl.load(threshold + places, mask=inside, other=0.0)
+        mean = tl.load(along + places, mask=inside, other=0.0)
         weights, grad_scores = _gradients(
-            q, k, v, g, mask, along, largest, threshold, total, head, heads, rows, positions, queries, keys, scale, HAS_MASK, EPS
+            q, k, v, g, mask, top, tau, mean, head, heads, inside, positions, keys, scale, HAS_MASK, EPS, PRECISION
         )
-        for_values += tl.dot(tl.trans(weights).to(g.dtype), g, input_precision="ieee")
-        for_keys += tl.dot(tl.trans(grad_scores).to(q.dtype), q, input_precision="ieee")
-    _put(grad_key, for_keys * scaling, head, positions, keys, width, BLOCK_D)
-    _put(grad_value, for_values, head, positions, keys, width, BLOCK_D)
+        for_values += tl.dot(tl.trans(weights).to(g.dtype), g, input_precision=PRECISION)
+        for_keys += tl.dot(tl.trans(grad_scores).to(q.dtype), q, input_precision=PRECISION)
+    _put(grad_key, for_keys * scaling, head, positions, keys, WIDTH, BLOCK_D)
+    _put(grad_value, for_values, head, positions, keys, WIDTH, BLOCK_D)

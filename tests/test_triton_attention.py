@@ -1,6 +1,10 @@
-"""The Triton kernels in Triton's interpreter, against the plain kernel in float64, and through a model."""
+"""The Triton kernels in Triton's interpreter, against the plain kernel in float64, and through a model; and compiled for GPUs."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +12,7 @@ from conftest import assert_close
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, hopfield_attention
 from modeling_uhop.hopfield import triton_attention_forward
-from modeling_uhop.triton_attention import triton_hopfield_attention
+from modeling_uhop.triton_attention import MAX_WIDTH, triton_hopfield_attention
 
 
 pytestmark = pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="TRITON_INTERPRET is not 1: these are CPU tensors")
@@ -87,6 +91,39 @@ def test_hard_rows_are_exact():
         assert_close(output, hopfield_attention(query.double(), key.double(), value.double(), alpha=alpha, scaling=1.0), scale=2)
 
 
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+def test_long_rows_of_nearly_level_scores_are_exact(alpha):
+    """Newton's method needs more steps from the largest score than on any other rows."""
+    inputs = [torch.randn(1, 1, count, 16, requires_grad=True) for count in (16, 2000, 2000)]
+    direction = torch.randn(1, 1, 16, 16, dtype=torch.float64)
+
+    def kernel(*qkv):
+        return triton_hopfield_attention(*qkv, alpha=alpha, scaling=0.01, block_queries=16, block_keys=64)
+
+    def plain(*qkv):
+        return hopfield_attention(*(x.double() for x in qkv), alpha=alpha, scaling=0.01)
+
+    for actual, expected in zip(_with_gradients(kernel, inputs, direction), _with_gradients(plain, inputs, direction), strict=True):
+        assert_close(actual, expected, scale=2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "eps", "masked"),
+    [(90, "bfloat16", 64, 0.5, "unmasked"), (80, "float16", 256, 0.7, "masked"), (80, "float32", 128, 0.7, "masked")],
+)
+def test_kernels_fit_the_gpus_they_are_compiled_for(capability, dtype, width, eps, masked, tmp_path):
+    """Compiled to machine code, without such a GPU: registers hold what a thread needs, and shared memory what a program does."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    worker = [str(x) for x in (Path(__file__).parent / "triton_worker.py", capability, dtype, width, eps, masked)]
+    finished = subprocess.run([sys.executable, *worker], env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    kernels = [json.loads(line) for line in finished.stdout.splitlines()]
+    assert len(kernels) == 3
+    for kernel in kernels:
+        assert kernel["spilled"] <= 64, kernel
+        assert kernel["shared"] <= 99 * 1024, kernel
+
+
 def test_a_model_takes_it_by_name():
     sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = UHopViTForImageClassification(UHopViTConfig(**sizes, intermediate_size=16, alpha=1.5)).eval()
@@ -124,10 +161,11 @@ def test_what_it_does_not_do_is_done_elsewhere(changes):
         ((2, 1, 7, 8), (2, 1, 7, 8), None),
         ((2, 2, 7, 8), (2, 2, 7, 8), (1, 1, 1, 7)),
         ((2, 2, 7, 8), (2, 2, 7, 8), (2, 1, 1, 1)),
+        ((2, 2, 7, 160), (2, 2, 7, 160), None),
     ],
 )
 def test_broadcasting_and_other_widths(key_shape, value_shape, mask_shape):
-    query, key, value = torch.randn(2, 2, 4, 8), torch.randn(key_shape), torch.randn(value_shape)
+    query, key, value = torch.randn(2, 2, 4, key_shape[-1]), torch.randn(key_shape), torch.randn(value_shape)
     mask = None if mask_shape is None else torch.rand(mask_shape) < 0.7
     output, _ = triton_attention_forward(torch.nn.Module().eval(), query, key, value, mask, alpha=1.5, scaling=0.5)
     assert_close(output.transpose(1, 2), hopfield_attention(query, key, value, alpha=1.5, scaling=0.5, attention_mask=mask), scale=3)
@@ -142,6 +180,7 @@ def test_broadcasting_and_other_widths(key_shape, value_shape, mask_shape):
         ({"key": torch.zeros(2, 2, 45, 19)}, "do not fit"),
         ({"query": torch.zeros(2, 2, 19, 20, dtype=torch.float64)}, "of one dtype"),
         ({"key_mask": torch.ones(2, 44, dtype=torch.bool)}, "key_mask must have shape"),
+        (dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, MAX_WIDTH[torch.float32] + 1)), "up to 128 wide"),
     ],
 )
 def test_wrong_arguments_are_refused(changes, message):

@@ -1,0 +1,61 @@
+"""Compiles the Triton kernels for GPUs that need not be here, and prints what they take; a process of its own, without the interpreter.
+
+python tests/triton_worker.py 90 bfloat16 64 0.5 unmasked
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from modeling_uhop import triton_attention
+
+
+NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+def main(capability: str, dtype: str, width: str, eps: str, masked: str) -> None:
+    """A JSON line for each kernel: its registers, bytes spilled a thread, and bytes of shared memory a program."""
+    launch = triton_attention.launch_of(getattr(torch, dtype), int(width))
+    warps = launch.pop("num_warps")
+    constants = {"HAS_MASK": masked == "masked", "EPS": float(eps), "PRECISION": "tf32x3", "STEPS": 12, **launch}
+    for name in ("_forward_kernel", "_grad_query_kernel", "_grad_memory_kernel"):
+        source = source_of(getattr(triton_attention, name), NAMES[dtype], constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options={"num_warps": warps})
+        registers, spilled = usage(compiled.asm["cubin"])
+        print(json.dumps({"kernel": name, "registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}), flush=True)
+
+
+def source_of(kernel, dtype: str, constants: dict) -> ASTSource:
+    """A kernel for tensors of this dtype whose memory begins at multiples of 16 bytes, as that of PyTorch's does."""
+    others = {
+        **dict.fromkeys(("heads", "queries", "keys"), "i32"),
+        **dict.fromkeys(("scale", "scaling"), "fp32"),
+        **dict.fromkeys(("escort_mean", "largest", "threshold", "along"), "*fp32"),
+    }
+    if constants["HAS_MASK"]:
+        others["mask"] = "*i8"
+    signature = {name: "constexpr" if name in constants else others.get(name, f"*{dtype}") for name in kernel.arg_names}
+    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")}
+    return ASTSource(kernel, signature, {name: constants[name] for name in kernel.arg_names if name in constants}, aligned)
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", printed))
+    return int(found["REG"]), int(found["STACK"])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
