@@ -109,30 +109,35 @@ class _TritonAttention(torch.autograd.Function):
         keys = key.shape[2]
         output = torch.empty_like(query)
         escort_mean = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-        # Of each row: the largest score, and the threshold beside it.
-        rows = torch.empty(2, batch_size * heads, queries, dtype=torch.float32, device=query.device)
+        threshold = torch.empty(batch_size * heads, queries, dtype=torch.float32, device=query.device)
         sizes = (heads, queries, keys, eps * scaling)
-        constants = {"HAS_MASK": key_mask is not None, "EPS": eps, "PRECISION": "ieee" if torch.version.hip else "tf32x3", **launch}
+        constants = {
+            "HAS_MASK": key_mask is not None,
+            "ALL_PRESENT": key_mask is None and keys % launch["BLOCK_N"] == 0,
+            "EPS": eps,
+            "PRECISION": "ieee" if torch.version.hip else "tf32x3",
+            **launch,
+        }
         grid = (batch_size * heads * triton.cdiv(queries, launch["BLOCK_Q"]),)
-        _forward_kernel[grid](query, key, value, mask, output, escort_mean, *rows, *sizes, STEPS=_NEWTON_STEPS, **constants)
-        ctx.save_for_backward(query, key, value, mask, escort_mean, rows)
+        _forward_kernel[grid](query, key, value, mask, output, escort_mean, threshold, *sizes, STEPS=_NEWTON_STEPS, **constants)
+        ctx.save_for_backward(query, key, value, mask, escort_mean, threshold)
         ctx.sizes, ctx.constants, ctx.scaling = sizes, constants, scaling
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, mask, escort_mean, rows = ctx.saved_tensors
+        query, key, value, mask, escort_mean, threshold = ctx.saved_tensors
         grad = grad.contiguous()
         batch_size, heads, queries, _ = query.shape
-        along = torch.empty_like(rows[0])
+        along = torch.empty_like(threshold)
         grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
         given, settings = (query, key, value, mask, grad), (*ctx.sizes, ctx.scaling)
         programs = batch_size * heads
         grid = (programs * triton.cdiv(queries, ctx.constants["BLOCK_Q"]),)
-        _grad_query_kernel[grid](*given, escort_mean, *rows, along, grad_query, *settings, **ctx.constants)
+        _grad_query_kernel[grid](*given, escort_mean, threshold, along, grad_query, *settings, **ctx.constants)
         grid = (programs * triton.cdiv(key.shape[2], ctx.constants["BLOCK_N"]),)
-        _grad_memory_kernel[grid](*given, *rows, along, grad_key, grad_value, *settings, **ctx.constants)
+        _grad_memory_kernel[grid](*given, threshold, along, grad_key, grad_value, *settings, **ctx.constants)
         return grad_query, grad_key, grad_value, None, None, None, None
 
 
@@ -161,13 +166,24 @@ def _put(pointer, values, head, positions, count, WIDTH: tl.constexpr, BLOCK_D: 
 
 
 @_kernel
-def _scores(q, k, mask, head, heads, positions, keys, scale, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr):
+def _scores(
+    q, k, mask, head, heads, positions, keys, scale,
+    HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """eps times the scores of a block, -inf for keys that are not there."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if not ALL_PRESENT:
+        present = _present(mask, head, heads, positions, keys, HAS_MASK)
+        scores = tl.where(present[None, :], scores, float("-inf"))
+    return scores
+
+
+@_kernel
+def _present(mask, head, heads, positions, keys, HAS_MASK: tl.constexpr):
     present = positions < keys
     if HAS_MASK:
         present = present & (tl.load(mask + (head // heads) * keys + positions, mask=present, other=0) != 0)
-    return tl.where(present[None, :], scores, float("-inf"))
+    return present
 
 
 @_kernel
@@ -194,8 +210,8 @@ def _rise(weight_sum, escort_sum, absent, EPS: tl.constexpr):
 
 @_kernel
 def _forward_kernel(
-    query, key, value, mask, output, escort_mean, largest, threshold, heads, queries, keys, scale,
-    STEPS: tl.constexpr, HAS_MASK: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, value, mask, output, escort_mean, threshold, heads, queries, keys, scale,
+    STEPS: tl.constexpr, HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     head, rows = _place(queries, BLOCK_Q)
@@ -205,7 +221,7 @@ def _forward_kernel(
     leaders = tl.full((BLOCK_Q, BLOCK_N), float("-inf"), tl.float32)
     for start in range(0, keys, BLOCK_N):
         k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
-        leaders = tl.maximum(leaders, _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, PRECISION))
+        leaders = tl.maximum(leaders, _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION))
     top = tl.max(leaders, 1)
     absent = top == float("-inf")
     top = tl.where(absent, 0.0, top)
@@ -222,7 +238,7 @@ def _forward_kernel(
         weight_sum, escort_sum = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
         for start in range(0, keys, BLOCK_N):
             k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
-            scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, PRECISION)
+            scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION)
             weights, escort = _powers((scores - top[:, None]) - tau[:, None], EPS)
             weight_sum += tl.sum(weights, 1)
             escort_sum += tl.sum(escort, 1)
@@ -235,7 +251,7 @@ def _forward_kernel(
     for start in range(0, keys, BLOCK_N):
         k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
         v = _block(value, head, start + offsets, keys, WIDTH, BLOCK_D)
-        scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, PRECISION)
+        scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION)
         weights, escort = _powers((scores - top[:, None]) - tau[:, None], EPS)
         weight_sum += tl.sum(weights, 1)
         escort_sum += tl.sum(escort, 1)
@@ -247,26 +263,13 @@ def _forward_kernel(
     _put(escort_mean, escorted, head, rows, queries, WIDTH, BLOCK_D)
     places, inside = head * queries + rows, rows < queries
     # A row without keys has no root above this threshold.
-    tl.store(largest + places, top, mask=inside)
-    tl.store(threshold + places, tau + EPS * excess_weight / tl.where(absent, 1.0, escort_sum), mask=inside)
-
-
-@_kernel
-def _gradients(
-    q, k, v, g, mask, top, tau, mean, head, heads, inside, positions, keys, scale,
-    HAS_MASK: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Weights of a block, and the gradient for its scores, both (rows, positions)."""
-    scores = _scores(q, k, mask, head, heads, positions, keys, scale, HAS_MASK, PRECISION)
-    weights, escort = _powers((scores - top[:, None]) - tau[:, None], EPS)
-    grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-    return weights, tl.where(inside[:, None], escort * (grad_weights - mean[:, None]), 0.0)
+    tl.store(threshold + places, top + tau + EPS * excess_weight / tl.where(absent, 1.0, escort_sum), mask=inside)
 
 
 @_kernel
 def _grad_query_kernel(
-    query, key, value, mask, grad, escort_mean, largest, threshold, along, grad_query, heads, queries, keys, scale, scaling,
-    HAS_MASK: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, value, mask, grad, escort_mean, threshold, along, grad_query, heads, queries, keys, scale, scaling,
+    HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     head, rows = _place(queries, BLOCK_Q)
@@ -274,21 +277,22 @@ def _grad_query_kernel(
     q, g = _block(query, head, rows, queries, WIDTH, BLOCK_D), _block(grad, head, rows, queries, WIDTH, BLOCK_D)
     mean = tl.sum(g.to(tl.float32) * _block(escort_mean, head, rows, queries, WIDTH, BLOCK_D), 1)
     tl.store(along + places, mean, mask=inside)
-    top = tl.load(largest + places, mask=inside, other=0.0)
-    tau = tl.load(threshold + places, mask=inside, other=0.0)
+    threshold = tl.load(threshold + places, mask=inside, other=0.0)
     result = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_N):
         positions = start + tl.arange(0, BLOCK_N)
         k, v = _block(key, head, positions, keys, WIDTH, BLOCK_D), _block(value, head, positions, keys, WIDTH, BLOCK_D)
-        _, grad_scores = _gradients(q, k, v, g, mask, top, tau, mean, head, heads, inside, positions, keys, scale, HAS_MASK, EPS, PRECISION)
+        scores = _scores(q, k, mask, head, heads, positions, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION)
+        _, escort = _powers(scores - threshold[:, None], EPS)
+        grad_scores = escort * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - mean[:, None])
         result += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
     _put(grad_query, result * scaling, head, rows, queries, WIDTH, BLOCK_D)
 
 
 @_kernel
 def _grad_memory_kernel(
-    query, key, value, mask, grad, largest, threshold, along, grad_key, grad_value, heads, queries, keys, scale, scaling,
-    HAS_MASK: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, value, mask, grad, threshold, along, grad_key, grad_value, heads, queries, keys, scale, scaling,
+    HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     head, positions = _place(keys, BLOCK_N)
@@ -298,13 +302,18 @@ def _grad_memory_kernel(
         rows = start + tl.arange(0, BLOCK_Q)
         inside, places = rows < queries, head * queries + rows
         q, g = _block(query, head, rows, queries, WIDTH, BLOCK_D), _block(grad, head, rows, queries, WIDTH, BLOCK_D)
-        top = tl.load(largest + places, mask=inside, other=0.0)
-        tau = tl.load(threshold + places, mask=inside, other=0.0)
-        mean = tl.load(along + places, mask=inside, other=0.0)
-        weights, grad_scores = _gradients(
-            q, k, v, g, mask, top, tau, mean, head, heads, inside, positions, keys, scale, HAS_MASK, EPS, PRECISION
-        )
-        for_values += tl.dot(tl.trans(weights).to(g.dtype), g, input_precision=PRECISION)
-        for_keys += tl.dot(tl.trans(grad_scores).to(q.dtype), q, input_precision=PRECISION)
+        # Rows beyond the end have weights of 0 at this threshold.
+        thresholds = tl.load(threshold + places, mask=inside, other=0.0)
+        means = tl.load(along + places, mask=inside, other=0.0)
+        # Keys come first here, so that weights need not be transposed for the products.
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        weights, escort = _powers(scores - thresholds[None, :], EPS)
+        grad_scores = escort * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - means[None, :])
+        for_values += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
+        for_keys += tl.dot(grad_scores.to(q.dtype), q, input_precision=PRECISION)
+    if HAS_MASK:
+        present = _present(mask, head, heads, positions, keys, HAS_MASK)
+        for_keys = tl.where(present[:, None], for_keys, 0.0)
+        for_values = tl.where(present[:, None], for_values, 0.0)
     _put(grad_key, for_keys * scaling, head, positions, keys, WIDTH, BLOCK_D)
     _put(grad_value, for_values, head, positions, keys, WIDTH, BLOCK_D)
