@@ -235,13 +235,14 @@ def _forward_kernel(
     step, excess = tl.full((), 0, tl.int32), tl.full((), 1.0, tl.float32)
     # A step squares what is left, and the last pass takes one of its own.
     while (step < STEPS) & (excess > 1e-3):
-        weight_sum, escort_sum = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
+        weight_tile, escort_tile = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32), tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
         for start in range(0, keys, BLOCK_N):
             k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
             scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION)
             weights, escort = _powers((scores - top[:, None]) - tau[:, None], EPS)
-            weight_sum += tl.sum(weights, 1)
-            escort_sum += tl.sum(escort, 1)
+            weight_tile += weights
+            escort_tile += escort
+        weight_sum, escort_sum = tl.sum(weight_tile, 1), tl.sum(escort_tile, 1)
         tau += _rise(weight_sum, escort_sum, absent, EPS)
         excess = tl.max(tl.where(absent, 0.0, tl.abs(weight_sum - 1.0)), 0)
         step += 1

@@ -26,7 +26,8 @@ def main(capability: str, dtype: str, width: str, eps: str, masked: str) -> None
     """A JSON line for each kernel: its registers, bytes spilled a thread, and bytes of shared memory a program."""
     launch = triton_attention.launch_of(getattr(torch, dtype), int(width))
     warps = launch.pop("num_warps")
-    constants = {"HAS_MASK": masked == "masked", "EPS": float(eps), "PRECISION": "tf32x3", "STEPS": 12, **launch}
+    has_mask = masked == "masked"
+    constants = {"HAS_MASK": has_mask, "ALL_PRESENT": not has_mask, "EPS": float(eps), "PRECISION": "tf32x3", "STEPS": 12, **launch}
     for name in ("_forward_kernel", "_grad_query_kernel", "_grad_memory_kernel"):
         source = source_of(getattr(triton_attention, name), NAMES[dtype], constants)
         compiled = triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options={"num_warps": warps})
