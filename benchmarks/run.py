@@ -391,9 +391,16 @@ def gpu(rounds: int) -> Iterator[Case]:
     if importlib.util.find_spec("adasplash") is not None:
         peers["adasplash"] = (partial(importlib.import_module("adasplash").adasplash_v1, alpha=1.5, is_causal=False), {"at_least": 1.0})
     inputs = [torch.randn(GPU_SHAPE, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    some = [x.detach()[:1] for x in inputs]
-    error = difference(ours(*some), hopfield_attention(*(x.double() for x in some), alpha=1.5), 2e-2)
+    some = [x.detach()[:1].clone() for x in inputs]
+    exact = [x.double().requires_grad_() for x in some]
+    output = hopfield_attention(*exact, alpha=1.5)
+    error = difference(ours(*some), output, 2e-2)
+    gradients = with_gradients(ours, [x.requires_grad_() for x in some])()
+    for mine, expected in zip(gradients, torch.autograd.grad(output.sum(), exact), strict=True):
+        difference(mine, expected, 2e-2 * expected.abs().max().item())
     for peer, (attend, bound) in peers.items():
+        if peer == "adasplash":
+            difference(attend(*some), output, 2e-2)
         own, theirs = interleaved(rounds, with_gradients(ours, inputs), with_gradients(attend, inputs), clock=gpu_clock)
         yield Case("gpu", f"1.5-entmax attention {GPU_SHAPE}, bf16, with gradients", peer, own, theirs, error=error, **bound)
 

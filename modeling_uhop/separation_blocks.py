@@ -4,11 +4,14 @@ A pair (mu, nu) of unit features enters by K = <Phi_mu, Phi_nu> alone, so that i
 of Phi_mu for nu: a block adds two matrix products to the gradient, and is forgotten. Blocks lie on and above the diagonal.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from .validation import is_readable
 
 
 # Rows and columns of a block: 1 MB of fp32.
@@ -16,7 +19,7 @@ _BLOCK = 512
 
 
 class Block(NamedTuple):
-    """Similarities K (S, rows, columns) between two ranges of memories, -inf where a pair does not count."""
+    """Similarities (S, rows, columns) between two ranges of memories, -inf where a pair does not count."""
 
     rows: slice
     columns: slice
@@ -66,17 +69,22 @@ class _BlockedSeparation(torch.autograd.Function):
         return gradient * grad.view(-1, 1, 1), None, None, None, None
 
 
-def _blocks(features: torch.Tensor, members: torch.Tensor | None) -> Iterator[Block]:
-    """Blocks of pairs mu < nu."""
+def _blocks(features: torch.Tensor, members: torch.Tensor | None, scale: float = 1.0) -> Iterator[Block]:
+    """Blocks of pairs mu < nu, their similarities times `scale`, each in the place of the one before."""
     ranges = [slice(start, start + _BLOCK) for start in range(0, features.shape[1], _BLOCK)]
+    size = min(_BLOCK, features.shape[1])
+    room = features.new_empty(len(features) * size**2)
+    on_and_below = features.new_full((size, size), -torch.inf).tril_()
     for index, rows in enumerate(ranges):
+        scaled = features[:, rows] * scale
         for columns in ranges[index:]:
-            similarity = features[:, rows] @ features[:, columns].mT
+            others = features[:, columns].mT
+            shape = (len(features), scaled.shape[1], others.shape[2])
+            similarity = torch.bmm(scaled, others, out=room[: math.prod(shape)].view(shape))
             if members is not None:
                 similarity.masked_fill_(~members[:, rows, None] | ~members[:, None, columns], -torch.inf)
             if rows == columns:
-                size = similarity.shape[-1]
-                similarity.masked_fill_(torch.ones(size, size, dtype=torch.bool, device=features.device).tril_(), -torch.inf)
+                similarity += on_and_below[: shape[1], : shape[2]]
             yield Block(rows, columns, similarity)
 
 
@@ -95,10 +103,10 @@ def _mean_of_exponentials(
     """`log mean exp((K^power - 1) / temperature)` over pairs, for a power of 1 or 2; the largest exponent so far is taken off."""
     largest = features.new_full((len(features), 1, 1), -torch.inf)
     total = features.new_zeros(len(features), 1, 1)
-    for index, block in enumerate(_blocks(features, members)):
+    for block in _blocks(features, members, 1.0 / temperature if power == 1 else 1.0):
         similarity = block.similarity
         if power == 1:
-            exponents = similarity.div_(temperature)
+            exponents = similarity
         else:
             exponents = similarity.square().div_(temperature).masked_fill_(similarity == -torch.inf, -torch.inf)
         above = torch.maximum(largest, exponents.amax((1, 2), keepdim=True))
@@ -106,7 +114,8 @@ def _mean_of_exponentials(
         weights = exponents.sub_(torch.where(above == -torch.inf, 0.0, above)).exp_()
         total = total * shrunk + weights.sum((1, 2), keepdim=True)
         if gradient is not None:
-            if index > 0:
+            # After a few blocks the largest seldom rises.
+            if not is_readable(shrunk) or bool((shrunk != 1.0).any()):
                 gradient *= shrunk
             slopes = weights if power == 1 else weights.mul_(similarity.clamp_(min=-1.0))
             _add_to_gradient(gradient, features, block, slopes)
@@ -148,8 +157,8 @@ def _nearest(features: torch.Tensor, members: torch.Tensor | None, temperature: 
 def _per_memory(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
     """Two passes: the sums of all rows, then, for the gradient, the weights that are made with them."""
     log_sums = features.new_full(features.shape[:2], -torch.inf)
-    for block in _blocks(features, members):
-        exponents = block.similarity / temperature
+    for block in _blocks(features, members, 1.0 / temperature):
+        exponents = block.similarity
         log_sums[:, block.rows] = torch.logaddexp(log_sums[:, block.rows], exponents.logsumexp(2))
         log_sums[:, block.columns] = torch.logaddexp(log_sums[:, block.columns], exponents.logsumexp(1))
     present = log_sums != -torch.inf
@@ -158,8 +167,8 @@ def _per_memory(features: torch.Tensor, members: torch.Tensor | None, temperatur
     losses = log_sums.sum(-1) / rows
     if gradient is None:
         return losses
-    for block in _blocks(features, members):
-        exponents = block.similarity / temperature
+    for block in _blocks(features, members, 1.0 / temperature):
+        exponents = block.similarity
         weights = (exponents - log_sums[:, block.rows, None]).exp_()
         weights += exponents.sub_(log_sums[:, None, block.columns]).exp_()
         _add_to_gradient(gradient, features, block, weights)

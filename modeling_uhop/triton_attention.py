@@ -119,7 +119,8 @@ class _TritonAttention(torch.autograd.Function):
             **launch,
         }
         grid = (batch_size * heads * triton.cdiv(queries, launch["BLOCK_Q"]),)
-        _forward_kernel[grid](query, key, value, mask, output, escort_mean, threshold, *sizes, STEPS=_NEWTON_STEPS, **constants)
+        with torch.cuda.device_of(query):
+            _forward_kernel[grid](query, key, value, mask, output, escort_mean, threshold, *sizes, STEPS=_NEWTON_STEPS, **constants)
         ctx.save_for_backward(query, key, value, mask, escort_mean, threshold)
         ctx.sizes, ctx.constants, ctx.scaling = sizes, constants, scaling
         return output
@@ -134,10 +135,11 @@ class _TritonAttention(torch.autograd.Function):
         grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
         given, settings = (query, key, value, mask, grad), (*ctx.sizes, ctx.scaling)
         programs = batch_size * heads
-        grid = (programs * triton.cdiv(queries, ctx.constants["BLOCK_Q"]),)
-        _grad_query_kernel[grid](*given, escort_mean, threshold, along, grad_query, *settings, **ctx.constants)
-        grid = (programs * triton.cdiv(key.shape[2], ctx.constants["BLOCK_N"]),)
-        _grad_memory_kernel[grid](*given, threshold, along, grad_key, grad_value, *settings, **ctx.constants)
+        with torch.cuda.device_of(query):
+            grid = (programs * triton.cdiv(queries, ctx.constants["BLOCK_Q"]),)
+            _grad_query_kernel[grid](*given, escort_mean, threshold, along, grad_query, *settings, **ctx.constants)
+            grid = (programs * triton.cdiv(key.shape[2], ctx.constants["BLOCK_N"]),)
+            _grad_memory_kernel[grid](*given, threshold, along, grad_key, grad_value, *settings, **ctx.constants)
         return grad_query, grad_key, grad_value, None, None, None, None
 
 

@@ -1,4 +1,7 @@
-"""The Triton kernels in Triton's interpreter, against the plain kernel in float64, and through a model; and compiled for GPUs."""
+"""The Triton kernels against the plain kernel in float64, and through a model; and compiled for GPUs that need not be here.
+
+They run in Triton's interpreter, or, with TRITON_INTERPRET=0 in the environment, on a GPU.
+"""
 
 import json
 import os
@@ -15,10 +18,19 @@ from modeling_uhop.hopfield import triton_attention_forward
 from modeling_uhop.triton_attention import MAX_WIDTH, triton_hopfield_attention
 
 
-pytestmark = pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="TRITON_INTERPRET is not 1: these are CPU tensors")
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="TRITON_INTERPRET is not 1, and there is no GPU")
 pytest.importorskip("triton", reason="Triton is there on Linux alone")
 
 BLOCKS = {"block_queries": 16, "block_keys": 32}
+
+
+@pytest.fixture(autouse=True)
+def _device():
+    with torch.device(DEVICE):
+        yield
 
 
 def _inputs(queries: int = 19, keys: int = 45, width: int = 20) -> list[torch.Tensor]:
@@ -31,7 +43,7 @@ def _with_gradients(attend, inputs, direction):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["every key", "some keys"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str)
 @pytest.mark.parametrize("alpha", [1.1, 1.5, 1.7, 2.0])
 def test_outputs_and_gradients_are_those_of_the_plain_kernel(alpha, dtype, masked):
     inputs = _inputs()
@@ -148,7 +160,7 @@ def test_a_model_takes_it_by_name():
 def test_what_it_does_not_do_is_done_elsewhere(changes):
     inputs = [x.detach() for x in _inputs()]
     settings = {"alpha": 1.5, "attention_mask": None, **changes}
-    mask, alpha = settings["attention_mask"], settings["alpha"]
+    mask, alpha = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in (settings["attention_mask"], settings["alpha"]))
     output, _ = triton_attention_forward(torch.nn.Module().eval(), *inputs, mask, alpha=alpha, scaling=0.5)
     assert_close(output.transpose(1, 2), hopfield_attention(*inputs, alpha=alpha, scaling=0.5, attention_mask=mask), scale=3)
 
@@ -190,6 +202,7 @@ def test_wrong_arguments_are_refused(changes, message):
         triton_hopfield_attention(**arguments)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="these are the interpreter's refusals")
 def test_without_an_interpreter_or_for_bf16_a_cpu_is_refused(monkeypatch):
     halves = [x.bfloat16() for x in _inputs()]
     with pytest.raises(ValueError, match="cannot multiply bf16"):
