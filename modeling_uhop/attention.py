@@ -5,6 +5,7 @@ which the weights follow in one pass. Scores are computed again.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,8 +23,16 @@ from .simplex import (
 )
 
 
-# Scores in a piece: 1.25 MB of fp32, which the second-level cache of today's server cores holds.
-_PIECE = 327680
+def _piece() -> int:
+    """Scores in a piece: 1.25 MB of fp32, or, where the second-level cache is known to be smaller, fewer and larger pieces of 2.5 MB."""
+    try:
+        cache = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Linux alone tells
+        cache = 0
+    return 655360 if 0 < cache < 4 * 327680 else 327680
+
+
+_PIECE = _piece()
 
 
 class Piece(NamedTuple):

@@ -18,7 +18,7 @@ from modeling_uhop import (
     attention,
     hopfield_attention,
 )
-from modeling_uhop.attention import chunked_hopfield_attention
+from modeling_uhop.attention import _piece, chunked_hopfield_attention
 from modeling_uhop.hopfield import hopfield_attention_forward
 
 
@@ -335,3 +335,14 @@ def test_a_bad_query_gives_nan_and_so_do_its_gradients(keys):
     assert output.isnan().all(-1).tolist() == [[[False, True, False]]]
     for gradient in torch.autograd.grad(output.sum(), (query, key, value)):
         assert gradient.isnan().any()
+
+
+@pytest.mark.parametrize(("cache", "scores"), [(2**21, 327680), (2**19, 655360), (0, 327680), (None, 327680)])
+def test_pieces_are_of_the_size_that_suits_the_cache(monkeypatch, cache, scores):
+    def sysconf(name):
+        if cache is None:
+            raise ValueError(f"unrecognized configuration name {name}")
+        return cache
+
+    monkeypatch.setattr("os.sysconf", sysconf)
+    assert _piece() == scores
