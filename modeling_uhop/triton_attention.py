@@ -223,9 +223,13 @@ def _forward_kernel(
     leaders = tl.full((BLOCK_Q, BLOCK_N), float("-inf"), tl.float32)
     for start in range(0, keys, BLOCK_N):
         k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
-        leaders = tl.maximum(leaders, _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION))
-    top = tl.max(leaders, 1)
-    absent = top == float("-inf")
+        scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION)
+        leaders = tl.maximum(leaders, scores, propagate_nan=tl.PropagateNan.ALL)
+    # A row with a NaN is lost, which maxima are silent about; it is left out, like one without keys, and given NaN at the end.
+    unknown = leaders != leaders
+    lost = tl.max(unknown.to(tl.int32), 1) > 0
+    top = tl.max(tl.where(unknown, float("-inf"), leaders), 1)
+    absent = (top == float("-inf")) | lost
     top = tl.where(absent, 0.0, top)
 
     # From where the largest weight is 1 to the threshold of the leaders alone, which is left of that of all.
@@ -260,7 +264,7 @@ def _forward_kernel(
         escort_sum += tl.sum(escort, 1)
         mixed += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         escorted += tl.dot(escort.to(v.dtype), v, input_precision=PRECISION)
-    escorted /= tl.where(absent, 1.0, escort_sum)[:, None]
+    escorted = tl.where(lost[:, None], float("nan"), escorted / tl.where(absent, 1.0, escort_sum)[:, None])
     excess_weight = tl.where(absent, 0.0, weight_sum - 1.0)
     _put(output, mixed - excess_weight[:, None] * escorted, head, rows, queries, WIDTH, BLOCK_D)
     _put(escort_mean, escorted, head, rows, queries, WIDTH, BLOCK_D)

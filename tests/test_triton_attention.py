@@ -91,6 +91,26 @@ def test_rows_without_a_key_retrieve_zeros_and_have_no_gradient(alpha):
         assert (gradient[1] == 0).all()
 
 
+@pytest.mark.parametrize("alpha", [1.5, 1.7, 2.0])
+def test_nan_is_passed_on(alpha):
+    """A NaN in a query spoils its row, one in a key every row that sees it."""
+    query, key, value = (x.detach().requires_grad_() for x in _inputs())
+    with torch.no_grad():
+        query[0, 0, 3, 1] = torch.nan
+        key[1, 1, 40, 2] = torch.nan
+    output = triton_hopfield_attention(query, key, value, alpha=alpha, **BLOCKS)
+    gradients = torch.autograd.grad(output.sum(), [query, key])
+    spoiled = torch.zeros(2, 2, 19, dtype=torch.bool)
+    spoiled[0, 0, 3] = spoiled[1, 1] = True
+    assert (output.isnan().all(-1) == spoiled).all()
+    assert (output.isnan().any(-1) == spoiled).all()
+    assert (gradients[0].isnan().any(-1) == spoiled).all()
+    mask = torch.ones(2, 45, dtype=torch.bool)
+    mask[1, 40] = False
+    hidden = triton_hopfield_attention(query, key, value, alpha=alpha, key_mask=mask, **BLOCKS)
+    assert hidden[1].isfinite().all()
+
+
 def test_hard_rows_are_exact():
     """Large scores, ties, and one score far above many that are level."""
     key = torch.zeros(1, 1, 64, 16)
