@@ -29,7 +29,8 @@ def _piece() -> int:
         cache = os.sysconf("SC_LEVEL2_CACHE_SIZE")
     except (AttributeError, ValueError, OSError):  # Linux alone tells
         cache = 0
-    return 655360 if 0 < cache < 4 * 327680 else 327680
+    scores = 327680
+    return 2 * scores if 0 < cache < 4 * scores else scores
 
 
 _PIECE = _piece()

@@ -18,7 +18,7 @@ from modeling_uhop import (
     attention,
     hopfield_attention,
 )
-from modeling_uhop.attention import _piece, chunked_hopfield_attention
+from modeling_uhop.attention import chunked_hopfield_attention
 from modeling_uhop.hopfield import hopfield_attention_forward
 
 
@@ -345,4 +345,4 @@ def test_pieces_are_of_the_size_that_suits_the_cache(monkeypatch, cache, scores)
         return cache
 
     monkeypatch.setattr("os.sysconf", sysconf)
-    assert _piece() == scores
+    assert attention._piece() == scores
