@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each competitor")
     parser.add_argument("--check", action="store_true", help="end with an error if a ratio is out of its bound")
-    parser.add_argument("--output", help="results file (default: benchmarks/results/speed.json if every part is run, and none otherwise)")
+    parser.add_argument("--output", help="results file (default: benchmarks/results/speed.json if every part is run, and none else)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -115,12 +115,14 @@ def main() -> None:
         for case in PARTS[part](args.rounds):
             print(line(case), flush=True)
             cases.append(case)
-    if args.output or args.only == list(PARTS):
+    whole = args.only == list(PARTS)
+    if args.output or whole:
         target = Path(args.output or ROOT / "benchmarks" / "results" / "speed.json")
-        growth = growth_of_cost()
-        rows = [case.row() for case in cases]
-        target.write_text(json.dumps({"cases": rows, "growth": growth, **provenance()}, indent=1) + "\n")
-        growth_figure(target.with_suffix(".png"), growth)
+        results: dict[str, Any] = {"cases": [case.row() for case in cases], **provenance()}
+        if whole:
+            results["growth"] = growth_of_cost()
+            growth_figure(target.with_suffix(".png"), results["growth"])
+        target.write_text(json.dumps(results, indent=1) + "\n")
     broken = [case for case in cases if not case.kept]
     if args.check and broken:
         sys.exit(f"{len(broken)} of {len(cases)} ratios are out of their bounds")
@@ -380,6 +382,11 @@ def gpu(rounds: int) -> Iterator[Case]:
     if not torch.cuda.is_available():
         print("no GPU here: its kernels are not timed")
         return
+    yield from triton_kernels(rounds, [torch.randn(GPU_SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(3)], clock=gpu_clock)
+
+
+def triton_kernels(rounds: int, inputs: list[torch.Tensor], clock: Callable[[], float]) -> Iterator[Case]:
+    """`gpu` for a query, key and value in half precision."""
     from modeling_uhop.triton_attention import triton_hopfield_attention  # needs Triton
 
     def flash(query, key, value):
@@ -387,22 +394,23 @@ def gpu(rounds: int) -> Iterator[Case]:
             return scaled_dot_product_attention(query, key, value)
 
     ours = partial(triton_hopfield_attention, alpha=1.5)
-    peers: dict[str, tuple[Callable[..., torch.Tensor], dict[str, float]]] = {"FlashAttention": (flash, {"at_most": 2.0})}
-    if importlib.util.find_spec("adasplash") is not None:
-        peers["adasplash"] = (partial(importlib.import_module("adasplash").adasplash_v1, alpha=1.5, is_causal=False), {"at_least": 1.0})
-    inputs = [torch.randn(GPU_SHAPE, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    some = [x.detach()[:1].clone() for x in inputs]
-    exact = [x.double().requires_grad_() for x in some]
+    some = [x[:1].clone().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in some]
     output = hopfield_attention(*exact, alpha=1.5)
     error = difference(ours(*some), output, 2e-2)
-    gradients = with_gradients(ours, [x.requires_grad_() for x in some])()
-    for mine, expected in zip(gradients, torch.autograd.grad(output.sum(), exact), strict=True):
+    for mine, expected in zip(with_gradients(ours, some)(), torch.autograd.grad(output.sum(), exact), strict=True):
         difference(mine, expected, 2e-2 * expected.abs().max().item())
+    peers: dict[str, tuple[Callable[..., torch.Tensor], dict[str, float]]] = {"FlashAttention": (flash, {"at_most": 2.0})}
+    if importlib.util.find_spec("adasplash") is not None:
+        adasplash = importlib.import_module("adasplash")
+        for name, attend in (("adasplash", adasplash.adasplash_v1), ("adasplash, no block mask", adasplash.adasplash_no_block_mask)):
+            peers[name] = partial(attend, alpha=1.5, is_causal=False), {"at_least": 1.0}
+            difference(peers[name][0](*some), output, 2e-2)
+    inputs = [x.requires_grad_() for x in inputs]
+    what = f"1.5-entmax attention {tuple(inputs[0].shape)}, {str(inputs[0].dtype).removeprefix('torch.')}, with gradients"
     for peer, (attend, bound) in peers.items():
-        if peer == "adasplash":
-            difference(attend(*some), output, 2e-2)
-        own, theirs = interleaved(rounds, with_gradients(ours, inputs), with_gradients(attend, inputs), clock=gpu_clock)
-        yield Case("gpu", f"1.5-entmax attention {GPU_SHAPE}, bf16, with gradients", peer, own, theirs, error=error, **bound)
+        own, theirs = interleaved(rounds, with_gradients(ours, inputs), with_gradients(attend, inputs), clock=clock)
+        yield Case("gpu", what, peer, own, theirs, error=error, **bound)
 
 
 def gpu_clock() -> float:

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .simplex import (
     at_least_fp32,
+    cast_by_autocast,
     check_alpha_range,
     entmax_eps_gradient,
     entmax_recall,
@@ -65,12 +66,9 @@ def chunked_hopfield_attention(
         ValueError: If alpha is outside [1, 2].
     """
     check_alpha_range(alpha)
+    query, key, value = cast_by_autocast(query, key, value)
     eps, dtype = alpha - 1.0, value.dtype
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-        dtype = value.dtype
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (at_least_fp32(x.to(common)) for x in (query, key, value))
     mask_shape = () if attention_mask is None else attention_mask.shape
@@ -82,7 +80,7 @@ def chunked_hopfield_attention(
     if isinstance(eps, torch.Tensor):
         eps = eps.to(query.dtype).expand(batch_size, heads, queries, 1).flatten(0, 1)
     query, key, value = (x.expand(batch_size, heads, *x.shape[2:]).flatten(0, 1) for x in (query, key, value))
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
         output: torch.Tensor = _ChunkedAttention.apply(query, key, value, eps, scaling, attention_mask, dropout)
     return output.unflatten(0, (batch_size, heads)).to(dtype)
 

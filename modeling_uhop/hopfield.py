@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import chunked_hopfield_attention
 from .feature_map import FeatureMap
-from .simplex import simplex_map
+from .simplex import cast_by_autocast, simplex_map
 from .validation import is_readable
 
 
@@ -127,11 +127,11 @@ def triton_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention that transformers knows as "hopfield_triton": `triton_hopfield_attention`, and "hopfield" for what it does not do.
 
-    That is softmax, a learnable alpha, dropout, fp64, autocast, broadcasting, wide heads, values of another width, and masks of anything
-    but keys.
+    That is softmax, a learnable alpha, dropout, fp64, broadcasting, wide heads, values of another width, and masks of anything but keys.
     """
     from .triton_attention import MAX_WIDTH, triton_hopfield_attention  # an extra, and slow to import
 
+    query, key, value = cast_by_autocast(query, key, value)
     of_keys = attention_mask is None or (
         attention_mask.dtype == torch.bool
         and attention_mask.shape[1] == 1
@@ -140,7 +140,7 @@ def triton_attention_forward(
     dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
     alike = query.shape[:2] == key.shape[:2] and key.shape == value.shape and query.dtype == key.dtype == value.dtype
     fits = alike and query.shape[-1] <= MAX_WIDTH.get(query.dtype, 0)
-    other = dropout > 0.0 or kwargs.get("output_attentions") or torch.is_autocast_enabled(query.device.type)
+    other = dropout > 0.0 or kwargs.get("output_attentions")
     if isinstance(alpha, torch.Tensor) or alpha == 1.0 or other or not fits or not of_keys:
         return hopfield_attention_forward(module, query, key, value, attention_mask, alpha=alpha, **kwargs)
     key_mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(len(key), key.shape[2])

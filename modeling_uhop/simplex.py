@@ -140,6 +140,14 @@ def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def cast_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Factors of a product as autocast has them, where it is on: in its dtype, but for those of fp64."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
+
+
 def _entmax(scores: torch.Tensor, alpha: float | torch.Tensor, dim: int) -> torch.Tensor:
     if isinstance(alpha, torch.Tensor):
         alpha = _aligned(alpha, scores).to(scores.dtype)

@@ -13,7 +13,7 @@ import os
 import torch
 from torch.autograd.function import once_differentiable
 
-from .simplex import check_alpha_range
+from .simplex import cast_by_autocast, check_alpha_range
 
 
 try:
@@ -47,7 +47,7 @@ def triton_hopfield_attention(
 
     Args:
         query, key, value: (B, H, Q, d), (B, H, N, d) and (B, H, N, d), of one dtype: fp32 (d up to 128), bf16 or fp16 (up to 256).
-            Sums are in fp32. Products of fp32 are made from three of TF32 each on NVIDIA's GPUs.
+            Sums are in fp32. Products of fp32 are made from three of TF32 each on NVIDIA's GPUs. Under autocast they are cast to its dtype.
         alpha: Tsallis exponent in (1, 2]. A learnable one needs `hopfield_attention`.
         scaling: Inverse temperature beta; `None` for `1 / sqrt(d)`.
         key_mask: Boolean (B, N), True where a key is present. A query without any key retrieves zeros.
@@ -66,6 +66,7 @@ def triton_hopfield_attention(
     if isinstance(alpha, torch.Tensor) or alpha == 1.0:
         raise ValueError(f"alpha must be one number above 1 for the Triton kernels, got {alpha}")
     check_alpha_range(alpha)
+    query, key, value = cast_by_autocast(query, key, value)
     if key.shape != value.shape or query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query, key and value do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
     if not query.dtype == key.dtype == value.dtype or query.dtype not in MAX_WIDTH:

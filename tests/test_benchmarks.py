@@ -1,12 +1,19 @@
 """The benchmark: what a ratio and a bound mean, that wrong answers are not timed, and that the parts run on small sizes."""
 
 import json
+import os
+import sys
+import time
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 import pytest
 import run as benchmark
 import torch
 from run import Case
 from tables import speed_table
+
+from modeling_uhop import hopfield_attention
 
 
 def _case(**fields) -> Case:
@@ -63,6 +70,7 @@ def test_a_bound_that_is_broken_ends_a_check_with_an_error(tmp_path, monkeypatch
         benchmark.main()
     monkeypatch.setattr("sys.argv", [*command, "--check", "--only", "kept"])
     benchmark.main()
+    assert set(json.loads(path.read_text())) == {"cases", "versions", "commit", "machine"}
 
 
 def test_attention_runs(monkeypatch):
@@ -70,6 +78,30 @@ def test_attention_runs(monkeypatch):
     cases = list(benchmark.attention(1))
     assert len(cases) == 5
     assert all(case.ratio > 0 for case in cases)
+
+
+@pytest.mark.skipif(os.environ["TRITON_INTERPRET"] != "1", reason="TRITON_INTERPRET is not 1: the kernels would need a GPU")
+def test_the_part_for_a_gpu_runs_in_the_interpreter(monkeypatch):
+    """Beside a peer in adasplash's place, whose wrong answer is not timed."""
+    pytest.importorskip("triton", reason="Triton is there on Linux alone")
+
+    def peer(query, key, value, alpha, is_causal):
+        assert not is_causal
+        return hopfield_attention(query, key, value, alpha=alpha)
+
+    def wrong(query, key, value, **settings):
+        return value
+
+    module = SimpleNamespace(adasplash_v1=peer, adasplash_no_block_mask=peer, __spec__=ModuleSpec("adasplash", None))
+    monkeypatch.setitem(sys.modules, "adasplash", module)
+    inputs = list(torch.randn(3, 1, 1, 40, 16, dtype=torch.float16))
+    cases = list(benchmark.triton_kernels(1, inputs, time.perf_counter))
+    assert [case.peer for case in cases] == ["FlashAttention", "adasplash", "adasplash, no block mask"]
+    assert [(case.at_most, case.at_least) for case in cases] == [(2.0, None), (None, 1.0), (None, 1.0)]
+    assert cases[0].name == "1.5-entmax attention (1, 1, 40, 16), float16, with gradients"
+    module.adasplash_no_block_mask = wrong
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        list(benchmark.triton_kernels(1, inputs, time.perf_counter))
 
 
 def test_peak_memory_is_that_of_the_work():

@@ -166,6 +166,37 @@ def test_a_model_takes_it_by_name():
     assert_close(model(images).logits, expected, scale=3)
 
 
+def test_autocast_trains_a_model_with_it(monkeypatch):
+    """Weights in fp32, attention in half precision, as a Trainer with `fp16=True` has them."""
+    taken = []
+
+    def kernel(query, *args, **kwargs):
+        taken.append(query.dtype)
+        return triton_hopfield_attention(query, *args, **kwargs)
+
+    monkeypatch.setattr("modeling_uhop.triton_attention.triton_hopfield_attention", kernel)
+    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = UHopViTForImageClassification(UHopViTConfig(**sizes, intermediate_size=16, alpha=1.5))
+    images, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
+    found = {}
+    for name in ("hopfield", "hopfield_triton"):
+        model.set_attn_implementation(name)
+        with torch.autocast(DEVICE, dtype=torch.float16):
+            loss = model(images, labels=labels).loss
+        found[name] = (loss, *torch.autograd.grad(loss, list(model.parameters())))
+    assert taken == [torch.float16]
+    for actual, expected in zip(found["hopfield_triton"], found["hopfield"], strict=True):
+        assert actual.dtype == torch.float32
+        assert_close(actual, expected.double(), dtype=torch.float16, scale=3)
+
+
+def test_autocast_leaves_float64_to_the_plain_kernel():
+    inputs = [x.detach().double() for x in _inputs()]
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        output, _ = triton_attention_forward(torch.nn.Module().eval(), *inputs, None, alpha=1.5, scaling=0.5)
+    assert_close(output.transpose(1, 2), hopfield_attention(*inputs, alpha=1.5, scaling=0.5))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

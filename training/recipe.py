@@ -414,10 +414,11 @@ def provenance() -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Processor, cores and accelerator of this machine."""
+    """Processor, cores, vector instructions and accelerator of this machine."""
     names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE) if Path("/proc/cpuinfo").is_file() else []
     accelerator = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores{accelerator}"
+    name, instructions = names[0] if names else platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {os.cpu_count()} cores, {instructions}{accelerator}"
 
 
 def commit() -> str | None:
