@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention import chunked_hopfield_attention
 from .feature_map import FeatureMap
 from .simplex import cast_by_autocast, simplex_map
-from .validation import is_readable
+from .validation import is_plain, is_readable
 
 
 def hopfield_attention(
@@ -148,9 +148,15 @@ def triton_attention_forward(
     return output.transpose(1, 2), None
 
 
+def hopfield_mask(*args, **kwargs) -> torch.Tensor | None:
+    """The mask that transformers makes for these attentions: a causal one too is written out, as they know no causality of their own."""
+    mask: torch.Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return mask
+
+
 for name, function in (("hopfield", hopfield_attention_forward), ("hopfield_triton", triton_attention_forward)):
     ALL_ATTENTION_FUNCTIONS.register(name, function)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, hopfield_mask)
 
 
 def hopfield_kernel(config, requested: str | None) -> str | None:
@@ -276,16 +282,18 @@ class HopfieldAttention(nn.Module):
         """Take Phi into W_Q and W_K, and W_K into W_V where values come through it: fewer products, and the same function.
 
         Raises:
-            ValueError: If one of them is no plain matrix, but in an adapter or quantized.
+            ValueError: If one of them is no plain matrix, but in an adapter, hooked, offloaded or quantized.
         """
         if self.feature_map is None:
             return
         plain = {"feature_map": FeatureMap, "q_proj": nn.Linear, "k_proj": nn.Linear, "v_proj": nn.Linear}
         for name, kind in plain.items():
-            found = type(getattr(self, name))
-            if found is not kind:
+            module = getattr(self, name)
+            if not is_plain(module, kind):
+                found = type(module)
+                what = "one that is hooked, patched or offloaded" if found is kind else f"{found.__module__}.{found.__name__}"
                 raise ValueError(
-                    f"{name} must be a plain {kind.__name__} to be folded, got {found.__module__}.{found.__name__}; "
+                    f"{name} must be a plain {kind.__name__} to be folded, got {what}; "
                     "of a model with adapters fold what merge_and_unload() returns"
                 )
         if self.value_source == "projected_memory":
@@ -322,7 +330,8 @@ class FoldableMixin(nn.Module):
         It is a model without Phi (`config.use_feature_map` is `False`), and saves and loads as one; this one stays as it is.
 
         Raises:
-            ValueError: For a model with adapters of Phi or projections, which `merge_and_unload()` merges, or with quantized ones.
+            ValueError: For a model with adapters of Phi or projections, which `merge_and_unload()` merges, or with hooked,
+                offloaded or quantized ones.
         """
         folded = copy.deepcopy(self)
         for module in folded.modules():
@@ -330,7 +339,7 @@ class FoldableMixin(nn.Module):
                 module.fold_feature_map()
         for module in folded.modules():
             config = getattr(module, "config", None)
-            if config is not None and config.use_feature_map:
+            if config is not None and getattr(config, "use_feature_map", False):
                 config.use_feature_map, config.value_source, config.feature_dim = False, "memory", None
         return folded
 

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,12 +30,23 @@ from .search import Candidates, brute_force, mixture, sparse_association
 from .separation import maximize_separation
 from .simplex import at_least_fp32
 from .spherical import are_independent, separate_optimally
+from .validation import is_plain
 
 
 _SEARCHED_CODES, _MEMORIES_IN_A_STEP = 1000, 4096
-# Features of what a memory model stores, and the tensors and versions they were computed from. Apart from the models, so that a copy of one
-# has no part in them.
-_FEATURES: WeakKeyDictionary[nn.Module, tuple[tuple, torch.Tensor]] = WeakKeyDictionary()
+
+
+class Kept(NamedTuple):
+    """Features of what a memory model stores, and what they were computed from."""
+
+    memories: torch.Tensor
+    state: tuple[int, bool]
+    weight: torch.Tensor
+    features: torch.Tensor
+
+
+# Apart from the models, so that a copy of one has no part in them.
+_FEATURES: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 
 
 @dataclass
@@ -122,27 +133,28 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
     def stored_features(self) -> torch.Tensor:
         """Features (M, feature_dim) of the memories, or these themselves without a feature map.
 
-        They are kept, and computed again when the memories or the map have changed (unless through `.data` or a NumPy view, which
-        PyTorch does not count), where a gradient has to pass, Phi is offloaded or in an adapter, under autocast and inference mode, and
-        in a traced graph.
+        They are kept for the next retrieval, and computed again when the memories or the map have changed (memories not through `.data`
+        or a NumPy view, which PyTorch does not count), where a gradient has to pass, Phi is offloaded, hooked or in an adapter, under
+        autocast and inference mode, and in a traced graph.
         """
+        return self.memories if self.feature_map is None else self._kept_features().clone()
+
+    def _kept_features(self) -> torch.Tensor:
+        """`stored_features`, not to be written to."""
         if self.feature_map is None:
             return self.memories
-        if torch.compiler.is_compiling() or not isinstance(self.feature_map, FeatureMap):
+        if torch.compiler.is_compiling() or not is_plain(self.feature_map, FeatureMap):
             return self.feature_map(self.memories)
         memories, weight = self.memories, self.feature_map.weight
-        # A weight that is offloaded (`device_map`) is there only while its own module runs.
-        passing = weight.is_meta or (torch.is_grad_enabled() and weight.requires_grad)
+        passing = torch.is_grad_enabled() and (weight.requires_grad or memories.requires_grad)
         if passing or torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or memories.is_inference():
             return self.feature_map(memories)
-        versions = (memories._version, weight._version, weight.data_ptr(), weight.dtype, self.feature_map.normalize)
-        if self in _FEATURES:
-            (known_memories, known_weight, known_versions), features = _FEATURES[self]
-            if known_memories is memories and known_weight is weight and known_versions == versions:
-                return features
-        features = self.feature_map(memories)
-        _FEATURES[self] = (memories, weight, versions), features
-        return features
+        kept = _FEATURES.get(self)
+        state = (memories._version, self.feature_map.normalize)
+        # The weight's own version tells nothing of fused optimizers and collectives.
+        if kept is None or kept.memories is not memories or kept.state != state or not torch.equal(kept.weight, weight):
+            kept = _FEATURES[self] = Kept(memories, state, weight.detach().clone(), self.feature_map(memories))
+        return kept.features
 
     def __len__(self) -> int:
         return len(self.memories)
@@ -264,7 +276,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         states = torch.atleast_2d(self._checked(queries, "queries"))
         settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha}
         similarity: dict[str, Any] = {"similarity": self.config.similarity, "degree": self.config.degree}
-        features = self.stored_features()
+        features = self._kept_features()
         moving = torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
         taken = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
         weights = association(self._features(states), features, **settings, **similarity)
@@ -315,7 +327,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"search needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
         states = torch.atleast_2d(self._checked(queries, "queries"))
-        candidates = brute_force(self.stored_features()) if candidates is None else candidates
+        candidates = brute_force(self._kept_features()) if candidates is None else candidates
         settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha, "top_k": top_k}
         for _ in range(steps):
             weights, indices = sparse_association(self._features(states), len(self), candidates, **settings)
@@ -337,7 +349,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         """
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"a report needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
-        features = self.stored_features()
+        features = self._kept_features()
         output = self(self.memories, update_steps=1)
         kernel = at_least_fp32(similarity_scores(self.memories, self.memories, feature_map=self.feature_map))
         weights, patterns, features = (at_least_fp32(tensor) for tensor in (output.association, self.memories, features))
@@ -371,7 +383,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         )
 
     def _unit_kernel(self) -> torch.Tensor:
-        features = unit_norm(at_least_fp32(self.stored_features()))
+        features = unit_norm(at_least_fp32(self._kept_features()))
         return features @ features.mT
 
     def _checked(self, patterns: torch.Tensor, name: str) -> torch.Tensor:

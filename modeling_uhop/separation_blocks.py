@@ -30,7 +30,7 @@ def blocked_separation_loss(features: torch.Tensor, members: torch.Tensor | None
     """Losses (S,) of S sets of features (S, M, D), as in `separation_loss`; 0 for a set without a pair. Differentiable once.
 
     Args:
-        features: In fp32 or better, of any norm.
+        features: In fp32 or better, of any norm whose square neither overflows nor vanishes.
         members: Boolean (S, M), which memories are present; `None` for all.
         kind, temperature: As in `separation_loss`.
     """

@@ -29,8 +29,8 @@ _LOWEST = -1e30
 _NEWTON_STEPS = 12
 # Steps before the first look at whether it is.
 _UNCHECKED_STEPS = 3
-# Scores beyond this are taken relative to the largest.
-_LARGE = 2.0**20
+# Scores beyond this are taken relative to the largest, whose rounding would else exceed the weights of many level ones.
+_LARGE = 64.0
 # Rows of so many scores begin with the maxima of so many groups of them.
 _LONG = 512
 _GROUPS = 32

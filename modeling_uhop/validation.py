@@ -1,6 +1,7 @@
 """Checks that several models share."""
 
 import torch
+from torch import nn
 
 
 def check_hopfield(config) -> None:
@@ -38,6 +39,12 @@ def check_dropouts(config, *names: str) -> None:
 def is_readable(tensor: torch.Tensor) -> bool:
     """Whether Python may look at values: on an accelerator this would stall every step, and a traced graph cannot branch on them."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module does what its class does, with weights of its own: no subclass or adapter, and not hooked, patched or offloaded."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not hooked and not any(weight.is_meta for weight in module.parameters())
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import assert_close
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -317,6 +318,36 @@ def test_values_may_have_more_examples_and_another_dtype():
         assert output.dtype == dtype
         expected = chunked_hopfield_attention(query, key, value.to(dtype).float(), alpha=1.5)
         assert_close(output, expected, dtype=torch.float32 if dtype == torch.float64 else dtype)
+
+
+@pytest.mark.parametrize("name", ["hopfield", "hopfield_triton"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_causal_model_stays_causal(name, padded):
+    """Models of transformers take it by name, and leave causality to kernels that know it."""
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32
+    )
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 50, (2, 7))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    if padded:
+        mask[0, :3] = 0
+    logits = []
+    for kind in ("eager", name):
+        model.set_attn_implementation(kind)
+        logits.append(model(ids, attention_mask=mask).logits[mask.bool()])
+    assert_close(logits[1], logits[0], scale=3)
+
+
+@pytest.mark.parametrize("size", [300.0, 2.0e4, 3.0e5])
+@pytest.mark.parametrize(("alpha", "keys"), [(1.5, 600), (2.0, 197), (2.0, 1024), (1.5, 16384), (2.0, 16384)])
+def test_gradients_of_large_level_scores(alpha, keys, size):
+    """Rounding of a threshold of this size would exceed the weights."""
+    query, key = torch.full((1, 1, 2, 64), (size / 8.0) ** 0.5), torch.full((1, 1, keys, 64), (size / 8.0) ** 0.5)
+    inputs = [x.requires_grad_() for x in (query, key, torch.randn(1, 1, keys, 8))]
+    gradients = torch.autograd.grad(chunked_hopfield_attention(*inputs, alpha=alpha).sum(), inputs)
+    assert_close(gradients[2] * keys, torch.full((1, 1, keys, 8), 2.0), scale=30)
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_autocast_leaves_float64_alone():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import assert_close
+from transformers import ResNetConfig
 
 from modeling_uhop import (
     FeatureMap,
@@ -82,6 +83,29 @@ def test_a_model_without_phi_folds_to_a_copy():
     assert folded is not model
     assert folded.config.value_source == "projected_memory"
     assert torch.equal(folded(**inputs).logits, model(**inputs).logits)
+
+
+def test_bags_of_images_fold_whatever_their_backbone():
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"])
+    config = UHopMILConfig(instance_type="backbone", backbone_config=backbone, hidden_size=16, **LAYER)
+    model = UHopMILForBagClassification(config).eval()
+    folded = model.fold_feature_maps()
+    images = torch.randn(2, 3, 3, 32, 32)
+    assert not folded.config.use_feature_map
+    assert_close(folded(images).logits, model(images).logits, scale=10)
+
+
+@pytest.mark.parametrize("module", ["q_proj", "feature_map"])
+@pytest.mark.parametrize("how", ["hooked", "patched"])
+def test_what_a_hook_or_a_patch_adds_is_not_dropped_in_silence(module, how):
+    model, _ = _vit()
+    changed = next(part for name, part in model.named_modules() if name.endswith(module))
+    if how == "hooked":
+        changed.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+    else:
+        changed.forward = lambda states: 2.0 * type(changed).forward(changed, states)
+    with pytest.raises(ValueError, match=f"{module} must be a plain .*hooked, patched or offloaded"):
+        model.fold_feature_maps()
 
 
 def test_folding_keeps_the_dtype():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import assert_close
 
-from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
+from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, hopfield_attention, simplex_map
 from modeling_uhop import search as search_module
 from modeling_uhop.search import brute_force, faiss_index, largest, sparse_association
 
@@ -113,9 +113,9 @@ def test_features_of_memories_are_kept_until_something_changes():
     memory = _memory()
     with torch.no_grad():
         first = memory.stored_features()
-        assert memory.stored_features() is first
+        kept = memory._kept_features()
         memory(torch.zeros(1, 12, dtype=torch.float64))
-        assert memory.stored_features() is first
+        assert memory._kept_features() is kept
 
         memory.feature_map.weight.neg_()
         assert_close(memory.stored_features(), -first)
@@ -128,6 +128,55 @@ def test_features_of_memories_are_kept_until_something_changes():
         assert not torch.equal(rounded.stored_features(), kept)
         memory.load_state_dict({**memory.state_dict(), "feature_map.weight": torch.zeros(12, 12, dtype=torch.float64)})
         assert not memory.stored_features().any()
+
+
+@pytest.mark.parametrize("change", ["fused optimizer", "data", "hook", "what was returned"])
+def test_features_are_not_stale_after_changes_that_versions_do_not_count(change):
+    memory = _memory(dtype=torch.float32, normalize_features=False)
+    queries = torch.randn(5, 12)
+    with torch.no_grad():
+        memory(queries)
+    if change == "fused optimizer":
+        memory(queries).retrieved.square().sum().backward()
+        torch.optim.AdamW(memory.parameters(), lr=0.1, fused=True).step()
+    elif change == "data":
+        memory.feature_map.weight.data *= 2.0
+    elif change == "hook":
+        memory.feature_map.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+    else:
+        with torch.no_grad():
+            memory.stored_features().zero_()
+    with torch.no_grad():
+        expected = hopfield_attention(
+            *(x[None, None] for x in (memory.feature_map(queries), memory.feature_map(memory.memories), memory.memories)),
+            alpha=1.5,
+            scaling=3.0,
+        )[0, 0]
+        assert_close(memory(queries).retrieved, expected, scale=3)
+        assert_close(memory.search(queries).retrieved, expected, scale=3)
+
+
+def test_memories_that_ask_for_a_gradient_get_that_of_their_features():
+    memory = _memory().requires_grad_(False)
+    queries = torch.randn(5, 12, dtype=torch.float64)
+    with torch.no_grad():
+        memory(queries)
+    memory.memories.requires_grad_()
+    (actual,) = torch.autograd.grad(memory(queries).retrieved.square().sum(), memory.memories)
+    features = memory.feature_map(memory.memories)
+    retrieved = simplex_map(3.0 * memory.feature_map(queries) @ features.mT, 1.5) @ memory.memories
+    (expected,) = torch.autograd.grad(retrieved.square().sum(), memory.memories)
+    assert_close(actual, expected, scale=10)
+
+
+def test_a_memory_made_under_inference_mode_can_be_used_outside():
+    with torch.inference_mode():
+        memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=12))
+    patterns = torch.randn(5, 12)
+    memory.store(patterns)
+    assert memory.search(patterns).retrieved.shape == (5, 12)
+    with torch.no_grad():
+        assert memory(patterns).retrieved.shape == (5, 12)
 
 
 def test_a_gradient_passes_through_features_that_are_not_kept():
