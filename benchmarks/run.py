@@ -397,15 +397,21 @@ def triton_kernels(rounds: int, inputs: list[torch.Tensor], clock: Callable[[], 
     some = [x[:1].clone().requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in some]
     output = hopfield_attention(*exact, alpha=1.5)
-    error = difference(ours(*some), output, 2e-2)
-    for mine, expected in zip(with_gradients(ours, some)(), torch.autograd.grad(output.sum(), exact), strict=True):
-        difference(mine, expected, 2e-2 * expected.abs().max().item())
+    gradients = torch.autograd.grad(output.sum(), exact)
+
+    def difference_of(attend: Callable[..., torch.Tensor]) -> float:
+        error = difference(attend(*some), output, 2e-2)
+        for actual, expected in zip(with_gradients(attend, some)(), gradients, strict=True):
+            difference(actual, expected, 2e-2 * expected.abs().max().item())
+        return error
+
+    error = difference_of(ours)
     peers: dict[str, tuple[Callable[..., torch.Tensor], dict[str, float]]] = {"FlashAttention": (flash, {"at_most": 2.0})}
     if importlib.util.find_spec("adasplash") is not None:
         adasplash = importlib.import_module("adasplash")
         for name, attend in (("adasplash", adasplash.adasplash_v1), ("adasplash, no block mask", adasplash.adasplash_no_block_mask)):
             peers[name] = partial(attend, alpha=1.5, is_causal=False), {"at_least": 1.0}
-            difference(peers[name][0](*some), output, 2e-2)
+            difference_of(peers[name][0])
     inputs = [x.requires_grad_() for x in inputs]
     what = f"1.5-entmax attention {tuple(inputs[0].shape)}, {str(inputs[0].dtype).removeprefix('torch.')}, with gradients"
     for peer, (attend, bound) in peers.items():

@@ -127,21 +127,24 @@ def triton_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention that transformers knows as "hopfield_triton": `triton_hopfield_attention`, and "hopfield" for what it does not do.
 
-    That is softmax, a learnable alpha, dropout, fp64, broadcasting, wide heads, values of another width, and masks of anything but keys.
+    That is softmax, an alpha near it or learnable, dropout, fp64, broadcasting, wide heads, values of another width, traced graphs, and
+    masks but those of keys alone: (B, 1, 1, N), or expanded from it.
     """
-    from .triton_attention import MAX_WIDTH, triton_hopfield_attention  # an extra, and slow to import
+    from .triton_attention import MAX_WIDTH, MIN_ALPHA, triton_hopfield_attention  # an extra, and slow to import
 
     query, key, value = cast_by_autocast(query, key, value)
     of_keys = attention_mask is None or (
         attention_mask.dtype == torch.bool
+        and attention_mask.dim() == 4
+        and attention_mask.shape[0] in (1, len(key))
         and attention_mask.shape[1] == 1
         and (attention_mask.shape[2] == 1 or attention_mask.stride(2) == 0)
     )
     dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
     alike = query.shape[:2] == key.shape[:2] and key.shape == value.shape and query.dtype == key.dtype == value.dtype
     fits = alike and query.shape[-1] <= MAX_WIDTH.get(query.dtype, 0)
-    other = dropout > 0.0 or kwargs.get("output_attentions")
-    if isinstance(alpha, torch.Tensor) or alpha == 1.0 or other or not fits or not of_keys:
+    other = dropout > 0.0 or kwargs.get("output_attentions") or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA or other or not fits or not of_keys:
         return hopfield_attention_forward(module, query, key, value, attention_mask, alpha=alpha, **kwargs)
     key_mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(len(key), key.shape[2])
     output = triton_hopfield_attention(query, key, value, alpha=alpha, scaling=kwargs.get("scaling"), key_mask=key_mask)

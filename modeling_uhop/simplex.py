@@ -143,7 +143,7 @@ def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
 def cast_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Factors of a product as autocast has them, where it is on: in its dtype, but for those of fp64."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     return tuple(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
 

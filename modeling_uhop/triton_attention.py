@@ -3,7 +3,8 @@
 Scores of a block of queries are computed again in every pass over the keys: one pass for the largest of every so many, whose threshold is
 a first guess, a few from there to the threshold of all, and one for the output, which also makes the escort mean of the values. With it
 the backward pass needs one pass over the keys for queries, and one over the queries for keys and values (the idea of AdaSplash,
-arXiv 2502.12082).
+arXiv 2502.12082). Inner products are taken relative to the largest of a row before they are scaled, as thresholds of large scores
+would be too coarse for small weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ except ImportError:
 
 # Widest heads that the kernels take, of each dtype: what fits the registers.
 MAX_WIDTH = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
+# Powers of a nearer alpha lose their digits in fp32.
+MIN_ALPHA = 1.01
 # Newton steps at most, as in `entmax_solve`; most rows need three.
 _NEWTON_STEPS = 12
 
@@ -43,12 +46,14 @@ def triton_hopfield_attention(
     block_queries: int | None = None,
     block_keys: int | None = None,
 ) -> torch.Tensor:
-    """`hopfield_attention` for one alpha in (1, 2] on a CUDA device, differentiable once in query, key and value.
+    """`hopfield_attention` for one alpha in [1.01, 2] on a CUDA device, differentiable once in query, key and value.
+
+    Made for NVIDIA's GPUs since Ampere. Every alpha is compiled for on its own, which takes seconds.
 
     Args:
         query, key, value: (B, H, Q, d), (B, H, N, d) and (B, H, N, d), of one dtype: fp32 (d up to 128), bf16 or fp16 (up to 256).
             Sums are in fp32. Products of fp32 are made from three of TF32 each on NVIDIA's GPUs. Under autocast they are cast to its dtype.
-        alpha: Tsallis exponent in (1, 2]. A learnable one needs `hopfield_attention`.
+        alpha: Tsallis exponent in [1.01, 2]. A learnable one needs `hopfield_attention`.
         scaling: Inverse temperature beta; `None` for `1 / sqrt(d)`.
         key_mask: Boolean (B, N), True where a key is present. A query without any key retrieves zeros.
         block_queries, block_keys: Powers of two, at least 16: how many of each a program holds at once; `None` for what fits.
@@ -58,16 +63,18 @@ def triton_hopfield_attention(
 
     Raises:
         ImportError: If Triton is not installed.
-        ValueError: If alpha is a tensor or outside (1, 2], shapes or dtypes do not fit, or there is no CUDA device; with
-            TRITON_INTERPRET=1 in the environment, Triton's interpreter takes a CPU's tensors, but for bf16, which it multiplies wrongly.
+        ValueError: If alpha is a tensor or outside [1.01, 2], shapes or dtypes do not fit, blocks are of another size, or there is no
+            CUDA device; with TRITON_INTERPRET=1 in the environment, Triton's interpreter takes a CPU's tensors, but for bf16, which it
+            multiplies wrongly.
     """
     if triton is None:
         raise ImportError("triton_hopfield_attention needs Triton: pip install 'modeling_uhop[gpu]'")
-    if isinstance(alpha, torch.Tensor) or alpha == 1.0:
-        raise ValueError(f"alpha must be one number above 1 for the Triton kernels, got {alpha}")
     check_alpha_range(alpha)
+    if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA:
+        raise ValueError(f"alpha must be one number from {MIN_ALPHA} to 2 for the Triton kernels, got {alpha}")
     query, key, value = cast_by_autocast(query, key, value)
-    if key.shape != value.shape or query.shape[:2] != key.shape[:2] or query.shape[-1] != key.shape[-1]:
+    alike = query.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3:] == key.shape[3:]
+    if not alike or key.shape != value.shape:
         raise ValueError(f"query, key and value do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
     if not query.dtype == key.dtype == value.dtype or query.dtype not in MAX_WIDTH:
         raise ValueError(f"query, key and value must be of one dtype, fp32, bf16 or fp16, got {query.dtype}, {key.dtype}, {value.dtype}")
@@ -78,13 +85,20 @@ def triton_hopfield_attention(
         raise ValueError(f"the Triton kernels need a CUDA device, got tensors on {query.device}")
     if query.dtype == torch.bfloat16 and interpreted:
         raise ValueError("Triton's interpreter cannot multiply bf16; use fp32 or fp16, or leave TRITON_INTERPRET unset")
-    if key_mask is not None and key_mask.shape != (key.shape[0], key.shape[2]):
-        raise ValueError(f"key_mask must have shape {(key.shape[0], key.shape[2])}, got {tuple(key_mask.shape)}")
-    if query.numel() == 0 or key.numel() == 0:
-        return query * 0.0
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])):
+        wanted = f"must be boolean, of shape {(key.shape[0], key.shape[2])}"
+        raise ValueError(f"key_mask {wanted}, got {key_mask.dtype} of shape {tuple(key_mask.shape)}")
     launch = launch_of(query.dtype, query.shape[-1])
     launch.update({name: size for name, size in (("BLOCK_Q", block_queries), ("BLOCK_N", block_keys)) if size is not None})
+    for size in (launch["BLOCK_Q"], launch["BLOCK_N"]):
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"blocks must have powers of two of queries and keys, at least 16, got {size}")
+    if query.numel() == 0 or key.numel() == 0:
+        return query @ key.mT @ value  # nothing, or zeros
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # The kernels look for the largest product, and scale it afterwards.
+    if scaling <= 0.0:
+        query, scaling = (-query, -scaling) if scaling < 0.0 else (query * 0.0, 1.0)
     output: torch.Tensor = _TritonAttention.apply(query, key, value, key_mask, alpha - 1.0, scaling, launch)
     return output
 
@@ -109,27 +123,32 @@ class _TritonAttention(torch.autograd.Function):
         batch_size, heads, queries, _ = query.shape
         keys = key.shape[2]
         output = torch.empty_like(query)
-        escort_mean = torch.empty(query.shape, dtype=torch.float32, device=query.device)
-        threshold = torch.empty(batch_size * heads, queries, dtype=torch.float32, device=query.device)
+        kept = any(ctx.needs_input_grad)
+        escort_mean, top, threshold = output, output, output
+        if kept:
+            escort_mean = torch.empty(query.shape, dtype=torch.float32, device=query.device)
+            top, threshold = torch.empty(2, batch_size * heads, queries, dtype=torch.float32, device=query.device)
         sizes = (heads, queries, keys, eps * scaling)
         constants = {
             "HAS_MASK": key_mask is not None,
             "ALL_PRESENT": key_mask is None and keys % launch["BLOCK_N"] == 0,
             "EPS": eps,
             "PRECISION": "ieee" if torch.version.hip else "tf32x3",
+            "enable_fp_fusion": True,
             **launch,
         }
         grid = (batch_size * heads * triton.cdiv(queries, launch["BLOCK_Q"]),)
         with torch.cuda.device_of(query):
-            _forward_kernel[grid](query, key, value, mask, output, escort_mean, threshold, *sizes, STEPS=_NEWTON_STEPS, **constants)
-        ctx.save_for_backward(query, key, value, mask, escort_mean, threshold)
+            made = (output, escort_mean, top, threshold)
+            _forward_kernel[grid](query, key, value, mask, *made, *sizes, KEPT=kept, STEPS=_NEWTON_STEPS, **constants)
+        ctx.save_for_backward(query, key, value, mask, escort_mean, top, threshold)
         ctx.sizes, ctx.constants, ctx.scaling = sizes, constants, scaling
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        query, key, value, mask, escort_mean, threshold = ctx.saved_tensors
+        query, key, value, mask, escort_mean, top, threshold = ctx.saved_tensors
         grad = grad.contiguous()
         batch_size, heads, queries, _ = query.shape
         along = torch.empty_like(threshold)
@@ -138,9 +157,10 @@ class _TritonAttention(torch.autograd.Function):
         programs = batch_size * heads
         with torch.cuda.device_of(query):
             grid = (programs * triton.cdiv(queries, ctx.constants["BLOCK_Q"]),)
-            _grad_query_kernel[grid](*given, escort_mean, threshold, along, grad_query, *settings, **ctx.constants)
-            grid = (programs * triton.cdiv(key.shape[2], ctx.constants["BLOCK_N"]),)
-            _grad_memory_kernel[grid](*given, threshold, along, grad_key, grad_value, *settings, **ctx.constants)
+            _grad_query_kernel[grid](*given, escort_mean, top, threshold, along, grad_query, *settings, **ctx.constants)
+            if any(ctx.needs_input_grad[1:3]):
+                grid = (programs * triton.cdiv(key.shape[2], ctx.constants["BLOCK_N"]),)
+                _grad_memory_kernel[grid](*given, top, threshold, along, grad_key, grad_value, *settings, **ctx.constants)
         return grad_query, grad_key, grad_value, None, None, None, None
 
 
@@ -169,16 +189,16 @@ def _put(pointer, values, head, positions, count, WIDTH: tl.constexpr, BLOCK_D: 
 
 
 @_kernel
-def _scores(
-    q, k, mask, head, heads, positions, keys, scale,
+def _products(
+    q, k, mask, head, heads, positions, keys,
     HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """eps times the scores of a block, -inf for keys that are not there."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    """Inner products of a block, -inf for keys that are not there."""
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if not ALL_PRESENT:
         present = _present(mask, head, heads, positions, keys, HAS_MASK)
-        scores = tl.where(present[None, :], scores, float("-inf"))
-    return scores
+        products = tl.where(present[None, :], products, float("-inf"))
+    return products
 
 
 @_kernel
@@ -213,8 +233,8 @@ def _rise(weight_sum, escort_sum, absent, EPS: tl.constexpr):
 
 @_kernel
 def _forward_kernel(
-    query, key, value, mask, output, escort_mean, threshold, heads, queries, keys, scale,
-    STEPS: tl.constexpr, HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, value, mask, output, escort_mean, top_of, threshold, heads, queries, keys, scale,
+    KEPT: tl.constexpr, STEPS: tl.constexpr, HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     head, rows = _place(queries, BLOCK_Q)
@@ -224,8 +244,8 @@ def _forward_kernel(
     leaders = tl.full((BLOCK_Q, BLOCK_N), float("-inf"), tl.float32)
     for start in range(0, keys, BLOCK_N):
         k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
-        scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION)
-        leaders = tl.maximum(leaders, scores, propagate_nan=tl.PropagateNan.ALL)
+        products = _products(q, k, mask, head, heads, start + offsets, keys, HAS_MASK, ALL_PRESENT, PRECISION)
+        leaders = tl.maximum(leaders, products, propagate_nan=tl.PropagateNan.ALL)
     # A row with a NaN is lost, which maxima are silent about; it is left out, like one without keys, and given NaN at the end.
     unknown = leaders != leaders
     lost = tl.max(unknown.to(tl.int32), 1) > 0
@@ -236,7 +256,7 @@ def _forward_kernel(
     # From where the largest weight is 1 to the threshold of the leaders alone, which is left of that of all.
     tau = tl.full((BLOCK_Q,), -1.0, tl.float32)
     for _ in range(4):
-        weights, escort = _powers((leaders - top[:, None]) - tau[:, None], EPS)
+        weights, escort = _powers((leaders - top[:, None]) * scale - tau[:, None], EPS)
         tau += _rise(tl.sum(weights, 1), tl.sum(escort, 1), absent, EPS)
 
     step, excess = tl.full((), 0, tl.int32), tl.full((), 1.0, tl.float32)
@@ -245,8 +265,8 @@ def _forward_kernel(
         weight_tile, escort_tile = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32), tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
         for start in range(0, keys, BLOCK_N):
             k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
-            scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION)
-            weights, escort = _powers((scores - top[:, None]) - tau[:, None], EPS)
+            products = _products(q, k, mask, head, heads, start + offsets, keys, HAS_MASK, ALL_PRESENT, PRECISION)
+            weights, escort = _powers((products - top[:, None]) * scale - tau[:, None], EPS)
             weight_tile += weights
             escort_tile += escort
         weight_sum, escort_sum = tl.sum(weight_tile, 1), tl.sum(escort_tile, 1)
@@ -259,8 +279,8 @@ def _forward_kernel(
     for start in range(0, keys, BLOCK_N):
         k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
         v = _block(value, head, start + offsets, keys, WIDTH, BLOCK_D)
-        scores = _scores(q, k, mask, head, heads, start + offsets, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION)
-        weights, escort = _powers((scores - top[:, None]) - tau[:, None], EPS)
+        products = _products(q, k, mask, head, heads, start + offsets, keys, HAS_MASK, ALL_PRESENT, PRECISION)
+        weights, escort = _powers((products - top[:, None]) * scale - tau[:, None], EPS)
         weight_sum += tl.sum(weights, 1)
         escort_sum += tl.sum(escort, 1)
         mixed += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
@@ -268,15 +288,16 @@ def _forward_kernel(
     escorted = tl.where(lost[:, None], float("nan"), escorted / tl.where(absent, 1.0, escort_sum)[:, None])
     excess_weight = tl.where(absent, 0.0, weight_sum - 1.0)
     _put(output, mixed - excess_weight[:, None] * escorted, head, rows, queries, WIDTH, BLOCK_D)
-    _put(escort_mean, escorted, head, rows, queries, WIDTH, BLOCK_D)
-    places, inside = head * queries + rows, rows < queries
-    # A row without keys has no root above this threshold.
-    tl.store(threshold + places, top + tau + EPS * excess_weight / tl.where(absent, 1.0, escort_sum), mask=inside)
+    if KEPT:
+        _put(escort_mean, escorted, head, rows, queries, WIDTH, BLOCK_D)
+        places, inside = head * queries + rows, rows < queries
+        tl.store(top_of + places, top, mask=inside)
+        tl.store(threshold + places, tau + EPS * excess_weight / tl.where(absent, 1.0, escort_sum), mask=inside)
 
 
 @_kernel
 def _grad_query_kernel(
-    query, key, value, mask, grad, escort_mean, threshold, along, grad_query, heads, queries, keys, scale, scaling,
+    query, key, value, mask, grad, escort_mean, top_of, threshold, along, grad_query, heads, queries, keys, scale, scaling,
     HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -285,13 +306,14 @@ def _grad_query_kernel(
     q, g = _block(query, head, rows, queries, WIDTH, BLOCK_D), _block(grad, head, rows, queries, WIDTH, BLOCK_D)
     mean = tl.sum(g.to(tl.float32) * _block(escort_mean, head, rows, queries, WIDTH, BLOCK_D), 1)
     tl.store(along + places, mean, mask=inside)
-    threshold = tl.load(threshold + places, mask=inside, other=0.0)
+    top = tl.load(top_of + places, mask=inside, other=0.0)
+    tau = tl.load(threshold + places, mask=inside, other=0.0)
     result = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_N):
         positions = start + tl.arange(0, BLOCK_N)
         k, v = _block(key, head, positions, keys, WIDTH, BLOCK_D), _block(value, head, positions, keys, WIDTH, BLOCK_D)
-        scores = _scores(q, k, mask, head, heads, positions, keys, scale, HAS_MASK, ALL_PRESENT, PRECISION)
-        _, escort = _powers(scores - threshold[:, None], EPS)
+        products = _products(q, k, mask, head, heads, positions, keys, HAS_MASK, ALL_PRESENT, PRECISION)
+        _, escort = _powers((products - top[:, None]) * scale - tau[:, None], EPS)
         grad_scores = escort * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - mean[:, None])
         result += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
     _put(grad_query, result * scaling, head, rows, queries, WIDTH, BLOCK_D)
@@ -299,7 +321,7 @@ def _grad_query_kernel(
 
 @_kernel
 def _grad_memory_kernel(
-    query, key, value, mask, grad, threshold, along, grad_key, grad_value, heads, queries, keys, scale, scaling,
+    query, key, value, mask, grad, top_of, threshold, along, grad_key, grad_value, heads, queries, keys, scale, scaling,
     HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -310,12 +332,13 @@ def _grad_memory_kernel(
         rows = start + tl.arange(0, BLOCK_Q)
         inside, places = rows < queries, head * queries + rows
         q, g = _block(query, head, rows, queries, WIDTH, BLOCK_D), _block(grad, head, rows, queries, WIDTH, BLOCK_D)
-        # Rows beyond the end have weights of 0 at this threshold.
-        thresholds = tl.load(threshold + places, mask=inside, other=0.0)
+        # Rows beyond the end have products of 0, and weights of 0 at this threshold.
+        top = tl.load(top_of + places, mask=inside, other=0.0)
+        tau = tl.load(threshold + places, mask=inside, other=0.0)
         means = tl.load(along + places, mask=inside, other=0.0)
         # Keys come first here, so that weights need not be transposed for the products.
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-        weights, escort = _powers(scores - thresholds[None, :], EPS)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        weights, escort = _powers((products - top[None, :]) * scale - tau[None, :], EPS)
         grad_scores = escort * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - means[None, :])
         for_values += tl.dot(weights.to(g.dtype), g, input_precision=PRECISION)
         for_keys += tl.dot(grad_scores.to(q.dtype), q, input_precision=PRECISION)

@@ -197,7 +197,11 @@ def test_half_precision_weights_and_autocast(variant, dtype):
         assert_close(actual, expected, dtype=dtype, scale=10)
 
 
-@pytest.mark.parametrize("fields", [{}, {"alpha": 1.5}, {"alpha": 1.4, "learnable_alpha": True}], ids=["dense", "entmax", "learnable"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"alpha": 1.5}, {"alpha": 1.4, "learnable_alpha": True}, {"alpha": 1.5, "attn_implementation": "hopfield_triton"}],
+    ids=["dense", "entmax", "learnable", "triton"],
+)
 def test_it_compiles_as_one_graph(fields):
     model = _model(**fields)
     images = _images()

@@ -111,6 +111,49 @@ def test_nan_is_passed_on(alpha):
     assert hidden[1].isfinite().all()
 
 
+@pytest.mark.parametrize(("alpha", "keys", "size"), [(2.0, 197, 1e4), (2.0, 197, 1e6), (1.5, 1000, 1e6)])
+def test_gradients_of_large_level_scores_are_exact(alpha, keys, size):
+    query, key = (torch.full((1, 1, count, 16), (size / 16.0) ** 0.5, requires_grad=True) for count in (16, keys))
+    inputs = [query, key, torch.randn(1, 1, keys, 16, requires_grad=True)]
+    output = triton_hopfield_attention(*inputs, alpha=alpha, scaling=1.0, **BLOCKS)
+    assert_close(output, inputs[2].mean(2, keepdim=True).expand(-1, -1, 16, -1))
+    gradients = torch.autograd.grad(output.sum(), inputs)
+    assert_close(gradients[2] * keys, torch.full((1, 1, keys, 16), 16.0), scale=16)
+
+
+@pytest.mark.parametrize("scaling", [-0.7, 0.0, 3])
+def test_any_scaling(scaling):
+    inputs = _inputs()
+    direction = torch.randn(2, 2, 19, 20, dtype=torch.float64)
+    mask = torch.rand(2, 45) < 0.6
+
+    def kernel(*qkv):
+        return triton_hopfield_attention(*qkv, alpha=1.5, scaling=scaling, key_mask=mask, **BLOCKS)
+
+    def plain(*qkv):
+        return hopfield_attention(*(x.double() for x in qkv), alpha=1.5, scaling=scaling, attention_mask=mask[:, None, None])
+
+    for actual, expected in zip(_with_gradients(kernel, inputs, direction), _with_gradients(plain, inputs, direction), strict=True):
+        assert_close(actual, expected, scale=20)
+
+
+@pytest.mark.parametrize("asking", [(), (0,), (1,), (2,), (0, 2)])
+def test_gradients_go_where_they_are_asked_for(asking):
+    inputs = [x.detach() for x in _inputs()]
+    whole = triton_hopfield_attention(*(x.requires_grad_() for x in inputs), alpha=1.5, **BLOCKS)
+    expected = torch.autograd.grad(whole.sum(), inputs)
+    inputs = [x.detach() for x in inputs]
+    for place in asking:
+        inputs[place].requires_grad_()
+    output = triton_hopfield_attention(*inputs, alpha=1.5, **BLOCKS)
+    assert_close(output, whole)
+    assert output.requires_grad == bool(asking)
+    if asking:
+        output.sum().backward()
+    for place, (x, gradient) in enumerate(zip(inputs, expected, strict=True)):
+        assert x.grad is None if place not in asking else torch.equal(x.grad, gradient)
+
+
 def test_hard_rows_are_exact():
     """Large scores, ties, and one score far above many that are level."""
     key = torch.zeros(1, 1, 64, 16)
@@ -202,11 +245,12 @@ def test_autocast_leaves_float64_to_the_plain_kernel():
     [
         {"alpha": 1.0},
         {"alpha": torch.tensor(1.5)},
+        {"alpha": 1.0001},
         {"attention_mask": torch.randn(2, 1, 19, 45)},
         {"attention_mask": torch.rand(2, 1, 19, 45) < 0.5},
         {"attention_mask": (torch.rand(2, 1, 1, 45) < 0.5).expand(2, 1, 19, 45)},
     ],
-    ids=["softmax", "learnable", "additive", "pairs", "keys"],
+    ids=["softmax", "learnable", "near softmax", "additive", "pairs", "keys"],
 )
 def test_what_it_does_not_do_is_done_elsewhere(changes):
     inputs = [x.detach() for x in _inputs()]
@@ -224,6 +268,7 @@ def test_what_it_does_not_do_is_done_elsewhere(changes):
         ((2, 1, 7, 8), (2, 1, 7, 8), None),
         ((2, 2, 7, 8), (2, 2, 7, 8), (1, 1, 1, 7)),
         ((2, 2, 7, 8), (2, 2, 7, 8), (2, 1, 1, 1)),
+        ((2, 2, 7, 8), (2, 2, 7, 8), (4, 7)),
         ((2, 2, 7, 160), (2, 2, 7, 160), None),
     ],
 )
@@ -237,12 +282,16 @@ def test_broadcasting_and_other_widths(key_shape, value_shape, mask_shape):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alpha": 1.0}, "one number above 1"),
-        ({"alpha": torch.tensor(1.5)}, "one number above 1"),
+        ({"alpha": 1.0}, "one number from 1.01 to 2"),
+        ({"alpha": torch.tensor(1.5)}, "one number from 1.01 to 2"),
         ({"alpha": 2.5}, "must lie in"),
         ({"key": torch.zeros(2, 2, 45, 19)}, "do not fit"),
         ({"query": torch.zeros(2, 2, 19, 20, dtype=torch.float64)}, "of one dtype"),
-        ({"key_mask": torch.ones(2, 44, dtype=torch.bool)}, "key_mask must have shape"),
+        (dict.fromkeys(("query", "key", "value"), torch.zeros(2, 3, 4)), "do not fit"),
+        ({"key_mask": torch.ones(2, 44, dtype=torch.bool)}, "key_mask must be boolean"),
+        ({"key_mask": torch.ones(2, 45)}, "key_mask must be boolean"),
+        ({"block_keys": 24}, "powers of two"),
+        ({"block_queries": 8}, "powers of two"),
         (dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, MAX_WIDTH[torch.float32] + 1)), "up to 128 wide"),
     ],
 )
@@ -269,3 +318,13 @@ def test_nothing_to_attend_to():
     output.sum().backward()
     assert (output == 0).all()
     assert (query.grad == 0).all()
+    nobody = triton_hopfield_attention(torch.zeros(1, 1, 0, 8), query, query, alpha=1.5)
+    assert nobody.shape == (1, 1, 0, 8)
+    nobody.sum().backward()
+    assert (query.grad == 0).all()
+
+
+def test_shapes_can_be_asked_for_without_values():
+    inputs = torch.zeros(3, 1, 2, 5, 8, device="meta")
+    output, _ = triton_attention_forward(torch.nn.Module().eval(), *inputs, None, alpha=1.0)
+    assert output.shape == (1, 5, 2, 8)

@@ -27,11 +27,12 @@ def main(capability: str, dtype: str, width: str, eps: str, masked: str) -> None
     launch = triton_attention.launch_of(getattr(torch, dtype), int(width))
     warps = launch.pop("num_warps")
     has_mask = masked == "masked"
-    steps = triton_attention._NEWTON_STEPS
-    constants = {"HAS_MASK": has_mask, "ALL_PRESENT": not has_mask, "EPS": float(eps), "PRECISION": "tf32x3", "STEPS": steps, **launch}
+    settings = {"EPS": float(eps), "PRECISION": "tf32x3", "STEPS": triton_attention._NEWTON_STEPS, "KEPT": True}
+    constants = {"HAS_MASK": has_mask, "ALL_PRESENT": not has_mask, **settings, **launch}
     for name in ("_forward_kernel", "_grad_query_kernel", "_grad_memory_kernel"):
         source = source_of(getattr(triton_attention, name), NAMES[dtype], constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options={"num_warps": warps})
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options=options)
         registers, spilled = usage(compiled.asm["cubin"])
         print(json.dumps({"kernel": name, "registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}), flush=True)
 
@@ -41,7 +42,7 @@ def source_of(kernel, dtype: str, constants: dict) -> ASTSource:
     others = {
         **dict.fromkeys(("heads", "queries", "keys"), "i32"),
         **dict.fromkeys(("scale", "scaling"), "fp32"),
-        **dict.fromkeys(("escort_mean", "threshold", "along"), "*fp32"),
+        **dict.fromkeys(("escort_mean", "top_of", "threshold", "along"), "*fp32"),
     }
     if constants["HAS_MASK"]:
         others["mask"] = "*i8"
