@@ -25,7 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
 from .hopfield import MemorySet
-from .separation import SEPARATION_KINDS, annealed, apply_gradients, denoising_loss, separation_loss, separation_optimizer
+from .separation import OPTIMIZERS, SEPARATION_KINDS, SeparationOptimizer, annealed, denoising_loss, separation_loss
 
 
 SCHEDULES = ("train_begin", "epoch", "step")
@@ -49,7 +49,8 @@ class SeparationCallback(TrainerCallback):
 
     Stage I leaves Stage II alone: it samples its own batches with its own random state, has its own optimizer, leaves no gradient
     behind and moves nothing but what `parameters` says. With `lr=0` training is bitwise what it would be without the callback.
-    Gradients are averaged over processes. A checkpoint holds what an exact resume needs, in `separation.pt`.
+    Gradients are averaged over processes. A checkpoint holds what an exact resume needs, in `separation.pt`; of further callbacks of this
+    class in one Trainer, which a resume needs in the same order, in `separation_1.pt` and so on. A stream must be readable anew.
 
     Of a model that PEFT has wrapped it moves what PEFT trains: an adapter of Phi (`LoraConfig(target_parameters=["feature_map.weight"])`),
     or Phi itself (`modules_to_save=["feature_map"]`).
@@ -81,8 +82,9 @@ class SeparationCallback(TrainerCallback):
 
     Raises:
         ValueError: For an argument outside its choices or range; when training begins, where nothing that is to move can, for
-            `project` or `normalize_rows` where an adapter moves in the place of W, for `final_temperature` under "epoch" on a stream, and
-            on resuming, where a checkpoint's state is of other weights or another schedule, choice of parameters or optimizer.
+            `project` or `normalize_rows` where an adapter moves in the place of W, for `final_temperature` under "epoch" on a stream,
+            for a stream that can be read only once, and
+            on resuming, where a checkpoint's state is of other weights or another schedule, kind, choice of parameters or optimizer.
         FileNotFoundError: On resuming, where a checkpoint's state is missing.
         MemoryError: When a separation step runs out of memory.
         NotImplementedError: When training begins under FSDP, DeepSpeed or another engine that shards parameters.
@@ -111,7 +113,7 @@ class SeparationCallback(TrainerCallback):
             ("schedule", schedule, SCHEDULES),
             ("parameters", parameters, MOVED),
             ("kind", kind, KINDS),
-            ("optimizer", optimizer, ("sgd", "adam")),
+            ("optimizer", optimizer, tuple(OPTIMIZERS)),
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {value!r}")
@@ -142,12 +144,14 @@ class SeparationCallback(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self._latest: dict[str, float] = {}
         self._separated: nn.Module | None = None
+        self._training = False
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        self._file = _state_file(state)
         if state.global_step == 0 and self._separated is model:
             # The step behind the last round ran out of memory, and `auto_find_batch_size` begins anew.
             self._sample = _sampler(train_dataloader, self.batch_size)
-            state.stateful_callbacks[STATE_FILE] = {"args": {}, "attributes": {}}
+            state.stateful_callbacks[self._file] = {"args": {}, "attributes": {}}
             state.log_history += self._recorded
             return
         self._separated = None
@@ -164,7 +168,7 @@ class SeparationCallback(TrainerCallback):
         moved = model.parameters() if self.parameters == "upstream" else (p for phi in maps for p in phi.parameters())
         self._moved = [parameter for parameter in moved if parameter.requires_grad]
         self._refuse_sharding(args)
-        self._private_optimizer = separation_optimizer(self.optimizer, self._moved, self.lr)
+        self._private_optimizer = SeparationOptimizer(self.optimizer, self._moved, self.lr)
         self._sample = _sampler(train_dataloader, self.batch_size)
         self._sized = not _is_stream(train_dataloader.dataset)
         if self.final_temperature is not None and self.schedule == "epoch" and not self._sized:
@@ -174,9 +178,10 @@ class SeparationCallback(TrainerCallback):
         self._recorded: list[dict[str, float]] = []
         self._mid_epoch = False
         # A mark in every checkpoint, so that one whose separation.pt was lost is told from one that predates the callback.
-        marked = STATE_FILE in state.stateful_callbacks
-        state.stateful_callbacks[STATE_FILE] = {"args": {}, "attributes": {}}
+        marked = self._file in state.stateful_callbacks
+        state.stateful_callbacks[self._file] = {"args": {}, "attributes": {}}
         resumed = state.global_step > 0 and self._load(args, state, marked)
+        self._training = True
         if self.schedule == "train_begin" and not resumed:
             self._round(args, state, model, record=True)
 
@@ -196,6 +201,7 @@ class SeparationCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._separated = None
+        self._training = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._latest and logs is not None and "loss" in logs:
@@ -211,7 +217,16 @@ class SeparationCallback(TrainerCallback):
         if not folder.is_dir():
             warnings.warn(f"Stage I's state is not saved: the checkpoint is not in {folder}", stacklevel=2)
             return
-        target = folder / STATE_FILE
+        self._write(folder)
+
+    def on_push_begin(self, args, state, control, **kwargs):
+        # A checkpoint is uploaded before `on_save`.
+        folder = _checkpoint(args, state)
+        if self._training and args.should_save and folder.is_dir():
+            self._write(folder)
+
+    def _write(self, folder: Path) -> None:
+        target = folder / self._file
         partial = target.with_suffix(".tmp")
         torch.save(
             {
@@ -273,6 +288,7 @@ class SeparationCallback(TrainerCallback):
         if self.kind != "denoising":
             return [batch]
         clean = batch[model.main_input_name]
+        clean = clean if clean.is_floating_point() else clean.float()
         return [batch, {**batch, model.main_input_name: clean + self.noise * torch.randn_like(clean)}]
 
     def _step(self, args: TrainingArguments, model: nn.Module, views: list[dict[str, Any]], temperature: float) -> torch.Tensor:
@@ -281,10 +297,13 @@ class SeparationCallback(TrainerCallback):
             losses = self._losses(args, model, views, temperature)
             if not losses.requires_grad:
                 raise ValueError("there is nothing to move: all that the memories' features depend on is frozen (requires_grad=False)")
-            gradients = torch.autograd.grad(losses.sum(), self._moved, allow_unused=True)
+            # Others may freeze a layer as training goes on.
+            moving = [parameter for parameter in self._moved if parameter.requires_grad]
+            found = dict(zip(map(id, moving), torch.autograd.grad(losses.sum(), moving, allow_unused=True), strict=True))
+        gradients = [found.get(id(parameter)) for parameter in self._moved]
         if PartialState().num_processes > 1:
-            gradients = tuple(None if g is None else reduce(g, reduction="mean") for g in gradients)
-        apply_gradients(self._private_optimizer, self._moved, gradients)
+            gradients = [None if g is None else reduce(g, reduction="mean") for g in gradients]
+        self._private_optimizer.step(gradients)
         reached = {id(parameter) for parameter, gradient in zip(self._moved, gradients, strict=True) if gradient is not None}
         self._moved_maps = [phi for phi in self._maps if id(phi.weight) in reached]
         if self.project:
@@ -334,28 +353,29 @@ class SeparationCallback(TrainerCallback):
 
     def _resumable(self) -> dict[str, str]:
         """What a checkpoint's state is bound to."""
-        return {"schedule": self.schedule, "parameters": self.parameters, "optimizer": self.optimizer}
+        return {"schedule": self.schedule, "parameters": self.parameters, "optimizer": self.optimizer, "kind": self.kind}
 
     def _load(self, args: TrainingArguments, state: TrainerState, marked: bool) -> bool:
         """Take over Stage I's state from the checkpoint that training resumes from; whether there was one."""
         given = (self.resume_from, args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
         folders = [Path(folder) for folder in given if folder] or [_checkpoint(args, state)]
-        path = folders[0] / STATE_FILE
+        path = folders[0] / self._file
         if not path.is_file():
             if marked:
                 raise FileNotFoundError(
                     f"this run had a separation step, but {path} is missing; pass SeparationCallback(resume_from=checkpoint folder)"
                 )
-            warnings.warn(f"the checkpoint has no {STATE_FILE}: it predates the separation step, which begins now", stacklevel=2)
+            warnings.warn(f"the checkpoint has no {self._file}: it predates the separation step, which begins now", stacklevel=2)
             return False
         saved = torch.load(path, map_location=args.device, weights_only=True)
+        for name, value in self._resumable().items():
+            written = saved["settings"].get(name, value)
+            if written != value:
+                raise ValueError(f"{path} was written with {name}={written!r}, and cannot go on with {name}={value!r}")
         if saved["fingerprint"] != self._fingerprint():
             raise ValueError(
                 f"{path} belongs to other weights than those that were loaded; pass SeparationCallback(resume_from=checkpoint folder)"
             )
-        for name, value in self._resumable().items():
-            if saved["settings"][name] != value:
-                raise ValueError(f"{path} was written with {name}={saved['settings'][name]!r}, and cannot go on with {name}={value!r}")
         self._steps_done, self.history, self._latest = saved["steps_done"], saved["history"], saved["latest"]
         # The Trainer begins an interrupted epoch again, and every epoch of a stream, which has no known end.
         self._mid_epoch = not self._sized or state.epoch % 1 > 1e-6
@@ -404,6 +424,8 @@ def _sampler(loader: DataLoader, batch_size: int) -> Callable[[int, int], dict[s
         dataset = dataset.dataset
     collate = loader.collate_fn
     rank, world_size = PartialState().process_index, PartialState().num_processes
+    if _is_stream(dataset) and iter(copy.copy(dataset)) is iter(copy.copy(dataset)):
+        raise ValueError("the training data set is a stream that can be read only once, and the separation step would use it up")
     stream: Iterator[Any] = iter(())
     position = 0
 
@@ -483,6 +505,13 @@ def _mean_over_processes(losses: torch.Tensor) -> float:
 def _mixed(*parts: int) -> int:
     """A seed out of several numbers, such that neighbouring numbers give unrelated ones."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _state_file(state: TrainerState) -> str:
+    """The name of a callback's file, by the number of those that began this run before it."""
+    before = getattr(state, "_separation_callbacks", 0)
+    state._separation_callbacks = before + 1  # type: ignore[attr-defined]
+    return f"separation_{before}.pt" if before > 0 else STATE_FILE
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -105,7 +105,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         axes = (0,) if rows.ndim == 2 else (0, 2, 3)
         self.mean, self.scale = rows.mean(axes), rows.std(axes)
         # Rounding leaves a little spread in a constant column.
-        self.scale[self.scale <= 1e-9 * np.abs(self.mean)] = 0.0
+        self.scale[rows.max(axes) == rows.min(axes)] = 0.0
         if not self.standardize:
             self.mean, self.scale = np.zeros_like(self.mean), np.ones_like(self.scale)
         if self.num_components is not None:

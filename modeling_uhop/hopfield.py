@@ -127,8 +127,8 @@ def triton_attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention that transformers knows as "hopfield_triton": `triton_hopfield_attention`, and "hopfield" for what it does not do.
 
-    That is softmax, an alpha near it or learnable, dropout, fp64, broadcasting, wide heads, values of another width, traced graphs, and
-    masks but those of keys alone: (B, 1, 1, N), or expanded from it.
+    That is softmax, an alpha near it or learnable, dropout, fp64, broadcasting, wide heads, values of another width, tensors without
+    values, traced graphs, and masks other than of keys alone, (B, 1, 1, N) or expanded from it.
     """
     from .triton_attention import MAX_WIDTH, MIN_ALPHA, triton_hopfield_attention  # an extra, and slow to import
 
@@ -143,7 +143,8 @@ def triton_attention_forward(
     dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
     alike = query.shape[:2] == key.shape[:2] and key.shape == value.shape and query.dtype == key.dtype == value.dtype
     fits = alike and query.shape[-1] <= MAX_WIDTH.get(query.dtype, 0)
-    other = dropout > 0.0 or kwargs.get("output_attentions") or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or query.is_meta
+    other = dropout > 0.0 or kwargs.get("output_attentions") or traced
     if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA or other or not fits or not of_keys:
         return hopfield_attention_forward(module, query, key, value, attention_mask, alpha=alpha, **kwargs)
     key_mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(len(key), key.shape[2])

@@ -40,7 +40,7 @@ class Kept(NamedTuple):
     """Features of what a memory model stores, and what they were computed from."""
 
     memories: torch.Tensor
-    state: tuple[int, bool]
+    state: tuple[int, torch.dtype, bool]
     weight: torch.Tensor
     features: torch.Tensor
 
@@ -133,9 +133,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
     def stored_features(self) -> torch.Tensor:
         """Features (M, feature_dim) of the memories, or these themselves without a feature map.
 
-        They are kept for the next retrieval, and computed again when the memories or the map have changed (memories not through `.data`
-        or a NumPy view, which PyTorch does not count), where a gradient has to pass, Phi is offloaded, hooked or in an adapter, under
-        autocast and inference mode, and in a traced graph.
+        They are kept for the next retrieval, and computed again when the memories or the map have changed (memories not through `.data`,
+        a NumPy view or a collective, which PyTorch does not count), where a gradient has to pass, Phi is offloaded, hooked or in an
+        adapter, under autocast and inference mode, and in a traced graph.
         """
         return self.memories if self.feature_map is None else self._kept_features().clone()
 
@@ -150,7 +150,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         if passing or torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or memories.is_inference():
             return self.feature_map(memories)
         kept = _FEATURES.get(self)
-        state = (memories._version, self.feature_map.normalize)
+        state = (memories._version, weight.dtype, self.feature_map.normalize)
         # The weight's own version tells nothing of fused optimizers and collectives.
         if kept is None or kept.memories is not memories or kept.state != state or not torch.equal(kept.weight, weight):
             kept = _FEATURES[self] = Kept(memories, state, weight.detach().clone(), self.feature_map(memories))
@@ -350,7 +350,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"a report needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
         features = self._kept_features()
-        output = self(self.memories, update_steps=1)
+        output = self(self.memories, update_steps=1, return_dict=True)
         kernel = at_least_fp32(similarity_scores(self.memories, self.memories, feature_map=self.feature_map))
         weights, patterns, features = (at_least_fp32(tensor) for tensor in (output.association, self.memories, features))
         margin, rival = margins(kernel)
@@ -362,6 +362,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         others = weights.masked_fill(torch.eye(count, dtype=torch.bool, device=weights.device), 0.0)
         confused = sorted(((weights[m, n].item(), m, n) for m, n in (others > 0.01).nonzero().tolist()), reverse=True)
         unit_features = self.config.similarity == "kernel" and self.config.normalize_features
+        sizes = None if queries is None else metastable_sizes(self(queries, return_dict=True).association, self.config.alpha)
         return MemoryReport(
             beta=self.config.beta,
             alpha=self.config.alpha,
@@ -373,7 +374,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             weight=weights.diagonal(),
             exact=is_exactly_retrieved(certain, self.config.beta, self.config.alpha),
             metastable_size=metastable_sizes(weights, self.config.alpha),
-            query_metastable_size=None if queries is None else metastable_sizes(self(queries).association, self.config.alpha),
+            query_metastable_size=sizes,
             separation=separation,
             separation_bounds=separation_bounds(count, feature_dim) if count > 1 and feature_dim > 1 else (float("nan"), float("nan")),
             well_separated=unit_features and is_well_separated(features, self.config.beta),

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from .simplex import at_least_fp32
 
 
 SEPARATION_KINDS = ("average", "squared", "nearest", "per_memory")
+OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 
 
 def separation_loss(
@@ -245,9 +247,8 @@ def maximize_separation(
     temperature = temperature or (0.1 if method == "denoising" else 0.25)
     final_temperature = final_temperature if method == "uhop+" else temperature
     moving = feature_map
-    is_half = feature_map.weight.dtype in (torch.float16, torch.bfloat16)
+    is_half = _is_half(feature_map.weight)
     if is_half:
-        # Small steps would be lost in rounding, and Adam's epsilon is 0 in fp16.
         moving, memories = copy.deepcopy(feature_map).float(), memories.float()
 
     def loss_at(step: int) -> torch.Tensor:
@@ -258,13 +259,13 @@ def maximize_separation(
         return separation_loss(moving(seen), kind=kind, temperature=tau, mask=seen_mask)
 
     parameters = [moving.weight]
-    private = separation_optimizer(optimizer, parameters, lr)
+    private = SeparationOptimizer(optimizer, parameters, lr)
     history = []
     for step in logging.tqdm(range(steps), desc="separation", leave=False, delay=3):
         with torch.enable_grad():
             loss = loss_at(step)
             gradients = torch.autograd.grad(loss, parameters)
-        apply_gradients(private, parameters, gradients)
+        private.step(gradients)
         if method == "uhop+":
             moving.normalize_rows()
         history.append(loss.item())
@@ -293,22 +294,55 @@ def annealed(start: float, end: float, step: int, steps: int) -> float:
     return start * (end / start) ** (step / max(steps - 1, 1))
 
 
-def separation_optimizer(name: str, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-    """Stage I's private optimizer: "sgd" (the papers') or "adam"; a `ValueError` for another name or a negative rate."""
-    if not lr >= 0:
-        raise ValueError(f"the separation learning rate must be at least 0, got {lr}")
-    if name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr)
-    if name == "adam":
-        return torch.optim.Adam(parameters, lr=lr)
-    raise ValueError(f"optimizer must be 'sgd' or 'adam', got {name!r}")
+class SeparationOptimizer:
+    """Stage I's private optimizer, which leaves the parameters' own `.grad` as it was.
+
+    Steps of half-precision parameters are taken in fp32: small ones would be lost in rounding, and Adam's epsilon is 0 in fp16.
+
+    Args:
+        name: "sgd" (the papers') or "adam".
+        parameters: What it moves.
+        lr: Learning rate, at least 0.
+
+    Raises:
+        ValueError: For another name, or a negative rate.
+    """
+
+    def __init__(self, name: str, parameters: Iterable[nn.Parameter], lr: float):
+        if name not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)}, got {name!r}")
+        if not lr >= 0:
+            raise ValueError(f"the separation learning rate must be at least 0, got {lr}")
+        self.parameters = list(parameters)
+        self.wide = [parameter.detach().float() if _is_half(parameter) else parameter for parameter in self.parameters]
+        self.inner = OPTIMIZERS[name](self.wide, lr=lr)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """One step with a gradient for each parameter, or `None` for one that stays."""
+        kept = [wide.grad for wide in self.wide]
+        for parameter, wide, gradient in zip(self.parameters, self.wide, gradients, strict=True):
+            if wide is not parameter:
+                # Others may have moved it since.
+                wide.copy_(torch.where(wide.to(parameter.dtype) == parameter, wide, parameter.float()))
+            wide.grad = None if gradient is None else at_least_fp32(gradient)
+        self.inner.step()
+        for parameter, wide, before in zip(self.parameters, self.wide, kept, strict=True):
+            wide.grad = before
+            if wide is not parameter:
+                parameter.copy_(wide)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs, with the fp32 copies by the places of their parameters."""
+        copies = {place: wide for place, wide in enumerate(self.wide) if wide is not self.parameters[place]}
+        return {**self.inner.state_dict(), "wide": copies}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.inner.load_state_dict({name: part for name, part in state.items() if name != "wide"})
+        for place, wide in state.get("wide", {}).items():
+            self.wide[place].copy_(wide)
 
 
-def apply_gradients(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[torch.Tensor | None]) -> None:
-    """One step of `optimizer` with these gradients; the parameters' own `.grad` is left as it was."""
-    kept = [parameter.grad for parameter in parameters]
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
-    for parameter, gradient in zip(parameters, kept, strict=True):
-        parameter.grad = gradient
+def _is_half(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)

@@ -29,8 +29,9 @@ _LOWEST = -1e30
 _NEWTON_STEPS = 12
 # Steps before the first look at whether it is.
 _UNCHECKED_STEPS = 3
-# Scores beyond this are taken relative to the largest, whose rounding would else exceed the weights of many level ones.
-_LARGE = 64.0
+# Where scores times the length of a row exceed this, they are taken relative to the largest: a threshold of their size would round by more
+# than a thousandth of weights of one over that length.
+_LARGE = 2.0**15
 # Rows of so many scores begin with the maxima of so many groups of them.
 _LONG = 512
 _GROUPS = 32
@@ -212,7 +213,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     largest = leaders.amax(dim, keepdim=True)
     # Values are not looked at while tracing, or where that would stall an accelerator.
     magnitude, shift, readable = largest.abs(), None, is_readable(scores)
-    if not readable or not magnitude.amax().item() <= _LARGE:
+    if not readable or not magnitude.amax().item() * scores.shape[dim] <= _LARGE:
         shift, largest = largest, torch.zeros_like(largest)
         magnitude.zero_()
         scores.sub_(shift)

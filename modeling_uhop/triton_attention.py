@@ -99,7 +99,8 @@ def triton_hopfield_attention(
     # The kernels look for the largest product, and scale it afterwards.
     if scaling <= 0.0:
         query, scaling = (-query, -scaling) if scaling < 0.0 else (query * 0.0, 1.0)
-    output: torch.Tensor = _TritonAttention.apply(query, key, value, key_mask, alpha - 1.0, scaling, launch)
+    kept = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    output: torch.Tensor = _TritonAttention.apply(query, key, value, key_mask, alpha - 1.0, scaling, launch, kept)
     return output
 
 
@@ -117,13 +118,12 @@ def launch_of(dtype: torch.dtype, width: int) -> dict[str, int]:
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, key_mask, eps, scaling, launch):
+    def forward(ctx, query, key, value, key_mask, eps, scaling, launch, kept):
         query, key, value = (x.contiguous() for x in (query, key, value))
         mask = query if key_mask is None else key_mask.to(torch.int8).contiguous()
         batch_size, heads, queries, _ = query.shape
         keys = key.shape[2]
         output = torch.empty_like(query)
-        kept = any(ctx.needs_input_grad)
         escort_mean, top, threshold = output, output, output
         if kept:
             escort_mean = torch.empty(query.shape, dtype=torch.float32, device=query.device)
@@ -161,7 +161,7 @@ class _TritonAttention(torch.autograd.Function):
             if any(ctx.needs_input_grad[1:3]):
                 grid = (programs * triton.cdiv(key.shape[2], ctx.constants["BLOCK_N"]),)
                 _grad_memory_kernel[grid](*given, top, threshold, along, grad_key, grad_value, *settings, **ctx.constants)
-        return grad_query, grad_key, grad_value, None, None, None, None
+        return grad_query, grad_key, grad_value, None, None, None, None, None
 
 
 @_kernel

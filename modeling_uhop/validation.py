@@ -43,7 +43,7 @@ def is_readable(tensor: torch.Tensor) -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module does what its class does, with weights of its own: no subclass or adapter, and not hooked, patched or offloaded."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    hooked = module._forward_hooks or module._forward_pre_hooks or getattr(module.forward, "__func__", None) is not kind.forward
     return type(module) is kind and not hooked and not any(weight.is_meta for weight in module.parameters())
 
 

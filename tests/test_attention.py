@@ -339,14 +339,15 @@ def test_a_causal_model_stays_causal(name, padded):
     assert_close(logits[1], logits[0], scale=3)
 
 
-@pytest.mark.parametrize("size", [300.0, 2.0e4, 3.0e5])
-@pytest.mark.parametrize(("alpha", "keys"), [(1.5, 600), (2.0, 197), (2.0, 1024), (1.5, 16384), (2.0, 16384)])
+@pytest.mark.parametrize("size", [50.0, 300.0, 2.0e4, 3.0e5])
+@pytest.mark.parametrize(("alpha", "keys"), [(1.5, 600), (2.0, 197), (2.0, 1000), (1.5, 50_000), (2.0, 50_000)])
 def test_gradients_of_large_level_scores(alpha, keys, size):
     """Rounding of a threshold of this size would exceed the weights."""
     query, key = torch.full((1, 1, 2, 64), (size / 8.0) ** 0.5), torch.full((1, 1, keys, 64), (size / 8.0) ** 0.5)
     inputs = [x.requires_grad_() for x in (query, key, torch.randn(1, 1, keys, 8))]
     gradients = torch.autograd.grad(chunked_hopfield_attention(*inputs, alpha=alpha).sum(), inputs)
-    assert_close(gradients[2] * keys, torch.full((1, 1, keys, 8), 2.0), scale=30)
+    # Scores round by more than that themselves, if they are not level.
+    assert_close(gradients[2] * keys, torch.full((1, 1, keys, 8), 2.0), scale=200)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 

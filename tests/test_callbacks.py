@@ -307,6 +307,95 @@ def test_bf16_training(tmp_path):
     assert losses[1] == pytest.approx(losses[0], abs=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1e-3), ("adam", 1e-4)])
+def test_half_precision_weights_move_as_far_as_full_ones(tmp_path, dtype, optimizer, lr):
+    moved = []
+    for kind in (torch.float32, dtype):
+        model = _model().to(kind)
+        before = [phi.weight.detach().float().clone() for phi in model.modules() if type(phi).__name__ == "FeatureMap"]
+        callback = SeparationCallback(steps=60, parameters="feature_maps", optimizer=optimizer, lr=lr, batch_size=16)
+        _train(tmp_path, callback, Freeze(), model=model, max_steps=1, dataset=Images(augment=False), optim="sgd")
+        after = [phi.weight.detach().float() for phi in model.modules() if type(phi).__name__ == "FeatureMap"]
+        moved.append(torch.stack([(new - old).norm() for new, old in zip(after, before, strict=True)]))
+    assert_close(moved[1] / moved[0], torch.ones(2), dtype=torch.bfloat16, scale=5)
+
+
+def test_a_resume_of_two_callbacks_and_half_precision(tmp_path):
+    """Each has a file of its own, with the fp32 copies of what it moves."""
+
+    def callbacks():
+        often = SeparationCallback(schedule="step", steps=2, kind="nearest", parameters="feature_maps", batch_size=8, lr=1e-3)
+        return SeparationCallback(steps=3, batch_size=8, optimizer="adam", lr=1e-4), often
+
+    def model():
+        return _model().bfloat16()
+
+    arguments = {"save_strategy": "steps", "save_steps": 4, "dataset": Images(augment=False)}
+    whole = _train(tmp_path / "whole", *callbacks(), model=model(), **arguments)
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    assert {path.name for path in checkpoint.glob("separation*")} == {STATE_FILE, "separation_1.pt"}
+    resumed = _train(tmp_path / "whole", *callbacks(), model=model(), resume=str(checkpoint), **arguments)
+    assert _equal(whole, resumed)
+    with pytest.raises(ValueError, match="cannot go on"):
+        _train(tmp_path / "whole", *reversed(callbacks()), model=model(), resume=str(checkpoint), **arguments)
+
+
+@pytest.mark.parametrize("schedule", ["epoch", "step"])
+def test_a_layer_may_be_frozen_as_training_goes_on(tmp_path, schedule):
+    class FreezeLater(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+            if state.epoch >= 1:
+                model.vit.embeddings.requires_grad_(False)
+                self.frozen = [x.detach().clone() for x in model.vit.embeddings.parameters()]
+                self.moving = [phi.weight.detach().clone() for phi in model.modules() if type(phi).__name__ == "FeatureMap"]
+
+    freeze = FreezeLater()
+    model = _model()
+    _train(tmp_path, freeze, SeparationCallback(schedule, batch_size=8), Freeze(), model=model)
+    assert all(torch.equal(x, y) for x, y in zip(freeze.frozen, model.vit.embeddings.parameters(), strict=True))
+    maps = [phi.weight for phi in model.modules() if type(phi).__name__ == "FeatureMap"]
+    assert not any(torch.equal(x, y) for x, y in zip(freeze.moving, maps, strict=True))
+
+
+def test_a_checkpoint_is_whole_before_it_is_pushed(tmp_path, monkeypatch):
+    seen = []
+
+    def push(trainer, folder):
+        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+        seen.append((Path(folder) / STATE_FILE).is_file())
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer, token=None: None)
+    trainer = _trainer(
+        tmp_path, SeparationCallback(steps=1, batch_size=8), max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True
+    )
+    trainer.train()
+    assert seen == [True, True]
+
+
+def test_a_stream_that_can_be_read_once_is_refused(tmp_path):
+    class Once(IterableDataset):
+        def __init__(self):
+            self.examples = iter(Stream())
+
+        def __iter__(self):
+            return self.examples
+
+    with pytest.raises(ValueError, match="read only once"):
+        _train(tmp_path, SeparationCallback(batch_size=8), dataset=Once(), max_steps=2)
+
+
+def test_whole_numbers_are_denoised(tmp_path):
+    class Bytes(Images):
+        def __getitem__(self, index):
+            return {"pixel_values": (40.0 * self.images[index]).clamp(0, 255).to(torch.uint8), "labels": self.labels[index]}
+
+    callback = SeparationCallback(steps=2, kind="denoising", batch_size=8)
+    _train(tmp_path, callback, dataset=Bytes(), max_steps=1)
+    assert all(np.isfinite(entry["separation_loss"]) for entry in callback.history)
+
+
 def test_a_streamed_data_set_is_read_in_order_round_and_round(tmp_path):
     callback = algorithm_2(batch_size=16)
     _train(tmp_path, callback, dataset=Stream(), max_steps=5)

@@ -48,6 +48,14 @@ def test_a_column_constant_in_training_becomes_zero(bags):
         assert (extractor.transform([changed])[0][:, 1] == 0).all()
 
 
+def test_a_column_far_from_zero_is_not_constant(bags):
+    """Seconds since 1970, for one."""
+    for bag in bags:
+        bag[:, 1] = 1.7e9 + 1.5 * bag[:, 0]
+    column = np.concatenate(UHopMILFeatureExtractor(clip=None).fit(bags).transform(bags))
+    np.testing.assert_allclose(column[:, 1], column[:, 0], atol=1e-5)
+
+
 def test_principal_components_are_those_of_scikit_learn(bags):
     extractor = UHopMILFeatureExtractor(clip=None, num_components=3).fit(bags)
     pca = PCA(3, svd_solver="full").fit(StandardScaler().fit_transform(np.concatenate(bags)))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
 from conftest import assert_close
 from transformers import ResNetConfig
 
@@ -96,16 +97,30 @@ def test_bags_of_images_fold_whatever_their_backbone():
 
 
 @pytest.mark.parametrize("module", ["q_proj", "feature_map"])
-@pytest.mark.parametrize("how", ["hooked", "patched"])
+@pytest.mark.parametrize("how", ["hooked", "hooked before", "patched", "offloaded"])
 def test_what_a_hook_or_a_patch_adds_is_not_dropped_in_silence(module, how):
     model, _ = _vit()
     changed = next(part for name, part in model.named_modules() if name.endswith(module))
     if how == "hooked":
         changed.register_forward_hook(lambda module, inputs, output: 2.0 * output)
+    elif how == "hooked before":
+        changed.register_forward_pre_hook(lambda module, inputs: (2.0 * inputs[0],))
+    elif how == "offloaded":
+        changed.to("meta")
     else:
         changed.forward = lambda states: 2.0 * type(changed).forward(changed, states)
     with pytest.raises(ValueError, match=f"{module} must be a plain .*hooked, patched or offloaded"):
         model.fold_feature_maps()
+
+
+def test_what_was_hooked_once_folds():
+    model, inputs = _vit()
+    model.eval()
+    expected = model(**inputs).logits
+    for module in model.modules():
+        add_hook_to_module(module, ModelHook())
+    remove_hook_from_submodules(model)
+    assert_close(model.fold_feature_maps()(**inputs).logits, expected, scale=10)
 
 
 def test_folding_keeps_the_dtype():

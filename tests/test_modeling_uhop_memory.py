@@ -562,6 +562,7 @@ def test_every_field_changes_what_is_retrieved(change):
 
 def test_the_configuration_may_ask_for_a_tuple():
     memory = _memory(return_dict=False)
+    assert memory.report(memory.memories[:2]).query_metastable_size.shape == (2,)
     queries = torch.randn(2, 6)
     retrieved, *_ = memory(queries)
     assert torch.equal(retrieved, memory(queries, return_dict=True).retrieved)

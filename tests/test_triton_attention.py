@@ -44,7 +44,7 @@ def _with_gradients(attend, inputs, direction):
 
 @pytest.mark.parametrize("masked", [False, True], ids=["every key", "some keys"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str)
-@pytest.mark.parametrize("alpha", [1.1, 1.5, 1.7, 2.0])
+@pytest.mark.parametrize("alpha", [1.01, 1.5, 1.7, 2.0])
 def test_outputs_and_gradients_are_those_of_the_plain_kernel(alpha, dtype, masked):
     inputs = _inputs()
     mask = torch.rand(2, 45) < 0.6 if masked else None
@@ -268,7 +268,8 @@ def test_what_it_does_not_do_is_done_elsewhere(changes):
         ((2, 1, 7, 8), (2, 1, 7, 8), None),
         ((2, 2, 7, 8), (2, 2, 7, 8), (1, 1, 1, 7)),
         ((2, 2, 7, 8), (2, 2, 7, 8), (2, 1, 1, 1)),
-        ((2, 2, 7, 8), (2, 2, 7, 8), (4, 7)),
+        ((2, 2, 7, 8), (2, 2, 7, 8), (1, 1)),
+        ((2, 2, 7, 8), (2, 2, 7, 8), (2, 1, 1)),
         ((2, 2, 7, 160), (2, 2, 7, 160), None),
     ],
 )
@@ -324,7 +325,48 @@ def test_nothing_to_attend_to():
     assert (query.grad == 0).all()
 
 
-def test_shapes_can_be_asked_for_without_values():
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_shapes_can_be_asked_for_without_values(alpha):
     inputs = torch.zeros(3, 1, 2, 5, 8, device="meta")
-    output, _ = triton_attention_forward(torch.nn.Module().eval(), *inputs, None, alpha=1.0)
+    output, _ = triton_attention_forward(torch.nn.Module().eval(), *inputs, None, alpha=alpha)
     assert output.shape == (1, 5, 2, 8)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_computes_anew():
+    module = torch.nn.Module().eval()
+    first, second = (torch.randn(3, 1, 2, 5, 8) for _ in range(2))
+    traced = torch.jit.trace(lambda x: triton_attention_forward(module, *x, None, alpha=1.5)[0], first)
+    assert_close(traced(second).transpose(1, 2), hopfield_attention(*second, alpha=1.5), scale=3)
+
+
+def test_masks_of_more_examples_than_there_are():
+    query, key, value = torch.randn(3, 1, 2, 7, 8)
+    mask = torch.rand(2, 1, 1, 7) < 0.7
+    output, _ = triton_attention_forward(torch.nn.Module().eval(), query, key, value, mask, alpha=1.5)
+    assert_close(output.transpose(1, 2), hopfield_attention(query, key, value, alpha=1.5, attention_mask=mask), scale=3)
+
+
+def test_autocast_casts_what_it_is_given():
+    inputs = [x.detach() for x in _inputs()]
+    expected = hopfield_attention(*(x.half().double() for x in inputs), alpha=1.5)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        direct = triton_hopfield_attention(*inputs, alpha=1.5, **BLOCKS)
+        mixed, _ = triton_attention_forward(torch.nn.Module().eval(), inputs[0].half(), *inputs[1:], None, alpha=1.5)
+    assert direct.dtype == mixed.dtype == torch.float16
+    assert_close(direct, expected, scale=3)
+    assert_close(mixed.transpose(1, 2), expected, scale=3)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_nothing_is_kept_where_no_gradient_is_asked_for(asked, monkeypatch):
+    kept = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, KEPT, **settings: kept.append(KEPT)
+
+    monkeypatch.setattr("modeling_uhop.triton_attention._forward_kernel", Kernel())
+    with torch.set_grad_enabled(asked):
+        triton_hopfield_attention(*_inputs(), alpha=1.5)
+    assert kept == [asked]
