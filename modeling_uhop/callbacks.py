@@ -82,9 +82,9 @@ class SeparationCallback(TrainerCallback):
 
     Raises:
         ValueError: For an argument outside its choices or range; when training begins, where nothing that is to move can, for
-            `project` or `normalize_rows` where an adapter moves in the place of W, for `final_temperature` under "epoch" on a stream,
-            for a stream that can be read only once, and
-            on resuming, where a checkpoint's state is of other weights or another schedule, kind, choice of parameters or optimizer.
+            `project` or `normalize_rows` where an adapter moves in the place of W, for a stream that can be read only once, for
+            `final_temperature` under "epoch" on a stream, and on resuming, where a checkpoint's state is of other weights or another
+            schedule, kind, choice of parameters or optimizer.
         FileNotFoundError: On resuming, where a checkpoint's state is missing.
         MemoryError: When a separation step runs out of memory.
         NotImplementedError: When training begins under FSDP, DeepSpeed or another engine that shards parameters.
