@@ -20,7 +20,7 @@ from modeling_uhop import (
     hopfield_attention,
 )
 from modeling_uhop.attention import chunked_hopfield_attention
-from modeling_uhop.hopfield import hopfield_attention_forward
+from modeling_uhop.hopfield import hopfield_attention_forward, triton_attention_forward
 
 
 @pytest.fixture(params=[7, 40, 10**6], ids=["rows", "heads", "one piece"])
@@ -203,6 +203,16 @@ def test_it_compiles_without_a_break():
     images = torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert_close(compiled(images).logits, model(images).logits, scale=3)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kernel", [hopfield_attention_forward, triton_attention_forward])
+def test_a_trace_computes_anew(kernel):
+    """It has the plain kernel, and no values of what it was traced with."""
+    module = torch.nn.Module().eval()
+    first, second = (tuple(torch.randn(3, 1, 2, 5, 8)) for _ in range(2))
+    traced = torch.jit.trace(lambda *qkv: kernel(module, *qkv, None, alpha=1.5)[0], first)
+    assert_close(traced(*second).transpose(1, 2), hopfield_attention(*second, alpha=1.5), scale=3)
 
 
 def test_nan_stays_nan_under_a_mask():

@@ -332,14 +332,6 @@ def test_shapes_can_be_asked_for_without_values(alpha):
     assert output.shape == (1, 5, 2, 8)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
-def test_a_trace_computes_anew():
-    module = torch.nn.Module().eval()
-    first, second = (torch.randn(3, 1, 2, 5, 8) for _ in range(2))
-    traced = torch.jit.trace(lambda x: triton_attention_forward(module, *x, None, alpha=1.5)[0], first)
-    assert_close(traced(second).transpose(1, 2), hopfield_attention(*second, alpha=1.5), scale=3)
-
-
 def test_masks_of_more_examples_than_there_are():
     query, key, value = torch.randn(3, 1, 2, 7, 8)
     mask = torch.rand(2, 1, 1, 7) < 0.7
