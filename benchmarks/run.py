@@ -394,7 +394,8 @@ def triton_kernels(rounds: int, inputs: list[torch.Tensor], clock: Callable[[], 
             return scaled_dot_product_attention(query, key, value)
 
     ours = partial(triton_hopfield_attention, alpha=1.5)
-    some = [x[:1].clone().requires_grad_() for x in inputs]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    some = [x.detach()[:1].clone().requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in some]
     output = hopfield_attention(*exact, alpha=1.5)
     gradients = torch.autograd.grad(output.sum(), exact)
@@ -411,7 +412,6 @@ def triton_kernels(rounds: int, inputs: list[torch.Tensor], clock: Callable[[], 
         adasplash = importlib.import_module("adasplash")
         for name, attend in (("adasplash", adasplash.adasplash_v1), ("adasplash, no block mask", adasplash.adasplash_no_block_mask)):
             peers[name] = partial(attend, alpha=1.5, is_causal=False), {"at_least": 1.0}
-    inputs = [x.requires_grad_() for x in inputs]
     what = f"1.5-entmax attention {tuple(inputs[0].shape)}, {str(inputs[0].dtype).removeprefix('torch.')}, with gradients"
     for peer, (attend, bound) in peers.items():
         if attend is not flash:

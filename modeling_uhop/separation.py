@@ -249,6 +249,7 @@ def maximize_separation(
     moving = feature_map
     is_half = _is_half(feature_map.weight)
     if is_half:
+        # The whole step, normalising of rows too, in fp32.
         moving, memories = copy.deepcopy(feature_map).float(), memories.float()
 
     def loss_at(step: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_uhop import (
     DataCollatorForBags,
+    FeatureMap,
     SeparationCallback,
     UHopMILConfig,
     UHopMILForBagClassification,
@@ -94,6 +96,10 @@ def _train(folder: Path, *callbacks: TrainerCallback, resume: str | None = None,
     trainer = _trainer(folder, *callbacks, **arguments)
     trainer.train(resume_from_checkpoint=resume)
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def _map_weights(model: nn.Module) -> list[torch.Tensor]:
+    return [module.weight.detach().float().clone() for module in model.modules() if isinstance(module, FeatureMap)]
 
 
 def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -313,10 +319,10 @@ def test_half_precision_weights_move_as_far_as_full_ones(tmp_path, dtype, optimi
     moved = []
     for kind in (torch.float32, dtype):
         model = _model().to(kind)
-        before = [phi.weight.detach().float().clone() for phi in model.modules() if type(phi).__name__ == "FeatureMap"]
+        before = _map_weights(model)
         callback = SeparationCallback(steps=60, parameters="feature_maps", optimizer=optimizer, lr=lr, batch_size=16)
         _train(tmp_path, callback, Freeze(), model=model, max_steps=1, dataset=Images(augment=False), optim="sgd")
-        after = [phi.weight.detach().float() for phi in model.modules() if type(phi).__name__ == "FeatureMap"]
+        after = _map_weights(model)
         moved.append(torch.stack([(new - old).norm() for new, old in zip(after, before, strict=True)]))
     assert_close(moved[1] / moved[0], torch.ones(2), dtype=torch.bfloat16, scale=5)
 
@@ -348,30 +354,41 @@ def test_a_layer_may_be_frozen_as_training_goes_on(tmp_path, schedule):
             if state.epoch >= 1:
                 model.vit.embeddings.requires_grad_(False)
                 self.frozen = [x.detach().clone() for x in model.vit.embeddings.parameters()]
-                self.moving = [phi.weight.detach().clone() for phi in model.modules() if type(phi).__name__ == "FeatureMap"]
+                self.moving = _map_weights(model)
 
     freeze = FreezeLater()
     model = _model()
     _train(tmp_path, freeze, SeparationCallback(schedule, batch_size=8), Freeze(), model=model)
     assert all(torch.equal(x, y) for x, y in zip(freeze.frozen, model.vit.embeddings.parameters(), strict=True))
-    maps = [phi.weight for phi in model.modules() if type(phi).__name__ == "FeatureMap"]
-    assert not any(torch.equal(x, y) for x, y in zip(freeze.moving, maps, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(freeze.moving, _map_weights(model), strict=True))
 
 
-def test_a_checkpoint_is_whole_before_it_is_pushed(tmp_path, monkeypatch):
-    seen = []
+def test_a_checkpoint_is_whole_before_it_is_pushed_and_left_alone_after_training(tmp_path, monkeypatch):
+    pushed = []
 
-    def push(trainer, folder):
-        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
-        seen.append((Path(folder) / STATE_FILE).is_file())
+    def upload_folder(folder_path, **settings):
+        pushed.append((Path(folder_path).name, (Path(folder_path) / STATE_FILE).is_file()))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer, token=None: None)
-    trainer = _trainer(
-        tmp_path, SeparationCallback(steps=1, batch_size=8), max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True
-    )
+    arguments = {"save_strategy": "steps", "save_steps": 1, "push_to_hub": True, "hub_strategy": "all_checkpoints"}
+    trainer = _trainer(tmp_path, SeparationCallback(steps=1, batch_size=8), max_steps=2, **arguments)
+    for name, value in (("hub_model_id", "me/model"), ("push_in_progress", None)):
+        monkeypatch.setattr(trainer, name, value, raising=False)
     trainer.train()
-    assert seen == [True, True]
+    assert ("checkpoint-1", True) in pushed
+    assert ("checkpoint-1", False) not in pushed
+
+    state = tmp_path / "checkpoint-2" / STATE_FILE
+    before = state.read_bytes()
+    with torch.no_grad():
+        trainer.model.classifier.weight.zero_()
+        next(module for module in trainer.model.modules() if isinstance(module, FeatureMap)).weight.zero_()
+    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+    assert state.read_bytes() == before
 
 
 def test_a_stream_that_can_be_read_once_is_refused(tmp_path):

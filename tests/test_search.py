@@ -175,9 +175,10 @@ def test_a_memory_made_under_inference_mode_can_be_used_outside():
         memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=12))
     patterns = torch.randn(5, 12)
     memory.store(patterns)
-    assert memory.search(patterns).retrieved.shape == (5, 12)
     with torch.no_grad():
-        assert memory(patterns).retrieved.shape == (5, 12)
+        weights = simplex_map(memory.config.beta * memory.feature_map(patterns) @ memory.feature_map(patterns).mT, memory.config.alpha)
+        assert_close(memory(patterns).retrieved, weights @ patterns, scale=3)
+    assert_close(memory.search(patterns).retrieved, weights @ patterns, scale=3)
 
 
 def test_a_gradient_passes_through_features_that_are_not_kept():

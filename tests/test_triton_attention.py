@@ -37,44 +37,36 @@ def _inputs(queries: int = 19, keys: int = 45, width: int = 20) -> list[torch.Te
     return [torch.randn(2, 2, count, width, requires_grad=True) for count in (queries, keys, keys)]
 
 
-def _with_gradients(attend, inputs, direction):
-    output = attend(*inputs)
-    return output, *torch.autograd.grad((output.double() * direction).sum(), inputs)
+def _vit():
+    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return UHopViTForImageClassification(UHopViTConfig(**sizes, intermediate_size=16, alpha=1.5))
+
+
+def _assert_exact(inputs, *, scale, alpha=1.5, scaling=None, mask=None, dtype=torch.float32, blocks=BLOCKS):
+    """Outputs and gradients of the kernels, for inputs of this dtype, are those of the plain kernel in float64."""
+    rounded = [x.to(dtype) for x in inputs]
+    output = triton_hopfield_attention(*rounded, alpha=alpha, scaling=scaling, key_mask=mask, **blocks)
+    wide = None if mask is None else mask[:, None, None]
+    expected = hopfield_attention(*(x.double() for x in rounded), alpha=alpha, scaling=scaling, attention_mask=wide)
+    direction = torch.randn(output.shape, dtype=torch.float64)
+    assert_close(output, expected, dtype=dtype, scale=scale)
+    gradients = [torch.autograd.grad((x.double() * direction).sum(), inputs, retain_graph=True) for x in (output, expected)]
+    for actual, exact in zip(*gradients, strict=True):
+        assert_close(actual, exact, dtype=dtype, scale=scale)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["every key", "some keys"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])], ids=str)
 @pytest.mark.parametrize("alpha", [1.01, 1.5, 1.7, 2.0])
 def test_outputs_and_gradients_are_those_of_the_plain_kernel(alpha, dtype, masked):
-    inputs = _inputs()
     mask = torch.rand(2, 45) < 0.6 if masked else None
-    direction = torch.randn(2, 2, 19, 20, dtype=torch.float64)
-
-    def plain(*qkv):
-        wide = (x.to(dtype).double() for x in qkv)
-        return hopfield_attention(*wide, alpha=alpha, scaling=0.7, attention_mask=None if mask is None else mask[:, None, None])
-
-    def kernel(*qkv):
-        return triton_hopfield_attention(*(x.to(dtype) for x in qkv), alpha=alpha, scaling=0.7, key_mask=mask, **BLOCKS)
-
-    for actual, expected in zip(_with_gradients(kernel, inputs, direction), _with_gradients(plain, inputs, direction), strict=True):
-        assert_close(actual, expected, dtype=dtype, scale=8)
+    _assert_exact(_inputs(), scale=8, alpha=alpha, scaling=0.7, mask=mask, dtype=dtype)
 
 
 @pytest.mark.parametrize(("queries", "keys", "width"), [(1, 1, 8), (16, 32, 16), (33, 7, 64), (5, 97, 33)])
 @pytest.mark.parametrize("blocks", [(16, 16), (32, 64)])
 def test_odd_sizes(queries, keys, width, blocks):
-    inputs = _inputs(queries, keys, width)
-    direction = torch.randn(2, 2, queries, width, dtype=torch.float64)
-
-    def kernel(*qkv):
-        return triton_hopfield_attention(*qkv, alpha=1.5, block_queries=blocks[0], block_keys=blocks[1])
-
-    def plain(*qkv):
-        return hopfield_attention(*(x.double() for x in qkv), alpha=1.5)
-
-    for actual, expected in zip(_with_gradients(kernel, inputs, direction), _with_gradients(plain, inputs, direction), strict=True):
-        assert_close(actual, expected, scale=4)
+    _assert_exact(_inputs(queries, keys, width), scale=4, blocks={"block_queries": blocks[0], "block_keys": blocks[1]})
 
 
 @pytest.mark.parametrize("alpha", [1.5, 1.7])
@@ -123,18 +115,7 @@ def test_gradients_of_large_level_scores_are_exact(alpha, keys, size):
 
 @pytest.mark.parametrize("scaling", [-0.7, 0.0, 3])
 def test_any_scaling(scaling):
-    inputs = _inputs()
-    direction = torch.randn(2, 2, 19, 20, dtype=torch.float64)
-    mask = torch.rand(2, 45) < 0.6
-
-    def kernel(*qkv):
-        return triton_hopfield_attention(*qkv, alpha=1.5, scaling=scaling, key_mask=mask, **BLOCKS)
-
-    def plain(*qkv):
-        return hopfield_attention(*(x.double() for x in qkv), alpha=1.5, scaling=scaling, attention_mask=mask[:, None, None])
-
-    for actual, expected in zip(_with_gradients(kernel, inputs, direction), _with_gradients(plain, inputs, direction), strict=True):
-        assert_close(actual, expected, scale=20)
+    _assert_exact(_inputs(), scale=20, scaling=scaling, mask=torch.rand(2, 45) < 0.6)
 
 
 @pytest.mark.parametrize("asking", [(), (0,), (1,), (2,), (0, 2)])
@@ -170,16 +151,7 @@ def test_hard_rows_are_exact():
 def test_long_rows_of_nearly_level_scores_are_exact(alpha):
     """Newton's method needs more steps from the largest score than on any other rows."""
     inputs = [torch.randn(1, 1, count, 16, requires_grad=True) for count in (16, 2000, 2000)]
-    direction = torch.randn(1, 1, 16, 16, dtype=torch.float64)
-
-    def kernel(*qkv):
-        return triton_hopfield_attention(*qkv, alpha=alpha, scaling=0.01, block_queries=16, block_keys=64)
-
-    def plain(*qkv):
-        return hopfield_attention(*(x.double() for x in qkv), alpha=alpha, scaling=0.01)
-
-    for actual, expected in zip(_with_gradients(kernel, inputs, direction), _with_gradients(plain, inputs, direction), strict=True):
-        assert_close(actual, expected, scale=2)
+    _assert_exact(inputs, scale=2, alpha=alpha, scaling=0.01, blocks={"block_queries": 16, "block_keys": 64})
 
 
 @pytest.mark.parametrize(
@@ -200,8 +172,7 @@ def test_kernels_fit_the_gpus_they_are_compiled_for(capability, dtype, width, ep
 
 
 def test_a_model_takes_it_by_name():
-    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = UHopViTForImageClassification(UHopViTConfig(**sizes, intermediate_size=16, alpha=1.5)).eval()
+    model = _vit().eval()
     images = torch.randn(2, 1, 8, 8)
     expected = model(images).logits
     model.set_attn_implementation("hopfield_triton")
@@ -218,8 +189,7 @@ def test_autocast_trains_a_model_with_it(monkeypatch):
         return triton_hopfield_attention(query, *args, **kwargs)
 
     monkeypatch.setattr("modeling_uhop.triton_attention.triton_hopfield_attention", kernel)
-    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = UHopViTForImageClassification(UHopViTConfig(**sizes, intermediate_size=16, alpha=1.5))
+    model = _vit()
     images, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
     found = {}
     for name in ("hopfield", "hopfield_triton"):
