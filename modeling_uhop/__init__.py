@@ -9,6 +9,7 @@ from transformers import (
     AutoModelForTimeSeriesPrediction,
 )
 
+from .attention_interface import hopfield_attention, plain_hopfield_attention
 from .callbacks import SeparationCallback
 from .capacity import MemoryReport, metastable_sizes
 from .configuration_stanhop import STanHopConfig
@@ -19,7 +20,7 @@ from .corruption import add_noise, mask_patterns
 from .energy import association, energy, retrieve, similarity_scores
 from .feature_extraction_uhop_mil import DataCollatorForBags, UHopMILFeatureExtractor
 from .feature_map import FeatureMap
-from .hopfield import HopfieldAttention, HopfieldPooling, hopfield_attention
+from .hopfield import HopfieldAttention, HopfieldPooling
 from .modeling_stanhop import STanHopForPrediction, STanHopModel
 from .modeling_uhop_memory import UHopMemoryModel
 from .modeling_uhop_mil import UHopMILForBagClassification, UHopMILModel
@@ -87,6 +88,7 @@ __all__ = [
     "mask_patterns",
     "maximize_separation",
     "metastable_sizes",
+    "plain_hopfield_attention",
     "retrieve",
     "separation_loss",
     "similarity_scores",

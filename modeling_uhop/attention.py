@@ -54,16 +54,9 @@ def chunked_hopfield_attention(
     attention_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """`hopfield_attention` for alpha in (1, 2], in pieces, with dropout of the weights.
+    """`hopfield_attention` for alpha in (1, 2], in pieces; differentiable once, in query, key, value and alpha, not in the mask.
 
-    Differentiable once, in query, key, value and alpha; not in the mask.
-
-    Args:
-        dropout: Probability in [0, 1] that a weight is left out.
-        The others, and the return value, are those of `hopfield_attention`.
-
-    Raises:
-        ValueError: If alpha is outside [1, 2].
+    Arguments, return value and errors are those of `hopfield_attention`.
     """
     check_alpha_range(alpha)
     query, key, value = cast_by_autocast(query, key, value)
@@ -72,21 +65,28 @@ def chunked_hopfield_attention(
     common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (at_least_fp32(x.to(common)) for x in (query, key, value))
     mask_shape = () if attention_mask is None else attention_mask.shape
+    # Queries that share a head of keys and values are rows of that head.
+    groups = query.shape[1] // key.shape[1] if query.shape[1] > key.shape[1] == value.shape[1] > 0 else 1
     batch_size, heads, queries, keys = torch.broadcast_shapes(
-        (*query.shape[:3], 1), (*key.shape[:2], 1, key.shape[2]), (*value.shape[:2], 1, 1), mask_shape
+        (*query.shape[:3], 1),
+        (key.shape[0], groups * key.shape[1], 1, key.shape[2]),
+        (value.shape[0], groups * value.shape[1], 1, 1),
+        mask_shape,
     )
-    if attention_mask is not None:
-        attention_mask = attention_mask.expand(batch_size, heads, queries, keys)
+    own_heads = heads // groups
     if isinstance(eps, torch.Tensor):
-        eps = eps.to(query.dtype).expand(batch_size, heads, queries, 1).flatten(0, 1)
-    query, key, value = (x.expand(batch_size, heads, *x.shape[2:]).flatten(0, 1) for x in (query, key, value))
+        eps = eps.to(query.dtype).expand(batch_size, heads, queries, 1).reshape(batch_size * own_heads, groups * queries, 1)
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(batch_size, heads, queries, keys).unflatten(1, (own_heads, groups))
+    query = query.expand(batch_size, heads, *query.shape[2:]).reshape(batch_size * own_heads, groups * queries, query.shape[3])
+    key, value = (x.expand(batch_size, own_heads, *x.shape[2:]).flatten(0, 1) for x in (key, value))
     with torch.autocast(query.device.type, enabled=False):
         output: torch.Tensor = _ChunkedAttention.apply(query, key, value, eps, scaling, attention_mask, dropout)
-    return output.unflatten(0, (batch_size, heads)).to(dtype)
+    return output.view(batch_size, heads, queries, value.shape[-1]).to(dtype)
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Heads of all examples along the first axis; the mask alone keeps its four."""
+    """Heads of keys of all examples along the first axis; the mask (B, H_k, H / H_k, Q, N) alone keeps its axes."""
 
     @staticmethod
     def forward(ctx, query, key, value, eps, scaling, mask, dropout):
@@ -215,14 +215,16 @@ def _mask(scores: torch.Tensor, mask: torch.Tensor | None, piece: Piece, scale: 
 
 
 def _mask_of(mask: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """The part (heads, rows, keys) of a mask (B, H, Q, N)."""
-    heads = mask.shape[1]
+    """The part (heads, rows, keys) of a mask (B, H_k, G, Q, N), whose G heads of Q queries are the rows of a head of keys."""
+    heads, groups, queries = mask.shape[1:4]
     first, last = piece.heads.start, min(piece.heads.stop, mask.shape[0] * heads)
     example = first // heads
-    start = example * heads
-    if last - start <= heads:
-        return mask[example, first - start : last - start, piece.rows]
-    return mask[example : -(-last // heads), :, piece.rows].flatten(0, 1)[first - start : last - start]
+    first, last = first - example * heads, last - example * heads
+    part = mask[example, first:last] if last <= heads else mask[example : example - (-last // heads)].flatten(0, 1)[first:last]
+    if groups == 1:
+        return part[:, 0, piece.rows]
+    row = torch.arange(piece.rows.start, min(piece.rows.stop, groups * queries))
+    return part[:, row // queries, row % queries]
 
 
 def _dropout_factors(seed: int, dropout: float) -> Callable[[torch.Tensor], torch.Tensor] | None:

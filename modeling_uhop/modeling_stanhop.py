@@ -17,9 +17,10 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_interface import hopfield_kernel
 from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap, unit_norm
-from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
+from .hopfield import FoldableMixin, HopfieldAttention, MemorySet
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
 from .simplex import simplex_map
 from .validation import is_finite, is_readable

@@ -14,10 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_interface import hopfield_kernel
 from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
-from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
+from .hopfield import FoldableMixin, HopfieldAttention, MemorySet
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
 from .validation import check_class_indices, is_finite, is_readable
 

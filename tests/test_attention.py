@@ -17,10 +17,10 @@ from modeling_uhop import (
     UHopViTConfig,
     UHopViTForImageClassification,
     attention,
-    hopfield_attention,
+    plain_hopfield_attention,
 )
 from modeling_uhop.attention import chunked_hopfield_attention
-from modeling_uhop.hopfield import hopfield_attention_forward, triton_attention_forward
+from modeling_uhop.attention_interface import hopfield_attention_forward, triton_attention_forward
 
 
 @pytest.fixture(params=[7, 40, 10**6], ids=["rows", "heads", "one piece"])
@@ -51,7 +51,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_kernel(alpha, mask, piece)
         alpha = torch.tensor([1.0, 1.4, 2.0], dtype=torch.float64).view(3, 1, 1).requires_grad_()
         inputs.append(alpha)
     results = []
-    for kernel in (chunked_hopfield_attention, hopfield_attention):
+    for kernel in (chunked_hopfield_attention, plain_hopfield_attention):
         output = kernel(*inputs[:3], alpha=alpha, scaling=0.6, attention_mask=attention_mask)
         grad = torch.linspace(-1.0, 2.0, output.numel(), dtype=torch.float64).view_as(output)
         results.append([output, *torch.autograd.grad(output, inputs, grad)])
@@ -65,7 +65,7 @@ def test_lower_precision(alpha, dtype):
     query, key, value = _inputs(dtype, queries=33, keys=70)
     output = chunked_hopfield_attention(query, key, value, alpha=alpha, scaling=0.5)
     assert output.dtype == dtype
-    expected = hopfield_attention(query.double(), key.double(), value.double(), alpha=alpha, scaling=0.5)
+    expected = plain_hopfield_attention(query.double(), key.double(), value.double(), alpha=alpha, scaling=0.5)
     assert_close(output, expected, scale=10)
     output.float().square().sum().backward()
     assert query.grad.dtype == dtype
@@ -88,7 +88,7 @@ def test_a_query_without_any_key_gets_zeros_and_gives_no_gradient(piece):
 def test_hard_scores_in_fp32(scale):
     query, key, value = (x.detach().float() for x in _inputs(queries=4, keys=501))
     query *= scale
-    expected = hopfield_attention(query.double(), key.double(), value.double(), alpha=1.5, scaling=1.0)
+    expected = plain_hopfield_attention(query.double(), key.double(), value.double(), alpha=1.5, scaling=1.0)
     rounding = 4.0 * scale * 1e-6  # of the scores themselves
     difference = chunked_hopfield_attention(query, key, value, alpha=1.5, scaling=1.0) - expected
     assert difference.abs().max() < 2e-5 + rounding
@@ -147,7 +147,9 @@ def test_the_registered_kernel(alpha):
     mask = mask | (torch.arange(9) == 0)
     output, weights = hopfield_attention_forward(module, query, key, value, mask, scaling=0.6, alpha=alpha)
     assert weights is None
-    assert_close(output.transpose(1, 2), hopfield_attention(query, key, value, alpha=alpha, scaling=0.6, attention_mask=mask), scale=3)
+    assert_close(
+        output.transpose(1, 2), plain_hopfield_attention(query, key, value, alpha=alpha, scaling=0.6, attention_mask=mask), scale=3
+    )
     asked, weights = hopfield_attention_forward(module, query, key, value, mask, scaling=0.6, alpha=alpha, output_attentions=True)
     assert weights.shape == (2, 3, 5, 9)
     assert_close(asked, output, scale=3)
@@ -183,7 +185,7 @@ def test_a_model_with_alpha_above_1_uses_it_unless_told_otherwise(fields, encode
     assert_close(fast.logits, plain.logits, scale=3)
     for actual, expected in zip(asked.attentions, plain.attentions, strict=True):
         assert_close(actual, expected)
-    with pytest.raises(ValueError, match="use 'hopfield', 'hopfield_triton' or 'eager'"):
+    with pytest.raises(ValueError, match=r"use 'eager' or one of \('hopfield', 'hopfield_triton'"):
         model.set_attn_implementation("sdpa")
 
 
@@ -212,7 +214,7 @@ def test_a_trace_computes_anew(kernel):
     module = torch.nn.Module().eval()
     first, second = (tuple(torch.randn(3, 1, 2, 5, 8)) for _ in range(2))
     traced = torch.jit.trace(lambda *qkv: kernel(module, *qkv, None, alpha=1.5)[0], first)
-    assert_close(traced(*second).transpose(1, 2), hopfield_attention(*second, alpha=1.5), scale=3)
+    assert_close(traced(*second).transpose(1, 2), plain_hopfield_attention(*second, alpha=1.5), scale=3)
 
 
 def test_nan_stays_nan_under_a_mask():
@@ -244,7 +246,7 @@ def test_the_default_scaling_and_a_mask_that_adds_axes():
     query, key, value = (x.detach()[:1] for x in _inputs())
     mask = torch.rand(4, 1, 5, 9) < 0.7
     output = chunked_hopfield_attention(query, key, value, alpha=1.3, attention_mask=mask)
-    assert_close(output, hopfield_attention(query, key, value, alpha=1.3, attention_mask=mask), scale=3)
+    assert_close(output, plain_hopfield_attention(query, key, value, alpha=1.3, attention_mask=mask), scale=3)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 3.0, torch.tensor(3.0)])
@@ -257,7 +259,7 @@ def test_autocast_is_that_of_the_plain_kernel():
     inputs = _inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = chunked_hopfield_attention(*inputs, alpha=1.5)
-        plain = hopfield_attention(*inputs, alpha=1.5)
+        plain = plain_hopfield_attention(*inputs, alpha=1.5)
     assert output.dtype == plain.dtype == torch.bfloat16
     assert_close(output, plain.double(), scale=10)
     output.float().sum().backward()
@@ -311,7 +313,7 @@ def test_large_scores_and_their_gradients(alpha, keys):
 
     def results(dtype):
         inputs = [x.to(dtype).requires_grad_() for x in (query, key, value)]
-        attend = chunked_hopfield_attention if dtype == torch.float32 else hopfield_attention
+        attend = chunked_hopfield_attention if dtype == torch.float32 else plain_hopfield_attention
         output = attend(*inputs, alpha=alpha, scaling=1.0)
         gradients = torch.autograd.grad((output * direction.to(dtype)).sum(), inputs)
         return output, gradients[0][..., 1], gradients[2]
@@ -322,7 +324,7 @@ def test_large_scores_and_their_gradients(alpha, keys):
 
 def test_values_may_have_more_examples_and_another_dtype():
     query, key, value = torch.randn(1, 3, 4, 5), torch.randn(1, 3, 6, 5), torch.randn(2, 1, 6, 7)
-    assert_close(chunked_hopfield_attention(query, key, value, alpha=1.5), hopfield_attention(query, key, value, alpha=1.5))
+    assert_close(chunked_hopfield_attention(query, key, value, alpha=1.5), plain_hopfield_attention(query, key, value, alpha=1.5))
     for dtype in (torch.float64, torch.bfloat16):
         output = chunked_hopfield_attention(query, key, value.to(dtype), alpha=1.5)
         assert output.dtype == dtype
@@ -365,7 +367,7 @@ def test_autocast_leaves_float64_alone():
     inputs = [torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(3)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = chunked_hopfield_attention(*inputs, alpha=1.5)
-    assert_close(output, hopfield_attention(*inputs, alpha=1.5))
+    assert_close(output, plain_hopfield_attention(*inputs, alpha=1.5))
 
 
 @pytest.mark.parametrize("keys", [9, 17, 600])

@@ -8,8 +8,15 @@ import torch
 from conftest import assert_close
 from torch.nn.functional import scaled_dot_product_attention
 
-from modeling_uhop import HopfieldAttention, HopfieldPooling, UHopMILConfig, UHopViTConfig, hopfield_attention
-from modeling_uhop.hopfield import eager_attention_forward
+from modeling_uhop import (
+    HopfieldAttention,
+    HopfieldPooling,
+    UHopMILConfig,
+    UHopViTConfig,
+    hopfield_attention,
+    plain_hopfield_attention,
+)
+from modeling_uhop.attention_interface import eager_attention_forward
 
 
 def _qkv(dtype=torch.float64, queries=5, keys=9):
@@ -25,9 +32,14 @@ def _layer(**fields) -> HopfieldAttention:
     return HopfieldAttention(UHopViTConfig(**{**defaults, **fields}))
 
 
+@pytest.fixture(params=[hopfield_attention, plain_hopfield_attention], ids=["public", "plain"])
+def attend(request):
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scaling", [None, 0.7])
-def test_alpha_1_is_scaled_dot_product_attention(dtype, scaling):
+def test_alpha_1_is_scaled_dot_product_attention(dtype, scaling, attend):
     query, key, value = _qkv(dtype)
     mask = torch.rand(2, 1, 5, 9) < 0.7
     mask[..., 0] = True
@@ -35,54 +47,54 @@ def test_alpha_1_is_scaled_dot_product_attention(dtype, scaling):
     for attention_mask in (None, mask, bias):
         wide = attention_mask.double() if attention_mask is bias else attention_mask
         expected = scaled_dot_product_attention(query.double(), key.double(), value.double(), wide, scale=scaling)
-        actual = hopfield_attention(query, key, value, scaling=scaling, attention_mask=attention_mask)
+        actual = attend(query, key, value, scaling=scaling, attention_mask=attention_mask)
         assert actual.dtype == dtype
         assert_close(actual, expected, scale=3)
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
-def test_alpha_above_1_is_the_entmax_library(alpha):
+def test_alpha_above_1_is_the_entmax_library(alpha, attend):
     query, key, value = _qkv()
     scores = 0.8 * query @ key.mT
     weights = {1.5: entmax.entmax15, 2.0: entmax.sparsemax}[alpha](scores, dim=-1)
-    assert_close(hopfield_attention(query, key, value, alpha=alpha, scaling=0.8), weights @ value)
+    assert_close(attend(query, key, value, alpha=alpha, scaling=0.8), weights @ value)
 
 
-def test_half_precision_scores_do_not_overflow():
+def test_half_precision_scores_do_not_overflow(attend):
     query = torch.full((1, 1, 3, 64), 60.0, dtype=torch.float16)
     value = torch.randn(1, 1, 3, 5, dtype=torch.float16)
-    assert_close(hopfield_attention(query, query, value), scaled_dot_product_attention(query, query, value))
+    assert_close(attend(query, query, value), scaled_dot_product_attention(query, query, value))
 
 
-def test_one_alpha_a_head():
+def test_one_alpha_a_head(attend):
     query, key, value = _qkv()
     alphas = torch.tensor([1.0, 1.4, 2.0], dtype=torch.float64)
-    together = hopfield_attention(query, key, value, alpha=alphas.view(3, 1, 1))
+    together = attend(query, key, value, alpha=alphas.view(3, 1, 1))
     for head, alpha in enumerate(alphas.tolist()):
         part = slice(head, head + 1)
-        assert_close(together[:, part], hopfield_attention(query[:, part], key[:, part], value[:, part], alpha=alpha))
+        assert_close(together[:, part], attend(query[:, part], key[:, part], value[:, part], alpha=alpha))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 @pytest.mark.parametrize("additive", [True, False])
-def test_masked_keys_have_no_influence_and_an_empty_row_is_zero(alpha, additive):
+def test_masked_keys_have_no_influence_and_an_empty_row_is_zero(alpha, additive, attend):
     query, key, value = _qkv(torch.float32)
     mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
     mask[0, ..., 4:] = False
     mask[1] = False
     attention_mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min) if additive else mask
-    output = hopfield_attention(query, key, value, alpha=alpha, attention_mask=attention_mask)
+    output = attend(query, key, value, alpha=alpha, attention_mask=attention_mask)
     key[0, :, 4:], value[0, :, 4:] = 7.0, -3.0
-    assert torch.equal(output, hopfield_attention(query, key, value, alpha=alpha, attention_mask=attention_mask))
-    alone = hopfield_attention(query[:1], key[:1, :, :4], value[:1, :, :4], alpha=alpha)
+    assert torch.equal(output, attend(query, key, value, alpha=alpha, attention_mask=attention_mask))
+    alone = attend(query[:1], key[:1, :, :4], value[:1, :, :4], alpha=alpha)
     assert_close(output[:1], alone)
     assert (output[1] == 0).all()
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5])
-def test_gradients(alpha):
+def test_gradients(alpha, attend):
     tensors = [tensor[:1, :1, :4].requires_grad_() for tensor in _qkv()]
-    assert torch.autograd.gradcheck(lambda q, k, v: hopfield_attention(q, k, v, alpha=alpha), tensors)
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, alpha=alpha), tensors)
 
 
 def test_eager_attention_forward_returns_output_and_weights():

@@ -85,13 +85,13 @@ def test_eager_and_sdpa_agree_at_alpha_1():
 
 
 def test_the_kernel_follows_alpha():
-    assert _model().config._attn_implementation == "sdpa"
+    assert _model().config._attn_implementation == "hopfield"
     assert _model(alpha=1.5).config._attn_implementation == "hopfield"
     assert _model(alpha=1.5, learnable_alpha=True).config._attn_implementation == "hopfield"
     with pytest.raises(ValueError, match=r"'sdpa' does not compute alpha-entmax.* alpha=1.5"):
         _model(alpha=1.5, attn_implementation="sdpa")
     model = _model(alpha=1.5)
-    with pytest.raises(ValueError, match="use 'hopfield', 'hopfield_triton' or 'eager'"):
+    with pytest.raises(ValueError, match=r"use 'eager' or one of \('hopfield', 'hopfield_triton'"):
         model.set_attn_implementation("sdpa")
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import assert_close
 
-from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, hopfield_attention
-from modeling_uhop.hopfield import triton_attention_forward
+from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, plain_hopfield_attention
+from modeling_uhop.attention_interface import triton_attention_forward
 from modeling_uhop.triton_attention import MAX_WIDTH, triton_hopfield_attention
 
 
@@ -47,7 +47,7 @@ def _assert_exact(inputs, *, scale, alpha=1.5, scaling=None, mask=None, dtype=to
     rounded = [x.to(dtype) for x in inputs]
     output = triton_hopfield_attention(*rounded, alpha=alpha, scaling=scaling, key_mask=mask, **blocks)
     wide = None if mask is None else mask[:, None, None]
-    expected = hopfield_attention(*(x.double() for x in rounded), alpha=alpha, scaling=scaling, attention_mask=wide)
+    expected = plain_hopfield_attention(*(x.double() for x in rounded), alpha=alpha, scaling=scaling, attention_mask=wide)
     direction = torch.randn(output.shape, dtype=torch.float64)
     assert_close(output, expected, dtype=dtype, scale=scale)
     gradients = [torch.autograd.grad((x.double() * direction).sum(), inputs, retain_graph=True) for x in (output, expected)]
@@ -144,7 +144,7 @@ def test_hard_rows_are_exact():
     value = torch.randn(1, 1, 64, 16)
     for alpha in (1.5, 2.0):
         output = triton_hopfield_attention(query, key, value, alpha=alpha, scaling=1.0, **BLOCKS)
-        assert_close(output, hopfield_attention(query.double(), key.double(), value.double(), alpha=alpha, scaling=1.0), scale=2)
+        assert_close(output, plain_hopfield_attention(query.double(), key.double(), value.double(), alpha=alpha, scaling=1.0), scale=2)
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
@@ -207,7 +207,7 @@ def test_autocast_leaves_float64_to_the_plain_kernel():
     inputs = [x.detach().double() for x in _inputs()]
     with torch.autocast(DEVICE, dtype=torch.float16):
         output, _ = triton_attention_forward(torch.nn.Module().eval(), *inputs, None, alpha=1.5, scaling=0.5)
-    assert_close(output.transpose(1, 2), hopfield_attention(*inputs, alpha=1.5, scaling=0.5))
+    assert_close(output.transpose(1, 2), plain_hopfield_attention(*inputs, alpha=1.5, scaling=0.5))
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_what_it_does_not_do_is_done_elsewhere(changes):
     settings = {"alpha": 1.5, "attention_mask": None, **changes}
     mask, alpha = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in (settings["attention_mask"], settings["alpha"]))
     output, _ = triton_attention_forward(torch.nn.Module().eval(), *inputs, mask, alpha=alpha, scaling=0.5)
-    assert_close(output.transpose(1, 2), hopfield_attention(*inputs, alpha=alpha, scaling=0.5, attention_mask=mask), scale=3)
+    assert_close(output.transpose(1, 2), plain_hopfield_attention(*inputs, alpha=alpha, scaling=0.5, attention_mask=mask), scale=3)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_broadcasting_and_other_widths(key_shape, value_shape, mask_shape):
     query, key, value = torch.randn(2, 2, 4, key_shape[-1]), torch.randn(key_shape), torch.randn(value_shape)
     mask = None if mask_shape is None else torch.rand(mask_shape) < 0.7
     output, _ = triton_attention_forward(torch.nn.Module().eval(), query, key, value, mask, alpha=1.5, scaling=0.5)
-    assert_close(output.transpose(1, 2), hopfield_attention(query, key, value, alpha=1.5, scaling=0.5, attention_mask=mask), scale=3)
+    assert_close(output.transpose(1, 2), plain_hopfield_attention(query, key, value, alpha=1.5, scaling=0.5, attention_mask=mask), scale=3)
 
 
 @pytest.mark.parametrize(
@@ -306,12 +306,12 @@ def test_masks_of_more_examples_than_there_are():
     query, key, value = torch.randn(3, 1, 2, 7, 8)
     mask = torch.rand(2, 1, 1, 7) < 0.7
     output, _ = triton_attention_forward(torch.nn.Module().eval(), query, key, value, mask, alpha=1.5)
-    assert_close(output.transpose(1, 2), hopfield_attention(query, key, value, alpha=1.5, attention_mask=mask), scale=3)
+    assert_close(output.transpose(1, 2), plain_hopfield_attention(query, key, value, alpha=1.5, attention_mask=mask), scale=3)
 
 
 def test_autocast_casts_what_it_is_given():
     inputs = [x.detach() for x in _inputs()]
-    expected = hopfield_attention(*(x.half().double() for x in inputs), alpha=1.5)
+    expected = plain_hopfield_attention(*(x.half().double() for x in inputs), alpha=1.5)
     with torch.autocast(DEVICE, dtype=torch.float16):
         direct = triton_hopfield_attention(*inputs, alpha=1.5, **BLOCKS)
         mixed, _ = triton_attention_forward(torch.nn.Module().eval(), inputs[0].half(), *inputs[1:], None, alpha=1.5)

@@ -1,0 +1,398 @@
+"""Hopfield attention as a function, and under the names by which models of transformers find it.
+
+`hopfield_attention` picks the fastest kernel that fits the call, `plain_hopfield_attention` is the reference that all of them agree with.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import chunked_hopfield_attention
+from .simplex import at_least_fp32, cast_by_autocast, check_alpha_range, simplex_map
+from .validation import is_readable
+
+
+try:
+    from entmax import entmax_bisect
+except ImportError:
+    entmax_bisect = None
+
+
+def hopfield_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    alpha: float | torch.Tensor = 1.0,
+    scaling: float | None = None,
+    attention_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`Sep_alpha(scaling query key^T) value`, the retrieval step of a U-Hop layer (arXiv 2404.03827, equation 3.1).
+
+    At alpha = 1 it is `torch.nn.functional.scaled_dot_product_attention`, except that a query without any key gets zeros. At alpha > 1,
+    on a CPU, scores are made a piece at a time, and neither they nor the weights are kept. `plain_hopfield_attention` computes what
+    remains: on an accelerator, in a traced graph, and with a soft cap, sinks or a mask that asks for a gradient.
+
+    Differentiable once in query, key, value and alpha.
+
+    Args:
+        query: (B, H, Q, d_k).
+        key: (B, H_k, N, d_k), where H is a multiple of H_k; with H_k < H, neighbouring heads of queries share one head of keys and values
+            (grouped-query attention), which is not copied for them.
+        value: (B, H_k, N, d_v).
+        alpha: Tsallis exponent in [1, 2]; a tensor must broadcast to (B, H, Q, 1), for example (H, 1, 1) for one a head.
+        scaling: The inverse temperature beta; `None` for 1 / sqrt(d_k).
+        attention_mask: Broadcastable to (B, H, Q, N): boolean, True where a key may be attended to, or floating, added to the scores,
+            where -inf or the lowest finite value marks an absent key.
+        dropout: Probability in [0, 1] that a weight is left out.
+        softcap: A bound c on the scores s before the mask, `c tanh(s / c)`, as in Gemma 2.
+        sinks: (H,) or (B, H, Q, 1), the score of a further memory without content, which takes its share of the weight, as in gpt-oss.
+
+    Returns:
+        (B, H, Q, d_v), of the dtype of `value`.
+
+    Raises:
+        ValueError: For an alpha outside [1, 2], or heads of queries that are no multiple of those of keys.
+
+    >>> from modeling_uhop import hopfield_attention
+
+    >>> query, key, value = torch.randn(3, 1, 2, 5, 8)
+    >>> softmax = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    >>> torch.allclose(hopfield_attention(query, key, value, alpha=1.0), softmax, atol=1e-5)
+    True
+    """
+    check_alpha_range(alpha)
+    settings: dict[str, Any] = {"scaling": scaling, "attention_mask": attention_mask, "dropout": dropout}
+    learned_mask = attention_mask is not None and attention_mask.requires_grad
+    if softcap is None and sinks is None and not learned_mask and query.dim() == key.dim() == value.dim() == 4:
+        if not isinstance(alpha, torch.Tensor) and alpha == 1.0:
+            if _suits_softmax_kernel(query, key, value):
+                return _softmax_attention(query, key, value, **settings)
+        elif is_readable(query):
+            _check_heads(query, key)
+            return chunked_hopfield_attention(query, key, value, alpha=alpha, **settings)
+    return plain_hopfield_attention(query, key, value, alpha=alpha, **settings, softcap=softcap, sinks=sinks)
+
+
+def plain_hopfield_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    alpha: float | torch.Tensor = 1.0,
+    scaling: float | None = None,
+    attention_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`hopfield_attention`, with all weights formed at once: the reference for the other kernels, and differentiable in the mask too."""
+    weights = hopfield_weights(query, key, alpha=alpha, scaling=scaling, attention_mask=attention_mask, softcap=softcap, sinks=sinks)
+    return _product(nn.functional.dropout(weights, dropout).to(value.dtype), value)
+
+
+def hopfield_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    *,
+    alpha: float | torch.Tensor = 1.0,
+    scaling: float | None = None,
+    attention_mask: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    simplex: Callable[..., torch.Tensor] = simplex_map,
+) -> torch.Tensor:
+    """Association weights (B, H, Q, N) of `hopfield_attention`; `simplex` maps scores to them, as `simplex_map` does."""
+    # Scaled first, so that half-precision scores do not overflow.
+    scores = _product(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    present = attention_mask
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        present = attention_mask > torch.finfo(attention_mask.dtype).min
+        scores = scores + attention_mask
+    if sinks is None:
+        return simplex(scores, alpha, mask=present)
+    sink = (sinks.view(-1, 1, 1) if sinks.dim() == 1 else sinks).to(scores.dtype).expand(*scores.shape[:-1], 1)
+    if present is not None:
+        present = nn.functional.pad(present.expand(*present.shape[:-1], scores.shape[-1]), (0, 1), value=True)
+    return simplex(torch.cat((scores, sink), -1), alpha, mask=present)[..., :-1]
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` for (B, H, Q, n) and (B, H_k, n, m), where neighbouring heads on the left may share one on the right."""
+    if left.dim() < 4 or left.shape[1] in (1, right.shape[1]):
+        return left @ right
+    _check_heads(left, right)
+    # Queries that share a head are its rows: a broadcast product would copy that head for each of them.
+    groups = left.shape[1] // right.shape[1]
+    rows = left.unflatten(1, (right.shape[1], groups)).flatten(2, 3) @ right
+    return rows.unflatten(2, (groups, left.shape[2])).flatten(1, 2)
+
+
+def _check_heads(query: torch.Tensor, key: torch.Tensor) -> None:
+    if query.shape[1] != 1 and key.shape[1] > 0 and query.shape[1] % key.shape[1] != 0:
+        raise ValueError(f"heads of queries must be a multiple of the heads of keys, got {query.shape[1]} and {key.shape[1]}")
+
+
+def _suits_softmax_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `scaled_dot_product_attention` takes these tensors without broadcasting or casting, and there is a key."""
+    alike = query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1:3] == value.shape[1:3]
+    filled = torch.jit.is_tracing() or min(*query.shape, *key.shape, *value.shape) > 0
+    return alike and filled and query.dtype == key.dtype == value.dtype and query.shape[1] % key.shape[1] == 0
+
+
+def _softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    """`hopfield_attention` at alpha = 1 by PyTorch's own kernels, with zeros for a query without any key."""
+    lonely = None
+    if attention_mask is not None:
+        is_boolean = attention_mask.dtype == torch.bool
+        present = attention_mask if is_boolean else attention_mask > torch.finfo(attention_mask.dtype).min
+        lonely = ~present.any(-1, keepdim=True)
+        # Kernels differ in what they make of a row without any key, so it gets all of them, and zeros after that.
+        attention_mask = present | lonely if is_boolean else attention_mask.masked_fill(~present & ~lonely, -torch.inf)
+        if not is_boolean:
+            attention_mask = attention_mask.masked_fill(lonely, 0.0).to(query.dtype)
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and attention_mask is not None and query.device.type != "cpu":
+        # With a mask, kernels of an accelerator share heads only by forming all weights.
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+        grouped = False
+    output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=grouped)
+    return output if lonely is None else output.masked_fill(lonely, 0.0)
+
+
+# What models pass along with a call, and what says nothing that the mask does not say.
+_WITHOUT_EFFECT = {
+    "cache_position",
+    "deterministic",
+    "logits_to_keep",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    simplex: Callable[..., torch.Tensor] = simplex_map,
+    output_attentions: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`plain_hopfield_attention` in the form of transformers' attention functions: output (B, Q, H, d_v) and weights (B, H, Q, N)."""
+    settings = _settings(module, query, key, attention_mask, **kwargs)
+    dropout = settings.pop("dropout")
+    weights = nn.functional.dropout(hopfield_weights(query, key, simplex=simplex, **settings), dropout)
+    return _product(weights.to(value.dtype), value).transpose(1, 2).contiguous(), weights
+
+
+def hopfield_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    output_attentions: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention that transformers knows as "hopfield": `hopfield_attention`, or `eager_attention_forward` where weights are asked for.
+
+    alpha comes from the call, or else from the module or its configuration; see `exponent_of`. What else a model passes is applied: a mask,
+    `position_bias` (added to the scores), `softcap`, sinks (`s_aux`), `is_causal` without a mask, and dropout in training.
+
+    Raises:
+        TypeError: For a keyword that is not known, named with the module that passes it.
+        ValueError: For packed sequences and paged caches, and for a window that the mask does not have.
+    """
+    if output_attentions:
+        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    settings = _settings(module, query, key, attention_mask, **kwargs)
+    return hopfield_attention(query, key, value, **settings).transpose(1, 2), None
+
+
+def triton_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    output_attentions: bool | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention that transformers knows as "hopfield_triton": `triton_hopfield_attention` where it supports the call, else "hopfield".
+
+    It does not support: softmax, an alpha near it or learnable, dropout, a soft cap, sinks, fp64, wide heads, values of another width,
+    broadcasting, meta tensors, traced graphs, and masks other than of keys alone, (B, 1, 1, N) or expanded from it.
+    """
+    from .triton_attention import MAX_WIDTH, MIN_ALPHA, triton_hopfield_attention  # an extra, and slow to import
+
+    settings = _settings(module, query, key, attention_mask, **kwargs)
+    alpha, mask = settings["alpha"], settings["attention_mask"]
+    query, key, value = cast_by_autocast(query, key, value)
+    of_keys = mask is None or (
+        mask.dtype == torch.bool
+        and mask.dim() == 4
+        and mask.shape[0] in (1, len(key))
+        and mask.shape[1] == 1
+        and (mask.shape[2] == 1 or mask.stride(2) == 0)
+    )
+    batch_size, heads, queries = query.shape[:3]
+    shared = heads > key.shape[1] > 0 and heads % key.shape[1] == 0
+    rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3) if shared else query
+    alike = rows.shape[:2] == key.shape[:2] and key.shape == value.shape and query.dtype == key.dtype == value.dtype
+    fits = alike and query.shape[-1] <= MAX_WIDTH.get(query.dtype, 0)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or query.is_meta
+    other = settings["dropout"] > 0.0 or output_attentions or traced or settings["softcap"] is not None or settings["sinks"] is not None
+    if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA or other or not fits or not of_keys:
+        return hopfield_attention_forward(module, query, key, value, attention_mask, output_attentions=output_attentions, **kwargs)
+    key_mask = None if mask is None else mask[:, 0, 0].expand(len(key), key.shape[2])
+    output = triton_hopfield_attention(rows, key, value, alpha=alpha, scaling=settings["scaling"], key_mask=key_mask)
+    return output.reshape(batch_size, heads, queries, -1).transpose(1, 2), None
+
+
+def entmax_attention_forward(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention that transformers knows as "hopfield_entmax" where the entmax library is installed: its solver in the place of ours."""
+    return eager_attention_forward(module, query, key, value, attention_mask, simplex=_library_simplex_map, **kwargs)
+
+
+def _library_simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """`simplex_map` by bisection in the entmax library; softmax at alpha = 1, which it does not have."""
+    if not isinstance(alpha, torch.Tensor) and alpha == 1.0:
+        return simplex_map(scores, alpha, mask=mask)
+    wide = at_least_fp32(scores)
+    lonely = None
+    if mask is not None:
+        lonely = ~mask.any(-1, keepdim=True)
+        wide = wide.masked_fill(~mask & ~lonely, -1e9)  # its bisection makes NaN of -inf
+    weights = entmax_bisect(wide, alpha=alpha, dim=-1)
+    return (weights if lonely is None else weights.masked_fill(~mask, 0.0)).to(scores.dtype)
+
+
+def exponent_of(module: nn.Module) -> float | torch.Tensor:
+    """alpha of an attention module: what it learns in `hopfield_alpha_logit` (H,), as (H, 1, 1), or else `config.hopfield_alpha`, or 1.
+
+    Raises:
+        ValueError: Where the configuration says that alpha is learned and the module has none, as after `from_pretrained` alone.
+    """
+    config = getattr(module, "config", None)
+    if getattr(module, "hopfield_alpha_logit", None) is not None:
+        return 1.0 + module.hopfield_alpha_logit.float().sigmoid().view(-1, 1, 1)
+    if getattr(config, "hopfield_learnable_alpha", False):
+        raise ValueError(
+            f"{type(module).__name__} has no alpha, and hopfield_learnable_alpha says that it was learned; "
+            "call use_hopfield_attention(model) on a new model and load the weights into that"
+        )
+    return getattr(config, "hopfield_alpha", 1.0)
+
+
+def _settings(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    alpha: float | torch.Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    **others,
+) -> dict[str, Any]:
+    """Arguments of `hopfield_attention` out of what a model passes; see `hopfield_attention_forward`."""
+    name = type(module).__name__
+    for keyword, given in others.items():
+        if given is None or keyword in _WITHOUT_EFFECT:
+            continue
+        if keyword in ("cu_seq_lens_q", "cu_seq_lens_k", "cache"):
+            raise ValueError(f"{name} passes {keyword!r}, for packed sequences or a paged cache, which Hopfield attention does not support")
+        raise TypeError(f"{name} passes the keyword {keyword!r}, which Hopfield attention does not know, and does not ignore")
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is None and sliding_window is not None and keys > sliding_window:
+        raise ValueError(
+            f"{name} passes sliding_window={sliding_window} without a mask, and Hopfield attention takes windows from the mask"
+        )
+    if attention_mask is None and is_causal and queries > 1:
+        attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
+    return {
+        "alpha": exponent_of(module) if alpha is None else alpha,
+        "scaling": scaling,
+        "attention_mask": _biased(attention_mask, position_bias),
+        "dropout": dropout if module.training else 0.0,
+        "softcap": softcap,
+        "sinks": s_aux if sinks is None else sinks,
+    }
+
+
+def _biased(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """A mask with a bias of the scores added to it."""
+    if mask is None or bias is None:
+        return bias if mask is None else mask
+    if mask.dtype == torch.bool:
+        return torch.where(mask, bias, -torch.inf)
+    return torch.where(mask > torch.finfo(mask.dtype).min, mask + bias, -torch.inf)
+
+
+def hopfield_mask(*args, **kwargs) -> torch.Tensor | None:
+    """The mask that transformers makes for these attentions: a causal one too is written out, as they know no causality of their own."""
+    mask: torch.Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return mask
+
+
+# The names under which transformers finds the kernels, for `attn_implementation` and `set_attn_implementation`.
+KERNELS: dict[str, Callable] = {"hopfield": hopfield_attention_forward, "hopfield_triton": triton_attention_forward}
+if entmax_bisect is not None:
+    KERNELS["hopfield_entmax"] = entmax_attention_forward
+for registered, function in KERNELS.items():
+    ALL_ATTENTION_FUNCTIONS.register(registered, function)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(registered, hopfield_mask)
+
+
+def hopfield_kernel(config, requested: str | None) -> str:
+    """The attention of a model of ours for what was requested: "hopfield" if nothing was, or "eager" where weights are always wanted.
+
+    Raises:
+        ValueError: For one that does not compute alpha-entmax while the model has alpha > 1.
+    """
+    if requested is None:
+        return "eager" if config.output_attentions else "hopfield"
+    if (config.alpha != 1.0 or config.learnable_alpha) and requested not in ("eager", *KERNELS):
+        raise ValueError(
+            f"attn_implementation={requested!r} does not compute alpha-entmax, and this model has "
+            f"alpha={config.alpha}, learnable_alpha={config.learnable_alpha}; use 'eager' or one of {tuple(KERNELS)} "
+            "(a configuration that a model was made from remembers its attention)"
+        )
+    return requested
