@@ -10,6 +10,7 @@ from transformers import (
 )
 
 from .attention_interface import hopfield_attention, plain_hopfield_attention
+from .attention_models import use_hopfield_attention
 from .callbacks import SeparationCallback
 from .capacity import MemoryReport, metastable_sizes
 from .configuration_stanhop import STanHopConfig
@@ -95,4 +96,5 @@ __all__ = [
     "simplex_conjugate",
     "simplex_map",
     "spherical_code",
+    "use_hopfield_attention",
 ]

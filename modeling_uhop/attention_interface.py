@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -290,27 +290,26 @@ def _library_simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor, mask
     if not isinstance(alpha, torch.Tensor) and alpha == 1.0:
         return simplex_map(scores, alpha, mask=mask)
     wide = at_least_fp32(scores)
-    lonely = None
-    if mask is not None:
-        lonely = ~mask.any(-1, keepdim=True)
-        wide = wide.masked_fill(~mask & ~lonely, -1e9)  # its bisection makes NaN of -inf
-    weights = entmax_bisect(wide, alpha=alpha, dim=-1)
-    return (weights if lonely is None else weights.masked_fill(~mask, 0.0)).to(scores.dtype)
+    if mask is None:
+        return entmax_bisect(wide, alpha=alpha, dim=-1).to(scores.dtype)
+    # Its bisection makes NaN of -inf.
+    weights = entmax_bisect(wide.masked_fill(~mask, -1e9), alpha=alpha, dim=-1)
+    return weights.masked_fill(~mask, 0.0).to(scores.dtype)
 
 
 def exponent_of(module: nn.Module) -> float | torch.Tensor:
     """alpha of an attention module: what it learns in `hopfield_alpha_logit` (H,), as (H, 1, 1), or else `config.hopfield_alpha`, or 1.
 
     Raises:
-        ValueError: Where the configuration says that alpha is learned and the module has none, as after `from_pretrained` alone.
+        ValueError: Where the configuration says that alpha is learned and the module has none.
     """
     config = getattr(module, "config", None)
     if getattr(module, "hopfield_alpha_logit", None) is not None:
-        return 1.0 + module.hopfield_alpha_logit.float().sigmoid().view(-1, 1, 1)
+        return 1.0 + cast(torch.Tensor, module.hopfield_alpha_logit).float().sigmoid().view(-1, 1, 1)
     if getattr(config, "hopfield_learnable_alpha", False):
         raise ValueError(
-            f"{type(module).__name__} has no alpha, and hopfield_learnable_alpha says that it was learned; "
-            "call use_hopfield_attention(model) on a new model and load the weights into that"
+            f"the configuration of {type(module).__name__} says that its alpha is learned, and it has none: "
+            "import modeling_uhop before the model is made or loaded"
         )
     return getattr(config, "hopfield_alpha", 1.0)
 

@@ -55,6 +55,21 @@ def retrieve(query, memories, beta, alpha, matrix=None, steps=1):
     return query
 
 
+def attention(query, keys, values, alpha, scaling, bias=None, softcap=None, sink=None):
+    """One query of one head: Sep_alpha of its scores (3.1), capped, biased (-inf: absent), beside a sink without content."""
+    scores = [scaling * kernel(key, query) for key in keys]
+    if softcap is not None:
+        scores = [softcap * math.tanh(z / softcap) for z in scores]
+    present = [i for i in range(len(keys)) if bias is None or bias[i] > -math.inf]
+    shown = [scores[i] + (0.0 if bias is None else bias[i]) for i in present] + ([] if sink is None else [sink])
+    output = np.zeros(len(values[0]))
+    if shown:
+        weights = entmax(shown, alpha)
+        for weight, i in zip(weights, present, strict=False):
+            output = output + weight * values[i]
+    return output
+
+
 def separation_loss(features, kind, t):
     """(2.6), (3.2), G.2 and the loss of U-Hop+ over unit-norm features, with tau = 1 / (2 t)."""
     unit = [feature / math.sqrt(sum(f * f for f in feature)) for feature in features]

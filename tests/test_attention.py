@@ -59,6 +59,28 @@ def test_outputs_and_gradients_are_those_of_the_plain_kernel(alpha, mask, piece)
         assert_close(actual, expected, scale=10)
 
 
+@pytest.mark.parametrize("mask", ["none", "boolean", "padding", "added"])
+@pytest.mark.parametrize("heads_of_keys", [1, 2])
+@pytest.mark.parametrize("alpha", [1.5, "heads"])
+def test_grouped_queries_have_the_outputs_and_gradients_of_copied_keys(alpha, heads_of_keys, mask, piece):
+    query = torch.randn(2, 4, 5, 4, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(2, heads_of_keys, 9, width, dtype=torch.float64, requires_grad=True) for width in (4, 6))
+    inputs = [query, key, value]
+    given = _masks()[mask]
+    attention_mask = given[:, :1].repeat(1, 4, 1, 1) if mask == "added" else given
+    if alpha == "heads":
+        alpha = torch.tensor([1.2, 1.4, 1.6, 1.9], dtype=torch.float64).view(4, 1, 1).requires_grad_()
+        inputs.append(alpha)
+    copied = [x.repeat_interleave(4 // heads_of_keys, 1) for x in (key, value)]
+    results = []
+    for kernel, others in ((chunked_hopfield_attention, (key, value)), (plain_hopfield_attention, copied)):
+        output = kernel(query, *others, alpha=alpha, scaling=0.6, attention_mask=attention_mask)
+        grad = torch.linspace(-1.0, 2.0, output.numel(), dtype=torch.float64).view_as(output)
+        results.append([output, *torch.autograd.grad(output, inputs, grad)])
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected, scale=10)
+
+
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision(alpha, dtype):

@@ -97,6 +97,41 @@ def test_gradients(alpha, attend):
     assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, alpha=alpha), tensors)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
+@pytest.mark.parametrize(
+    ("heads_of_keys", "fields"),
+    [(1, {}), (2, {"bias": True}), (2, {"softcap": 0.7}), (4, {"sinks": True}), (2, {"bias": True, "sinks": True})],
+)
+def test_grouped_queries_biases_caps_and_sinks_are_those_of_a_loop(heads_of_keys, fields, alpha, attend):
+    query = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    key, value = torch.randn(2, heads_of_keys, 6, 5, dtype=torch.float64), torch.randn(2, heads_of_keys, 6, 7, dtype=torch.float64)
+    bias = torch.randn(2, 4, 3, 6, dtype=torch.float64).masked_fill(torch.rand(2, 4, 3, 6) < 0.3, -torch.inf)
+    bias[1, 2, 0] = -torch.inf
+    sinks = torch.tensor([0.3, -0.2, 1.0, 0.1], dtype=torch.float64)
+    given = {"attention_mask": bias if fields.get("bias") else None, "sinks": sinks if fields.get("sinks") else None}
+    actual = attend(query, key, value, alpha=alpha, scaling=0.6, softcap=fields.get("softcap"), **given)
+    for example, head, position in np.ndindex(2, 4, 3):
+        own = head // (4 // heads_of_keys)
+        expected = reference.attention(
+            query[example, head, position].numpy(),
+            key[example, own].numpy(),
+            value[example, own].numpy(),
+            alpha,
+            0.6,
+            bias[example, head, position].tolist() if fields.get("bias") else None,
+            fields.get("softcap"),
+            sinks[head].item() if fields.get("sinks") else None,
+        )
+        assert_close(actual[example, head, position], expected, scale=10)
+
+
+def test_heads_that_are_no_multiple_are_refused(attend):
+    query, key = torch.randn(1, 3, 5, 4), torch.randn(1, 2, 6, 4)
+    for alpha in (1.0, 1.5):
+        with pytest.raises(ValueError, match="multiple of the heads of keys, got 3 and 2"):
+            attend(query, key, key, alpha=alpha)
+
+
 def test_eager_attention_forward_returns_output_and_weights():
     query, key, value = _qkv()
     module = torch.nn.Module()
