@@ -15,13 +15,14 @@ from modeling_uhop import UHopViTConfig, UHopViTModel, plain_hopfield_attention,
 from modeling_uhop.attention_interface import KERNELS, entmax_attention_forward, hopfield_attention_forward
 
 
-WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
-TEXT = {**WIDTHS, "vocab_size": 60, "max_position_embeddings": 70, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-IMAGE = {**WIDTHS, "image_size": 16, "patch_size": 4, "num_channels": 3}
-GROUPED = {"num_key_value_heads": 2}
-NARROW = {**GROUPED, "head_dim": 8, "sliding_window": 4}
-T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
-SPEECH = {
+Case = tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]]]
+WIDTHS: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+TEXT: dict[str, Any] = {**WIDTHS, "vocab_size": 60, "max_position_embeddings": 70, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+IMAGE: dict[str, Any] = {**WIDTHS, "image_size": 16, "patch_size": 4, "num_channels": 3}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+NARROW: dict[str, Any] = {**GROUPED, "head_dim": 8, "sliding_window": 4}
+T5: dict[str, Any] = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 4}
+SPEECH: dict[str, Any] = {
     **{name: value for name, value in TEXT.items() if name != "max_position_embeddings"},
     "conv_dim": (16, 16),
     "conv_kernel": (4, 4),
@@ -59,7 +60,7 @@ def _sound() -> dict[str, torch.Tensor]:
 
 
 # Name of the model class, fields of its configuration, inputs.
-ENCODERS = [
+ENCODERS: list[Case] = [
     ("BertModel", TEXT, _tokens),
     ("RobertaModel", TEXT, _tokens),
     ("DistilBertModel", {"vocab_size": 60, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40}, _tokens),
@@ -67,7 +68,7 @@ ENCODERS = [
     ("AlbertModel", TEXT, _tokens),
     ("ModernBertModel", {**TEXT, "local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2}, _tokens),
 ]
-DECODERS = [
+DECODERS: list[Case] = [
     ("LlamaForCausalLM", TEXT, _tokens),
     ("Qwen2ForCausalLM", {**TEXT, "num_key_value_heads": 1}, _tokens),
     ("Qwen3ForCausalLM", {**TEXT, **GROUPED, "head_dim": 8}, _tokens),
@@ -80,7 +81,7 @@ DECODERS = [
     ("GPTNeoXForCausalLM", TEXT, _tokens),
     ("OPTForCausalLM", {**TEXT, "ffn_dim": 40, "word_embed_proj_dim": 32}, _tokens),
 ]
-OTHERS = [
+OTHERS: list[Case] = [
     ("T5ForConditionalGeneration", T5, _translation),
     ("UMT5ForConditionalGeneration", T5, _translation),
     ("BartForConditionalGeneration", {"vocab_size": 60, "d_model": 32, "max_position_embeddings": 64, **BOTH_SIDES}, _translation),
@@ -284,14 +285,15 @@ def test_a_bias_a_mask_and_causality_are_applied_together(kernel):
     )
     lowest = torch.zeros(1, 1, 5, 5, dtype=torch.float64).masked_fill(~causal, torch.finfo(torch.float64).min)
     module, attend = torch.nn.Module().eval(), ALL_ATTENTION_FUNCTIONS[kernel]
-    for given in ({"is_causal": True}, {"attention_mask": causal[None, None]}, {"attention_mask": lowest}):
-        mask = given.pop("attention_mask", None)
-        output, _ = attend(module, query, key, value, mask, alpha=1.5, scaling=1.0, position_bias=bias, **given)
-        assert_close(output.transpose(1, 2), expected, scale=1e3 if kernel == "hopfield_entmax" else 3)
-    for given in ({"is_causal": False}, {"sliding_window": 5}, {"is_causal": None, "num_items_in_batch": 3}):
+    tolerance = 1e3 if kernel == "hopfield_entmax" else 3  # bisection ends there
+    for mask, is_causal in ((None, True), (causal[None, None], None), (lowest, None)):
+        output, _ = attend(module, query, key, value, mask, alpha=1.5, scaling=1.0, position_bias=bias, is_causal=is_causal)
+        assert_close(output.transpose(1, 2), expected, scale=tolerance)
+    expected = plain_hopfield_attention(query, key, value, alpha=1.5, scaling=1.0)
+    harmless: list[dict[str, Any]] = [{"is_causal": False}, {"sliding_window": 5}, {"indices": None, "num_items_in_batch": 3}]
+    for given in harmless:
         output, _ = attend(module, query, key, value, None, alpha=1.5, scaling=1.0, **given)
-        expected = plain_hopfield_attention(query, key, value, alpha=1.5, scaling=1.0)
-        assert_close(output.transpose(1, 2), expected, scale=1e3 if kernel == "hopfield_entmax" else 3)
+        assert_close(output.transpose(1, 2), expected, scale=tolerance)
 
 
 @pytest.mark.parametrize(
