@@ -19,7 +19,7 @@ from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, HopfieldPooling, MemorySet
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
-from .validation import check_class_indices, is_finite, is_readable
+from .validation import check_class_indices, check_tensor, is_finite, is_readable
 
 
 @dataclass
@@ -198,6 +198,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
             output_attentions, output_hidden_states: Whether to return these; `None` for what the configuration has.
 
         Raises:
+            TypeError: For an input that is no tensor.
             ValueError: If `instances` is missing, of a wrong shape, or (on CPU) not finite; the message names the bag.
         """
         hidden_states, mask = self._embed(instances, attention_mask)
@@ -227,6 +228,8 @@ class UHopMILModel(UHopMILPreTrainedModel):
         """What each embedding layer makes of the instances, (B, N, hidden_size), zeros for padding; and the boolean mask (B, N)."""
         if instances is None:
             raise ValueError("instances is required, got None")
+        check_tensor(instances, "instances")
+        check_tensor(attention_mask, "attention_mask")
         mask = self._checked_mask(instances, attention_mask)
         instances = instances.to(self.dtype).masked_fill(~_widened(mask, instances), 0.0)
         if is_readable(instances) and not is_finite(instances):
@@ -303,6 +306,7 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
             labels: (B,) class indices in [0, num_labels), or what `config.problem_type` asks for.
 
         Raises:
+            TypeError: As `UHopMILModel.forward`.
             ValueError: As `UHopMILModel.forward`, and (on CPU) for a class index outside its range.
         """
         outputs: UHopMILModelOutput = self.mil(instances, attention_mask=attention_mask, return_dict=True, **kwargs)

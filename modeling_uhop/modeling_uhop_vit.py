@@ -19,7 +19,7 @@ from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
-from .validation import check_class_indices, is_finite, is_readable
+from .validation import check_class_indices, check_tensor, is_finite, is_readable
 
 
 class UHopViTPatchEmbeddings(nn.Module):
@@ -283,6 +283,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
             attention_mask: (batch_size, N), 1 for tokens that may be retrieved from.
 
         Raises:
+            TypeError: For an input that is no tensor.
             ValueError: If `pixel_values` is missing, of a wrong shape, or (on CPU) not finite; or if the mask has another number of tokens.
         """
         hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
@@ -329,12 +330,15 @@ class UHopViTModel(UHopViTPreTrainedModel):
     ) -> torch.Tensor:
         if pixel_values is None:
             raise ValueError("pixel_values is required, got None")
+        check_tensor(pixel_values, "pixel_values")
+        check_tensor(bool_masked_pos, "bool_masked_pos")
         if is_readable(pixel_values) and not is_finite(pixel_values):
             raise ValueError(f"pixel_values must be finite, got {int((~pixel_values.isfinite()).sum())} values that are not")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         return self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
 
     def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None):
+        check_tensor(attention_mask, "attention_mask")
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != hidden_states.shape[:2]:
             raise ValueError(
                 f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, an entry for each patch and token before them, "
@@ -371,6 +375,7 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
             Logits (batch_size, num_labels), with the loss where labels are given.
 
         Raises:
+            TypeError: As `UHopViTModel.forward`.
             ValueError: As `UHopViTModel.forward`, and (on CPU) for a class index outside its range.
         """
         outputs: BaseModelOutputWithPooling = self.vit(

@@ -41,6 +41,15 @@ def is_readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
+def check_tensor(value, name: str) -> None:
+    """A `TypeError` for an input of a model that is no tensor, such as a NumPy array or a list; `None` passes."""
+    if value is not None and not isinstance(value, torch.Tensor):
+        found = type(value)
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {found.__module__}.{found.__qualname__}; torch.as_tensor converts arrays and lists"
+        )
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module does what its class does, with weights of its own: no subclass or adapter, and not hooked, patched or offloaded."""
     hooked = module._forward_hooks or module._forward_pre_hooks or getattr(module.forward, "__func__", None) is not kind.forward

@@ -361,6 +361,17 @@ def test_bad_calls_are_refused(arguments, message):
         _model()(**arguments)
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist], ids=["array", "list"])
+@pytest.mark.parametrize("name", ["instances", "attention_mask"])
+def test_inputs_that_are_no_tensors_are_refused(name, convert):
+    inputs = dict(zip(("instances", "attention_mask"), _bags(), strict=True))
+    inputs[name] = convert(inputs[name])
+    model = _model()
+    for call in (model, model.mil, lambda **given: next(model.memory_sets(**given))):
+        with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor, got (numpy.ndarray|builtins.list); torch.as_tensor"):
+            call(**inputs)
+
+
 def test_a_bad_instance_is_named():
     instances, mask = _bags((2, 3), padded_to=3)
     instances[1, 2, 4] = torch.inf
