@@ -15,6 +15,10 @@ except ImportError:
     PCA = None
 
 
+# The columns that transformers' collators take labels from.
+_LABELS = ("label", "labels", "label_ids")
+
+
 class UHopMILFeatureExtractor(FeatureExtractionMixin):
     r"""
     Turns bags into what a UHopMIL model takes, and is saved beside it as `preprocessor_config.json`.
@@ -232,13 +236,25 @@ def _as_array(index: int, bag: Any, feature_names: list[str] | None) -> np.ndarr
     return array
 
 
-def _as_labels(labels: list[np.ndarray]) -> torch.Tensor:
-    """Class indices as integers; several labels, or numbers to regress on, as floats."""
+def _as_labels(labels: list[Any]) -> torch.Tensor:
+    """One label of each bag, (B,), as integers if all are, else as floats; or several of each, floats (B, num_labels)."""
+    stacked: list[torch.Tensor] = []
     for index, label in enumerate(labels):
-        if label.shape != labels[0].shape or label.dtype.kind not in "biuf":
-            raise ValueError(f"bag {index} of the batch has a label that is no number, or not shaped like the first one's: {label}")
-    stacked = np.stack(labels)
-    return torch.as_tensor(stacked, dtype=torch.long if stacked.ndim == 1 and stacked.dtype.kind in "biu" else torch.float32)
+        try:
+            tensor = label.detach().cpu() if isinstance(label, torch.Tensor) else torch.tensor(np.asarray(label))
+        except (TypeError, ValueError):
+            tensor = None
+        if tensor is not None and tensor.shape == (1,):
+            tensor = tensor[0]
+        if tensor is None or tensor.is_complex() or tensor.dim() > 1 or (stacked and tensor.shape != stacked[0].shape):
+            hint = "; config.label2id has the class index of a name" if isinstance(label, str) else ""
+            raise ValueError(f"bag {index} of the batch has a label that is no number, or not shaped like the first one's: {label!r}{hint}")
+        tensor = tensor.float() if tensor.is_floating_point() or tensor.dim() > 0 else tensor.long()
+        if not tensor.isfinite().all():
+            raise ValueError(f"bag {index} of the batch has a label that is missing or not finite in float32: {label!r}")
+        stacked.append(tensor)
+    floats = any(tensor.is_floating_point() for tensor in stacked)
+    return torch.stack([tensor.float() if floats else tensor for tensor in stacked])
 
 
 def _array(values: Any) -> np.ndarray | None:
@@ -287,12 +303,12 @@ class DataCollatorForBags:
             batch = {"instances": torch.from_numpy(_padded(arrays)), "attention_mask": torch.from_numpy(_padded(masks))}
         else:
             batch = dict(self.feature_extractor(bags, return_tensors="pt"))
-        labels = [example.get("label", example.get("labels")) for example in examples]
+        labels = [next((example[name] for name in _LABELS if example.get(name) is not None), None) for example in examples]
         unlabelled = [index for index, label in enumerate(labels) if label is None]
         if 0 < len(unlabelled) < len(labels):
             raise ValueError(f"bag {unlabelled[0]} of the batch has no label, and others have")
         if not unlabelled:
-            batch["labels"] = _as_labels([np.asarray(label) for label in labels])
+            batch["labels"] = _as_labels(labels)
         return batch
 
     def _reduced(self, bag: Any) -> Any:

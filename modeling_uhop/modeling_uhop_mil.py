@@ -19,7 +19,7 @@ from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, HopfieldPooling, MemorySet
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
-from .validation import check_class_indices, check_tensor, is_finite, is_readable
+from .validation import check_tensor, is_finite, is_readable, label_loss
 
 
 @dataclass
@@ -129,8 +129,6 @@ class UHopMILPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMix
         "AutoModelForSequenceClassification": "modeling_uhop_mil.UHopMILForBagClassification",
     }
     supports_gradient_checkpointing = True
-    # The losses of several labels and of regression are means over a batch, whatever `num_items_in_batch` says.
-    accepts_loss_kwargs = False
     _no_split_modules = ["UHopMILImageEmbedding", "UHopMILBackboneEmbedding", "HopfieldPooling"]
 
     def __init__(self, config: UHopMILConfig, *args, **kwargs):
@@ -271,7 +269,7 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
     """U-Hop multiple-instance model with a linear classifier on what the queries retrieved.
 
     `config.problem_type` selects the loss as everywhere in transformers: "single_label_classification" (binary with two labels, or
-    multi-class), "multi_label_classification", or "regression".
+    multi-class), "multi_label_classification", or "regression". A call never changes it.
 
     >>> from modeling_uhop import UHopMILConfig, UHopMILForBagClassification
 
@@ -303,18 +301,15 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
         """
         Args:
             instances, attention_mask: As in `UHopMILModel.forward`.
-            labels: (B,) class indices in [0, num_labels), or what `config.problem_type` asks for.
+            labels: What `config.problem_type` asks for: class indices (B,) or (B, 1) in [0, num_labels), several labels (B, num_labels) in
+                [0, 1], or numbers to regress on. If it is `None`, one label is a regression, and more are told apart by their shape.
 
         Raises:
-            TypeError: As `UHopMILModel.forward`.
-            ValueError: As `UHopMILModel.forward`, and (on CPU) for a class index outside its range.
+            TypeError, ValueError: As `UHopMILModel.forward`, and for labels that are none of these; the message names the example.
         """
         outputs: UHopMILModelOutput = self.mil(instances, attention_mask=attention_mask, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(self.activation_fn(outputs.pooler_output)))
-        loss = None
-        if labels is not None:
-            check_class_indices(labels, self.num_labels)
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else label_loss(self, labels, logits, **kwargs)
         return UHopMILBagClassifierOutput(
             loss=loss,
             logits=logits,

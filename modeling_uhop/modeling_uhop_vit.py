@@ -19,7 +19,7 @@ from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet, hopfield_kernel
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
-from .validation import check_class_indices, check_tensor, is_finite, is_readable
+from .validation import check_tensor, is_finite, is_readable, label_loss
 
 
 class UHopViTPatchEmbeddings(nn.Module):
@@ -369,29 +369,21 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         """
         Args:
             pixel_values, interpolate_pos_encoding, attention_mask: As in `UHopViTModel.forward`.
-            labels: (batch_size,) class indices in [0, num_labels), or what `config.problem_type` asks for.
+            labels: What `config.problem_type` asks for: class indices (B,) or (B, 1) in [0, num_labels), several labels (B, num_labels) in
+                [0, 1], or numbers to regress on. If it is `None`, one label is a regression, and more are told apart by their shape.
 
         Returns:
             Logits (batch_size, num_labels), with the loss where labels are given.
 
         Raises:
-            TypeError: As `UHopViTModel.forward`.
-            ValueError: As `UHopViTModel.forward`, and (on CPU) for a class index outside its range.
+            TypeError, ValueError: As `UHopViTModel.forward`, and for labels that are none of these; the message names the example.
         """
         outputs: BaseModelOutputWithPooling = self.vit(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, return_dict=True, **kwargs
         )
         tokens = cast(torch.Tensor, outputs.last_hidden_state)
         logits = self.classifier(tokens[:, 0])
-        loss = None
-        if labels is not None:
-            check_class_indices(labels, self.num_labels)
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
-            count = kwargs.get("num_items_in_batch")
-            if count is not None and self.config.problem_type != "single_label_classification":
-                # Of several labels and of regression transformers takes the mean over this batch, which may be one of several that a
-                # step accumulates.
-                loss = loss * labels.numel() / count
+        loss = None if labels is None else label_loss(self, labels, logits, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def memory_sets(self, pixel_values: torch.Tensor, **kwargs) -> Iterator[MemorySet]:
