@@ -406,23 +406,33 @@ def test_the_configuration_may_ask_for_more():
     assert _model(pooling="mean")(*_bags(), output_attentions=True).attentions == ()
 
 
-def test_metrics_are_computed_from_logits(tmp_path):
-    examples = [{"instances": torch.randn(size, 6), "labels": size % 2} for size in (3, 1, 4, 2)]
+@pytest.mark.parametrize("fields", [{}, {"output_attentions": True, "output_hidden_states": True}], ids=["logits", "everything"])
+def test_metrics_are_computed_from_logits(tmp_path, fields):
+    """Of batches that are padded to 4, 2 and 7 instances."""
+    bags = [torch.randn(size, 6) for size in (3, 4, 1, 2, 7)]
     seen = []
 
     def keep(prediction):
         seen.append(prediction.predictions)
         return {}
 
+    model = _model(**fields)
     trainer = Trainer(
-        _model(),
-        TrainingArguments(tmp_path, report_to="none", disable_tqdm=True, dataloader_pin_memory=False),
+        model,
+        TrainingArguments(tmp_path, per_device_eval_batch_size=2, report_to="none", disable_tqdm=True, dataloader_pin_memory=False),
         DataCollatorForBags(),
-        eval_dataset=examples,
+        eval_dataset=[{"instances": bag, "labels": len(bag) % 2} for bag in bags],
         compute_metrics=keep,
     )
     trainer.evaluate()
-    assert seen[0].shape == (4, 2)
+    alone = [model(bag[None], output_hidden_states=True) for bag in bags]
+    for logits in (seen[0], trainer.predict(trainer.eval_dataset).predictions):
+        assert_close(torch.from_numpy(logits), torch.cat([outputs.logits for outputs in alone]))
+    logits, weights, *rest = trainer.predict(trainer.eval_dataset, ignore_keys=["attentions"]).predictions
+    for index, (bag, outputs) in enumerate(zip(bags, alone, strict=True)):
+        assert_close(torch.from_numpy(weights[index, : len(bag)]), outputs.instance_weights[0])
+        if fields:
+            assert_close(torch.from_numpy(rest[0][0][index, : len(bag)]), outputs.hidden_states[0][0])
 
 
 def test_a_pooling_takes_masks_of_integers_or_none():
