@@ -1,6 +1,8 @@
 """Feature extractor of UHopMIL: ragged bags in, standardised and padded tensors out."""
 
-from collections.abc import Mapping, Sequence
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +17,23 @@ except ImportError:
     PCA = None
 
 
+# The columns that transformers' collators take labels from.
+_LABELS = ("label", "labels", "label_ids")
+# Entries of a bag that are handled at a time, because copies of a whole bag in float64 would take several times its memory.
+_BLOCK = 2**18
+
+
 class UHopMILFeatureExtractor(FeatureExtractionMixin):
     r"""
     Turns bags into what a UHopMIL model takes, and is saved beside it as `preprocessor_config.json`.
 
     Call `fit` on training bags, and on no others: it measures mean and standard deviation of each feature (of each channel, where
     instances are images), and principal components where they are asked for. A feature that is constant in training becomes 0.
+
+    A bag is a set of vectors (instances, features) or of images (instances, channels, height, width): an array, a tensor, nested lists or
+    a DataFrame, of any real dtype. Values are read in float32, or in float64 where they have more digits; means and deviations are
+    float64. Two other layouts are recognised: images (instances, height, width, channels), and vectors that were saved as
+    (1, instances, features), once `fit` has seen vectors.
 
     Args:
         standardize (`bool`, defaults to `True`): Whether features are shifted and scaled to mean 0 and standard deviation 1.
@@ -81,6 +94,11 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         """Width of the vectors that the model gets: its configuration's `instance_dim`; `None` before `fit`."""
         return self.num_features if self.components is None else len(self.components)
 
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether `fit` has seen vectors, and not images."""
+        return self.image_size == []
+
     def fit(self, bags: Sequence[Any]) -> "UHopMILFeatureExtractor":
         """Measure the training bags; the extractor itself.
 
@@ -90,66 +108,104 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         if is_one_bag(bags):
             raise ValueError(
                 "fit takes a list of bags, arrays (instances, features) or (instances, channels, height, width); "
-                "got a single bag, or bags of what is no array"
+                "got a single bag, or bags of what is no array, or vectors saved as (1, instances, features), of which it takes bag[0]"
             )
-        columns = getattr(bags[0], "columns", None) if len(bags) > 0 else None
+        bags = list(bags)
+        columns = next((bag.columns for bag in bags if hasattr(bag, "columns")), None)
         names = None if columns is None else [str(name) for name in columns]
-        arrays = [array for array in as_arrays(bags, feature_names=names) if len(array) > 0]
-        if not arrays:
+        arrays = as_arrays(bags, feature_names=names, arrange=_channels_first)
+        count, shape = sum(map(len, arrays)), arrays[0].shape[1:]
+        if count == 0:
             raise ValueError("there is no instance to fit on")
-        rows = np.concatenate(arrays)
+        self._check_components(count, shape)
+        fitted = copy.copy(self)
+        fitted.mean, fitted.scale = _mean_and_scale(arrays) if self.standardize else (np.zeros(shape[0]), np.ones(shape[0]))
+        fitted.components = fitted.component_mean = None
+        fitted.feature_names, fitted.image_size = names, list(shape[1:])
         if self.num_components is not None:
-            self._check_components(rows)
-        self.components = self.component_mean = None
-        self.feature_names, self.image_size = names, list(rows.shape[2:])
-        axes = (0,) if rows.ndim == 2 else (0, 2, 3)
-        self.mean, self.scale = rows.mean(axes), rows.std(axes)
-        # Rounding leaves a little spread in a constant column.
-        self.scale[rows.max(axes) == rows.min(axes)] = 0.0
-        if not self.standardize:
-            self.mean, self.scale = np.zeros_like(self.mean), np.ones_like(self.scale)
-        if self.num_components is not None:
-            self._fit_components(rows)
+            fitted._fit_components(arrays)
+        vars(self).update(vars(fitted))
         return self
 
-    def _check_components(self, rows: np.ndarray) -> None:
+    def _check_components(self, count: int, shape: tuple[int, ...]) -> None:
+        if self.num_components is None:
+            return
         if PCA is None:
             raise ImportError("num_components needs scikit-learn to fit")
-        if rows.ndim != 2:
+        if len(shape) != 1:
             raise ValueError("num_components is for vectors, and these instances are images")
-        if self.num_components > min(rows.shape):
+        if self.num_components > min(count, *shape):
             raise ValueError(
-                f"num_components must be at most the {min(rows.shape)} that {rows.shape[0]} instances of {rows.shape[1]} features have, "
+                f"num_components must be at most the {min(count, *shape)} that {count} instances of {shape[0]} features have, "
                 f"got {self.num_components}"
             )
 
-    def _fit_components(self, rows: np.ndarray) -> None:
-        pca = PCA(self.num_components, svd_solver="full").fit(self._standardized(rows))
+    def _fit_components(self, arrays: list[np.ndarray]) -> None:
+        pca = PCA(self.num_components, svd_solver="full")
+        with np.errstate(over="ignore", invalid="ignore"):
+            pca.fit(np.concatenate([self._standardized(array) for array in arrays]))
+        if not np.isfinite(pca.explained_variance_).all():
+            raise _overflow(arrays)
         self.component_mean = pca.mean_
         self.components = pca.components_ / np.sqrt(max(pca.explained_variance_[0], np.finfo(float).tiny))
 
     def _standardized(self, rows: np.ndarray) -> np.ndarray:
         assert self.mean is not None
         assert self.scale is not None
-        # A channel's mean and scale are those of all of its pixels.
-        mean, scale = (values.reshape(-1, *(1,) * (rows.ndim - 2)) for values in (self.mean, self.scale))
-        standardized = np.divide(rows - mean, scale, out=np.zeros_like(rows), where=np.broadcast_to(scale > 0, rows.shape))
-        return standardized if self.clip is None or not self.standardize else standardized.clip(-self.clip, self.clip)
+        # A channel's mean and scale are those of all of its pixels; a constant feature divided by infinity becomes 0.
+        mean, scale = (values.reshape(-1, *(1,) * (rows.ndim - 2)) for values in (self.mean, np.where(self.scale > 0, self.scale, np.inf)))
+        with np.errstate(over="ignore", invalid="ignore"):
+            standardized = np.subtract(rows, mean, dtype=np.float64)
+            standardized /= scale
+        if self.clip is not None and self.standardize:
+            standardized.clip(-self.clip, self.clip, out=standardized)
+        return standardized
+
+    def _write(self, index: int, array: np.ndarray, out: np.ndarray) -> None:
+        """Transform a bag into float32 `out`, a block at a time."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            for rows in _blocks(array):
+                block = self._standardized(array[rows])
+                out[rows] = block if self.components is None else (block - self.component_mean) @ self.components.T
+        _check_finite(index, out, " in float32 when they are transformed")
+
+    def arrays(self, bags: Sequence[Any]) -> list[np.ndarray]:
+        """Bags as float32 or float64 arrays that are not yet transformed; raises what `transform` does."""
+        if self.mean is None:
+            raise ValueError("the extractor knows no mean and scale yet: call fit on the training bags")
+        return as_arrays(
+            bags,
+            num_features=len(self.mean),
+            feature_names=self.feature_names,
+            empty_shape=(len(self.mean), *(self.image_size or ())),
+            arrange=self._arranged,
+        )
+
+    def _arranged(self, array: np.ndarray) -> np.ndarray:
+        if self.takes_vectors and array.ndim == 3 and len(array) == 1 and array.shape[2] == self.num_features:
+            return array[0]
+        last = array.ndim == 4 and array.shape[1] != self.num_features == array.shape[3]
+        return np.moveaxis(array, 3, 1) if last else array
 
     def transform(self, bags: Sequence[Any]) -> list[np.ndarray]:
         """Each bag standardised and projected, float32, of its own length.
 
         Raises:
-            ValueError: If the extractor was not fitted, or for a bag with other features or entries that are not finite; naming the bag.
+            ValueError: If the extractor was not fitted, or for a bag with other features, or with entries that are not finite, now or after
+                the transformation; naming the bag.
         """
-        if self.mean is None:
-            raise ValueError("the extractor knows no mean and scale yet: call fit on the training bags")
-        empty = (len(self.mean), *(self.image_size or ()))
-        arrays = as_arrays(bags, num_features=len(self.mean), feature_names=self.feature_names, empty_shape=empty)
-        transformed = [self._standardized(array) for array in arrays]
-        if self.components is not None:
-            transformed = [(array - self.component_mean) @ self.components.T for array in transformed]
-        return [array.astype(np.float32) for array in transformed]
+        arrays = self.arrays(bags)
+        transformed = [np.empty((len(array), *self._instance_shape(array)), dtype=np.float32) for array in arrays]
+        for index, (array, out) in enumerate(zip(arrays, transformed, strict=True)):
+            self._write(index, array, out)
+        return transformed
+
+    def _instance_shape(self, array: np.ndarray) -> tuple[int, ...]:
+        return array.shape[1:] if self.components is None else (len(self.components),)
+
+    def padded(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """What `__call__` makes of bags that `arrays` has checked: `instances` and `attention_mask`."""
+        return _padded(arrays, self._instance_shape(arrays[0]), self._write)
 
     def __call__(self, bags: Any, return_tensors: str | None = None, padding: bool = True) -> BatchFeature:
         """Transform bags and pad them to the longest.
@@ -163,20 +219,21 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         Returns:
             `instances` (B, N, ...) and `attention_mask` (B, N), 1 where there is an instance.
         """
-        arrays = self.transform([bags] if is_one_bag(bags) else bags)
-        masks = [np.ones(len(array), dtype=np.int64) for array in arrays]
+        bags = [bags] if is_one_bag(bags, vectors=self.takes_vectors) else bags
         if not padding:
-            return BatchFeature({"instances": arrays, "attention_mask": masks})
-        data = {"instances": _padded(arrays), "attention_mask": _padded(masks)}
-        return BatchFeature(data, tensor_type=return_tensors)
+            transformed = self.transform(bags)
+            return BatchFeature({"instances": transformed, "attention_mask": [np.ones(len(bag), dtype=np.int64) for bag in transformed]})
+        return BatchFeature(self.padded(self.arrays(bags)), tensor_type=return_tensors)
 
 
-def is_one_bag(bags: Any) -> bool:
-    """Whether this is a bag, and not several: a DataFrame, an array with 2 axes (4 for images), or lists nested so deep."""
-    return hasattr(bags, "columns") or _depth(bags) in (2, 4)
+def is_one_bag(bags: Any, *, vectors: bool = False) -> bool:
+    """Whether this is one bag: a DataFrame, an array with 2 axes (or 4, of images, unless `vectors`), or lists nested so deep."""
+    return hasattr(bags, "columns") or _depth(bags) in ((2,) if vectors else (2, 4))
 
 
 def _depth(entry: Any) -> int:
+    if isinstance(entry, np.ndarray) and entry.dtype == object and entry.size > 0:
+        return entry.ndim + _depth(entry.flat[0])
     if hasattr(entry, "ndim"):
         return entry.ndim
     return 1 + _depth(entry[0]) if isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) > 0 else 0
@@ -188,33 +245,43 @@ def as_arrays(
     num_features: int | None = None,
     feature_names: list[str] | None = None,
     empty_shape: tuple[int, ...] | None = None,
+    arrange: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """Bags as float64 arrays whose instances have one shape; an empty one takes on `empty_shape`, by default that of the others.
+    """Bags as arrays whose instances have one shape, in float32, or in float64 where the values need it; without a copy where that can be.
+
+    Args:
+        num_features, feature_names: What every bag must have.
+        empty_shape: The shape of the instances of an empty bag, if all are empty.
+        arrange: Applied to each array before its shape is checked.
 
     Raises:
         ValueError: For bags that differ from each other or from what is asked for, or are not finite; naming the bag.
     """
-    if len(bags) == 0:
-        raise ValueError("there are no bags")
     arrays = []
     first, shape = 0, None
-    for index in range(len(bags)):
-        array = _as_array(index, bags[index], feature_names)
+    for index, bag in enumerate(bags):
+        array = _as_array(index, bag, feature_names)
+        array = array if arrange is None else arrange(array)
         if len(array) > 0:
             if array.ndim not in (2, 4):
+                saved = (
+                    f"; of vectors saved as (1, instances, features) pass bag[{index}][0]" if array.ndim == 3 and len(array) == 1 else ""
+                )
                 raise ValueError(
-                    f"bag {index} must have shape (instances, features), or (instances, channels, height, width), got {array.shape}"
+                    f"bag {index} must have shape (instances, features), or (instances, channels, height, width), got {array.shape}{saved}"
                 )
             if shape is None:
                 first, shape = index, array.shape[1:]
             if array.shape[1:] != shape:
                 raise ValueError(f"bag {index} has instances of shape {array.shape[1:]}, and bag {first} of {shape}")
             if num_features not in (None, array.shape[1]):
-                raise ValueError(f"bag {index} has {array.shape[1]} features, and the extractor was fitted on {num_features}")
-            bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
-            if len(bad) > 0:
-                raise ValueError(f"bag {index} has entries that are not finite, first in its instance {bad[0]}")
+                raise ValueError(
+                    f"bag {index} has {array.shape[1]} features, and the extractor was fitted on {num_features}; its shape is {array.shape}"
+                )
+            _check_finite(index, array)
         arrays.append(array)
+    if not arrays:
+        raise ValueError("there are no bags")
     filled = shape or empty_shape or (0,)
     return [array if len(array) > 0 else np.zeros((0, *filled)) for array in arrays]
 
@@ -224,33 +291,120 @@ def _as_array(index: int, bag: Any, feature_names: list[str] | None) -> np.ndarr
     if columns is not None and feature_names is not None and [str(name) for name in columns] != feature_names:
         raise ValueError(f"bag {index} must have the columns {feature_names}, in this order, got {list(columns)}")
     try:
-        array = bag.detach().cpu().double().numpy() if isinstance(bag, torch.Tensor) else np.asarray(bag, dtype=np.float64)
-    except (ValueError, TypeError) as error:
+        array = _numbers(bag)
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"bag {index} is not numbers of one shape for every instance: {error}") from error
     if array.ndim == 0:
         raise ValueError(f"bag {index} must be a set of instances, got {bag!r}")
     return array
 
 
-def _as_labels(labels: list[np.ndarray]) -> torch.Tensor:
-    """Class indices as integers; several labels, or numbers to regress on, as floats."""
+def _numbers(bag: Any) -> np.ndarray:
+    """Real numbers of any kind of array as float32, or as float64 where float32 does not have all of their dtype's values."""
+    if isinstance(bag, (list, tuple)) and any(isinstance(row, torch.Tensor) for row in bag):
+        bag = torch.stack([torch.as_tensor(row) for row in bag])
+    if isinstance(bag, torch.Tensor):
+        if bag.is_meta:
+            raise ValueError("a tensor on the meta device has no values")
+        bag = bag.detach().cpu().to_dense()
+        # NumPy has no bfloat16 and no 8-bit floats.
+        array = (bag.float() if bag.is_floating_point() and bag.dtype != torch.float64 else bag).numpy()
+    elif isinstance(bag, np.ma.MaskedArray):
+        array = np.ma.filled(bag.astype(np.float64), np.nan)
+    else:
+        array = np.asarray(bag.toarray() if hasattr(bag, "toarray") else bag)
+    if array.dtype.kind in "OUS":
+        # A DataFrame with missing values, or an array of rows.
+        array = np.asarray(bag.astype(np.float64) if hasattr(bag, "iloc") and array.ndim == 2 else array.tolist(), dtype=np.float64)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"got {array.dtype}")
+    return array.astype(np.result_type(array.dtype, np.float32) if array.dtype != np.longdouble else np.float64, copy=False)
+
+
+def _channels_first(array: np.ndarray) -> np.ndarray:
+    """Pictures (instances, height, width, channels) with their channels first: a last axis of 1, 3 or 4 after two larger ones, of which
+    the first could be no channels."""
+    if array.ndim != 4 or array.shape[3] not in (1, 3, 4) or array.shape[1] in (1, 3, 4) or min(array.shape[1:3]) <= array.shape[3]:
+        return array
+    return np.moveaxis(array, 3, 1)
+
+
+def _blocks(array: np.ndarray) -> list[slice]:
+    """Slices of a bag's rows, of about `_BLOCK` entries each."""
+    size = max(1, _BLOCK // max(1, math.prod(array.shape[1:])))
+    return [slice(start, start + size) for start in range(0, len(array), size)]
+
+
+def _check_finite(index: int, array: np.ndarray, when: str = "") -> None:
+    for rows in _blocks(array):
+        bad = np.flatnonzero(~np.isfinite(array[rows]).reshape(len(array[rows]), -1).all(1))
+        if len(bad) > 0:
+            raise ValueError(f"bag {index} has entries that are not finite{when}, first in its instance {rows.start + bad[0]}")
+
+
+def _overflow(arrays: list[np.ndarray]) -> ValueError:
+    largest = max(range(len(arrays)), key=lambda index: np.abs(arrays[index]).max(initial=0.0))
+    return ValueError(f"bag {largest} has entries whose squares overflow in float64, so that they have no standard deviation")
+
+
+def _mean_and_scale(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each feature over all bags, in float64; the deviation of a constant feature is exactly 0."""
+    blocks = [(array, rows) for array in arrays for rows in _blocks(array)]
+    axes = (0, *range(2, arrays[0].ndim))
+    first = blocks[0][0][:1].mean(axes, keepdims=True, dtype=np.float64)
+    count = sum(array.size for array in arrays) // first.size
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Sums of differences from a value of the feature are exact for features far from zero too.
+        mean = first + sum((array[rows] - first).sum(axes, keepdims=True) for array, rows in blocks) / count
+        variance = sum(np.square(array[rows] - mean).sum(axes) for array, rows in blocks) / count
+    if not np.isfinite(variance).all():
+        raise _overflow(arrays)
+    # Rounding leaves a little spread in a constant feature.
+    highest = np.max([array[rows].max(axes) for array, rows in blocks], axis=0)
+    lowest = np.min([array[rows].min(axes) for array, rows in blocks], axis=0)
+    return mean.reshape(-1), np.where(highest > lowest, np.sqrt(variance), 0.0)
+
+
+def _as_labels(labels: list[Any]) -> torch.Tensor:
+    """One label of each bag, (B,), as integers if all are, else as floats; or several of each, floats (B, num_labels)."""
+    stacked: list[torch.Tensor] = []
     for index, label in enumerate(labels):
-        if label.shape != labels[0].shape or label.dtype.kind not in "biuf":
-            raise ValueError(f"bag {index} of the batch has a label that is no number, or not shaped like the first one's: {label}")
-    stacked = np.stack(labels)
-    return torch.as_tensor(stacked, dtype=torch.long if stacked.ndim == 1 and stacked.dtype.kind in "biu" else torch.float32)
+        try:
+            tensor = label.detach().cpu() if isinstance(label, torch.Tensor) else torch.tensor(np.asarray(label))
+        except (TypeError, ValueError):
+            tensor = None
+        if tensor is not None and tensor.shape == (1,):
+            tensor = tensor[0]
+        if tensor is None or tensor.is_complex() or tensor.dim() > 1 or (stacked and tensor.shape != stacked[0].shape):
+            hint = "; config.label2id has the class index of a name" if isinstance(label, str) else ""
+            raise ValueError(f"bag {index} of the batch has a label that is no number, or not shaped like the first one's: {label!r}{hint}")
+        tensor = tensor.float() if tensor.is_floating_point() or tensor.dim() > 0 else tensor.long()
+        if not tensor.isfinite().all():
+            raise ValueError(f"bag {index} of the batch has a label that is missing or not finite in float32: {label!r}")
+        stacked.append(tensor)
+    floats = any(tensor.is_floating_point() for tensor in stacked)
+    return torch.stack([tensor.float() if floats else tensor for tensor in stacked])
 
 
 def _array(values: Any) -> np.ndarray | None:
     return None if values is None else np.asarray(values, dtype=np.float64)
 
 
-def _padded(arrays: list[np.ndarray]) -> np.ndarray:
-    longest = max(map(len, arrays))
-    padded = np.zeros((len(arrays), longest, *arrays[0].shape[1:]), dtype=arrays[0].dtype)
-    for row, array in zip(padded, arrays, strict=True):
-        row[: len(array)] = array
-    return padded
+def _padded(
+    arrays: list[np.ndarray], shape: tuple[int, ...], write: Callable[[int, np.ndarray, np.ndarray], None]
+) -> dict[str, np.ndarray]:
+    """`instances` (B, N, *shape), into which `write` puts each array at its index, and `attention_mask` (B, N)."""
+    lengths = np.array([len(array) for array in arrays])
+    instances = np.zeros((len(arrays), lengths.max(), *shape), dtype=np.float32)
+    for index, array in enumerate(arrays):
+        write(index, array, instances[index, : len(array)])
+    return {"instances": instances, "attention_mask": (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)}
+
+
+def _copy(index: int, array: np.ndarray, out: np.ndarray) -> None:
+    with np.errstate(over="ignore"):
+        out[:] = array
+    _check_finite(index, out, " in float32")
 
 
 @dataclass
@@ -280,30 +434,25 @@ class DataCollatorForBags:
             raise ValueError(f"selection must be one of ('random', 'first', 'spread'), got {self.selection!r}")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        bags = [self._reduced(example["instances"]) for example in examples]
-        if self.feature_extractor is None:
-            arrays = [array.astype(np.float32) for array in as_arrays(bags)]
-            masks = [np.ones(len(array), dtype=np.int64) for array in arrays]
-            batch = {"instances": torch.from_numpy(_padded(arrays)), "attention_mask": torch.from_numpy(_padded(masks))}
-        else:
-            batch = dict(self.feature_extractor(bags, return_tensors="pt"))
-        labels = [example.get("label", example.get("labels")) for example in examples]
+        bags, extractor = [example["instances"] for example in examples], self.feature_extractor
+        arrays = [self._reduced(array) for array in (as_arrays(bags) if extractor is None else extractor.arrays(bags))]
+        padded = _padded(arrays, arrays[0].shape[1:], _copy) if extractor is None else extractor.padded(arrays)
+        batch = {name: torch.from_numpy(array) for name, array in padded.items()}
+        labels = [next((example[name] for name in _LABELS if example.get(name) is not None), None) for example in examples]
         unlabelled = [index for index, label in enumerate(labels) if label is None]
         if 0 < len(unlabelled) < len(labels):
             raise ValueError(f"bag {unlabelled[0]} of the batch has no label, and others have")
         if not unlabelled:
-            batch["labels"] = _as_labels([np.asarray(label) for label in labels])
+            batch["labels"] = _as_labels(labels)
         return batch
 
-    def _reduced(self, bag: Any) -> Any:
+    def _reduced(self, bag: np.ndarray) -> np.ndarray:
         count, limit = len(bag), self.max_instances
         if limit is None or count <= limit:
             return bag
         if self.selection == "random":
-            chosen = torch.randperm(count)[:limit].sort().values.numpy()
-        else:
-            chosen = np.arange(limit) if self.selection == "first" else np.linspace(0, count - 1, limit).round().astype(int)
-        return bag.iloc[chosen] if hasattr(bag, "iloc") else np.asarray(bag)[chosen]
+            return bag[torch.randperm(count)[:limit].sort().values.numpy()]
+        return bag[:limit] if self.selection == "first" else bag[np.linspace(0, count - 1, limit).round().astype(int)]
 
 
 __all__ = ["DataCollatorForBags", "UHopMILFeatureExtractor"]

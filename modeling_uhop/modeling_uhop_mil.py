@@ -19,7 +19,7 @@ from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, HopfieldPooling, MemorySet
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
-from .validation import check_class_indices, is_finite, is_readable
+from .validation import check_tensor, is_finite, is_readable, label_loss
 
 
 @dataclass
@@ -129,8 +129,6 @@ class UHopMILPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMix
         "AutoModelForSequenceClassification": "modeling_uhop_mil.UHopMILForBagClassification",
     }
     supports_gradient_checkpointing = True
-    # The losses of several labels and of regression are means over a batch, whatever `num_items_in_batch` says.
-    accepts_loss_kwargs = False
     _no_split_modules = ["UHopMILImageEmbedding", "UHopMILBackboneEmbedding", "HopfieldPooling"]
 
     def __init__(self, config: UHopMILConfig, *args, **kwargs):
@@ -198,6 +196,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
             output_attentions, output_hidden_states: Whether to return these; `None` for what the configuration has.
 
         Raises:
+            TypeError: For an input that is no tensor.
             ValueError: If `instances` is missing, of a wrong shape, or (on CPU) not finite; the message names the bag.
         """
         hidden_states, mask = self._embed(instances, attention_mask)
@@ -227,6 +226,8 @@ class UHopMILModel(UHopMILPreTrainedModel):
         """What each embedding layer makes of the instances, (B, N, hidden_size), zeros for padding; and the boolean mask (B, N)."""
         if instances is None:
             raise ValueError("instances is required, got None")
+        check_tensor(instances, "instances")
+        check_tensor(attention_mask, "attention_mask")
         mask = self._checked_mask(instances, attention_mask)
         instances = instances.to(self.dtype).masked_fill(~_widened(mask, instances), 0.0)
         if is_readable(instances) and not is_finite(instances):
@@ -268,7 +269,7 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
     """U-Hop multiple-instance model with a linear classifier on what the queries retrieved.
 
     `config.problem_type` selects the loss as everywhere in transformers: "single_label_classification" (binary with two labels, or
-    multi-class), "multi_label_classification", or "regression".
+    multi-class), "multi_label_classification", or "regression". A call never changes it.
 
     >>> from modeling_uhop import UHopMILConfig, UHopMILForBagClassification
 
@@ -300,17 +301,15 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
         """
         Args:
             instances, attention_mask: As in `UHopMILModel.forward`.
-            labels: (B,) class indices in [0, num_labels), or what `config.problem_type` asks for.
+            labels: What `config.problem_type` asks for: class indices (B,) or (B, 1) in [0, num_labels), several labels (B, num_labels) in
+                [0, 1], or numbers to regress on. If it is `None`, one label is a regression, and more are told apart by their shape.
 
         Raises:
-            ValueError: As `UHopMILModel.forward`, and (on CPU) for a class index outside its range.
+            TypeError, ValueError: As `UHopMILModel.forward`, and for labels that are none of these; the message names the example.
         """
         outputs: UHopMILModelOutput = self.mil(instances, attention_mask=attention_mask, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(self.activation_fn(outputs.pooler_output)))
-        loss = None
-        if labels is not None:
-            check_class_indices(labels, self.num_labels)
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        loss = None if labels is None else label_loss(self, labels, logits, **kwargs)
         return UHopMILBagClassifierOutput(
             loss=loss,
             logits=logits,

@@ -20,7 +20,7 @@ from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
-from .validation import check_class_indices, is_finite, is_readable
+from .validation import check_tensor, is_finite, is_readable, label_loss
 
 
 class UHopViTPatchEmbeddings(nn.Module):
@@ -284,6 +284,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
             attention_mask: (batch_size, N), 1 for tokens that may be retrieved from.
 
         Raises:
+            TypeError: For an input that is no tensor.
             ValueError: If `pixel_values` is missing, of a wrong shape, or (on CPU) not finite; or if the mask has another number of tokens.
         """
         hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
@@ -330,12 +331,15 @@ class UHopViTModel(UHopViTPreTrainedModel):
     ) -> torch.Tensor:
         if pixel_values is None:
             raise ValueError("pixel_values is required, got None")
+        check_tensor(pixel_values, "pixel_values")
+        check_tensor(bool_masked_pos, "bool_masked_pos")
         if is_readable(pixel_values) and not is_finite(pixel_values):
             raise ValueError(f"pixel_values must be finite, got {int((~pixel_values.isfinite()).sum())} values that are not")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         return self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
 
     def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None):
+        check_tensor(attention_mask, "attention_mask")
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != hidden_states.shape[:2]:
             raise ValueError(
                 f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, an entry for each patch and token before them, "
@@ -366,28 +370,21 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         """
         Args:
             pixel_values, interpolate_pos_encoding, attention_mask: As in `UHopViTModel.forward`.
-            labels: (batch_size,) class indices in [0, num_labels), or what `config.problem_type` asks for.
+            labels: What `config.problem_type` asks for: class indices (B,) or (B, 1) in [0, num_labels), several labels (B, num_labels) in
+                [0, 1], or numbers to regress on. If it is `None`, one label is a regression, and more are told apart by their shape.
 
         Returns:
             Logits (batch_size, num_labels), with the loss where labels are given.
 
         Raises:
-            ValueError: As `UHopViTModel.forward`, and (on CPU) for a class index outside its range.
+            TypeError, ValueError: As `UHopViTModel.forward`, and for labels that are none of these; the message names the example.
         """
         outputs: BaseModelOutputWithPooling = self.vit(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, return_dict=True, **kwargs
         )
         tokens = cast(torch.Tensor, outputs.last_hidden_state)
         logits = self.classifier(tokens[:, 0])
-        loss = None
-        if labels is not None:
-            check_class_indices(labels, self.num_labels)
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
-            count = kwargs.get("num_items_in_batch")
-            if count is not None and self.config.problem_type != "single_label_classification":
-                # Of several labels and of regression transformers takes the mean over this batch, which may be one of several that a
-                # step accumulates.
-                loss = loss * labels.numel() / count
+        loss = None if labels is None else label_loss(self, labels, logits, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def memory_sets(self, pixel_values: torch.Tensor, **kwargs) -> Iterator[MemorySet]:

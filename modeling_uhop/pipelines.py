@@ -45,7 +45,8 @@ class MultipleInstanceClassificationPipeline(Pipeline):
         # A list is several inputs to a pipeline, and so is an array to us where it is several bags.
         if not isinstance(inputs, (list, np.ndarray, torch.Tensor)):
             return super().__call__(inputs, *args, **kwargs)
-        if is_one_bag(inputs):
+        extractor: Any = self.feature_extractor
+        if is_one_bag(inputs, vectors=extractor.takes_vectors):
             return super().__call__([inputs], *args, **kwargs)[0]
         return super().__call__(list(inputs), *args, **kwargs)
 

@@ -1,7 +1,14 @@
-"""Checks that several models share."""
+"""Checks that several models share, and the loss on checked labels."""
+
+import copy
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_hopfield(config) -> None:
@@ -41,6 +48,15 @@ def is_readable(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
 
 
+def check_tensor(value, name: str) -> None:
+    """A `TypeError` for an input of a model that is no tensor, such as a NumPy array or a list; `None` passes."""
+    if value is not None and not isinstance(value, torch.Tensor):
+        found = type(value)
+        raise TypeError(
+            f"{name} must be a torch.Tensor, got {found.__module__}.{found.__qualname__}; torch.as_tensor converts arrays and lists"
+        )
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module does what its class does, with weights of its own: no subclass or adapter, and not hooked, patched or offloaded."""
     hooked = module._forward_hooks or module._forward_pre_hooks or getattr(module.forward, "__func__", None) is not kind.forward
@@ -52,11 +68,91 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def check_class_indices(labels: torch.Tensor, num_labels: int) -> None:
-    """A `ValueError` for a class index outside [0, num_labels), save -100, which the loss ignores; labels of other kinds pass."""
-    class_indices = num_labels > 1 and labels.dtype in (torch.long, torch.int) and labels.dim() == 1
-    if not class_indices or not is_readable(labels):
-        return
-    outside = labels[((labels < 0) | (labels >= num_labels)) & (labels != -100)]
-    if outside.numel() > 0:
-        raise ValueError(f"labels must lie in [0, {num_labels}), got {outside[0].item()}")
+_ACCEPTED_LABELS = {
+    "single_label_classification": "class indices of shape (B,) or (B, 1)",
+    "multi_label_classification": "values in [0, 1] of shape (B, num_labels)",
+    "regression": "numbers of shape (B, num_labels)",
+}
+
+
+def decided_labels(labels: torch.Tensor, batch_size: int, config: Any) -> tuple[torch.Tensor, Any]:
+    """What labels mean to a model: `config.problem_type` decides, and if it is `None`, `num_labels` and the shape of the labels do.
+
+    A model with one label is a regression. With more, labels (B,) or (B, 1) are class indices, and labels (B, num_labels) are several
+    labels. Class indices may be whole floats; the loss ignores -100.
+
+    Returns:
+        Labels as transformers' losses take them: long (B,) for class indices, else (B, num_labels). And the configuration, or a copy of
+        it with the decided problem type.
+
+    Raises:
+        TypeError: For labels that are no tensor.
+        ValueError: For labels of another shape, and (on CPU) for an example whose label is no number of the accepted range.
+    """
+    check_tensor(labels, "labels")
+    num_labels, problem = config.num_labels or 0, config.problem_type
+    single = labels.shape in ((batch_size,), (batch_size, 1))
+    if problem is None:
+        several = "single_label_classification" if single else "multi_label_classification"
+        problem = "regression" if num_labels == 1 else several
+    classes = problem == "single_label_classification"
+    fits = single if classes or num_labels == 1 else labels.shape == (batch_size, num_labels)
+    if num_labels < 1 or not fits or labels.is_complex():
+        accepted = [problem] if config.problem_type or num_labels == 1 else list(_ACCEPTED_LABELS)[:2]
+        raise ValueError(
+            f"labels must be {' or '.join(_ACCEPTED_LABELS[name] for name in accepted)}, got {labels.dtype} of shape {tuple(labels.shape)} "
+            f"with B={batch_size}, num_labels={num_labels} and problem_type={config.problem_type!r}"
+        )
+    labels = labels.reshape(batch_size) if classes else labels.reshape(batch_size, num_labels)
+    if not labels.is_floating_point():
+        labels = labels.long()
+    if classes:
+        whole = labels == labels.trunc()
+        _check_examples(labels, whole, "be class indices, which are whole numbers (set num_labels=1 for a regression)")
+        _check_examples(labels, ((labels >= 0) & (labels < num_labels)) | (labels == -100), f"lie in [0, {num_labels})")
+        # Where values are not read, a fraction becomes an index that the loss refuses.
+        labels = labels.masked_fill(~whole, -1).long()
+    elif problem == "multi_label_classification":
+        rule = "lie in [0, 1] where an example has several (set config.problem_type='regression' for other numbers)"
+        _check_examples(labels, (labels >= 0) & (labels <= 1), rule)
+    else:
+        _check_examples(labels, labels.abs() < 1e18, "be finite and smaller than 1e18, or their squares overflow")
+    if config.problem_type is None:
+        config = copy.copy(config)
+        config.problem_type = problem
+        if not classes and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"config.problem_type is None, and these labels are read as {problem!r}: set config.problem_type={problem!r}, "
+                "or pipelines will not know which function to apply to the saved model's logits."
+            )
+    return labels, config
+
+
+def _check_examples(labels: torch.Tensor, right: torch.Tensor, rule: str) -> None:
+    """A `ValueError` with the rule and the first label that is not right."""
+    if is_readable(labels) and not right.all():
+        place = (~right).nonzero()[0].tolist()
+        raise ValueError(f"labels must {rule}, got {labels[tuple(place)].item()} for example {place[0]} of the batch")
+
+
+def label_loss(
+    model: Any, labels: torch.Tensor, logits: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs
+) -> torch.Tensor:
+    """A classifier's loss: transformers' `loss_function` for the problem that the labels pose, at least in fp32.
+
+    Args:
+        labels: As `decided_labels` takes them.
+        logits: (B, num_labels).
+        num_items_in_batch: Number of labels that the loss is an average over, where B is only a part of them.
+
+    Returns:
+        A scalar, 0 where every label is ignored.
+    """
+    labels, config = decided_labels(labels, logits.shape[0], model.config)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if config.problem_type == "single_label_classification":
+        count = labels.ne(-100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        return model.loss_function(labels, logits, config, num_items_in_batch=count.clamp(min=1), **kwargs)
+    loss = model.loss_function(labels.to(logits.dtype), logits, config, **kwargs)
+    # Of several labels and of regression transformers takes the mean over this batch, which may be one of several that a step accumulates.
+    return loss if num_items_in_batch is None else loss * labels.numel() / num_items_in_batch

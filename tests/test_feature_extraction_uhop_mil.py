@@ -1,11 +1,13 @@
 """UHopMILFeatureExtractor and DataCollatorForBags: values against scikit-learn, masks, saving and loading, refusals."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.sparse import csr_array
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 from transformers import AutoFeatureExtractor
@@ -216,3 +218,192 @@ def test_bad_collators_are_refused(bags):
         DataCollatorForBags()([{"instances": bags[0]}, {"instances": np.ones((2, 1))}])
     with pytest.raises(ValueError, match="bag 1 of the batch has no label"):
         DataCollatorForBags()([{"instances": bags[0], "label": 1}, {"instances": bags[1]}])
+
+
+EXACT = np.arange(-10.0, 10.0).reshape(4, 5)  # values that every dtype but bool has
+FORMS = {
+    "float64": lambda bag: bag,
+    "float16": lambda bag: bag.astype(np.float16),
+    "int8": lambda bag: bag.astype(np.int8),
+    "objects": lambda bag: bag.astype(object),
+    "rows in an object array": lambda bag: pd.Series(list(bag)).to_numpy(),
+    "tensor in bfloat16": lambda bag: torch.from_numpy(bag).bfloat16(),
+    "tensor in float16 with a gradient": lambda bag: torch.from_numpy(bag).half().requires_grad_(),
+    "tensor in int8": lambda bag: torch.from_numpy(bag).to(torch.int8),
+    "transposed tensor": lambda bag: torch.from_numpy(bag.T.copy()).T,
+    "sparse tensor": lambda bag: torch.from_numpy(bag).to_sparse(),
+    "list of tensors with gradients": lambda bag: list(torch.from_numpy(bag).requires_grad_()),
+    "scipy's sparse array": lambda bag: csr_array(bag),
+    "masked array without a masked value": lambda bag: np.ma.MaskedArray(bag),
+    "frame": lambda bag: pd.DataFrame(bag),
+    "nullable frame": lambda bag: pd.DataFrame(bag).astype("Int64"),
+    "frame of two kinds": lambda bag: pd.DataFrame(bag).astype({0: "Int64", 1: "Float32"}),
+    "arrow": lambda bag: pd.DataFrame(bag).astype("double[pyarrow]"),
+    "with a leading axis": lambda bag: bag[None],
+}
+
+
+@pytest.mark.parametrize("limit", [None, 3], ids=["whole", "reduced"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_every_form_is_the_same_bag_at_every_door(form, limit):
+    extractor = UHopMILFeatureExtractor(clip=None).fit([EXACT])
+    given, expected = form(EXACT), (EXACT - EXACT.mean(0)) / EXACT.std(0)
+    np.testing.assert_allclose(extractor.transform([given])[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(extractor([given])["instances"][0], expected, rtol=1e-6)
+    collate = DataCollatorForBags(extractor, max_instances=limit, selection="first")
+    np.testing.assert_allclose(collate([{"instances": given}])["instances"][0], expected[:limit], rtol=1e-6)
+    if getattr(given, "ndim", 2) != 3:
+        np.testing.assert_array_equal(UHopMILFeatureExtractor().fit([given]).mean, extractor.mean)
+        raw = DataCollatorForBags(max_instances=limit, selection="first")([{"instances": given}])["instances"]
+        np.testing.assert_array_equal(raw[0], EXACT[:limit])
+
+
+@pytest.mark.parametrize("limit", [None, 1], ids=["whole", "reduced"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(2, 5, device="meta"), "bag 1 is not numbers .* meta device"),
+        (torch.zeros(2, 5, dtype=torch.complex64), "bag 1 is not numbers .* complex64"),
+        (np.zeros((2, 5), dtype=complex), "bag 1 is not numbers .* complex128"),
+        (np.zeros((2, 5), dtype="datetime64[s]"), "bag 1 is not numbers .* datetime64"),
+        (pd.DataFrame({"when": pd.to_datetime(["2020-01-01"] * 2)}), "bag 1 is not numbers .* datetime64"),
+        (pd.DataFrame([[0] * 5, [None] * 5], dtype="Int64"), "bag 1 .* not finite, first in its instance 1"),
+        (pd.DataFrame([[0.0] * 5, [None] * 5], dtype="double[pyarrow]"), "bag 1 .* not finite, first in its instance 1"),
+        (np.ma.MaskedArray(np.zeros((2, 5)), mask=[[False] * 5, [True] * 5]), "bag 1 .* not finite, first in its instance 1"),
+        (np.array([[0.0] * 5, [pd.NA] * 5], dtype=object), "bag 1 is not numbers .*NAType"),
+        ([torch.zeros(5), torch.zeros(4)], "bag 1 is not numbers of one shape"),
+        (np.zeros((1, 2, 4)), r"bag 1 must have shape .* got \(1, 2, 4\); of vectors saved as \(1, instances, features\)"),
+        (np.zeros((2, 2, 5)), r"bag 1 must have shape .* got \(2, 2, 5\)$"),
+        (np.concatenate([np.zeros((1, 5)), np.full((1, 5), np.nan)]), "bag 1 .* not finite, first in its instance 1"),
+    ],
+)
+def test_a_bad_bag_is_named_at_every_door(bags, given, message, limit):
+    extractor = UHopMILFeatureExtractor().fit(bags)
+    doors = [
+        lambda given: UHopMILFeatureExtractor().fit(given),
+        extractor.transform,
+        extractor,
+        lambda given: DataCollatorForBags(extractor, limit, "first")([{"instances": bag} for bag in given]),
+        lambda given: DataCollatorForBags(None, limit, "first")([{"instances": bag} for bag in given]),
+    ]
+    for door in doors:
+        with pytest.raises(ValueError, match=message):
+            door([bags[0], given])
+
+
+def test_vectors_with_a_leading_axis_are_not_fitted_on(bags):
+    for given, shape in (([bags[0][None], bags[2][None]], "a single bag"), ([bags[0], bags[2][None]], r"got \(1, 9, 5\)")):
+        with pytest.raises(ValueError, match=shape):
+            UHopMILFeatureExtractor().fit(given)
+    extractor = UHopMILFeatureExtractor().fit(bags)
+    expected = extractor([bags[0], bags[2]])["instances"]
+    np.testing.assert_array_equal(extractor([bags[0][None], torch.from_numpy(bags[2])[None]])["instances"], expected)
+    np.testing.assert_array_equal(extractor(np.stack([bags[0][None]] * 2))["instances"][1], expected[0, :4])
+    with pytest.raises(ValueError, match=r"bag 0 must have shape .* got \(1, 4, 4\)"):
+        UHopMILFeatureExtractor().fit([np.random.default_rng(0).normal(size=(3, 1, 4, 4))]).transform([np.ones((1, 4, 4))])
+
+
+def test_bags_in_a_series_keep_their_order(bags):
+    shuffled = pd.Series(bags).iloc[::-1]
+    extractor = UHopMILFeatureExtractor().fit(shuffled)
+    assert [len(bag) for bag in extractor.transform(shuffled)] == [30, 9, 1, 4]
+
+
+def test_a_batch_is_never_one_bag(bags):
+    with pytest.raises(ValueError, match=r"bag 0 must have shape .* got \(5,\)"):
+        DataCollatorForBags(UHopMILFeatureExtractor().fit(bags))([{"instances": bag[0], "label": 1} for bag in bags])
+
+
+def test_names_of_columns_are_read_of_long_bags_too(bags):
+    frames = [pd.DataFrame(bag, columns=list("abcde")) for bag in bags]
+    collate = DataCollatorForBags(UHopMILFeatureExtractor().fit(frames), max_instances=2, selection="first")
+    expected = collate.feature_extractor.transform(frames)[3][:2]
+    np.testing.assert_array_equal(collate([{"instances": frames[3]}])["instances"][0], expected)
+    with pytest.raises(ValueError, match="bag 0 must have the columns"):
+        collate([{"instances": frames[3][list("bacde")]}])
+    with pytest.raises(ValueError, match="bag 1 must have the columns"):
+        UHopMILFeatureExtractor().fit([bags[0], frames[0][list("bacde")], frames[1]][::-1])
+
+
+def test_pictures_with_their_channels_last():
+    first = np.random.default_rng(0).normal(size=(4, 3, 8, 9)) * [[[1.0]], [[2.0]], [[3.0]]]
+    last = np.moveaxis(first, 1, 3)
+    extractor = UHopMILFeatureExtractor().fit([first])
+    fitted = UHopMILFeatureExtractor().fit([last, first])
+    np.testing.assert_allclose(fitted.scale, extractor.scale)
+    assert fitted.image_size == [8, 9]
+    np.testing.assert_array_equal(extractor([last, first])["instances"], extractor([first, first])["instances"])
+    # Four rows could be channels, and 13 channels are told by the extractor alone.
+    assert UHopMILFeatureExtractor().fit([np.random.default_rng(0).random((2, 4, 8, 3))]).num_features == 4
+    spectral = np.random.default_rng(0).random((2, 13, 8, 9))
+    of_spectra = UHopMILFeatureExtractor().fit([spectral])
+    np.testing.assert_array_equal(of_spectra([np.moveaxis(spectral, 1, 3)])["instances"], of_spectra([spectral])["instances"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+def test_memory_stays_near_that_of_the_result(dtype):
+    bag = np.random.default_rng(0).normal(size=(20_000, 128)).astype(dtype)
+    single = bag.size * 4
+    extractor = UHopMILFeatureExtractor().fit([bag[:50]])
+    widened = single if dtype == np.float16 else 0
+    collate = DataCollatorForBags(extractor, max_instances=100)
+    for call, limit in (
+        (lambda: extractor([bag], return_tensors="pt"), 1.0),
+        (lambda: extractor.transform([bag]), 1.0),
+        (lambda: UHopMILFeatureExtractor().fit([bag]), 0.0),
+        (lambda: collate([{"instances": bag}]), 0.0),
+        (lambda: DataCollatorForBags()([{"instances": bag}]), 1.0),
+    ):
+        tracemalloc.start()
+        call()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < limit * single + widened + 10e6
+
+
+def test_a_fit_in_blocks_is_exact():
+    """Seconds since 1970 that differ by milliseconds, and a constant that float32 does not have exactly."""
+    random = np.random.default_rng(0)
+    rows = np.stack([1.7e9 + random.integers(0, 1000, 400_000) / 1000, random.normal(size=400_000), np.full(400_000, 0.1)], axis=1)
+    bags = [rows[:300_000], rows[300_000:].copy(), rows[:0]]
+    extractor = UHopMILFeatureExtractor(clip=None).fit(bags)
+    exact = rows.astype(np.longdouble)
+    np.testing.assert_allclose(extractor.mean, exact.mean(0).astype(float), rtol=1e-15, atol=1e-15)
+    np.testing.assert_allclose(extractor.scale, [*exact.std(0).astype(float)[:2], 0.0], rtol=1e-9)
+    expected = (exact[:, :2] - exact[:, :2].mean(0)) / exact[:, :2].std(0)
+    np.testing.assert_allclose(np.concatenate(extractor.transform(bags))[:, :2], expected.astype(float), rtol=1e-5, atol=1e-6)
+    assert (extractor.transform(bags)[0][:, 2] == 0).all()
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(np.float32, 1e19), (np.float32, 3e38), (np.float16, 6e4), (np.float64, 1e150)])
+@pytest.mark.parametrize("components", [None, 1])
+def test_large_values_are_standardised(bags, dtype, size, components):
+    large = [(bag / np.abs(bag).max() * size).astype(dtype) for bag in bags]
+    extractor = UHopMILFeatureExtractor(num_components=components).fit(large)
+    small = UHopMILFeatureExtractor(num_components=components).fit([bag.astype(np.float64) / size for bag in large])
+    expected = small.transform([bag.astype(np.float64) / size for bag in large])
+    for result, other in zip(extractor.transform(large), expected, strict=True):
+        np.testing.assert_allclose(np.abs(result), np.abs(other), rtol=1e-4, atol=1e-4)
+
+
+def test_values_that_overflow_are_named(bags):
+    huge = [bags[0], bags[1] * 1e200]
+    for fields in ({}, {"num_components": 1}, {"standardize": False, "num_components": 1}):
+        with pytest.raises(ValueError, match="bag 1 has entries whose squares overflow"):
+            UHopMILFeatureExtractor(**fields).fit(huge)
+    expected = "bag 1 has entries that are not finite in float32"
+    with pytest.raises(ValueError, match=expected):
+        UHopMILFeatureExtractor(standardize=False).fit(huge).transform(huge)
+    with pytest.raises(ValueError, match=expected):
+        UHopMILFeatureExtractor(clip=None).fit(bags)(huge)
+    with pytest.raises(ValueError, match=expected):
+        DataCollatorForBags()([{"instances": bag} for bag in huge])
+    assert np.abs(UHopMILFeatureExtractor().fit(bags).transform(huge)[1]).max() == 5.0
+
+
+def test_a_file_of_an_earlier_version(tmp_path, bags):
+    fields = {"mean": [0.0, 1, 2, 3, 4], "scale": [1.0, 2, 0, 4, 5], "clip": 2.0, "standardize": True, "image_size": []}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**fields, "feature_extractor_type": "UHopMILFeatureExtractor"}))
+    loaded = UHopMILFeatureExtractor.from_pretrained(tmp_path)
+    expected = ((bags[2] - fields["mean"]) / [1, 2, np.inf, 4, 5]).clip(-2, 2)
+    np.testing.assert_allclose(loaded.transform(bags)[2], expected, rtol=1e-6)

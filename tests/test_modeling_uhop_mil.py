@@ -309,6 +309,8 @@ def test_saving_and_loading(variant, tmp_path):
 def test_gradient_accumulation_changes_nothing(fields, tmp_path):
     weights = []
     labels = torch.rand(8, 3).round() if fields else torch.randint(2, (8,))
+    if not fields:
+        labels[0] = -100  # which is not counted, in its part of the batch or in the whole
     bags = [{"instances": torch.randn(3, 6), "label": label.tolist()} for label in labels]
     for batch_size in (8, 2):
         torch.manual_seed(0)
@@ -361,6 +363,17 @@ def test_bad_calls_are_refused(arguments, message):
         _model()(**arguments)
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist], ids=["array", "list"])
+@pytest.mark.parametrize("name", ["instances", "attention_mask"])
+def test_inputs_that_are_no_tensors_are_refused(name, convert):
+    inputs = dict(zip(("instances", "attention_mask"), _bags(), strict=True))
+    inputs[name] = convert(inputs[name])
+    model = _model()
+    for call in (model, model.mil, lambda **given: next(model.memory_sets(**given))):
+        with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor, got (numpy.ndarray|builtins.list); torch.as_tensor"):
+            call(**inputs)
+
+
 def test_a_bad_instance_is_named():
     instances, mask = _bags((2, 3), padded_to=3)
     instances[1, 2, 4] = torch.inf
@@ -393,23 +406,33 @@ def test_the_configuration_may_ask_for_more():
     assert _model(pooling="mean")(*_bags(), output_attentions=True).attentions == ()
 
 
-def test_metrics_are_computed_from_logits(tmp_path):
-    examples = [{"instances": torch.randn(size, 6), "labels": size % 2} for size in (3, 1, 4, 2)]
+@pytest.mark.parametrize("fields", [{}, {"output_attentions": True, "output_hidden_states": True}], ids=["logits", "everything"])
+def test_metrics_are_computed_from_logits(tmp_path, fields):
+    """Of batches that are padded to 4, 2 and 7 instances."""
+    bags = [torch.randn(size, 6) for size in (3, 4, 1, 2, 7)]
     seen = []
 
     def keep(prediction):
         seen.append(prediction.predictions)
         return {}
 
+    model = _model(**fields)
     trainer = Trainer(
-        _model(),
-        TrainingArguments(tmp_path, report_to="none", disable_tqdm=True, dataloader_pin_memory=False),
+        model,
+        TrainingArguments(tmp_path, per_device_eval_batch_size=2, report_to="none", disable_tqdm=True, dataloader_pin_memory=False),
         DataCollatorForBags(),
-        eval_dataset=examples,
+        eval_dataset=[{"instances": bag, "labels": len(bag) % 2} for bag in bags],
         compute_metrics=keep,
     )
     trainer.evaluate()
-    assert seen[0].shape == (4, 2)
+    alone = [model(bag[None], output_hidden_states=True) for bag in bags]
+    for logits in (seen[0], trainer.predict(trainer.eval_dataset).predictions):
+        assert_close(torch.from_numpy(logits), torch.cat([outputs.logits for outputs in alone]))
+    logits, weights, *rest = trainer.predict(trainer.eval_dataset, ignore_keys=["attentions"]).predictions
+    for index, (bag, outputs) in enumerate(zip(bags, alone, strict=True)):
+        assert_close(torch.from_numpy(weights[index, : len(bag)]), outputs.instance_weights[0])
+        if fields:
+            assert_close(torch.from_numpy(rest[0][0][index, : len(bag)]), outputs.hidden_states[0][0])
 
 
 def test_a_pooling_takes_masks_of_integers_or_none():

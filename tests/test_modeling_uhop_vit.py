@@ -348,6 +348,17 @@ def test_bad_images_are_refused(pixel_values, message):
         _model()(pixel_values)
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist], ids=["array", "list"])
+@pytest.mark.parametrize("name", ["pixel_values", "attention_mask", "bool_masked_pos"])
+def test_inputs_that_are_no_tensors_are_refused(name, convert):
+    model = UHopViTModel(UHopViTConfig(**SMALL), use_mask_token=True)
+    inputs = {"pixel_values": _images(), "attention_mask": torch.ones(3, 10), "bool_masked_pos": torch.zeros(3, 9)}
+    inputs[name] = convert(inputs[name])
+    for call in (model, lambda **given: next(model.memory_sets(**given))):
+        with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor, got (numpy.ndarray|builtins.list); torch.as_tensor"):
+            call(**inputs)
+
+
 @pytest.mark.parametrize("label", [-1, 5])
 def test_a_label_outside_its_range_is_refused(label):
     with pytest.raises(ValueError, match=rf"labels must lie in \[0, 5\), got {label}"):

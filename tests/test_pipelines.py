@@ -61,6 +61,10 @@ def test_one_bag_in_every_form(tmp_path, bags):
     assert brief(bags[0], top_k=None) == expected
     assert classify([bags[0]]) == [expected]
     assert [answer["label"] for answer in classify([bag.tolist() for bag in bags])] == [answer["label"] for answer in classify(bags)]
+    # Features that were saved with a leading axis, and nullable ones.
+    assert classify([bags[0][None], torch.from_numpy(bags[2])[None]]) == classify([bags[0], bags[2]])
+    assert classify(frame.astype("Float64")) == expected
+    assert classify(torch.from_numpy(bags[0]).to_sparse().requires_grad_()) == expected
     assert classify(bags[0], top_k=2)["instances"] == expected["instances"][:2]
     assert classify(np.zeros((0, 4)))["instances"] == []
     with pytest.raises(ValueError, match="top_k must be at least 1"):
