@@ -38,8 +38,8 @@ def separation_loss(
                     spherical code as tau -> 0                                                          (U-Hop+, 2410.23126)
 
     Args:
-        features: Features (..., M, D) of M memories, of any norm whose square neither overflows nor vanishes: they are scaled to
-            the unit sphere here. Leading axes hold independent memory sets.
+        features: Features (..., M, D) of M memories, of any norm: they are scaled to the unit sphere here. Leading axes hold
+            independent memory sets.
         kind: One of the four above.
         temperature: tau > 0.
         mask: Boolean, either (..., M), True where a memory is present, or (..., M, M), True where a pair counts; told apart by
