@@ -77,7 +77,7 @@ def magnitude(vectors: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """
     largest = vectors.detach().abs().amax(dim, keepdim=True)
     tiny = torch.finfo(vectors.dtype).tiny
-    return torch.where(largest > 0, largest.log2().floor().exp2().clamp(min=tiny, max=0.25 / tiny), 1.0)
+    return torch.where(largest > 0, torch.pow(2.0, largest.log2().floor()).clamp(min=tiny, max=0.25 / tiny), 1.0)
 
 
 def norms(vectors: torch.Tensor) -> torch.Tensor:
