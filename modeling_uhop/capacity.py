@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .feature_map import magnitude, norms
+
 
 def margins(kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Margin `Delta_mu = K_mumu - max_{nu != mu} K_numu` (M,) of a kernel matrix (M, M), and the rival nu that attains it.
@@ -31,16 +33,17 @@ def retrieval_error_bound(memories: torch.Tensor, features: torch.Tensor, beta: 
     count = len(memories)
     if count < 2:
         return torch.zeros(count, dtype=memories.dtype, device=memories.device)
-    largest = torch.linalg.vector_norm(memories, dim=-1).max()
-    largest_feature = torch.linalg.vector_norm(features, dim=-1).max()
+    largest, largest_feature = norms(memories).max(), norms(features).max()
     reach = 0.5 * smallest_distance(features) if radius is None else radius
-    margin, _ = margins(features @ features.mT)
+    margin, _ = margins(features @ features.transpose(-1, -2))
     return 2.0 * largest * (count - 1) * torch.exp(-beta * (margin - 2.0 * largest_feature * reach))
 
 
 def smallest_distance(points: torch.Tensor) -> torch.Tensor:
     """Euclidean distance of the closest pair of points (M, D), M at least 2."""
-    return torch.nn.functional.pdist(points).min()
+    # Differences of squares that neither overflow nor vanish.
+    size = magnitude(points.flatten())
+    return torch.nn.functional.pdist(points / size).min() * size.squeeze()
 
 
 def is_exactly_retrieved(kernel: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
@@ -59,7 +62,7 @@ def is_well_separated(features: torch.Tensor, beta: float) -> bool:
     """Whether unit-norm features (M, D) meet `Delta_min >= ln(2 (M - 1) / R_Phi) / beta` (U-Hop+), R_Phi half the smallest distance."""
     if len(features) < 2:
         return True
-    margin, _ = margins(features @ features.mT)
+    margin, _ = margins(features @ features.transpose(-1, -2))
     radius = 0.5 * smallest_distance(features)
     return bool(margin.min() >= torch.log(2.0 * (len(features) - 1) / radius) / beta)
 

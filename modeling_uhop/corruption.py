@@ -4,6 +4,10 @@ from collections.abc import Callable
 
 import torch
 
+from .feature_map import norms
+from .simplex import at_least_fp32
+from .validation import check_tensors, is_finite, is_readable
+
 
 Corruption = Callable[[torch.Tensor], torch.Tensor]
 
@@ -13,12 +17,14 @@ def mask_patterns(patterns: torch.Tensor, fraction: float = 0.5, generator: torc
 
     Raises:
         ValueError: For a fraction outside [0, 1].
+        TypeError: For what is no tensor.
 
     >>> from modeling_uhop import mask_patterns
 
     >>> mask_patterns(torch.full((100, 8), 2.0), fraction=0.25).unique().tolist()
     [0.0, 2.0]
     """
+    check_tensors(patterns=patterns)
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
     kept = torch.rand(patterns.shape, generator=generator, device=patterns.device) >= fraction
@@ -29,7 +35,8 @@ def add_noise(patterns: torch.Tensor, level: float = 1.0, generator: torch.Gener
     """Patterns (..., d) plus Gaussian noise of `level` times each pattern's own norm (U-Hop, section 4.1).
 
     Raises:
-        ValueError: For a negative level.
+        ValueError: For a negative level, and (on a CPU) where finite patterns with their noise leave the range of their dtype.
+        TypeError: For what is no tensor.
 
     >>> from modeling_uhop import add_noise
 
@@ -38,8 +45,13 @@ def add_noise(patterns: torch.Tensor, level: float = 1.0, generator: torch.Gener
     >>> torch.allclose(noise.norm(dim=-1), 0.5 * patterns.norm(dim=-1))
     True
     """
+    check_tensors(patterns=patterns)
     if not level >= 0.0:
         raise ValueError(f"level must be at least 0, got {level}")
-    noise = torch.randn(patterns.shape, generator=generator, device=patterns.device, dtype=torch.float32).to(patterns.dtype)
-    norms = torch.linalg.vector_norm(patterns, dim=-1, keepdim=True) / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
-    return patterns + level * norms * noise
+    noise = torch.randn(patterns.shape, generator=generator, device=patterns.device, dtype=torch.float32)
+    wide = at_least_fp32(patterns)
+    noise = noise / torch.linalg.vector_norm(noise, dim=-1, keepdim=True)
+    noisy = (wide + level * norms(wide).unsqueeze(-1) * noise.to(wide.dtype)).to(patterns.dtype)
+    if is_readable(noisy) and not is_finite(noisy) and is_finite(patterns):
+        raise ValueError(f"patterns with noise must be finite in {patterns.dtype}, got some as large as {patterns.abs().max():.4g}")
+    return noisy

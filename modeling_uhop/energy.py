@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from .feature_map import unit_norm
+from .feature_map import magnitude, unit_norm
 from .simplex import at_least_fp32, simplex_conjugate, simplex_map
+from .validation import check_tensors, is_finite, is_readable
 
 
 SIMILARITIES = ("kernel", "dot", "cosine", "l2", "manhattan", "polynomial")
@@ -28,25 +29,68 @@ def similarity_scores(
     - "polynomial": `degree * log max(<x, xi>, 0)`, so that softmax at beta = 1 gives weights in proportion to the power
       `max(<x, xi>, 0) ** degree` of a dense associative memory (Krotov & Hopfield 2016).
 
+    Returns:
+        In the dtype of `queries`; on a CPU in fp32 or fp64 where scores overflow that.
+
     Raises:
-        ValueError: If `similarity` is unknown, or does not use the feature map that is given.
+        ValueError: If `similarity` is unknown, or does not use the feature map that is given, and (on a CPU) for scores of finite
+            patterns that overflow even fp64.
+        TypeError: For what is no tensor.
     """
+    check_tensors(queries=queries, memories=memories)
+    features = _features(feature_map, similarity)
+    queries = features(queries)
+    scores = _scores(queries, features(memories), similarity, degree)
+    narrow = scores.to(queries.dtype)
+    return scores if is_readable(narrow) and not torch.equal(narrow.isfinite(), scores.isfinite()) else narrow
+
+
+def _features(feature_map: Callable[[torch.Tensor], torch.Tensor] | None, similarity: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What takes patterns to where a similarity compares them."""
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity must be one of {SIMILARITIES}, got {similarity!r}")
-    if feature_map is not None:
-        if similarity != "kernel":
-            raise ValueError(f"similarity {similarity!r} compares raw patterns and must come without a feature map")
-        queries, memories = feature_map(queries), feature_map(memories)
+    if feature_map is not None and similarity != "kernel":
+        raise ValueError(f"similarity {similarity!r} compares raw patterns and must come without a feature map")
+    return feature_map or (lambda patterns: patterns)
+
+
+def _scores(queries: torch.Tensor, memories: torch.Tensor, similarity: str, degree: int) -> torch.Tensor:
+    """`similarity_scores` of features, in fp32 or better."""
     if similarity in ("l2", "manhattan"):
         # Not through inner products, which cancel where patterns are far from the origin.
         exact = "donot_use_mm_for_euclid_dist"
-        wide = at_least_fp32(queries), at_least_fp32(memories)
-        distances = torch.cdist(*wide, p=2.0 if similarity == "l2" else 1.0, compute_mode=exact)
-        return -distances.to(queries.dtype)
+        p = 2.0 if similarity == "l2" else 1.0
+        return -in_range(lambda x, xi: torch.cdist(x, xi, p=p, compute_mode=exact), "distances", queries, memories)
+    if similarity == "polynomial":
+        # Taken in logarithms, powers of small and of large patterns alike are finite.
+        queries, memories = at_least_fp32(queries), at_least_fp32(memories)
+        sizes = magnitude(queries), magnitude(memories)
+        products = (queries / sizes[0]) @ (memories / sizes[1]).transpose(-1, -2)
+        return degree * (products.clamp(min=0.0).log() + sizes[0].log() + sizes[1].log().transpose(-1, -2))
     if similarity == "cosine":
-        queries, memories = unit_norm(queries), unit_norm(memories)
-    scores = queries @ memories.mT
-    return degree * scores.clamp(min=0.0).log() if similarity == "polynomial" else scores
+        queries, memories = unit_norm(at_least_fp32(queries)), unit_norm(at_least_fp32(memories))
+    return inner_products(queries, memories)
+
+
+def inner_products(queries: torch.Tensor, memories: torch.Tensor) -> torch.Tensor:
+    """`<x, xi>` (..., Q, M) of queries (..., Q, D) and memories (..., M, D); see `in_range`."""
+    return in_range(lambda x, xi: x @ xi.transpose(-1, -2), "scores", queries, memories)
+
+
+def in_range(compute: Callable[..., torch.Tensor], what: str, *patterns: torch.Tensor) -> torch.Tensor:
+    """`compute(*patterns)` in fp32 or better, and again in fp64 where values can be read and one has overflowed.
+
+    Raises:
+        ValueError: If the result of finite patterns overflows fp64 too.
+    """
+    result = compute(*map(at_least_fp32, patterns))
+    if not is_readable(result) or is_finite(result):
+        return result
+    if result.dtype != torch.float64:
+        result = compute(*(each.double() for each in patterns))
+    if all(map(is_finite, patterns)) and not is_finite(result):
+        raise ValueError(f"{what} must be finite, but these patterns are so large that theirs overflow {result.dtype}; scale them down")
+    return result
 
 
 def energy(
@@ -72,10 +116,12 @@ def energy(
         mask: Boolean, broadcastable to (..., Q, M), True where a memory is present.
 
     Returns:
-        Energies (..., Q), in fp32 or better.
+        Energies (..., Q), in fp32 or better; on a CPU in fp64 where they overflow fp32.
 
     Raises:
-        ValueError: If beta is not positive or alpha is outside [1, 2].
+        ValueError: If beta is not positive or alpha is outside [1, 2], and (on a CPU) for energies of finite patterns that overflow even
+            fp64.
+        TypeError: For what is no tensor.
 
     >>> from modeling_uhop import energy, retrieve
 
@@ -86,16 +132,18 @@ def energy(
     >>> bool((after <= before + 1e-6).all())
     True
     """
+    check_tensors(queries=queries, memories=memories)
     _check_beta(beta)
     features = queries if feature_map is None else feature_map(queries)
     stored = memories if feature_map is None else feature_map(memories)
-    features, stored = at_least_fp32(features), at_least_fp32(stored)
+
+    def energies(features: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        conjugate = simplex_conjugate(beta * (features @ stored.transpose(-1, -2)), alpha, mask=mask)
+        each = beta.squeeze(-1) if isinstance(beta, torch.Tensor) and beta.dim() > 0 else beta
+        return 0.5 * features.square().sum(-1) - conjugate / each
+
     with torch.autocast(features.device.type, enabled=False):
-        scores = features @ stored.mT
-    conjugate = simplex_conjugate(beta * scores, alpha, mask=mask)
-    if isinstance(beta, torch.Tensor) and beta.dim() > 0:
-        beta = beta.squeeze(-1)
-    return 0.5 * features.square().sum(-1) - conjugate / beta
+        return in_range(energies, "energies", features, stored)
 
 
 def association(
@@ -109,17 +157,38 @@ def association(
     degree: int = 10,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weights (..., Q, M) of each memory in a retrieval, `p = Sep_alpha(beta K(Xi, x))` (equation 2.4). Arguments as in `retrieve`.
+    """Weights (..., Q, M) of each memory in a retrieval, `p = Sep_alpha(beta K(Xi, x))` (equation 2.4), of the dtype of what is compared.
 
-    Raises:
-        ValueError: As `retrieve`.
+    Arguments and errors as in `retrieve`.
     """
+    check_tensors(queries=queries, memories=memories)
+    features = _features(feature_map, similarity)
+    queries, memories = features(queries), features(memories)
+    return association_of(queries, memories, beta, alpha, similarity, degree, mask).to(queries.dtype)
+
+
+def association_of(
+    queries: torch.Tensor,
+    memories: torch.Tensor,
+    beta: float | torch.Tensor,
+    alpha: float | torch.Tensor,
+    similarity: str = "kernel",
+    degree: int = 10,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`association` of features, in fp32 or better: half-precision scores may overflow, and many weights round to less than their sum."""
     _check_beta(beta)
     if memories.shape[-2] == 0:
         raise ValueError("there is nothing to retrieve from: memories must hold at least one pattern, got 0")
-    scores = similarity_scores(queries, memories, feature_map=feature_map, similarity=similarity, degree=degree)
-    # In fp32: half-precision scores, scaled, may overflow.
-    return simplex_map(beta * at_least_fp32(scores), alpha, mask=mask).to(scores.dtype)
+    scores = _scores(queries, memories, similarity, degree)
+    # Powers of nothing have the score -inf.
+    scaled = beta * scores if similarity == "polynomial" else in_range(lambda z: beta * z, "scores", scores)
+    return simplex_map(scaled, alpha, mask=mask)
+
+
+def mixed(weights: torch.Tensor, memories: torch.Tensor) -> torch.Tensor:
+    """`sum_mu p_mu xi_mu` (..., Q, d) of weights (..., Q, M) and memories (..., M, d), in their dtype; added up in that of the weights."""
+    return (weights @ memories.to(weights.dtype)).to(memories.dtype)
 
 
 def retrieve(
@@ -153,7 +222,8 @@ def retrieve(
         Retrieved patterns (..., Q, d), of the dtype of `queries`.
 
     Raises:
-        ValueError: If an argument is outside its range, or there are no memories.
+        ValueError: If an argument is outside its range, or there are no memories, and (on a CPU) where scores overflow even fp64.
+        TypeError: For what is no tensor.
 
     >>> from modeling_uhop import retrieve
 
@@ -163,18 +233,18 @@ def retrieve(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    check_tensors(queries=queries, memories=memories)
+    features = _features(feature_map, similarity)
+    stored = features(memories)
     for _ in range(steps):
-        weights = association(
-            queries, memories, beta=beta, alpha=alpha, feature_map=feature_map, similarity=similarity, degree=degree, mask=mask
-        )
-        queries = weights @ memories
+        weights = association_of(features(queries), stored, beta, alpha, similarity, degree, mask)
+        queries = mixed(weights, memories).to(queries.dtype)
     return queries
 
 
 def _check_beta(beta: float | torch.Tensor) -> None:
     if isinstance(beta, torch.Tensor):
-        readable = beta.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and not bool((beta > 0).all()):
+        if is_readable(beta) and not bool((beta > 0).all()):
             raise ValueError(f"beta must be positive, got a tensor with smallest value {beta.min().item()}")
     elif not beta > 0:
         raise ValueError(f"beta must be positive, got {beta}")

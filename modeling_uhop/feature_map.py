@@ -60,16 +60,37 @@ class FeatureMap(nn.Module):
 
     def forward(self, patterns: torch.Tensor) -> torch.Tensor:
         """Features (..., feature_dim) of patterns (..., pattern_dim)."""
-        features = nn.functional.linear(patterns, self.weight)
-        return unit_norm(features) if self.normalize else features
+        if self.normalize:
+            # The direction of W u is that of W (u / s), which neither overflows nor vanishes.
+            return unit_norm(nn.functional.linear(patterns / magnitude(patterns), self.weight))
+        return nn.functional.linear(patterns, self.weight)
 
     def extra_repr(self) -> str:
         feature_dim, pattern_dim = self.weight.shape
         return f"{pattern_dim} -> {feature_dim}, start={self.start!r}, normalize={self.normalize}"
 
 
-def unit_norm(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors (..., D) scaled to unit Euclidean norm, computed in fp32 or better; a zero vector stays zero, with a finite gradient."""
+def magnitude(vectors: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """A power of two near the largest entry along `dim`, which is kept, 1 for zeros; without a gradient.
+
+    Division by it is exact, and what is left can be squared and added up: it neither overflows nor vanishes.
+    """
+    largest = vectors.detach().abs().amax(dim, keepdim=True)
+    tiny = torch.finfo(vectors.dtype).tiny
+    return torch.where(largest > 0, torch.pow(2.0, largest.log2().floor()).clamp(min=tiny, max=0.25 / tiny), 1.0)
+
+
+def norms(vectors: torch.Tensor) -> torch.Tensor:
+    """Euclidean norms (...) of vectors (..., D) of any finite size, in fp32 or better."""
     wide = at_least_fp32(vectors)
+    size = magnitude(wide)
+    return torch.linalg.vector_norm(wide / size, dim=-1) * size.squeeze(-1)
+
+
+def unit_norm(vectors: torch.Tensor) -> torch.Tensor:
+    """Vectors (..., D) scaled to unit Euclidean norm, computed in fp32 or better, whatever their size; a zero vector stays zero, with a
+    finite gradient."""
+    wide = at_least_fp32(vectors)
+    wide = wide / magnitude(wide)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return (wide / torch.where(norm > 0, norm, 1.0)).to(vectors.dtype)

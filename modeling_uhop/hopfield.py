@@ -128,7 +128,11 @@ class HopfieldAttention(nn.Module):
             module = getattr(self, name)
             if not is_plain(module, kind):
                 found = type(module)
-                what = "one that is hooked, patched or offloaded" if found is kind else f"{found.__module__}.{found.__name__}"
+                what = (
+                    "one that is hooked, patched or offloaded, or has quantized weights"
+                    if found is kind
+                    else f"{found.__module__}.{found.__name__}"
+                )
                 raise ValueError(
                     f"{name} must be a plain {kind.__name__} to be folded, got {what}; "
                     "of a model with adapters fold what merge_and_unload() returns"

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -19,11 +20,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_interface import hopfield_kernel
 from .configuration_stanhop import STanHopConfig
-from .feature_map import FeatureMap, unit_norm
+from .feature_map import FeatureMap, magnitude, unit_norm
 from .hopfield import FoldableMixin, HopfieldAttention, MemorySet
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
-from .simplex import simplex_map
-from .validation import is_finite, is_readable
+from .simplex import at_least_fp32, simplex_map
+from .validation import check_tensor, check_tensors, is_finite, is_readable
 
 
 @dataclass
@@ -204,13 +205,19 @@ class STanHopScaler(nn.Module):
         count = observed.sum(1, keepdim=True)
         if self.scaling is None:
             return torch.zeros_like(count), torch.ones_like(count)
+        # Sums and squares of what is left neither overflow nor vanish.
+        size = magnitude(values, dim=1)
+        values, count = values / size, count.clamp(min=1)
         if self.scaling == "mean":
             loc = torch.zeros_like(count)
-            scale = values.abs().sum(1, keepdim=True) / count.clamp(min=1)
+            scale = values.abs().sum(1, keepdim=True) / count
         else:
-            loc = values.sum(1, keepdim=True) / count.clamp(min=1)
-            scale = (((values - loc) * observed).square().sum(1, keepdim=True) / count.clamp(min=1)).sqrt()
-        return loc, torch.where(count > 0, scale.clamp(min=self.minimum_scale), 1.0)
+            loc = values.sum(1, keepdim=True) / count
+            deviations = (values - loc) * observed
+            spread = magnitude(deviations, dim=1)
+            scale = ((deviations / spread).square().sum(1, keepdim=True) / count).sqrt() * spread
+        seen = observed.amax(1, keepdim=True) > 0
+        return loc * size, torch.where(seen, (scale * size).clamp(min=self.minimum_scale), 1.0)
 
 
 class STanHopWindowMemory(nn.Module):
@@ -223,12 +230,15 @@ class STanHopWindowMemory(nn.Module):
     def __init__(self, config: STanHopConfig):
         super().__init__()
         self.config = config
-        shape = (config.num_input_channels, config.num_memories)
-        stored = config.num_memories > 0
-        self.register_buffer("pasts", torch.zeros(*shape, config.context_length) if stored else None)
-        self.register_buffer("futures", torch.zeros(*shape, config.prediction_length) if stored else None)
+        for name, shape in self.shapes(config.num_memories).items():
+            self.register_buffer(name, torch.zeros(shape) if config.num_memories > 0 else None)
         self.pasts: torch.Tensor
         self.futures: torch.Tensor
+
+    def shapes(self, count: int) -> dict[str, tuple[int, int, int]]:
+        """The shapes of the buffers that hold `count` windows."""
+        channels = self.config.num_input_channels
+        return {"pasts": (channels, count, self.config.context_length), "futures": (channels, count, self.config.prediction_length)}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -238,9 +248,9 @@ class STanHopWindowMemory(nn.Module):
 
     def weights(self, scaled: torch.Tensor) -> torch.Tensor:
         """Association weights (C, B, num_memories) of windows (B, L, C)."""
-        similarity = unit_norm(scaled.permute(2, 0, 1)) @ unit_norm(self.pasts).mT
+        similarity = unit_norm(scaled.permute(2, 0, 1)) @ unit_norm(self.pasts).transpose(-1, -2)
         present = self.pasts.any(-1).unsqueeze(1)
-        return simplex_map(self.config.memory_beta * similarity, self.config.memory_alpha, mask=present).to(scaled.dtype)
+        return simplex_map(self.config.memory_beta * at_least_fp32(similarity), self.config.memory_alpha, mask=present).to(scaled.dtype)
 
     def forward(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The recalled past (B, L, C) and future (B, H, C) of windows (B, L, C)."""
@@ -322,6 +332,29 @@ class STanHopModel(STanHopPreTrainedModel):
         self.mergers = nn.ModuleList([STanHopCoarseGraining(config) for _ in scales[1:]])
         self.post_init()
 
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        """Takes on as many stored windows as the checkpoint has: none, if it has the encoder without windows."""
+        given = {name: state_dict.get(f"{prefix}memory.{name}") for name in ("pasts", "futures")}
+        sizes = {name: tuple(tensor.shape) for name, tensor in given.items() if tensor is not None}
+        count = max((shape[1] for shape in sizes.values() if len(shape) == 3), default=0)
+        shapes = self.memory.shapes(count)
+        if sizes == shapes or (not sizes and f"{prefix}position_embeddings" in state_dict):
+            for name, shape in shapes.items():
+                kept = getattr(self.memory, name)
+                if count == 0:
+                    setattr(self.memory, name, None)
+                elif kept is None or tuple(kept.shape) != shape:
+                    setattr(self.memory, name, torch.zeros(shape, dtype=self.dtype, device=self.device))
+            self.config.num_memories = count
+        elif self.config.num_memories == 0:
+            errors += [
+                f"size mismatch for {prefix}memory.{name}: copying a param with shape {shape} from checkpoint, "
+                f"the shape in current model is {shapes[name]}."
+                for name, shape in sizes.items()
+                if shape != shapes[name]
+            ]
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -352,7 +385,9 @@ class STanHopModel(STanHopPreTrainedModel):
         precision of the values."""
         values, observed = self.checked(past_values, past_observed_mask)
         loc, scale = self.scaler(values, observed)
-        return self._narrowed((values - loc) / scale * observed, "past_values"), loc, scale
+        # Differences of the largest values overflow, those of what is left do not.
+        size = magnitude(values, dim=1)
+        return self._narrowed((values / size - loc / size) / (scale / size) * observed, "past_values"), loc, scale
 
     @torch.no_grad()
     def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
@@ -365,6 +400,7 @@ class STanHopModel(STanHopPreTrainedModel):
         Raises:
             ValueError: As `forward`, without any window, and for futures of a wrong shape or infinite ones.
         """
+        check_tensors(past_values=past_values, future_values=future_values)
         expected = (len(past_values), self.config.prediction_length, self.config.num_input_channels)
         if len(past_values) == 0 or future_values.shape != expected:
             given = f"got {len(past_values)} windows and futures {tuple(future_values.shape)}"
@@ -374,6 +410,14 @@ class STanHopModel(STanHopPreTrainedModel):
         scaled, loc, scale = self.scaled(past_values.to(self.device), None)
         # What is left of a window whose mean was taken off has both signs, or is the rounding of a constant.
         varies = (scaled > 0).any(1) & (scaled < 0).any(1) if self.config.scaling == "std" else scaled.any(1)
+        values, observed = self.checked(past_values.to(self.device), None)
+        lost = ~varies & _differs(values, observed.bool(), centred=self.config.scaling == "std")
+        if lost.any():
+            warnings.warn(
+                f"{int(lost.sum())} series of the windows are not told from constant ones in {self.dtype} once they are scaled by at least "
+                f"minimum_scale={self.config.minimum_scale}, and are never retrieved: as (window, series), {lost.nonzero().tolist()[:10]}",
+                stacklevel=3,
+            )
         silent = ~varies.unsqueeze(1)
         futures = (future_values.to(self.device, loc.dtype) - loc) / scale
         futures = self._narrowed(futures.masked_fill(futures.isnan() | silent, 0.0), "future_values")
@@ -391,13 +435,15 @@ class STanHopModel(STanHopPreTrainedModel):
         if self.config.num_memories == 0 or not self.memory.pasts.any():
             raise ValueError("no window is stored: call store(past_values, future_values) first")
         scaled, loc, scale = self.scaled(past_values, past_observed_mask)
-        return self.memory(scaled)[1] * scale + loc
+        return in_units(self.memory(scaled)[1], scale, loc)
 
     def checked(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Values with zeros where nothing was observed, and the mask as numbers, in no less precision than they have, and at least in fp32:
         what a narrower one keeps of values far from zero has lost their differences."""
         if past_values is None:
             raise ValueError("past_values is required, got None")
+        check_tensors(past_values=past_values)
+        check_tensor(mask, "past_observed_mask")
         expected = (self.config.context_length, self.config.num_input_channels)
         if past_values.dim() != 3 or past_values.shape[1:] != expected:
             raise ValueError(
@@ -419,15 +465,15 @@ class STanHopModel(STanHopPreTrainedModel):
 
     def _narrowed(self, scaled: torch.Tensor, name: str) -> torch.Tensor:
         narrow = scaled.to(self.dtype)
-        if narrow is not scaled and is_readable(narrow) and not is_finite(narrow):
+        if is_readable(narrow) and not is_finite(narrow):
             raise ValueError(f"{name} must be finite in {self.dtype} once they are scaled, got some as large as {scaled.abs().max():.4g}")
         return narrow
 
     def embed(self, scaled: torch.Tensor) -> torch.Tensor:
         """A scaled window (B, L, C) as embedded patches (B, C, num_patches, d_model)."""
         if self.config.memory_type == "plug" and self.config.num_memories > 0:
-            completed = scaled + self.memory(scaled)[0]
-            scaled = nn.functional.layer_norm(completed.mT, completed.shape[1:2], eps=self.config.norm_eps).mT
+            completed = (scaled + self.memory(scaled)[0]).transpose(1, 2)
+            scaled = nn.functional.layer_norm(completed, completed.shape[2:], eps=self.config.norm_eps).transpose(1, 2)
         series = scaled.transpose(1, 2)
         missing = self.num_patches * self.config.patch_length - series.shape[-1]
         if missing > 0:
@@ -532,10 +578,10 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         decoded: STanHopDecoderOutput = self.decoder(outputs.scales, return_dict=True, **kwargs)
         forecast, scaled = cast(torch.Tensor, decoded.forecast), cast(torch.Tensor, outputs.scaled_values)
         if self.linear_skip is not None:
-            forecast = forecast + self.linear_skip(scaled.mT).mT
+            forecast = forecast + self.linear_skip(scaled.transpose(1, 2)).transpose(1, 2)
         if self.memory_head is not None and self.config.num_memories > 0:
-            forecast = forecast + self.memory_head(self.model.memory(scaled)[1].mT).mT
-        prediction = forecast * cast(torch.Tensor, outputs.scale) + cast(torch.Tensor, outputs.loc)
+            forecast = forecast + self.memory_head(self.model.memory(scaled)[1].transpose(1, 2)).transpose(1, 2)
+        prediction = in_units(forecast, cast(torch.Tensor, outputs.scale), cast(torch.Tensor, outputs.loc))
         loss = None
         if future_values is not None and return_loss:
             loss = self._loss(prediction, future_values, future_observed_mask)
@@ -571,6 +617,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
 
     def _loss(self, prediction: torch.Tensor, future: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         for name, tensor in (("future_values", future), ("future_observed_mask", mask)):
+            check_tensor(tensor, name)
             if tensor is not None and tensor.shape != prediction.shape:
                 expected = f"(B, prediction_length, num_input_channels) = {tuple(prediction.shape)}"
                 raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
@@ -580,7 +627,30 @@ class STanHopForPrediction(STanHopPreTrainedModel):
             raise ValueError(f"observed future_values must be finite, got {int((~future.isfinite()).sum())} values that are not")
         errors = prediction - future
         errors = errors.abs() if self.config.loss == "mae" else errors.square()
-        return (errors * observed).sum() / observed.sum().clamp(min=1)
+        loss = (errors * observed).sum() / observed.sum().clamp(min=1)
+        if is_readable(loss) and not is_finite(loss) and is_finite(prediction):
+            raise ValueError(
+                f"the {self.config.loss} loss must be finite in {loss.dtype}, but forecasts and future_values are too large or too far apart; "
+                "give values in larger units, or past_values in torch.float64"
+            )
+        return loss
+
+
+def _differs(values: torch.Tensor, observed: torch.Tensor, centred: bool) -> torch.Tensor:
+    """Which series (B, C) of windows have an observed value other than 0, or, where the mean is taken off, than another of them."""
+    least, most = (torch.where(observed, values, bound) for bound in (torch.inf, -torch.inf))
+    return most.amax(1) > least.amin(1) if centred else (values * observed).any(1)
+
+
+def in_units(forecast: torch.Tensor, scale: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
+    """A scaled forecast in the units of its window; a `ValueError` where it leaves the range of their dtype."""
+    prediction = forecast * scale + loc
+    if is_readable(prediction) and not is_finite(prediction) and is_finite(forecast):
+        raise ValueError(
+            f"forecasts must be finite in {prediction.dtype}, but {int((~prediction.isfinite()).sum())} are not, of windows with values as "
+            f"large as {max(loc.abs().max().item(), scale.max().item()):.4g}; give past_values in larger units, or in torch.float64"
+        )
+    return prediction
 
 
 __all__ = [

@@ -23,14 +23,14 @@ from .capacity import (
 )
 from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import Corruption, mask_patterns
-from .energy import association, energy, similarity_scores
-from .feature_map import FeatureMap, unit_norm
+from .energy import association_of, energy, inner_products, mixed
+from .feature_map import FeatureMap, norms, unit_norm
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
-from .search import Candidates, brute_force, mixture, sparse_association
+from .search import Candidates, brute_force, faiss_index, mixture, sparse_association, trained_index
 from .separation import maximize_separation
 from .simplex import at_least_fp32
 from .spherical import are_independent, separate_optimally
-from .validation import is_plain
+from .validation import check_tensors, is_finite, is_plain, is_traced
 
 
 _SEARCHED_CODES, _MEMORIES_IN_A_STEP = 1000, 4096
@@ -45,8 +45,19 @@ class Kept(NamedTuple):
     features: torch.Tensor
 
 
+class Indexed(NamedTuple):
+    """What `UHopMemoryModel.index` was asked for, and the index of faiss with the features and their version that it holds."""
+
+    factory: str
+    parameters: str
+    features: torch.Tensor | None = None
+    version: int = 0
+    candidates: Candidates | None = None
+
+
 # Apart from the models, so that a copy of one has no part in them.
 _FEATURES: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
+_INDEXES: WeakKeyDictionary[nn.Module, Indexed] = WeakKeyDictionary()
 
 
 @dataclass
@@ -143,17 +154,17 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         """`stored_features`, not to be written to."""
         if self.feature_map is None:
             return self.memories
-        if torch.compiler.is_compiling() or not is_plain(self.feature_map, FeatureMap):
-            return self.feature_map(self.memories)
+        if is_traced() or not is_plain(self.feature_map, FeatureMap):
+            return self._features(self.memories, "memories")
         memories, weight = self.memories, self.feature_map.weight
         passing = torch.is_grad_enabled() and (weight.requires_grad or memories.requires_grad)
         if passing or torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or memories.is_inference():
-            return self.feature_map(memories)
+            return self._features(memories, "memories")
         kept = _FEATURES.get(self)
         state = (memories._version, weight.dtype, self.feature_map.normalize)
         # The weight's own version tells nothing of fused optimizers and collectives.
         if kept is None or kept.memories is not memories or kept.state != state or not torch.equal(kept.weight, weight):
-            kept = _FEATURES[self] = Kept(memories, state, weight.detach().clone(), self.feature_map(memories))
+            kept = _FEATURES[self] = Kept(memories, state, weight.detach().clone(), self._features(memories, "memories"))
         return kept.features
 
     def __len__(self) -> int:
@@ -196,6 +207,15 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         kept = torch.ones(count, dtype=torch.bool, device=self.memories.device)
         kept[positions] = False
         self.store(self.memories[kept])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes on as many memories as the checkpoint has."""
+        given = state_dict.get(f"{prefix}memories")
+        if given is not None and given.dim() == 2 and given.shape[1] == self.memories.shape[1]:
+            if len(given) != len(self):
+                self.memories = self.memories.new_zeros(given.shape)
+            self.config.num_memories = len(given)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def separate(
         self,
@@ -267,7 +287,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             return_dict: `False` for a tuple; `None` for what the configuration has.
 
         Raises:
-            ValueError: If nothing is stored, or queries have a wrong shape or entries that are not finite.
+            ValueError: If nothing is stored, queries have a wrong shape or entries that are not finite, or features, scores or energies
+                leave the range of their dtype (scores and energies that of fp64).
             TypeError: For what is no tensor.
         """
         steps = self.config.update_steps if update_steps is None else update_steps
@@ -279,19 +300,21 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         features = self._kept_features()
         moving = torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
         taken = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
-        weights = association(self._features(states), features, **settings, **similarity)
+        weights = association_of(self._features(states), features, **settings, **similarity)
         for step in range(steps):
             if step > 0:
-                updated = association(self._features(states), features, **settings, **similarity)
+                updated = association_of(self._features(states), features, **settings, **similarity)
                 weights = torch.where(moving.unsqueeze(-1), updated, weights)
-            next_states = torch.where(moving.unsqueeze(-1), weights @ self.memories, states)
+            next_states = torch.where(moving.unsqueeze(-1), mixed(weights, self.memories), states)
             taken = taken + moving
             if tolerance is not None:
                 moving = moving & ((next_states - states).abs().amax(-1) > tolerance)
             states = next_states
             # A traced graph, which cannot branch on values, does all updates, and those past the tolerance change nothing.
-            if tolerance is not None and not torch.compiler.is_compiling() and not moving.any():
+            if tolerance is not None and not is_traced() and not moving.any():
                 break
+        self._check_finite(states)
+        weights = weights.to(states.dtype)
         energies = None
         if output_energies and self.config.similarity in ("kernel", "dot"):
             energies = energy(self._features(states), features, **settings)
@@ -308,7 +331,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         top_k: int = 64,
         candidates: Candidates | None = None,
     ) -> UHopMemorySearchOutput:
-        """Retrieve (Stage II) from many memories, without forming the weights of those that have none. Exact; see `sparse_association`.
+        """Retrieve (Stage II) from many memories, without forming the weights of those that have none; see `sparse_association`.
+
+        Exact, except by candidates that overlook memories.
 
         At alpha = 1 every memory has weight, and room for all of them is taken, (Q, M).
 
@@ -316,10 +341,11 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             queries: (Q, pattern_dim), or one (pattern_dim,).
             update_steps: Updates to do, at least 1; `None` for `config.update_steps`.
             top_k: Candidates to begin with; queries that spread over more memories are asked again.
-            candidates: What finds the memories whose features are most like a query's; `None` for all inner products.
+            candidates: What finds the memories whose features are most like a query's; `None` for what `index` has chosen. Weights are
+                made of the exact inner products of what is found, whatever scores it has.
 
         Raises:
-            ValueError: As `forward`, and if the similarity is not an inner product.
+            ValueError: As `forward`, if the similarity is not an inner product, and for candidates that are out of step with the memory.
         """
         steps = self.config.update_steps if update_steps is None else update_steps
         if steps < 1:
@@ -327,15 +353,80 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"search needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
         states = torch.atleast_2d(self._checked(queries, "queries"))
-        candidates = brute_force(self._kept_features()) if candidates is None else candidates
-        settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha, "top_k": top_k}
+        features = self._kept_features()
+        own = candidates is None and self not in _INDEXES
+        if candidates is None:
+            candidates = brute_force(features) if own else self._indexed(features)
+        # All inner products are exact. Scores of others need not be.
+        settings: dict[str, Any] = {
+            "beta": self.config.beta,
+            "alpha": self.config.alpha,
+            "top_k": top_k,
+            "features": None if own else features,
+        }
         for _ in range(steps):
             weights, indices = sparse_association(self._features(states), len(self), candidates, **settings)
             states = mixture(self.memories, weights, indices)
+        self._check_finite(states)
         return UHopMemorySearchOutput(retrieved=states, indices=indices, weights=weights)
 
-    def _features(self, patterns: torch.Tensor) -> torch.Tensor:
-        return patterns if self.feature_map is None else self.feature_map(patterns)
+    def index(self, factory: str = "flat", parameters: str = "") -> None:
+        """Choose what `search` finds memories by: all inner products ("flat"), or an index of the faiss library, which this memory keeps.
+
+        The index holds the features of the memories. It is made, and trained where it has to be, by the first search after memories or
+        Phi have changed. It belongs to this object alone: it is not saved, and a copy of the memory has none.
+
+        >>> memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=8, alpha=1.5))
+        >>> memory.store(torch.randn(1000, 8))
+        >>> memory.index("HNSW32", "efSearch=64")
+        >>> memory.search(memory.memories[:2]).indices[:, 0].tolist()
+        [0, 1]
+
+        Args:
+            factory: "flat", or a string of faiss's `index_factory`, such as "HNSW32" or "IVF16,Flat"; always of inner products.
+            parameters: Settings of the index by which searches trade time for accuracy, as in faiss's `ParameterSpace`: "nprobe=8".
+
+        Raises:
+            ValueError: If the similarity is not an inner product, or for a string that faiss refuses, with its message; from `search`
+                too, where the memories are too few to train it.
+            ImportError: If faiss is not installed.
+        """
+        if self.config.similarity not in ("kernel", "dot"):
+            raise ValueError(f"an index needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
+        _INDEXES.pop(self, None)
+        if factory != "flat":
+            width = self.config.pattern_dim if self.feature_map is None else self.config.feature_dim or self.config.pattern_dim
+            trained_index(factory, parameters, torch.zeros(0, width))
+            _INDEXES[self] = Indexed(factory, parameters)
+
+    def _indexed(self, features: torch.Tensor) -> Candidates:
+        """The index that was asked for, with these features."""
+        held = _INDEXES[self]
+        # Tensors of inference mode have no version.
+        version = -1 if features.is_inference() else features._version
+        if held.candidates is None or held.features is not features or held.version != version or version < 0:
+            candidates = faiss_index(trained_index(held.factory, held.parameters, features))
+            held = _INDEXES[self] = Indexed(held.factory, held.parameters, features, version, candidates)
+        assert held.candidates is not None
+        return held.candidates
+
+    def _features(self, patterns: torch.Tensor, name: str = "queries") -> torch.Tensor:
+        if self.feature_map is None:
+            return patterns
+        features = self.feature_map(patterns)
+        if not is_traced() and not is_finite(features):
+            raise ValueError(
+                f"features of {name} must be finite in {features.dtype}, but Phi gives some that are not; use a wider dtype, or smaller patterns"
+            )
+        return features
+
+    def _check_finite(self, retrieved: torch.Tensor) -> None:
+        """A `ValueError` where memories lost their values in a narrower dtype than they were stored in."""
+        if not is_traced() and not is_finite(retrieved):
+            bad = int((~self.memories.isfinite()).sum())
+            raise ValueError(
+                f"memories must be finite in {self.memories.dtype}, got {bad} entries that are not; store them in a wider dtype"
+            )
 
     @torch.no_grad()
     def report(self, queries: torch.Tensor | None = None) -> MemoryReport:
@@ -351,8 +442,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             raise ValueError(f"a report needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
         features = self._kept_features()
         output = self(self.memories, update_steps=1, return_dict=True)
-        kernel = at_least_fp32(similarity_scores(self.memories, self.memories, feature_map=self.feature_map))
-        weights, patterns, features = (at_least_fp32(tensor) for tensor in (output.association, self.memories, features))
+        kernel = inner_products(features, features)
+        # In fp64 where scores overflow fp32.
+        weights, patterns, features = (tensor.to(kernel.dtype) for tensor in (output.association, self.memories, features))
         margin, rival = margins(kernel)
         # Retrieval rounds its scores: a certificate holds only where the margin exceeds what rounding may take from it.
         rounding = 2.0 * torch.finfo(self.memories.dtype).eps
@@ -370,7 +462,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             rival=rival,
             error_bound=retrieval_error_bound(patterns, features, self.config.beta),
             own_error_bound=retrieval_error_bound(patterns, features, self.config.beta, radius=0.0),
-            error=(at_least_fp32(output.retrieved) - patterns).norm(dim=-1),
+            error=norms(output.retrieved.to(kernel.dtype) - patterns),
             weight=weights.diagonal(),
             exact=is_exactly_retrieved(certain, self.config.beta, self.config.alpha),
             metastable_size=metastable_sizes(weights, self.config.alpha),
@@ -380,23 +472,22 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             well_separated=unit_features and is_well_separated(features, self.config.beta),
             confusions=[(m, n, weight) for weight, m, n in confused],
             duplicates=_duplicates(self.memories),
-            rounding=2.0 * rounding * patterns.norm(dim=-1).max().item(),
+            rounding=2.0 * rounding * norms(patterns).max().item(),
         )
 
     def _unit_kernel(self) -> torch.Tensor:
         features = unit_norm(at_least_fp32(self._kept_features()))
-        return features @ features.mT
+        return features @ features.transpose(-1, -2)
 
     def _checked(self, patterns: torch.Tensor, name: str) -> torch.Tensor:
         """Patterns on the device and in the dtype of the memory, of the right width and finite (which a traced graph cannot ask)."""
-        if not isinstance(patterns, torch.Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(patterns).__name__}")
+        check_tensors(**{name: patterns})
         width = self.config.pattern_dim
         if patterns.dim() not in (1, 2) or patterns.shape[-1] != width:
             raise ValueError(f"{name} must have shape (N, {width}) or ({width},), got {tuple(patterns.shape)}")
         patterns = patterns.to(device=self.memories.device, dtype=self.memories.dtype)
-        bad = 0 if torch.compiler.is_compiling() else int((~torch.isfinite(patterns)).sum())
-        if bad > 0:
+        if not is_traced() and not is_finite(patterns):
+            bad = int((~patterns.isfinite()).sum())
             raise ValueError(f"{name} must be finite in {self.memories.dtype}, got {bad} entries that are not")
         return patterns
 

@@ -2,24 +2,40 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from .energy import in_range
 from .simplex import at_least_fp32, simplex_map
+from .validation import is_finite, is_readable
 
+
+try:
+    import faiss
+except ImportError:
+    faiss = None
 
 # Scores formed at once: 64 MB of fp32.
 _SCORES = 2**24
 
-# Scores and indices (Q, k) of the k memories whose features are most like those of each query, the best first.
+# Scores and indices (Q, k) of the k memories whose features are most like those of each query, the best first; -inf where none was found.
 Candidates = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+# Indexes of faiss that hold vectors as they are, so that their scores are those of the vectors.
+_EXACT = ("IndexFlat", "IndexFlatIP", "IndexHNSWFlat", "IndexIVFFlat")
 
 
 def brute_force(features: torch.Tensor) -> Candidates:
     """Candidates among memories with features (M, D), by all inner products."""
+    wide = at_least_fp32(features)
 
     def candidates(queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return largest(queries @ features.mT, count)
+        queries = at_least_fp32(queries)
+        scores, indices = largest(queries @ wide.transpose(-1, -2), count)
+        if is_readable(scores) and not is_finite(scores):
+            scores, indices = largest(queries.double() @ wide.double().transpose(-1, -2), count)
+        return scores, indices
 
     return candidates
 
@@ -42,24 +58,99 @@ def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     return values, indices.gather(1, places)
 
 
-def faiss_index(index) -> Candidates:
-    """Candidates by an inner-product index of the faiss library that holds the features of the memories, in their order.
+class FaissIndex:
+    """Candidates by an index of the faiss library; see `faiss_index`."""
 
-    Retrieval is exact if the index is (`IndexFlatIP`). One that overlooks memories retrieves from those that it finds.
-    """
+    def __init__(self, index: Any):
+        self.index = index
 
-    def candidates(queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        scores, indices = index.search(queries.float().cpu().contiguous().numpy(), count)
+    def check(self, memory_count: int, feature_dim: int) -> None:
+        """A `ValueError` where the index does not hold this many features of this width by their inner products."""
+        name = type(self.index).__name__
+        if faiss is not None and getattr(self.index, "metric_type", faiss.METRIC_INNER_PRODUCT) != faiss.METRIC_INNER_PRODUCT:
+            raise ValueError(
+                f"a faiss index must rank by inner products, but {name} has metric_type={self.index.metric_type}; "
+                "make it with faiss.METRIC_INNER_PRODUCT, such as IndexFlatIP"
+            )
+        width = getattr(self.index, "d", feature_dim)
+        if width != feature_dim:
+            raise ValueError(f"a faiss index must hold the features of the memories, of width {feature_dim}, got {name} of width {width}")
+        if not getattr(self.index, "is_trained", True):
+            raise ValueError(f"a faiss index must be trained before a search: call train(features) and add(features) of this {name}")
+        held = getattr(self.index, "ntotal", memory_count)
+        if held != memory_count:
+            raise ValueError(
+                f"a faiss index must hold the features of all memories, but {name} holds {held} and the memory {memory_count}; "
+                "add memory.stored_features() to a new one after memories have changed, or let the memory keep its own: memory.index(...)"
+            )
+
+    def check_scores(self, scores: torch.Tensor, exact: torch.Tensor) -> None:
+        """A `ValueError` where an index of unchanged vectors scores others than the features of the memories."""
+        found = scores > -torch.inf
+        if type(self.index).__name__ not in _EXACT or not bool(found.any()):
+            return
+        wrong = ((scores - exact).abs() > 1e-3 * exact.abs().amax().clamp(min=1e-30)) & found
+        if bool(wrong.any()):
+            raise ValueError(
+                f"a faiss index must hold the features of the memories in their order, but the scores of this {type(self.index).__name__} "
+                "are those of other vectors; memories or Phi have changed since it was made: add memory.stored_features() to a new one, "
+                "or let the memory keep its own: memory.index(...)"
+            )
+
+    def __call__(self, queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scores, indices = self.index.search(queries.float().cpu().contiguous().numpy(), count)
         found = torch.from_numpy(indices).to(queries.device)
         # What an index does not find has the index -1.
-        return torch.from_numpy(scores).to(queries).masked_fill_(found < 0, -torch.inf), found.clamp_(min=0)
+        return torch.from_numpy(scores).to(queries.device).masked_fill_(found < 0, -torch.inf), found.clamp_(min=0)
 
-    return candidates
+
+def faiss_index(index: Any) -> Candidates:
+    """Candidates by an inner-product index of the faiss library that holds `memory.stored_features()`, in their order.
+
+    Retrieval is exact if the index is (`IndexFlatIP`). One that overlooks memories retrieves from those that it finds. Before every search
+    the index is asked for its metric, its width and how many vectors it holds; a `ValueError` says what does not fit the memory. The
+    scores of an index that keeps vectors as they are tell too whether these are the features. Those of one that compresses them (PQ, SQ)
+    do not: make it again after memories or Phi have changed, or leave that to `UHopMemoryModel.index`.
+    """
+    return FaissIndex(index)
+
+
+def trained_index(factory: str, parameters: str, features: torch.Tensor) -> Any:
+    """An inner-product index of faiss with these features (M, D), made by `faiss.index_factory`; without any it is not trained.
+
+    Raises:
+        ValueError: For a factory string or parameters that faiss refuses, or too few features to train it, with faiss's message.
+        ImportError: If faiss is not installed.
+    """
+    if faiss is None:
+        raise ImportError(f"an index of {factory!r} needs faiss, which is not installed: pip install modeling-uhop[faiss]")
+    vectors = features.detach().float().cpu().contiguous().numpy()
+    try:
+        index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        if len(vectors) > 0:
+            if not index.is_trained:
+                index.train(vectors)
+            index.add(vectors)
+        if parameters:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+    except (RuntimeError, TypeError) as error:
+        given = f"{factory!r}" + (f" with {parameters!r}" if parameters else "")
+        raise ValueError(f"faiss refuses an index of {given} for {len(vectors)} memories: {error}") from error
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT:
+        raise ValueError(f"an index must rank by inner products, which {factory!r} does not")
+    return index
 
 
 @torch.no_grad()
 def sparse_association(
-    queries: torch.Tensor, memory_count: int, candidates: Candidates, *, beta: float, alpha: float, top_k: int = 64
+    queries: torch.Tensor,
+    memory_count: int,
+    candidates: Candidates,
+    *,
+    beta: float,
+    alpha: float,
+    top_k: int = 64,
+    features: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Association weights of the memories that have any, `p = Sep_alpha(beta <Phi(Xi), Phi(x)>)` (U-Hop, arXiv 2404.03827, equation 2.4).
 
@@ -72,15 +163,20 @@ def sparse_association(
         candidates: `brute_force`, or an index whose answers are exact.
         beta, alpha: As in `retrieve`. At alpha = 1 every memory has some weight, and all are candidates.
         top_k: Candidates to begin with, at least 1.
+        features: Features (M, D) of the memories, where the scores of candidates may not be their inner products: these are computed of
+            what is found.
 
     Returns:
         Weights and indices (Q, K), with as many columns as the query that needed most; a weight of 0 fills up the others.
 
     Raises:
-        ValueError: If there is no memory, or `top_k` is below 1.
+        ValueError: If there is no memory, `top_k` is below 1, candidates have a wrong shape, indices that no memory has or that occur
+            twice, or scores that are not numbers, or scores overflow fp64.
     """
     if memory_count < 1 or top_k < 1:
         raise ValueError(f"there must be at least one memory and one candidate, got {memory_count} memories and top_k={top_k}")
+    if isinstance(candidates, FaissIndex):
+        candidates.check(memory_count, queries.shape[-1])
     count = memory_count if alpha == 1.0 else min(top_k, memory_count)
     weights = queries.new_zeros(len(queries), count)
     indices = torch.zeros(len(queries), count, dtype=torch.long, device=queries.device)
@@ -90,13 +186,56 @@ def sparse_association(
         unsettled = []
         for part in open_queries.split(max(1, _SCORES // memory_count)):
             scores, found = candidates(queries[part], count)
-            weights[part] = simplex_map(beta * at_least_fp32(scores), alpha).to(weights.dtype)
+            _check_candidates(scores, found, (len(part), count), memory_count)
+            if features is not None:
+                exact = _exact_scores(queries[part], features, found)
+                if isinstance(candidates, FaissIndex):
+                    candidates.check_scores(scores, exact)
+                scores, order = exact.masked_fill(scores == -torch.inf, -torch.inf).sort(dim=-1, descending=True)
+                found = found.gather(1, order)
+            weights[part] = simplex_map(_scaled(at_least_fp32(scores), beta), alpha).to(weights.dtype)
             indices[part] = found
             unsettled.append(part[weights[part, -1] > 0])
         open_queries = torch.cat(unsettled) if count < memory_count else open_queries[:0]
         count = min(4 * count, memory_count)
     used = max(1, int((weights > 0).sum(-1).max())) if len(weights) > 0 else 1
     return weights[:, :used], indices[:, :used]
+
+
+def _check_candidates(scores: torch.Tensor, found: torch.Tensor, shape: tuple[int, int], memory_count: int) -> None:
+    """A `ValueError` for candidates that no search can have found."""
+    for name, tensor in (("scores", scores), ("indices", found)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"candidates must give scores and indices as tensors, got {name} of {type(tensor).__name__}")
+        if tensor.shape != shape:
+            raise ValueError(f"candidates must give scores and indices of shape {shape}, got {name} of shape {tuple(tensor.shape)}")
+    if found.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"candidates must give indices of dtype torch.int64, got {found.dtype}")
+    if bool(((found < 0) | (found >= memory_count)).any()):
+        raise ValueError(f"candidates must have indices in [0, {memory_count}), got {found.min().item()} to {found.max().item()}")
+    if bool(scores.isnan().any()):
+        raise ValueError(f"candidates must have scores that are numbers, got {int(scores.isnan().sum())} NaN")
+    # What was not found has any index; each such place gets a number of its own.
+    nothing = -1 - torch.arange(shape[1], device=found.device)
+    named = torch.where(scores == -torch.inf, nothing, found).sort(dim=-1).values
+    if bool((named[:, 1:] == named[:, :-1]).any()):
+        raise ValueError("candidates must name each memory at most once for a query, got some twice")
+
+
+def _exact_scores(queries: torch.Tensor, features: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Inner products (Q, k) of queries (Q, D) and the features (M, D) of what was found for each."""
+    if 4 * found.shape[1] >= len(features):
+        return at_least_fp32(in_range(lambda x, xi: x @ xi.transpose(-1, -2), "scores", queries, features).gather(1, found))
+    size = max(1, _SCORES // (found.shape[1] * features.shape[1]))
+    parts = zip(queries.split(size), found.split(size), strict=True)
+    return torch.cat([in_range(lambda x, xi: torch.einsum("qd,qkd->qk", x, xi), "scores", x, features[some]) for x, some in parts])
+
+
+def _scaled(scores: torch.Tensor, beta: float) -> torch.Tensor:
+    """`beta * scores`, of which some may be -inf, in fp64 where others overflow."""
+    scaled = beta * scores
+    lost = is_readable(scaled) and not torch.equal(scaled.isfinite(), scores.isfinite())
+    return beta * scores.double() if lost else scaled
 
 
 def mixture(memories: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

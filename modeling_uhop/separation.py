@@ -13,6 +13,7 @@ from .corruption import Corruption, mask_patterns
 from .feature_map import FeatureMap, unit_norm
 from .separation_blocks import blocked_separation_loss
 from .simplex import at_least_fp32
+from .validation import check_tensor, check_tensors
 
 
 SEPARATION_KINDS = ("average", "squared", "nearest", "per_memory")
@@ -38,8 +39,8 @@ def separation_loss(
                     spherical code as tau -> 0                                                          (U-Hop+, 2410.23126)
 
     Args:
-        features: Features (..., M, D) of M memories, of any norm whose square neither overflows nor vanishes: they are scaled to
-            the unit sphere here. Leading axes hold independent memory sets.
+        features: Features (..., M, D) of M memories, of any norm: they are scaled to the unit sphere here. Leading axes hold
+            independent memory sets.
         kind: One of the four above.
         temperature: tau > 0.
         mask: Boolean, either (..., M), True where a memory is present, or (..., M, M), True where a pair counts; told apart by
@@ -55,6 +56,7 @@ def separation_loss(
     Raises:
         ValueError: For an unknown kind, a temperature that is not positive, a mask of another number of axes, or a sample below 2,
             with a mask, or for the nearest pair, which it hardly ever has.
+        TypeError: For what is no tensor.
 
     >>> from modeling_uhop import separation_loss
 
@@ -62,6 +64,8 @@ def separation_loss(
     >>> (separation_loss(torch.eye(4)) < separation_loss(crowded)).item()
     True
     """
+    check_tensors(features=features)
+    check_tensor(mask, "mask")
     if kind not in SEPARATION_KINDS:
         raise ValueError(f"kind must be one of {SEPARATION_KINDS}, got {kind!r}")
     if not temperature > 0:
@@ -160,7 +164,10 @@ def denoising_loss(
 
     Raises:
         ValueError: For a temperature that is not positive.
+        TypeError: For what is no tensor.
     """
+    check_tensors(corrupted_features=corrupted_features, features=features)
+    check_tensor(mask, "mask")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if mask is not None:
@@ -219,6 +226,7 @@ def maximize_separation(
 
     Raises:
         ValueError: For an unknown method or optimizer, a number out of its range, or a frozen map.
+        TypeError: For memories that are no tensor.
         RuntimeError: Under `torch.inference_mode()`.
 
     >>> from modeling_uhop import FeatureMap, maximize_separation
@@ -228,6 +236,8 @@ def maximize_separation(
     >>> history[-1] < history[0]
     True
     """
+    check_tensors(memories=memories)
+    check_tensor(mask, "mask")
     if method not in ("uhop", "uhop+", "denoising"):
         raise ValueError(f"method must be 'uhop', 'uhop+' or 'denoising', got {method!r}")
     if steps < 0:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from .feature_map import magnitude
 from .validation import is_readable
 
 
@@ -30,7 +31,7 @@ def blocked_separation_loss(features: torch.Tensor, members: torch.Tensor | None
     """Losses (S,) of S sets of features (S, M, D), as in `separation_loss`; 0 for a set without a pair. Differentiable once.
 
     Args:
-        features: In fp32 or better, of any norm whose square neither overflows nor vanishes.
+        features: In fp32 or better, of any norm.
         members: Boolean (S, M), which memories are present; `None` for all.
         kind, temperature: As in `separation_loss`.
     """
@@ -47,9 +48,11 @@ class _BlockedSeparation(torch.autograd.Function):
         sets = max(1, _BLOCK**2 // (features.shape[1] * max(features.shape[1:])))
         for first in range(0, len(features), sets):
             part = slice(first, first + sets)
-            norm = torch.linalg.vector_norm(features[part], dim=-1, keepdim=True)
+            size = magnitude(features[part])
+            unit = features[part] / size
+            norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
             norm = torch.where(norm > 0, norm, 1.0)
-            unit = features[part] / norm
+            unit.div_(norm)
             present = None if members is None else members[part]
             if gradient is None:
                 losses[part] = _KINDS[kind](unit, present, temperature, None)
@@ -57,7 +60,7 @@ class _BlockedSeparation(torch.autograd.Function):
             slope = torch.zeros_like(unit)
             losses[part] = _KINDS[kind](unit, present, temperature, slope)
             along = torch.linalg.vecdot(unit, slope).unsqueeze(-1)
-            torch.div(slope.addcmul_(unit, along, value=-1.0), norm, out=gradient[part])
+            torch.div(slope.addcmul_(unit, along, value=-1.0), norm * size, out=gradient[part])
         if wanted:
             ctx.save_for_backward(gradient)
         return losses

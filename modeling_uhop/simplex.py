@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from .validation import is_readable
+from .validation import is_readable, is_traced
 
 
 # Below this a score is so far from the largest that its weight is zero for every alpha; finite, so 0 * it is not NaN.
@@ -208,7 +208,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
         scores: Scores, times `entmax_scale(eps)`. Overwritten.
     """
     # A traced graph serves rows of every length.
-    long = has_root(eps) and dim == -1 and not torch.compiler.is_compiling() and scores.shape[-1] >= _LONG
+    long = has_root(eps) and dim == -1 and not is_traced() and scores.shape[-1] >= _LONG
     leaders = _group_maxima(scores) if long else scores
     largest = leaders.amax(dim, keepdim=True)
     # Values are not looked at while tracing, or where that would stall an accelerator.

@@ -8,6 +8,7 @@ import torch
 from transformers.utils import logging
 
 from .feature_map import FeatureMap
+from .validation import is_finite
 
 
 _KEPT = 24
@@ -117,7 +118,8 @@ def are_independent(memories: torch.Tensor) -> bool:
 def separate_optimally(feature_map: FeatureMap, memories: torch.Tensor) -> None:
     """Set W so that the features of linearly independent memories (M, d) are an optimal spherical code: `W xi_mu = z_mu`.
 
-    Among the maps that do so, the one of least norm. Raises a `ValueError` for memories that are linearly dependent.
+    Among the maps that do so, the one of least norm. Raises a `ValueError` for memories that are linearly dependent, or so small that W
+    leaves the range of its dtype.
     """
     if not feature_map.weight.requires_grad:
         raise ValueError("the feature map must be able to move, but it is frozen (requires_grad=False)")
@@ -125,4 +127,7 @@ def separate_optimally(feature_map: FeatureMap, memories: torch.Tensor) -> None:
     if not are_independent(memories):
         raise ValueError("a linear feature map reaches every arrangement of memories only if they are linearly independent")
     code = spherical_code(len(patterns), feature_map.weight.shape[0]).to(patterns.device)
-    feature_map.weight.copy_((torch.linalg.pinv(patterns) @ code).mT)
+    weight = (torch.linalg.pinv(patterns) @ code).mT.to(feature_map.weight.dtype)
+    if not is_finite(weight):
+        raise ValueError(f"the map of an optimal code leaves the range of {weight.dtype} for patterns so small; scale them up")
+    feature_map.weight.copy_(weight)

@@ -43,9 +43,14 @@ def check_dropouts(config, *names: str) -> None:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
 
 
+def is_traced() -> bool:
+    """Whether a graph is being made of what runs, by `torch.compile`, `torch.export` or `torch.jit.trace`: it cannot branch on values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def is_readable(tensor: torch.Tensor) -> bool:
     """Whether Python may look at values: on an accelerator this would stall every step, and a traced graph cannot branch on them."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    return tensor.device.type == "cpu" and not is_traced()
 
 
 def check_tensor(value, name: str) -> None:
@@ -57,10 +62,20 @@ def check_tensor(value, name: str) -> None:
         )
 
 
+def check_tensors(**inputs) -> None:
+    """A `TypeError` for the first of these required inputs that is `None` or no tensor."""
+    for name, value in inputs.items():
+        if value is None:
+            raise TypeError(f"{name} must be a torch.Tensor, got None")
+        check_tensor(value, name)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module does what its class does, with weights of its own: no subclass or adapter, and not hooked, patched or offloaded."""
+    """Whether a module does what its class does, with weights of its own: no subclass or adapter, and not hooked, patched, offloaded or
+    quantized, which leaves a tensor of another class for a weight."""
     hooked = module._forward_hooks or module._forward_pre_hooks or getattr(module.forward, "__func__", None) is not kind.forward
-    return type(module) is kind and not hooked and not any(weight.is_meta for weight in module.parameters())
+    plain = all(type(weight) is nn.Parameter and not weight.is_meta for weight in module.parameters())
+    return type(module) is kind and not hooked and plain
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
