@@ -50,9 +50,9 @@ class UHopMemoryConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.validate_memory()
+        self.validate_hopfield()
 
-    def validate_memory(self):
+    def validate_hopfield(self):
         """Ranges that types alone do not express."""
         for name, least in (("pattern_dim", 1), ("num_memories", 0), ("degree", 1), ("update_steps", 1)):
             if getattr(self, name) < least:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_interface import eager_attention_forward
 from .feature_map import FeatureMap
+from .modeling_hopfield import HopfieldPreTrainedModel
 from .validation import is_plain
 
 
@@ -49,9 +50,6 @@ class HopfieldAttention(nn.Module):
         self.config = config
         self.num_attention_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads if head_dim is None else head_dim
-        self.scaling = self.head_dim**-0.5 if config.beta is None else config.beta
-        self.attention_dropout = config.attention_probs_dropout_prob
-        self.update_steps = config.update_steps
         self.value_source = config.value_source
         self.is_causal = False
 
@@ -73,6 +71,11 @@ class HopfieldAttention(nn.Module):
         if self.alpha_logit is None:
             return self.config.alpha
         return 1.0 + self.alpha_logit.float().sigmoid().view(-1, 1, 1)
+
+    @property
+    def scaling(self) -> float:
+        """The inverse temperature beta: the configuration's, or 1 / sqrt(head width)."""
+        return self.head_dim**-0.5 if self.config.beta is None else self.config.beta
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -108,9 +111,9 @@ class HopfieldAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if self.alpha_logit is not None or self.config.alpha != 1.0:
             kwargs["alpha"] = self.alpha
-        for _ in range(self.update_steps - 1):
+        for _ in range(self.config.update_steps - 1):
             query = attend(self, query, key, key, attention_mask, scaling=self.scaling, **kwargs)[0].transpose(1, 2)
-        dropout = self.attention_dropout if self.training else 0.0
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
@@ -160,10 +163,10 @@ def _composed(outer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None 
     return composed
 
 
-class FoldableMixin(nn.Module):
-    """For models whose layers are `HopfieldAttention`."""
+class FoldableModel(HopfieldPreTrainedModel):
+    """A model whose layers are `HopfieldAttention`."""
 
-    config: Any
+    read_at_each_call = (*HopfieldPreTrainedModel.read_at_each_call, "attention_probs_dropout_prob")
 
     def fold_feature_maps(self):
         """A copy of the model for inference, whose feature maps are taken into its projections: fewer products, and the same outputs.
@@ -182,6 +185,9 @@ class FoldableMixin(nn.Module):
             config = getattr(module, "config", None)
             if config is not None and getattr(config, "use_feature_map", False):
                 config.use_feature_map, config.value_source, config.feature_dim = False, "memory", None
+        for module in folded.modules():
+            if isinstance(module, HopfieldPreTrainedModel):
+                module.remember_configuration()
         return folded
 
 

@@ -9,7 +9,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,8 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_interface import hopfield_kernel
 from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap, magnitude, unit_norm
-from .hopfield import FoldableMixin, HopfieldAttention, MemorySet
-from .loading import AutoClassesMixin, SafetensorsOnlyMixin
+from .hopfield import FoldableModel, HopfieldAttention, MemorySet
 from .simplex import at_least_fp32, simplex_map
 from .validation import check_tensor, check_tensors, is_finite, is_readable
 
@@ -263,11 +261,12 @@ class STanHopSkip(nn.Linear):
     training would leave random weights as they are."""
 
 
-class STanHopPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
+class STanHopPreTrainedModel(FoldableModel):
     config: STanHopConfig
     config_class = STanHopConfig
     base_model_prefix = "model"
     main_input_name = "past_values"
+    read_at_each_call = (*FoldableModel.read_at_each_call, "attention_dropout", "memory_alpha", "memory_beta", "loss")
     _auto_classes = {
         "AutoConfig": "configuration_stanhop.STanHopConfig",
         "AutoModel": "modeling_stanhop.STanHopModel",
@@ -280,11 +279,6 @@ class STanHopPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMix
     accepts_loss_kwargs = False
     _no_split_modules = ["STanHopBlock", "STanHopDecoderLayer"]
     _input_embed_layer = "patch_embedding"
-
-    def __init__(self, config: STanHopConfig, *args, **kwargs):
-        # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
-        config.validate_hopfield()
-        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -440,6 +434,7 @@ class STanHopModel(STanHopPreTrainedModel):
     def checked(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Values with zeros where nothing was observed, and the mask as numbers, in no less precision than they have, and at least in fp32:
         what a narrower one keeps of values far from zero has lost their differences."""
+        self.check_configuration()
         if past_values is None:
             raise ValueError("past_values is required, got None")
         check_tensors(past_values=past_values)
@@ -468,6 +463,11 @@ class STanHopModel(STanHopPreTrainedModel):
         if is_readable(narrow) and not is_finite(narrow):
             raise ValueError(f"{name} must be finite in {self.dtype} once they are scaled, got some as large as {scaled.abs().max():.4g}")
         return narrow
+
+    def _sizes(self) -> dict[str, int]:
+        if "memory" not in self._modules:
+            return {}
+        return {"num_memories": 0 if self.memory.pasts is None else self.memory.pasts.shape[1]}
 
     def embed(self, scaled: torch.Tensor) -> torch.Tensor:
         """A scaled window (B, L, C) as embedded patches (B, C, num_patches, d_model)."""
@@ -614,6 +614,9 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         scales = self.model(past_values, past_observed_mask, return_dict=True).scales
         yield from self.model.memory_sets_of(scales)
         yield from self.decoder.memory_sets(scales)
+
+    def _sizes(self) -> dict[str, int]:
+        return self.model._sizes() if "model" in self._modules else {}
 
     def _loss(self, prediction: torch.Tensor, future: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         for name, tensor in (("future_values", future), ("future_observed_mask", mask)):

@@ -8,7 +8,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -25,7 +24,7 @@ from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import Corruption, mask_patterns
 from .energy import association_of, energy, inner_products, mixed
 from .feature_map import FeatureMap, norms, unit_norm
-from .loading import AutoClassesMixin, SafetensorsOnlyMixin
+from .modeling_hopfield import HopfieldPreTrainedModel
 from .search import Candidates, brute_force, faiss_index, mixture, sparse_association, trained_index
 from .separation import maximize_separation
 from .simplex import at_least_fp32
@@ -89,20 +88,16 @@ class UHopMemorySearchOutput(ModelOutput):
     weights: torch.Tensor | None = None
 
 
-class UHopMemoryPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrainedModel):
+class UHopMemoryPreTrainedModel(HopfieldPreTrainedModel):
     config: UHopMemoryConfig
     config_class = UHopMemoryConfig
     base_model_prefix = "memory"
     main_input_name = "queries"
+    read_at_each_call = (*HopfieldPreTrainedModel.read_at_each_call, "degree")
     _auto_classes = {
         "AutoConfig": "configuration_uhop_memory.UHopMemoryConfig",
         "AutoModel": "modeling_uhop_memory.UHopMemoryModel",
     }
-
-    def __init__(self, config: UHopMemoryConfig, *args, **kwargs):
-        # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
-        config.validate_memory()
-        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -141,6 +136,16 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         self.memories: torch.Tensor
         self.post_init()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the memories: without a feature map there is no parameter to tell."""
+        return self.memories.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the memories, likewise."""
+        return self.memories.device
+
     def stored_features(self) -> torch.Tensor:
         """Features (M, feature_dim) of the memories, or these themselves without a feature map.
 
@@ -152,6 +157,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
     def _kept_features(self) -> torch.Tensor:
         """`stored_features`, not to be written to."""
+        self.check_configuration()
         if self.feature_map is None:
             return self.memories
         if is_traced() or not is_plain(self.feature_map, FeatureMap):
@@ -250,6 +256,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         Raises:
             ValueError: If there is no feature map, or there are fewer than two memories.
         """
+        self.check_configuration()
         if self.feature_map is None:
             raise ValueError(f"similarity {self.config.similarity!r} has no feature map to separate with; 'kernel' has")
         if len(self) < 2:
@@ -294,6 +301,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         steps = self.config.update_steps if update_steps is None else update_steps
         if steps < 1:
             raise ValueError(f"update_steps must be at least 1, got {steps}")
+        self.check_configuration()
         states = torch.atleast_2d(self._checked(queries, "queries"))
         settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha}
         similarity: dict[str, Any] = {"similarity": self.config.similarity, "degree": self.config.degree}
@@ -474,6 +482,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             duplicates=_duplicates(self.memories),
             rounding=2.0 * rounding * norms(patterns).max().item(),
         )
+
+    def _sizes(self) -> dict[str, int]:
+        return {"num_memories": len(self.memories)} if "memories" in self._buffers else {}
 
     def _unit_kernel(self) -> torch.Tensor:
         features = unit_norm(at_least_fp32(self._kept_features()))

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoBackbone, PreTrainedModel
+from transformers import AutoBackbone
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -16,8 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_uhop_mil import UHopMILConfig
 from .feature_map import FeatureMap
-from .hopfield import FoldableMixin, HopfieldAttention, HopfieldPooling, MemorySet
-from .loading import AutoClassesMixin, SafetensorsOnlyMixin
+from .hopfield import FoldableModel, HopfieldAttention, HopfieldPooling, MemorySet
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
 from .validation import check_tensor, is_finite, is_readable, label_loss
 
@@ -117,11 +116,12 @@ class UHopMILMaxPooling(nn.Module):
         return torch.where(filled, largest, 0.0), shares * mask
 
 
-class UHopMILPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
+class UHopMILPreTrainedModel(FoldableModel):
     config: UHopMILConfig
     config_class = UHopMILConfig
     base_model_prefix = "mil"
     main_input_name = "instances"
+    read_at_each_call = (*FoldableModel.read_at_each_call, "bag_dropout_prob")
     # There is no auto class for bags; of those there are, that for sequences, which are sets with an order, is the nearest.
     _auto_classes = {
         "AutoConfig": "configuration_uhop_mil.UHopMILConfig",
@@ -130,11 +130,6 @@ class UHopMILPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMix
     }
     supports_gradient_checkpointing = True
     _no_split_modules = ["UHopMILImageEmbedding", "UHopMILBackboneEmbedding", "HopfieldPooling"]
-
-    def __init__(self, config: UHopMILConfig, *args, **kwargs):
-        # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
-        config.validate_hopfield()
-        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -224,6 +219,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
 
     def _embed(self, instances: torch.Tensor | None, attention_mask: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """What each embedding layer makes of the instances, (B, N, hidden_size), zeros for padding; and the boolean mask (B, N)."""
+        self.check_configuration()
         if instances is None:
             raise ValueError("instances is required, got None")
         check_tensor(instances, "instances")
@@ -307,6 +303,7 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
         Raises:
             TypeError, ValueError: As `UHopMILModel.forward`, and for labels that are none of these; the message names the example.
         """
+        self.check_configuration()
         outputs: UHopMILModelOutput = self.mil(instances, attention_mask=attention_mask, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(self.activation_fn(outputs.pooler_output)))
         loss = None if labels is None else label_loss(self, labels, logits, **kwargs)

@@ -18,8 +18,7 @@ from .attention_interface import hopfield_kernel
 from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
-from .hopfield import FoldableMixin, HopfieldAttention, MemorySet
-from .loading import AutoClassesMixin, SafetensorsOnlyMixin
+from .hopfield import FoldableModel, HopfieldAttention, MemorySet
 from .validation import check_tensor, is_finite, is_readable, label_loss
 
 
@@ -161,7 +160,7 @@ class UHopViTPooler(nn.Module):
         return self.activation(self.dense(hidden_states[:, 0]))
 
 
-class UHopViTPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMixin, PreTrainedModel):
+class UHopViTPreTrainedModel(FoldableModel):
     config: UHopViTConfig
     config_class = UHopViTConfig
     base_model_prefix = "vit"
@@ -184,11 +183,6 @@ class UHopViTPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, FoldableMix
         "attentions": HopfieldAttention,
     }
     _input_embed_layer = "patch_embeddings"
-
-    def __init__(self, config: UHopViTConfig, *args, **kwargs):
-        # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
-        config.validate_hopfield()
-        super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -329,6 +323,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
     def _embed(
         self, pixel_values: torch.Tensor | None, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool | None
     ) -> torch.Tensor:
+        self.check_configuration()
         if pixel_values is None:
             raise ValueError("pixel_values is required, got None")
         check_tensor(pixel_values, "pixel_values")
@@ -379,6 +374,7 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         Raises:
             TypeError, ValueError: As `UHopViTModel.forward`, and for labels that are none of these; the message names the example.
         """
+        self.check_configuration()
         outputs: BaseModelOutputWithPooling = self.vit(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, return_dict=True, **kwargs
         )
