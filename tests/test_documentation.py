@@ -23,6 +23,8 @@ TRAINING = [block for block in ALL_BLOCKS if '"out"' in block]
 BLOCKS = [block for block in ALL_BLOCKS if block not in TRAINING and "push_to_hub" not in block]
 
 WITH_EXAMPLES = (
+    "attention_interface",
+    "attention_models",
     "capacity",
     "configuration_stanhop",
     "configuration_uhop_memory",
@@ -32,7 +34,6 @@ WITH_EXAMPLES = (
     "energy",
     "feature_extraction_uhop_mil",
     "feature_map",
-    "hopfield",
     "modeling_stanhop",
     "modeling_uhop_memory",
     "modeling_uhop_mil",
