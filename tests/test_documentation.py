@@ -14,9 +14,9 @@ import modeling_uhop
 
 ROOT = Path(__file__).parent.parent
 PAPER_TO_CODE = ROOT / "docs" / "paper_to_code.md"
-PAGES = [ROOT / "README.md", PAPER_TO_CODE]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = (ROOT / "README.md").read_text()
-ALL_BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ALL_BLOCKS = [block for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)]
 # One trains and the next loads what it saved.
 TRAINING = [block for block in ALL_BLOCKS if '"out"' in block]
 # What talks to the Hub runs among the tests of that.
@@ -49,9 +49,9 @@ WITH_EXAMPLES = (
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_the_readmes_code_runs(block, tmp_path, monkeypatch):
+def test_the_code_of_every_page_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "a page", "exec"), {})
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
@@ -66,8 +66,8 @@ def test_the_readmes_training_runs_and_loads(tmp_path, monkeypatch):
     assert first["trainer"].state.log_history[-1]["train_loss"] < 2.0
 
 
-def test_the_readme_has_code_to_run():
-    assert len(BLOCKS) == 6
+def test_the_pages_have_code_to_run():
+    assert len(BLOCKS) == 8
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "modeling_uhop").glob("*.py") if path.stem != "__init__"))
