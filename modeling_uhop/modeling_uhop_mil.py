@@ -237,7 +237,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
         if self.embedding is not None:
             # Padding is left out, not masked: batch norms would count it, and images cost much.
             # A traced graph, which cannot branch on values, takes no images as it takes some.
-            some = torch.compiler.is_compiling() or bool(mask.any())
+            some = torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(mask.any())
             vectors = self.embedding(instances[mask]) if some else instances.new_zeros(0, self.embedding.out_dim)
             hidden_states = vectors.new_zeros(*mask.shape, self.embedding.out_dim).masked_scatter(mask.unsqueeze(-1), vectors)
         if getattr(self.layers[0], "gradient_checkpointing", False) and torch.is_grad_enabled() and not hidden_states.requires_grad:

@@ -152,6 +152,8 @@ def cast_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _entmax(scores: torch.Tensor, alpha: float | torch.Tensor, dim: int) -> torch.Tensor:
     if isinstance(alpha, torch.Tensor):
         alpha = _aligned(alpha, scores).to(scores.dtype)
+    if torch.onnx.is_in_onnx_export():
+        return entmax_solve(scores * entmax_scale(alpha - 1.0), alpha - 1.0, dim).weights
     weights: torch.Tensor = _Entmax.apply(scores, alpha - 1.0, dim)
     return weights
 
@@ -208,14 +210,15 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
         scores: Scores, times `entmax_scale(eps)`. Overwritten.
     """
     # A traced graph serves rows of every length.
-    long = has_root(eps) and dim == -1 and not torch.compiler.is_compiling() and scores.shape[-1] >= _LONG
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    long = has_root(eps) and dim == -1 and not traced and scores.shape[-1] >= _LONG
     leaders = _group_maxima(scores) if long else scores
     largest = leaders.amax(dim, keepdim=True)
     # Values are not looked at while tracing, or where that would stall an accelerator.
     magnitude, shift, readable = largest.abs(), None, is_readable(scores)
     if not readable or not magnitude.amax().item() * scores.shape[dim] <= _LARGE:
-        shift, largest = largest, torch.zeros_like(largest)
-        magnitude.zero_()
+        # Zeros that a TorchScript exporter does not make a constant of this row's size.
+        shift, largest, magnitude = largest, largest.clamp(0.0, 0.0), magnitude.clamp(0.0, 0.0)
         scores.sub_(shift)
         if long:
             leaders.sub_(shift)

@@ -1,5 +1,6 @@
 """UHopMIL models: values against the published layer, exact masks, outputs, losses, saving and loading, refusals."""
 
+import onnxruntime
 import pytest
 import reference
 import torch
@@ -440,3 +441,49 @@ def test_a_pooling_takes_masks_of_integers_or_none():
     states, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     assert torch.equal(layer(states, mask)[0], layer(states, mask.bool())[0])
     assert torch.equal(layer(states)[0], layer(states, torch.ones(2, 5, dtype=torch.bool))[0])
+
+
+SIZES = ((2, 4), (3, 7), (1, 600))
+TRACED = {"dense": {}, "entmax": {"alpha": 1.5}, "sparse": {"alpha": 2.0}, "queries": {"num_queries": 3}, "max": {"pooling": "max"}}
+
+
+def _inputs(model, size):
+    shape = (6,) if model.config.instance_type == "vector" else (3, 8, 8)
+    mask = torch.ones(size, dtype=torch.long)
+    mask[0, size[1] // 2 :] = 0
+    return torch.randn(*size, *shape), mask
+
+
+@pytest.mark.parametrize("first", [*SIZES, None], ids=["short", "middle", "long", "empty"])
+@pytest.mark.parametrize("fields", [*TRACED.values(), *IMAGES.values()], ids=[*TRACED, *IMAGES])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_model_takes_bags_of_every_size(fields, first):
+    """Also if it was traced with long bags, or with empty ones."""
+    if first is None and fields is IMAGES["swin"]:
+        pytest.skip("transformers' Swin takes no batch without an image")
+    model = _model(**fields, return_dict=False)
+    images = model.config.instance_type != "vector"
+    instances, mask = _inputs(model, first or (2, 4))
+    with torch.no_grad():
+        traced = torch.jit.trace(
+            model, (instances[:, :9] if images else instances, (mask[:, :9] if images else mask) * (first is not None))
+        )
+        for size in SIZES[:2] if images else SIZES:
+            inputs = _inputs(model, size)
+            for given, expected in zip(traced(*inputs), model(*inputs), strict=True):
+                assert_close(given, expected)
+
+
+@pytest.mark.parametrize("fields", [*TRACED.values(), *IMAGES.values()], ids=[*TRACED, *IMAGES])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_the_torchscript_exporter_keeps_the_outputs(fields, tmp_path):
+    model, path, axes = _model(**fields, return_dict=False), str(tmp_path / "model.onnx"), {0: "B", 1: "N"}
+    names = {"input_names": ["instances", "mask"], "output_names": ["logits", "weights"]}
+    axes = {"instances": axes, "mask": axes, "logits": {0: "B"}, "weights": axes}
+    torch.onnx.export(model, _inputs(model, (2, 4)), path, dynamo=False, opset_version=18, dynamic_axes=axes, **names)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in SIZES:
+        inputs = _inputs(model, size)
+        given = session.run(None, {name: tensor.numpy() for name, tensor in zip(names["input_names"], inputs, strict=True)})
+        for array, expected in zip(given, model(*inputs), strict=True):
+            assert_close(torch.from_numpy(array), expected, scale=10)

@@ -1,5 +1,6 @@
 """UHopViT models: values against transformers' ViT, outputs, kernels, dtypes, saving and loading, refusals."""
 
+import onnxruntime
 import pytest
 import torch
 from conftest import assert_close
@@ -407,3 +408,29 @@ def test_accumulated_batches_are_one_batch(tmp_path, problem):
         trainer.train()
         norms.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
     assert_close(torch.tensor(norms[1]), torch.tensor(norms[0]), scale=100)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_model_takes_batches_of_every_size(variant):
+    model = _model(**variant, return_dict=False)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, _images(2))
+        for count in (1, 5):
+            images = _images(count)
+            assert_close(traced(images)[0], model(images)[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"attn_implementation": "eager"}, {"alpha": 1.5}, {"alpha": 2.0, "attn_implementation": "eager"}, VARIANTS["class query"]],
+    ids=["sdpa", "eager", "entmax", "sparse", "class query"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_the_torchscript_exporter_keeps_the_outputs(fields, tmp_path):
+    model, path = _model(**{"num_hidden_layers": 1, **fields}, return_dict=False), str(tmp_path / "model.onnx")
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_axes": {"images": {0: "B"}, "logits": {0: "B"}}}
+    torch.onnx.export(model, (_images(2),), path, dynamo=False, opset_version=18, **names)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for count in (2, 1, 5):
+        images = _images(count)
+        assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), model(images)[0], scale=10)
