@@ -1,6 +1,7 @@
 """Checks that several models share, and the loss on checked labels."""
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -66,6 +67,28 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Whether every value is finite. If their sum is, they all are; if it is not, it may only have overflowed, and each is looked at."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def largest(tensor: torch.Tensor) -> float:
+    """The largest magnitude of a tensor's values, nan if any is nan; 0 of a tensor without values, and where they are not read."""
+    if not is_readable(tensor) or tensor.numel() == 0:
+        return 0.0
+    low, high = tensor.detach().aminmax()
+    return max(-low.item(), high.item())
+
+
+def check_no_overflow(states: torch.Tensor, example: str, limit: float = math.inf) -> None:
+    """A `ValueError` (on CPU) that names the first example of a batch, say a "bag", that has a value not below `limit`."""
+    if not largest(states) < limit:
+        index = (~(states.detach().abs() < limit)).flatten(1).any(1).nonzero()[0].item()
+        raise ValueError(
+            f"{example} {index} of the batch overflows in {states.dtype}: its values are too large for this model (standardise them), "
+            "or weights of the model are not finite"
+        )
+
+
+# Inputs beyond `LARGE` may make states beyond `MAX_STATE`, whose squares overflow: a layer norm in fp32 would divide them by infinity.
+LARGE, MAX_STATE = 1e9, 1e18
 
 
 _ACCEPTED_LABELS = {

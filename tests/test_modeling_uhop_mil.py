@@ -477,9 +477,9 @@ def test_a_traced_model_takes_bags_of_every_size(fields, first):
 @pytest.mark.parametrize("fields", [*TRACED.values(), *IMAGES.values()], ids=[*TRACED, *IMAGES])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
 def test_the_torchscript_exporter_keeps_the_outputs(fields, tmp_path):
-    model, path, axes = _model(**fields, return_dict=False), str(tmp_path / "model.onnx"), {0: "B", 1: "N"}
+    model, path, both = _model(**fields, return_dict=False), str(tmp_path / "model.onnx"), {0: "B", 1: "N"}
     names = {"input_names": ["instances", "mask"], "output_names": ["logits", "weights"]}
-    axes = {"instances": axes, "mask": axes, "logits": {0: "B"}, "weights": axes}
+    axes = {"instances": both, "mask": both, "logits": {0: "B"}, "weights": both}
     torch.onnx.export(model, _inputs(model, (2, 4)), path, dynamo=False, opset_version=18, dynamic_axes=axes, **names)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for size in SIZES:
@@ -487,3 +487,41 @@ def test_the_torchscript_exporter_keeps_the_outputs(fields, tmp_path):
         given = session.run(None, {name: tensor.numpy() for name, tensor in zip(names["input_names"], inputs, strict=True)})
         for array, expected in zip(given, model(*inputs), strict=True):
             assert_close(torch.from_numpy(array), expected, scale=10)
+
+
+PRECISIONS = [(torch.float32, False), *((dtype, autocast) for dtype in (torch.bfloat16, torch.float16) for autocast in (False, True))]
+# Powers of two, so that bags of every size are multiples of each other; float16 ends at 65504.
+LARGE = {torch.float32: (33, 56, 63, 70, 100, 127), torch.bfloat16: (33, 56, 63, 70, 100, 127), torch.float16: (9, 12, 15)}
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
+@pytest.mark.parametrize("name", ["dense", "entmax", "mean", "cnn", "resnet"])
+def test_large_bags_keep_their_classes_or_are_named(name, dtype, autocast):
+    """The layer norms of the pooling take away the size of a bag of large values, and nothing else."""
+    model = _model(**{**POOLINGS, **IMAGES}[name]).to(torch.float32 if autocast else dtype)
+    bags = torch.rand(3, 4, *((6,) if name in POOLINGS else (3, 8, 8))) * 2 - 1
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+    kept, refused = [], []
+    for exponent in LARGE[dtype]:
+        instances = torch.cat([bags[:1], bags[1:] * 2.0**exponent]).to(model.dtype)
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            try:
+                outputs = model(instances, mask, labels=torch.tensor([0, 1, 1]))
+            except ValueError as error:
+                refused.append(str(error))
+                continue
+        outputs.loss.backward()
+        assert outputs.loss.isfinite()
+        assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+        kept.append(outputs.logits.detach())
+    assert len(kept) >= 2
+    assert all("bag 1 of the batch overflows" in message for message in refused)
+    for logits in kept[1:] if name != "mean" else []:
+        assert_close(logits, kept[0], dtype=dtype, scale=4)
+
+
+def test_weights_that_are_not_finite_are_named_too():
+    model = _model()
+    model.classifier.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"bag 0 of the batch overflows .* or weights of the model are not finite"):
+        model(*_bags())

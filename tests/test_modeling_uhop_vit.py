@@ -434,3 +434,29 @@ def test_the_torchscript_exporter_keeps_the_outputs(fields, tmp_path):
     for count in (2, 1, 5):
         images = _images(count)
         assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), model(images)[0], scale=10)
+
+
+PRECISIONS = [(torch.float32, False), *((dtype, autocast) for dtype in (torch.bfloat16, torch.float16) for autocast in (False, True))]
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
+@pytest.mark.parametrize("name", ["dense", "entmax", "class query"])
+def test_large_images_keep_their_classes_or_are_named(name, dtype, autocast):
+    """Position embeddings vanish beside large pixels; powers of two make images of every size multiples of each other."""
+    model = _model(**VARIANTS[name]).to(torch.float32 if autocast else dtype)
+    images, kept, refused = torch.rand(2, 3, 12, 12) * 2 - 1, [], []
+    for exponent in (6, 9, 12, 15) if dtype == torch.float16 else (33, 50, 63, 70, 100, 127):
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            try:
+                outputs = model(torch.cat([images[:1], images[1:] * 2.0**exponent]).to(model.dtype), labels=torch.tensor([0, 1]))
+            except ValueError as error:
+                refused.append(str(error))
+                continue
+        outputs.loss.backward()
+        assert outputs.loss.isfinite()
+        assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+        kept.append(outputs.logits.detach())
+    assert len(kept) >= 2
+    assert all("image 1 of the batch overflows" in message for message in refused)
+    for logits in kept[1:] if dtype != torch.float16 else []:
+        assert_close(logits, kept[0], dtype=dtype, scale=10)
