@@ -85,6 +85,8 @@ class UHopViTEmbeddings(nn.Module):
         if bool_masked_pos is not None:
             if self.mask_token is None:
                 raise ValueError("bool_masked_pos needs a model built with use_mask_token=True")
+            if bool_masked_pos.shape != tokens.shape[:2]:
+                raise ValueError(f"bool_masked_pos must have shape {tuple(tokens.shape[:2])}, got {tuple(bool_masked_pos.shape)}")
             tokens = torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         prefix = [token.expand(tokens.shape[0], -1, -1) for token in (self.cls_token, self.distillation_token) if token is not None]
         tokens = torch.cat((*prefix, tokens), dim=1)

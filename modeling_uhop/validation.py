@@ -50,12 +50,17 @@ def is_readable(tensor: torch.Tensor) -> bool:
 
 
 def check_tensor(value, name: str) -> None:
-    """A `TypeError` for an input of a model that is no tensor, such as a NumPy array or a list; `None` passes."""
-    if value is not None and not isinstance(value, torch.Tensor):
+    """A `TypeError` for an input of a model that is no dense tensor of real numbers, such as a NumPy array or a list; `None` passes."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor):
         found = type(value)
         raise TypeError(
             f"{name} must be a torch.Tensor, got {found.__module__}.{found.__qualname__}; torch.as_tensor converts arrays and lists"
         )
+    if value.is_complex() or value.is_nested or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense torch.Tensor of real numbers, got {value.dtype} with layout {layout}")
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -109,7 +114,7 @@ def decided_labels(labels: torch.Tensor, batch_size: int, config: Any) -> tuple[
         it with the decided problem type.
 
     Raises:
-        TypeError: For labels that are no tensor.
+        TypeError: For labels that are no dense tensor of real numbers.
         ValueError: For labels of another shape, and (on CPU) for an example whose label is no number of the accepted range.
     """
     check_tensor(labels, "labels")
@@ -120,7 +125,7 @@ def decided_labels(labels: torch.Tensor, batch_size: int, config: Any) -> tuple[
         problem = "regression" if num_labels == 1 else several
     classes = problem == "single_label_classification"
     fits = single if classes or num_labels == 1 else labels.shape == (batch_size, num_labels)
-    if num_labels < 1 or not fits or labels.is_complex():
+    if num_labels < 1 or not fits:
         accepted = [problem] if config.problem_type or num_labels == 1 else list(_ACCEPTED_LABELS)[:2]
         raise ValueError(
             f"labels must be {' or '.join(_ACCEPTED_LABELS[name] for name in accepted)}, got {labels.dtype} of shape {tuple(labels.shape)} "

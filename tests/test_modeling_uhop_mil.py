@@ -355,6 +355,10 @@ def test_it_compiles_in_one_graph():
         ({"instances": torch.zeros(2, 3, 5)}, r"shape \(B, N, 6\), got \(2, 3, 5\)"),
         ({"instances": torch.zeros(3, 6)}, r"shape \(B, N, 6\), got \(3, 6\)"),
         ({"instances": torch.zeros(2, 3, 6), "attention_mask": torch.ones(2, 4)}, r"attention_mask must have shape \(2, 3\), got \(2, 4\)"),
+        (
+            {"instances": torch.zeros(2, 3, 6), "attention_mask": torch.tensor([[0.0, 0.0, -torch.inf]] * 2)},
+            "must be 1 for instances and 0 for padding",
+        ),
         ({"instances": torch.full((2, 3, 6), torch.nan)}, "instance 0 of bag 0 of the batch is not"),
         ({"instances": torch.zeros(2, 3, 6), "labels": torch.tensor([0, 2])}, r"labels must lie in \[0, 2\), got 2"),
     ],
@@ -373,6 +377,12 @@ def test_inputs_that_are_no_tensors_are_refused(name, convert):
     for call in (model, model.mil, lambda **given: next(model.memory_sets(**given))):
         with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor, got (numpy.ndarray|builtins.list); torch.as_tensor"):
             call(**inputs)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, lambda bags: bags.to(torch.complex64), torch.nested.as_nested_tensor])
+def test_tensors_that_are_not_dense_and_real_are_refused(convert):
+    with pytest.raises(TypeError, match=r"instances must be a dense torch.Tensor of real numbers, got torch\.\w+ with layout"):
+        _model()(convert(_bags()[0]))
 
 
 def test_a_bad_instance_is_named():

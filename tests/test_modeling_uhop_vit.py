@@ -181,6 +181,8 @@ def test_bool_masked_pos_replaces_patches():
     assert torch.equal(model(images, bool_masked_pos=masked).last_hidden_state, model(changed, bool_masked_pos=masked).last_hidden_state)
     with pytest.raises(ValueError, match="use_mask_token=True"):
         UHopViTModel(UHopViTConfig(**SMALL))(images, bool_masked_pos=masked)
+    with pytest.raises(ValueError, match=r"bool_masked_pos must have shape \(3, 9\), got \(1, 9\)"):
+        model(images, bool_masked_pos=masked[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -358,6 +360,12 @@ def test_inputs_that_are_no_tensors_are_refused(name, convert):
     for call in (model, lambda **given: next(model.memory_sets(**given))):
         with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor, got (numpy.ndarray|builtins.list); torch.as_tensor"):
             call(**inputs)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, lambda images: images.to(torch.complex64)])
+def test_tensors_that_are_not_dense_and_real_are_refused(convert):
+    with pytest.raises(TypeError, match=r"pixel_values must be a dense torch.Tensor of real numbers, got torch\.\w+ with layout"):
+        _model()(convert(_images()))
 
 
 @pytest.mark.parametrize("label", [-1, 5])
