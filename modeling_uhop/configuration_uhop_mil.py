@@ -52,8 +52,8 @@ class UHopMILConfig(PreTrainedConfig):
     """
 
     model_type = "uhop_mil"
-    # So that `compute_metrics` gets logits alone; `trainer.predict(bags, ignore_keys=["attentions"])` has the weights too, and hidden states
-    # where they are returned. The Trainer cannot join attentions (B, H, num_queries, N) of batches that are padded to different N.
+    # So that `compute_metrics` gets logits alone; `trainer.predict(bags, ignore_keys=["attentions"])` has the weights too, and the hidden
+    # states if they are returned. The Trainer cannot join attentions (B, H, num_queries, N) of batches that are padded to different N.
     keys_to_ignore_at_inference = ["instance_weights", "hidden_states", "attentions"]
     attribute_map = {"num_hidden_layers": "num_embedding_layers"}
 

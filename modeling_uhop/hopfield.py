@@ -148,7 +148,7 @@ class HopfieldAttention(nn.Module):
         self.feature_map = None
 
     def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.unflatten(-1, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
+        return tokens.view(*tokens.shape[:-1], self.num_attention_heads, self.head_dim).transpose(1, 2)
 
 
 def _composed(outer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:

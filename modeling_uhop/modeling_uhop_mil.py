@@ -18,7 +18,7 @@ from .configuration_uhop_mil import UHopMILConfig
 from .feature_map import FeatureMap
 from .hopfield import FoldableModel, HopfieldAttention, HopfieldPooling, MemorySet
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
-from .validation import check_tensor, is_finite, is_readable, label_loss
+from .validation import LARGE, MAX_STATE, check_no_overflow, check_tensor, is_readable, label_loss, largest
 
 
 @dataclass
@@ -192,12 +192,14 @@ class UHopMILModel(UHopMILPreTrainedModel):
 
         Raises:
             TypeError: For an input that is no tensor.
-            ValueError: If `instances` is missing, of a wrong shape, or (on CPU) not finite; the message names the bag.
+            ValueError: If `instances` is missing, of a wrong shape, or (on CPU) not finite, or so large that states overflow; the message
+                names the bag.
         """
         hidden_states, mask = self._embed(instances, attention_mask)
         if self.training and self.config.bag_dropout_prob > 0:
             mask = _thinned(mask, self.config.bag_dropout_prob)
         pooled, weights = self.pooling(hidden_states[-1], mask)
+        check_no_overflow(pooled, "bag")
         attentions = (weights,) if self.config.pooling == "hopfield" else ()
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -226,14 +228,17 @@ class UHopMILModel(UHopMILPreTrainedModel):
         check_tensor(attention_mask, "attention_mask")
         mask = self._checked_mask(instances, attention_mask)
         instances = instances.to(self.dtype).masked_fill(~_widened(mask, instances), 0.0)
-        if is_readable(instances) and not is_finite(instances):
+        size = largest(instances)
+        if not size < math.inf:
             bag, instance = (~instances.flatten(2).isfinite()).any(-1).nonzero()[0].tolist()
             raise ValueError(f"instances must be finite in {self.dtype}, but instance {instance} of bag {bag} of the batch is not")
+        if size > LARGE and self.config.instance_type == "backbone":
+            check_no_overflow(instances, "bag", MAX_STATE)
         hidden_states = instances
         if self.embedding is not None:
             # Padding is left out, not masked: batch norms would count it, and images cost much.
             # A traced graph, which cannot branch on values, takes no images as it takes some.
-            some = torch.compiler.is_compiling() or bool(mask.any())
+            some = torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(mask.any())
             vectors = self.embedding(instances[mask]) if some else instances.new_zeros(0, self.embedding.out_dim)
             hidden_states = vectors.new_zeros(*mask.shape, self.embedding.out_dim).masked_scatter(mask.unsqueeze(-1), vectors)
         if getattr(self.layers[0], "gradient_checkpointing", False) and torch.is_grad_enabled() and not hidden_states.requires_grad:
@@ -243,6 +248,8 @@ class UHopMILModel(UHopMILPreTrainedModel):
         for layer in self.layers:
             hidden_states = layer(hidden_states).masked_fill(~mask.unsqueeze(-1), 0.0)
             states.append(hidden_states)
+        if size > LARGE and self.config.pooling == "hopfield":
+            check_no_overflow(hidden_states, "bag", MAX_STATE)
         return tuple(states), mask
 
     def _checked_mask(self, instances: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -258,6 +265,8 @@ class UHopMILModel(UHopMILPreTrainedModel):
             return torch.ones(instances.shape[:2], dtype=torch.bool, device=instances.device)
         if attention_mask.shape != instances.shape[:2]:
             raise ValueError(f"attention_mask must have shape {tuple(instances.shape[:2])}, got {tuple(attention_mask.shape)}")
+        if is_readable(attention_mask) and not ((attention_mask == 0) | (attention_mask == 1)).all():
+            raise ValueError("attention_mask must be 1 for instances and 0 for padding, and has other values")
         return attention_mask.bool()
 
 
@@ -306,6 +315,7 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
         self.check_configuration()
         outputs: UHopMILModelOutput = self.mil(instances, attention_mask=attention_mask, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(self.activation_fn(outputs.pooler_output)))
+        check_no_overflow(logits, "bag")
         loss = None if labels is None else label_loss(self, labels, logits, **kwargs)
         return UHopMILBagClassifierOutput(
             loss=loss,

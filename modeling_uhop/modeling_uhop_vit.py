@@ -1,5 +1,6 @@
 """PyTorch UHopViT model: a vision transformer whose attention is a kernelized Hopfield layer."""
 
+import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -19,7 +20,7 @@ from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
 from .hopfield import FoldableModel, HopfieldAttention, MemorySet
-from .validation import check_tensor, is_finite, is_readable, label_loss
+from .validation import LARGE, MAX_STATE, check_no_overflow, check_tensor, label_loss, largest
 
 
 class UHopViTPatchEmbeddings(nn.Module):
@@ -84,6 +85,8 @@ class UHopViTEmbeddings(nn.Module):
         if bool_masked_pos is not None:
             if self.mask_token is None:
                 raise ValueError("bool_masked_pos needs a model built with use_mask_token=True")
+            if bool_masked_pos.shape != tokens.shape[:2]:
+                raise ValueError(f"bool_masked_pos must have shape {tuple(tokens.shape[:2])}, got {tuple(bool_masked_pos.shape)}")
             tokens = torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         prefix = [token.expand(tokens.shape[0], -1, -1) for token in (self.cls_token, self.distillation_token) if token is not None]
         tokens = torch.cat((*prefix, tokens), dim=1)
@@ -279,13 +282,15 @@ class UHopViTModel(UHopViTPreTrainedModel):
 
         Raises:
             TypeError: For an input that is no tensor.
-            ValueError: If `pixel_values` is missing, of a wrong shape, or (on CPU) not finite; or if the mask has another number of tokens.
+            ValueError: If `pixel_values` is missing, of a wrong shape, or (on CPU) not finite or so large that states overflow; or
+                if the mask has another number of tokens.
         """
         hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
         mask = self._attention_mask(hidden_states, attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
         sequence_output = self.layernorm(hidden_states)
+        check_no_overflow(sequence_output, "image")
         pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=sequence_output, pooler_output=pooled_output)
 
@@ -328,10 +333,14 @@ class UHopViTModel(UHopViTPreTrainedModel):
             raise ValueError("pixel_values is required, got None")
         check_tensor(pixel_values, "pixel_values")
         check_tensor(bool_masked_pos, "bool_masked_pos")
-        if is_readable(pixel_values) and not is_finite(pixel_values):
+        size = largest(pixel_values)
+        if not size < math.inf:
             raise ValueError(f"pixel_values must be finite, got {int((~pixel_values.isfinite()).sum())} values that are not")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        return self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        tokens = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        if size > LARGE:
+            check_no_overflow(tokens, "image", MAX_STATE)
+        return tokens
 
     def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None):
         check_tensor(attention_mask, "attention_mask")
@@ -380,6 +389,7 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         )
         tokens = cast(torch.Tensor, outputs.last_hidden_state)
         logits = self.classifier(tokens[:, 0])
+        check_no_overflow(logits, "image")
         loss = None if labels is None else label_loss(self, labels, logits, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 

@@ -152,6 +152,8 @@ def cast_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _entmax(scores: torch.Tensor, alpha: float | torch.Tensor, dim: int) -> torch.Tensor:
     if isinstance(alpha, torch.Tensor):
         alpha = _aligned(alpha, scores).to(scores.dtype)
+    if torch.onnx.is_in_onnx_export():
+        return entmax_solve(scores * entmax_scale(alpha - 1.0), alpha - 1.0, dim).weights
     weights: torch.Tensor = _Entmax.apply(scores, alpha - 1.0, dim)
     return weights
 
@@ -214,8 +216,8 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     # Values are not looked at while tracing, or where that would stall an accelerator.
     magnitude, shift, readable = largest.abs(), None, is_readable(scores)
     if not readable or not magnitude.amax().item() * scores.shape[dim] <= _LARGE:
-        shift, largest = largest, torch.zeros_like(largest)
-        magnitude.zero_()
+        # Zeros that a TorchScript exporter does not make a constant of this row's size.
+        shift, largest, magnitude = largest, largest.clamp(0.0, 0.0), magnitude.clamp(0.0, 0.0)
         scores.sub_(shift)
         if long:
             leaders.sub_(shift)

@@ -1,6 +1,7 @@
 """Checks that several models share, and the loss on checked labels."""
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -54,12 +55,17 @@ def is_readable(tensor: torch.Tensor) -> bool:
 
 
 def check_tensor(value, name: str) -> None:
-    """A `TypeError` for an input of a model that is no tensor, such as a NumPy array or a list; `None` passes."""
-    if value is not None and not isinstance(value, torch.Tensor):
+    """A `TypeError` for an input of a model that is no dense tensor of real numbers, such as a NumPy array or a list; `None` passes."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Tensor):
         found = type(value)
         raise TypeError(
             f"{name} must be a torch.Tensor, got {found.__module__}.{found.__qualname__}; torch.as_tensor converts arrays and lists"
         )
+    if value.is_complex() or value.is_nested or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense torch.Tensor of real numbers, got {value.dtype} with layout {layout}")
 
 
 def check_tensors(**inputs) -> None:
@@ -83,6 +89,28 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
+def largest(tensor: torch.Tensor) -> float:
+    """The largest magnitude of a tensor's values, nan if any is nan; 0 of a tensor without values, and where they are not read."""
+    if not is_readable(tensor) or tensor.numel() == 0:
+        return 0.0
+    low, high = tensor.detach().aminmax()
+    return max(-low.item(), high.item())
+
+
+def check_no_overflow(states: torch.Tensor, example: str, limit: float = math.inf) -> None:
+    """A `ValueError` (on CPU) that names the first example of a batch, say a "bag", that has a value not below `limit`."""
+    if not largest(states) < limit:
+        index = (~(states.detach().abs() < limit)).flatten(1).any(1).nonzero()[0].item()
+        raise ValueError(
+            f"{example} {index} of the batch overflows in {states.dtype}: its values are too large for this model (standardise them), "
+            "or weights of the model are not finite"
+        )
+
+
+# Inputs beyond `LARGE` may make states beyond `MAX_STATE`, whose squares overflow: a layer norm in fp32 would divide them by infinity.
+LARGE, MAX_STATE = 1e9, 1e18
+
+
 _ACCEPTED_LABELS = {
     "single_label_classification": "class indices of shape (B,) or (B, 1)",
     "multi_label_classification": "values in [0, 1] of shape (B, num_labels)",
@@ -101,7 +129,7 @@ def decided_labels(labels: torch.Tensor, batch_size: int, config: Any) -> tuple[
         it with the decided problem type.
 
     Raises:
-        TypeError: For labels that are no tensor.
+        TypeError: For labels that are no dense tensor of real numbers.
         ValueError: For labels of another shape, and (on CPU) for an example whose label is no number of the accepted range.
     """
     check_tensor(labels, "labels")
@@ -112,7 +140,7 @@ def decided_labels(labels: torch.Tensor, batch_size: int, config: Any) -> tuple[
         problem = "regression" if num_labels == 1 else several
     classes = problem == "single_label_classification"
     fits = single if classes or num_labels == 1 else labels.shape == (batch_size, num_labels)
-    if num_labels < 1 or not fits or labels.is_complex():
+    if num_labels < 1 or not fits:
         accepted = [problem] if config.problem_type or num_labels == 1 else list(_ACCEPTED_LABELS)[:2]
         raise ValueError(
             f"labels must be {' or '.join(_ACCEPTED_LABELS[name] for name in accepted)}, got {labels.dtype} of shape {tuple(labels.shape)} "

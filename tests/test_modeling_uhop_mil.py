@@ -1,5 +1,6 @@
 """UHopMIL models: values against the published layer, exact masks, outputs, losses, saving and loading, refusals."""
 
+import onnxruntime
 import pytest
 import reference
 import torch
@@ -354,6 +355,10 @@ def test_it_compiles_in_one_graph():
         ({"instances": torch.zeros(2, 3, 5)}, r"shape \(B, N, 6\), got \(2, 3, 5\)"),
         ({"instances": torch.zeros(3, 6)}, r"shape \(B, N, 6\), got \(3, 6\)"),
         ({"instances": torch.zeros(2, 3, 6), "attention_mask": torch.ones(2, 4)}, r"attention_mask must have shape \(2, 3\), got \(2, 4\)"),
+        (
+            {"instances": torch.zeros(2, 3, 6), "attention_mask": torch.tensor([[0.0, 0.0, -torch.inf]] * 2)},
+            "must be 1 for instances and 0 for padding",
+        ),
         ({"instances": torch.full((2, 3, 6), torch.nan)}, "instance 0 of bag 0 of the batch is not"),
         ({"instances": torch.zeros(2, 3, 6), "labels": torch.tensor([0, 2])}, r"labels must lie in \[0, 2\), got 2"),
     ],
@@ -372,6 +377,12 @@ def test_inputs_that_are_no_tensors_are_refused(name, convert):
     for call in (model, model.mil, lambda **given: next(model.memory_sets(**given))):
         with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor, got (numpy.ndarray|builtins.list); torch.as_tensor"):
             call(**inputs)
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, lambda bags: bags.to(torch.complex64), torch.nested.as_nested_tensor])
+def test_tensors_that_are_not_dense_and_real_are_refused(convert):
+    with pytest.raises(TypeError, match=r"instances must be a dense torch.Tensor of real numbers, got torch\.\w+ with layout"):
+        _model()(convert(_bags()[0]))
 
 
 def test_a_bad_instance_is_named():
@@ -440,3 +451,87 @@ def test_a_pooling_takes_masks_of_integers_or_none():
     states, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     assert torch.equal(layer(states, mask)[0], layer(states, mask.bool())[0])
     assert torch.equal(layer(states)[0], layer(states, torch.ones(2, 5, dtype=torch.bool))[0])
+
+
+SIZES = ((2, 4), (3, 7), (1, 600))
+TRACED = {"dense": {}, "entmax": {"alpha": 1.5}, "sparse": {"alpha": 2.0}, "queries": {"num_queries": 3}, "max": {"pooling": "max"}}
+
+
+def _inputs(model, size):
+    shape = (6,) if model.config.instance_type == "vector" else (3, 8, 8)
+    mask = torch.ones(size, dtype=torch.long)
+    mask[0, size[1] // 2 :] = 0
+    return torch.randn(*size, *shape), mask
+
+
+@pytest.mark.parametrize("first", [*SIZES, None], ids=["short", "middle", "long", "empty"])
+@pytest.mark.parametrize("fields", [*TRACED.values(), *IMAGES.values()], ids=[*TRACED, *IMAGES])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_model_takes_bags_of_every_size(fields, first):
+    """Also if it was traced with long bags, or with empty ones."""
+    if first is None and fields is IMAGES["swin"]:
+        pytest.skip("transformers' Swin takes no batch without an image")
+    model = _model(**fields, return_dict=False)
+    images = model.config.instance_type != "vector"
+    instances, mask = _inputs(model, first or (2, 4))
+    with torch.no_grad():
+        traced = torch.jit.trace(
+            model, (instances[:, :9] if images else instances, (mask[:, :9] if images else mask) * (first is not None))
+        )
+        for size in SIZES[:2] if images else SIZES:
+            inputs = _inputs(model, size)
+            for given, expected in zip(traced(*inputs), model(*inputs), strict=True):
+                assert_close(given, expected)
+
+
+@pytest.mark.parametrize("fields", [*TRACED.values(), *IMAGES.values()], ids=[*TRACED, *IMAGES])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_the_torchscript_exporter_keeps_the_outputs(fields, tmp_path):
+    model, path, both = _model(**fields, return_dict=False), str(tmp_path / "model.onnx"), {0: "B", 1: "N"}
+    names = {"input_names": ["instances", "mask"], "output_names": ["logits", "weights"]}
+    axes = {"instances": both, "mask": both, "logits": {0: "B"}, "weights": both}
+    torch.onnx.export(model, _inputs(model, (2, 4)), path, dynamo=False, opset_version=18, dynamic_axes=axes, **names)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in SIZES:
+        inputs = _inputs(model, size)
+        given = session.run(None, {name: tensor.numpy() for name, tensor in zip(names["input_names"], inputs, strict=True)})
+        for array, expected in zip(given, model(*inputs), strict=True):
+            assert_close(torch.from_numpy(array), expected, scale=10)
+
+
+PRECISIONS = [(torch.float32, False), *((dtype, autocast) for dtype in (torch.bfloat16, torch.float16) for autocast in (False, True))]
+# Powers of two, so that bags of every size are multiples of each other; float16 ends at 65504.
+LARGE = {torch.float32: (33, 56, 63, 70, 100, 127), torch.bfloat16: (33, 56, 63, 70, 100, 127), torch.float16: (9, 12, 15)}
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
+@pytest.mark.parametrize("name", ["dense", "entmax", "mean", "cnn", "resnet"])
+def test_large_bags_keep_their_classes_or_are_named(name, dtype, autocast):
+    """The layer norms of the pooling take away the size of a bag of large values, and nothing else."""
+    model = _model(**{**POOLINGS, **IMAGES}[name]).to(torch.float32 if autocast else dtype)
+    bags = torch.rand(3, 4, *((6,) if name in POOLINGS else (3, 8, 8))) * 2 - 1
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
+    kept, refused = [], []
+    for exponent in LARGE[dtype]:
+        instances = torch.cat([bags[:1], bags[1:] * 2.0**exponent]).to(model.dtype)
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            try:
+                outputs = model(instances, mask, labels=torch.tensor([0, 1, 1]))
+            except ValueError as error:
+                refused.append(str(error))
+                continue
+        outputs.loss.backward()
+        assert outputs.loss.isfinite()
+        assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+        kept.append(outputs.logits.detach())
+    assert len(kept) >= 2
+    assert all("bag 1 of the batch overflows" in message for message in refused)
+    for logits in kept[1:] if name != "mean" else []:
+        assert_close(logits, kept[0], dtype=dtype, scale=4)
+
+
+def test_weights_that_are_not_finite_are_named_too():
+    model = _model()
+    model.classifier.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"bag 0 of the batch overflows .* or weights of the model are not finite"):
+        model(*_bags())

@@ -1,5 +1,6 @@
 """UHopViT models: values against transformers' ViT, outputs, kernels, dtypes, saving and loading, refusals."""
 
+import onnxruntime
 import pytest
 import torch
 from conftest import assert_close
@@ -180,6 +181,8 @@ def test_bool_masked_pos_replaces_patches():
     assert torch.equal(model(images, bool_masked_pos=masked).last_hidden_state, model(changed, bool_masked_pos=masked).last_hidden_state)
     with pytest.raises(ValueError, match="use_mask_token=True"):
         UHopViTModel(UHopViTConfig(**SMALL))(images, bool_masked_pos=masked)
+    with pytest.raises(ValueError, match=r"bool_masked_pos must have shape \(3, 9\), got \(1, 9\)"):
+        model(images, bool_masked_pos=masked[:1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -359,6 +362,12 @@ def test_inputs_that_are_no_tensors_are_refused(name, convert):
             call(**inputs)
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.to_sparse, lambda images: images.to(torch.complex64)])
+def test_tensors_that_are_not_dense_and_real_are_refused(convert):
+    with pytest.raises(TypeError, match=r"pixel_values must be a dense torch.Tensor of real numbers, got torch\.\w+ with layout"):
+        _model()(convert(_images()))
+
+
 @pytest.mark.parametrize("label", [-1, 5])
 def test_a_label_outside_its_range_is_refused(label):
     with pytest.raises(ValueError, match=rf"labels must lie in \[0, 5\), got {label}"):
@@ -407,3 +416,55 @@ def test_accumulated_batches_are_one_batch(tmp_path, problem):
         trainer.train()
         norms.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
     assert_close(torch.tensor(norms[1]), torch.tensor(norms[0]), scale=100)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_a_traced_model_takes_batches_of_every_size(variant):
+    model = _model(**variant, return_dict=False)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, _images(2))
+        for count in (1, 5):
+            images = _images(count)
+            assert_close(traced(images)[0], model(images)[0])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"attn_implementation": "eager"}, {"alpha": 1.5}, {"alpha": 2.0, "attn_implementation": "eager"}, VARIANTS["class query"]],
+    ids=["sdpa", "eager", "entmax", "sparse", "class query"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+def test_the_torchscript_exporter_keeps_the_outputs(fields, tmp_path):
+    model, path = _model(**{"num_hidden_layers": 1, **fields}, return_dict=False), str(tmp_path / "model.onnx")
+    names = {"input_names": ["images"], "output_names": ["logits"], "dynamic_axes": {"images": {0: "B"}, "logits": {0: "B"}}}
+    torch.onnx.export(model, (_images(2),), path, dynamo=False, opset_version=18, **names)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for count in (2, 1, 5):
+        images = _images(count)
+        assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), model(images)[0], scale=10)
+
+
+PRECISIONS = [(torch.float32, False), *((dtype, autocast) for dtype in (torch.bfloat16, torch.float16) for autocast in (False, True))]
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
+@pytest.mark.parametrize("name", ["dense", "entmax", "class query"])
+def test_large_images_keep_their_classes_or_are_named(name, dtype, autocast):
+    """Position embeddings vanish beside large pixels; powers of two make images of every size multiples of each other."""
+    model = _model(**VARIANTS[name]).to(torch.float32 if autocast else dtype)
+    images, kept, refused = torch.rand(2, 3, 12, 12) * 2 - 1, [], []
+    for exponent in (6, 9, 12, 15) if dtype == torch.float16 else (33, 50, 63, 70, 100, 127):
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+            try:
+                outputs = model(torch.cat([images[:1], images[1:] * 2.0**exponent]).to(model.dtype), labels=torch.tensor([0, 1]))
+            except ValueError as error:
+                refused.append(str(error))
+                continue
+        outputs.loss.backward()
+        assert outputs.loss.isfinite()
+        assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
+        kept.append(outputs.logits.detach())
+    assert len(kept) >= 2
+    assert all("image 1 of the batch overflows" in message for message in refused)
+    for logits in kept[1:] if dtype != torch.float16 else []:
+        assert_close(logits, kept[0], dtype=dtype, scale=10)
