@@ -65,7 +65,7 @@ def hopfield_weights(
 ) -> torch.Tensor:
     """Association weights (B, H, Q, N) of `hopfield_attention`."""
     # Scaled first, so that half-precision scores do not overflow.
-    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.mT
+    scores = (query * (query.shape[-1] ** -0.5 if scaling is None else scaling)) @ key.transpose(-1, -2)
     if attention_mask is None or attention_mask.dtype == torch.bool:
         return simplex_map(scores, alpha, mask=attention_mask)
     present = attention_mask > torch.finfo(attention_mask.dtype).min
