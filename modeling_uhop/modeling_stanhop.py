@@ -375,6 +375,14 @@ class STanHopModel(STanHopPreTrainedModel):
         """
         scaled, loc, scale = self.scaled(past_values, past_observed_mask)
         hidden_states = self.embed(scaled)
+        if self.config.scaling is None and is_readable(scaled) and scaled.numel() > 0:
+            # Layer norms square what they are given.
+            largest = scaled.abs().max().item()
+            if largest > torch.finfo(hidden_states.dtype).max ** 0.5 / 100 > 100 or not is_finite(hidden_states):
+                raise ValueError(
+                    f"past_values that are not scaled must be small enough for layer norms in {hidden_states.dtype}, got some as large as "
+                    f"{largest:.4g}; scaling='std' and scaling='mean' take values of any size"
+                )
         scales = [hidden_states]
         for index, block in enumerate(self.blocks):
             hidden_states = block(self._merged(hidden_states, index), **kwargs)
@@ -633,7 +641,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         loss = (errors * observed).sum() / observed.sum().clamp(min=1)
         if is_readable(loss) and not is_finite(loss) and is_finite(prediction):
             raise ValueError(
-                f"the {self.config.loss} loss must be finite in {loss.dtype}, but forecasts and future_values are too large or too far apart; "
+                f"the {self.config.loss} loss must be finite in {loss.dtype}, but forecasts and future_values are too far apart; "
                 "give values in larger units, or past_values in torch.float64"
             )
         return loss
