@@ -351,8 +351,8 @@ class STanHopModel(STanHopPreTrainedModel):
             self.config.num_memories = count
         elif self.config.num_memories == 0:
             errors += [
-                f"size mismatch for {prefix}memory.{name}: copying a param with shape {shape} from checkpoint, "
-                f"the shape in current model is {shapes[name]}."
+                f"size mismatch for {prefix}memory.{name}: copying a param with shape {torch.Size(shape)} from checkpoint, "
+                f"the shape in current model is {torch.Size(shapes[name])}."
                 for name, shape in sizes.items()
                 if shape != shapes[name]
             ]

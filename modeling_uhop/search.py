@@ -14,7 +14,7 @@ from .validation import is_finite, is_readable
 try:
     import faiss
 except ImportError:
-    faiss = None
+    faiss = None  # type: ignore[assignment]
 
 # Scores formed at once: 64 MB of fp32.
 _SCORES = 2**24
@@ -132,7 +132,8 @@ def trained_index(factory: str, parameters: str, features: torch.Tensor) -> Any:
                 index.train(vectors)
             index.add(vectors)
         if parameters:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
+            space: Any = faiss.ParameterSpace()
+            space.set_index_parameters(index, parameters)
     except (RuntimeError, TypeError) as error:
         given = f"{factory!r}" + (f" with {parameters!r}" if parameters else "")
         raise ValueError(f"faiss refuses an index of {given} for {len(vectors)} memories: {error}") from error

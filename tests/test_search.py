@@ -342,7 +342,7 @@ def test_an_index_that_cannot_be_is_refused(monkeypatch):
         with pytest.raises(ValueError, match=f"faiss refuses an index of '{factory}'"):
             memory.index(factory, parameters)
     memory.index("IVF500,Flat")
-    with pytest.raises(ValueError, match="for 300 memories: .*training points"):
+    with pytest.raises(ValueError, match=r"for 300 memories: .*training points"):
         memory.search(torch.randn(1, 12))
     with pytest.raises(ValueError, match="'kernel' or 'dot', got 'l2'"):
         _memory(similarity="l2").index("Flat")
