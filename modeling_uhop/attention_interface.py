@@ -169,7 +169,7 @@ def _softmax_attention(
         attention_mask = present | lonely if is_boolean else attention_mask.masked_fill(~present & ~lonely, -torch.inf)
         if not is_boolean:
             attention_mask = attention_mask.masked_fill(lonely, 0.0).to(query.dtype)
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])
     if grouped and attention_mask is not None and query.device.type != "cpu":
         # With a mask, kernels of an accelerator share heads only by forming all weights.
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from accelerate.utils import DistributedType, reduce, send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
@@ -49,8 +50,10 @@ class SeparationCallback(TrainerCallback):
 
     Stage I leaves Stage II alone: it samples its own batches with its own random state, has its own optimizer, leaves no gradient
     behind and moves nothing but what `parameters` says. With `lr=0` training is bitwise what it would be without the callback.
-    Gradients are averaged over processes. A checkpoint holds what an exact resume needs, in `separation.pt`; of further callbacks of this
-    class in one Trainer, which a resume needs in the same order, in `separation_1.pt` and so on. A stream must be readable anew.
+    Gradients are averaged over processes. A checkpoint holds what an exact resume needs, beside the state of the Trainer's optimizer in
+    `optimizer.pt`, which the Trainer loads from any folder that it resumes from, and in `separation.pt`, for `resume_from` and where the
+    Trainer saves no optimizer; of further callbacks of this class in one Trainer, which a resume needs in the same order, as
+    `separation_1.pt` and so on. A stream must be readable again from its start.
 
     Of a model that PEFT has wrapped it moves what PEFT trains: an adapter of Phi (`LoraConfig(target_parameters=["feature_map.weight"])`),
     or Phi itself (`modules_to_save=["feature_map"]`).
@@ -72,7 +75,8 @@ class SeparationCallback(TrainerCallback):
         project: Whether the rows of W are scaled to unit norm after every step (the projection of U-Hop+), in the maps that it moved.
         normalize_rows: Whether they are after every round (U-Hop Algorithm 1).
         seed: Seed of Stage I; `None` for the Trainer's.
-        resume_from: Checkpoint folder to take Stage I's state from when training resumes; `None` looks where the Trainer saves.
+        resume_from: Checkpoint folder to take Stage I's state from when training resumes; `None`: what the Trainer loads with its
+            optimizer, or, of a checkpoint without one or of an earlier version, from where the Trainer saves.
 
     Each round adds `separation_loss_before` and `separation_loss` (after), measured on the round's first batch, to
     `state.log_history`; under "step" they join the Trainer's own entries. `history` holds the loss of every step that was measured.
@@ -145,9 +149,11 @@ class SeparationCallback(TrainerCallback):
         self._latest: dict[str, float] = {}
         self._separated: nn.Module | None = None
         self._training = False
+        self._travelling: RemovableHandle | None = None
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         self._file = _state_file(state)
+        handed = self._travel_with(optimizer)
         if state.global_step == 0 and self._separated is model:
             # The step behind the last round ran out of memory, and `auto_find_batch_size` begins anew.
             self._sample = _sampler(train_dataloader, self.batch_size)
@@ -180,7 +186,7 @@ class SeparationCallback(TrainerCallback):
         # A mark in every checkpoint, so that one whose separation.pt was lost is told from one that predates the callback.
         marked = self._file in state.stateful_callbacks
         state.stateful_callbacks[self._file] = {"args": {}, "attributes": {}}
-        resumed = state.global_step > 0 and self._load(args, state, marked)
+        resumed = state.global_step > 0 and self._load(args, state, marked, handed)
         self._training = True
         if self.schedule == "train_begin" and not resumed:
             self._round(args, state, model, record=True)
@@ -228,18 +234,38 @@ class SeparationCallback(TrainerCallback):
     def _write(self, folder: Path) -> None:
         target = folder / self._file
         partial = target.with_suffix(".tmp")
-        torch.save(
-            {
-                "steps_done": self._steps_done,
-                "history": self.history,
-                "latest": self._latest,
-                "optimizer": self._private_optimizer.state_dict(),
-                "settings": self._resumable(),
-                "fingerprint": self._fingerprint(),
-            },
-            partial,
-        )
+        torch.save(self._state(), partial)
         os.replace(partial, target)
+
+    def _state(self) -> dict[str, Any]:
+        """What an exact resume needs."""
+        return {
+            "steps_done": self._steps_done,
+            "history": self.history,
+            "latest": self._latest,
+            "optimizer": self._private_optimizer.state_dict(),
+            "settings": self._resumable(),
+            "fingerprint": self._fingerprint(),
+        }
+
+    def _travel_with(self, optimizer: Any) -> dict[str, Any] | None:
+        """Put Stage I's state into what the Trainer saves of its optimizer; and take out what it has loaded, `None` without any.
+
+        Callbacks are not told the folder that training resumes from. PyTorch keeps entries of an optimizer's state that are not of a
+        parameter, so that this one comes back with the others.
+        """
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if self._travelling is not None:
+            self._travelling.remove()
+            self._travelling = None
+        if not isinstance(inner, torch.optim.Optimizer):
+            return None
+
+        def with_state(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+            return {**saved, "state": {**saved["state"], self._file: self._state()}} if self._training else saved
+
+        self._travelling = inner.register_state_dict_post_hook(with_state)
+        return cast(dict[Any, Any], inner.state).pop(self._file, None)
 
     def _round(self, args: TrainingArguments, state: TrainerState, model: nn.Module, record: bool = False, measure: bool = True) -> None:
         """`steps` gradient steps; with `measure` also the loss of the first batch before and after, for the log.
@@ -355,19 +381,28 @@ class SeparationCallback(TrainerCallback):
         """What a checkpoint's state is bound to."""
         return {"schedule": self.schedule, "parameters": self.parameters, "optimizer": self.optimizer, "kind": self.kind}
 
-    def _load(self, args: TrainingArguments, state: TrainerState, marked: bool) -> bool:
-        """Take over Stage I's state from the checkpoint that training resumes from; whether there was one."""
+    def _load(self, args: TrainingArguments, state: TrainerState, marked: bool, handed: dict[str, Any] | None) -> bool:
+        """Take over Stage I's state from the checkpoint that training resumes from; whether there was one.
+
+        Args:
+            marked: Whether the checkpoint's run had this callback.
+            handed: The state that the Trainer has loaded with its optimizer.
+        """
         given = (self.resume_from, args.resume_from_checkpoint if isinstance(args.resume_from_checkpoint, str) else None)
         folders = [Path(folder) for folder in given if folder] or [_checkpoint(args, state)]
         path = folders[0] / self._file
-        if not path.is_file():
+        if handed is not None and self.resume_from is None:
+            path = Path(f"{self._file} in optimizer.pt of the checkpoint")
+        elif not path.is_file():
             if marked:
                 raise FileNotFoundError(
                     f"this run had a separation step, but {path} is missing; pass SeparationCallback(resume_from=checkpoint folder)"
                 )
             warnings.warn(f"the checkpoint has no {self._file}: it predates the separation step, which begins now", stacklevel=2)
             return False
-        saved = torch.load(path, map_location=args.device, weights_only=True)
+        else:
+            handed = torch.load(path, map_location=args.device, weights_only=True)
+        saved = cast(dict[str, Any], handed)
         for name, value in self._resumable().items():
             written = saved["settings"].get(name, value)
             if written != value:

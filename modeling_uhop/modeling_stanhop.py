@@ -124,7 +124,7 @@ class STanHopBlock(GradientCheckpointingLayer):
 
     def over_time(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         tokens = hidden_states.flatten(0, 1)
-        return self.time(tokens, tokens, **kwargs).unflatten(0, hidden_states.shape[:2])
+        return self.time(tokens, tokens, **kwargs).unflatten(0, (-1, hidden_states.shape[1]))
 
     def series_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The patches of all series at one position, (B P, C, d_model)."""
@@ -136,10 +136,9 @@ class STanHopBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         hidden_states = self.over_time(hidden_states, **kwargs)
-        batch_size, _, positions, _ = hidden_states.shape
         series = self.series_of(hidden_states)
         mixed = self.series(series, self.pooled(series, **kwargs), **kwargs)
-        return mixed.unflatten(0, (batch_size, positions)).transpose(1, 2)
+        return mixed.unflatten(0, (-1, hidden_states.shape[2])).transpose(1, 2)
 
     def memory_sets(self, hidden_states: torch.Tensor) -> Iterator[MemorySet]:
         """What the three Hopfield layers retrieve from: a series' patches, a position's series, a position's pooled series."""
@@ -181,7 +180,7 @@ class STanHopDecoderLayer(GradientCheckpointingLayer):
         """Output patches (B, C, Q, d_model), and their values (B, C, Q * patch_length)."""
         hidden_states = self.block(hidden_states, **kwargs)
         crossed = self.cross(hidden_states.flatten(0, 1), encoded.flatten(0, 1), **kwargs)
-        hidden_states = crossed.unflatten(0, hidden_states.shape[:2])
+        hidden_states = crossed.unflatten(0, (-1, hidden_states.shape[1]))
         return hidden_states, self.head(hidden_states).flatten(2)
 
     def memory_sets(self, hidden_states: torch.Tensor, encoded: torch.Tensor) -> Iterator[MemorySet]:
@@ -247,13 +246,18 @@ class STanHopWindowMemory(nn.Module):
     def weights(self, scaled: torch.Tensor) -> torch.Tensor:
         """Association weights (C, B, num_memories) of windows (B, L, C)."""
         similarity = unit_norm(scaled.permute(2, 0, 1)) @ unit_norm(self.pasts).transpose(-1, -2)
-        present = self.pasts.any(-1).unsqueeze(1)
+        present = (self.pasts != 0).any(-1).unsqueeze(1)
         return simplex_map(self.config.memory_beta * at_least_fp32(similarity), self.config.memory_alpha, mask=present).to(scaled.dtype)
+
+    def series(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The recalled past (B, C, L) and future (B, C, H) of windows (B, L, C)."""
+        weights = self.weights(scaled)
+        return (weights @ self.pasts).transpose(0, 1), (weights @ self.futures).transpose(0, 1)
 
     def forward(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The recalled past (B, L, C) and future (B, H, C) of windows (B, L, C)."""
-        weights = self.weights(scaled)
-        return (weights @ self.pasts).permute(1, 2, 0), (weights @ self.futures).permute(1, 2, 0)
+        past, future = self.series(scaled)
+        return past.transpose(1, 2), future.transpose(1, 2)
 
 
 class STanHopSkip(nn.Linear):
@@ -342,8 +346,8 @@ class STanHopModel(STanHopPreTrainedModel):
             self.config.num_memories = count
         elif self.config.num_memories == 0:
             errors += [
-                f"size mismatch for {prefix}memory.{name}: copying a param with shape {shape} from checkpoint, "
-                f"the shape in current model is {shapes[name]}."
+                f"size mismatch for {prefix}memory.{name}: copying a param with shape {torch.Size(shape)} from checkpoint, "
+                f"the shape in current model is {torch.Size(shapes[name])}."
                 for name, shape in sizes.items()
                 if shape != shapes[name]
             ]
@@ -366,6 +370,14 @@ class STanHopModel(STanHopPreTrainedModel):
         """
         scaled, loc, scale = self.scaled(past_values, past_observed_mask)
         hidden_states = self.embed(scaled)
+        if self.config.scaling is None and is_readable(scaled) and scaled.numel() > 0:
+            # Layer norms square what they are given.
+            largest = scaled.abs().max().item()
+            if largest > torch.finfo(hidden_states.dtype).max ** 0.5 / 100 > 100 or not is_finite(hidden_states):
+                raise ValueError(
+                    f"past_values that are not scaled must be small enough for layer norms in {hidden_states.dtype}, got some as large as "
+                    f"{largest:.4g}; scaling='std' and scaling='mean' take values of any size"
+                )
         scales = [hidden_states]
         for index, block in enumerate(self.blocks):
             hidden_states = block(self._merged(hidden_states, index), **kwargs)
@@ -471,10 +483,10 @@ class STanHopModel(STanHopPreTrainedModel):
 
     def embed(self, scaled: torch.Tensor) -> torch.Tensor:
         """A scaled window (B, L, C) as embedded patches (B, C, num_patches, d_model)."""
-        if self.config.memory_type == "plug" and self.config.num_memories > 0:
-            completed = (scaled + self.memory(scaled)[0]).transpose(1, 2)
-            scaled = nn.functional.layer_norm(completed, completed.shape[2:], eps=self.config.norm_eps).transpose(1, 2)
         series = scaled.transpose(1, 2)
+        if self.config.memory_type == "plug" and self.config.num_memories > 0:
+            completed = series + self.memory.series(scaled)[0]
+            series = nn.functional.layer_norm(completed, (self.config.context_length,), eps=self.config.norm_eps)
         missing = self.num_patches * self.config.patch_length - series.shape[-1]
         if missing > 0:
             series = torch.cat([series[..., :1].expand(-1, -1, missing), series], dim=-1)
@@ -580,7 +592,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         if self.linear_skip is not None:
             forecast = forecast + self.linear_skip(scaled.transpose(1, 2)).transpose(1, 2)
         if self.memory_head is not None and self.config.num_memories > 0:
-            forecast = forecast + self.memory_head(self.model.memory(scaled)[1].transpose(1, 2)).transpose(1, 2)
+            forecast = forecast + self.memory_head(self.model.memory.series(scaled)[1]).transpose(1, 2)
         prediction = in_units(forecast, cast(torch.Tensor, outputs.scale), cast(torch.Tensor, outputs.loc))
         loss = None
         if future_values is not None and return_loss:
@@ -633,7 +645,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         loss = (errors * observed).sum() / observed.sum().clamp(min=1)
         if is_readable(loss) and not is_finite(loss) and is_finite(prediction):
             raise ValueError(
-                f"the {self.config.loss} loss must be finite in {loss.dtype}, but forecasts and future_values are too large or too far apart; "
+                f"the {self.config.loss} loss must be finite in {loss.dtype}, but forecasts and future_values are too far apart; "
                 "give values in larger units, or past_values in torch.float64"
             )
         return loss

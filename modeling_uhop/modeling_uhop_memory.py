@@ -424,7 +424,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         features = self.feature_map(patterns)
         if not is_traced() and not is_finite(features):
             raise ValueError(
-                f"features of {name} must be finite in {features.dtype}, but Phi gives some that are not; use a wider dtype, or smaller patterns"
+                f"features of {name} must be finite in {features.dtype}, but Phi gives some that are not; "
+                "use a wider dtype, or smaller patterns"
             )
         return features
 

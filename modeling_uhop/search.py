@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .energy import in_range
+from .energy import in_range, inner_products
 from .simplex import at_least_fp32, simplex_map
 from .validation import is_finite, is_readable
 
@@ -14,7 +14,7 @@ from .validation import is_finite, is_readable
 try:
     import faiss
 except ImportError:
-    faiss = None
+    faiss = None  # type: ignore[assignment]
 
 # Scores formed at once: 64 MB of fp32.
 _SCORES = 2**24
@@ -34,7 +34,7 @@ def brute_force(features: torch.Tensor) -> Candidates:
         queries = at_least_fp32(queries)
         scores, indices = largest(queries @ wide.transpose(-1, -2), count)
         if is_readable(scores) and not is_finite(scores):
-            scores, indices = largest(queries.double() @ wide.double().transpose(-1, -2), count)
+            return largest(inner_products(queries.double(), wide.double()), count)
         return scores, indices
 
     return candidates
@@ -132,7 +132,8 @@ def trained_index(factory: str, parameters: str, features: torch.Tensor) -> Any:
                 index.train(vectors)
             index.add(vectors)
         if parameters:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
+            space: Any = faiss.ParameterSpace()
+            space.set_index_parameters(index, parameters)
     except (RuntimeError, TypeError) as error:
         given = f"{factory!r}" + (f" with {parameters!r}" if parameters else "")
         raise ValueError(f"faiss refuses an index of {given} for {len(vectors)} memories: {error}") from error
@@ -225,7 +226,7 @@ def _check_candidates(scores: torch.Tensor, found: torch.Tensor, shape: tuple[in
 def _exact_scores(queries: torch.Tensor, features: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """Inner products (Q, k) of queries (Q, D) and the features (M, D) of what was found for each."""
     if 4 * found.shape[1] >= len(features):
-        return at_least_fp32(in_range(lambda x, xi: x @ xi.transpose(-1, -2), "scores", queries, features).gather(1, found))
+        return inner_products(queries, features).gather(1, found)
     size = max(1, _SCORES // (found.shape[1] * features.shape[1]))
     parts = zip(queries.split(size), found.split(size), strict=True)
     return torch.cat([in_range(lambda x, xi: torch.einsum("qd,qkd->qk", x, xi), "scores", x, features[some]) for x, some in parts])

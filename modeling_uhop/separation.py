@@ -13,7 +13,7 @@ from .corruption import Corruption, mask_patterns
 from .feature_map import FeatureMap, unit_norm
 from .separation_blocks import blocked_separation_loss
 from .simplex import at_least_fp32
-from .validation import check_tensor, check_tensors
+from .validation import check_tensor, check_tensors, is_finite, is_readable
 
 
 SEPARATION_KINDS = ("average", "squared", "nearest", "per_memory")
@@ -276,6 +276,10 @@ def maximize_separation(
         with torch.enable_grad():
             loss = loss_at(step)
             gradients = torch.autograd.grad(loss, parameters)
+        if is_readable(loss) and not is_finite(gradients[0]):
+            raise ValueError(
+                "the gradient of the separation loss must be finite, but that of memories so small or so large is not; scale them"
+            )
         private.step(gradients)
         if method == "uhop+":
             moving.normalize_rows()

@@ -152,7 +152,8 @@ def cast_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _entmax(scores: torch.Tensor, alpha: float | torch.Tensor, dim: int) -> torch.Tensor:
     if isinstance(alpha, torch.Tensor):
         alpha = _aligned(alpha, scores).to(scores.dtype)
-    if torch.onnx.is_in_onnx_export():
+    if torch.jit.is_tracing():
+        # ONNX's TorchScript exporter loses what a function of our own changes in place.
         return entmax_solve(scores * entmax_scale(alpha - 1.0), alpha - 1.0, dim).weights
     weights: torch.Tensor = _Entmax.apply(scores, alpha - 1.0, dim)
     return weights
@@ -216,12 +217,12 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
     # Values are not looked at while tracing, or where that would stall an accelerator.
     magnitude, shift, readable = largest.abs(), None, is_readable(scores)
     if not readable or not magnitude.amax().item() * scores.shape[dim] <= _LARGE:
-        # Zeros that a TorchScript exporter does not make a constant of this row's size.
-        shift, largest, magnitude = largest, largest.clamp(0.0, 0.0), magnitude.clamp(0.0, 0.0)
+        shift, largest = largest, _zeros(largest)
+        magnitude = _zeros(largest)
         scores.sub_(shift)
         if long:
             leaders.sub_(shift)
-    risen = torch.zeros_like(largest)
+    risen = _zeros(largest)
     precision = torch.finfo(scores.dtype).eps
     if not has_root(eps):
         scores.sub_(largest)
@@ -255,6 +256,11 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
             if not lowest < -enough:
                 break
     return Solution(scores.mul_(scores) if eps == 0.5 else _settled(scores, scores.sign(), dim), origin.add_(risen), shift)
+
+
+def _zeros(numbers: torch.Tensor) -> torch.Tensor:
+    """Zeros of this shape, which ONNX's TorchScript exporter would take for a constant one if it were asked for zeros."""
+    return numbers - numbers
 
 
 def _group_maxima(scores: torch.Tensor) -> torch.Tensor:
@@ -358,15 +364,15 @@ def _expm1_ratio(x: torch.Tensor) -> torch.Tensor:
     """`(exp(x) - 1) / x`, 1 at 0; differentiable there too."""
     small = x.abs() < 0.5
     large = torch.where(small, 1.0, x)
-    return torch.where(small, 1.0 + x * _expm1_remainder(x), torch.expm1(large) / large)
+    return torch.where(small, 1.0 + x * _expm1_remainder(x), (large.exp() - 1.0) / large)
 
 
 def _expm1_remainder(x: torch.Tensor) -> torch.Tensor:
     """`(exp(x) - 1 - x) / x^2`, 1/2 at 0; by its series where the subtraction would cancel."""
     small = x.abs() < 0.5
-    one = torch.ones_like(x)
+    one = _zeros(x) + 1.0
     near, series = torch.where(small, x, 0.0), one
     for k in range(14, 2, -1):
         series = torch.addcmul(one, near, series, value=1.0 / k)
     large = torch.where(small, 1.0, x)
-    return torch.where(small, series / 2.0, (torch.expm1(large) - large) / large.square())
+    return torch.where(small, series / 2.0, (large.exp() - 1.0 - large) / large.square())

@@ -92,7 +92,7 @@ def _trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None 
     )
 
 
-def _train(folder: Path, *callbacks: TrainerCallback, resume: str | None = None, **arguments) -> dict[str, torch.Tensor]:
+def _train(folder: Path, *callbacks: TrainerCallback, resume: str | bool | None = None, **arguments) -> dict[str, torch.Tensor]:
     trainer = _trainer(folder, *callbacks, **arguments)
     trainer.train(resume_from_checkpoint=resume)
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -570,20 +570,61 @@ def test_a_frozen_backbone_without_phi_is_refused(tmp_path):
         _train(tmp_path, algorithm_2(parameters="upstream"), model=model)
 
 
-def test_a_resume_from_elsewhere(tmp_path):
-    schedule = {"schedule": "step", "optimizer": "adam", "lr": 0.01, "batch_size": 8}
+@pytest.mark.parametrize("kind", ["sgd", "adam", "two of them"])
+def test_a_resume_from_a_checkpoint_elsewhere(tmp_path, kind):
+    schedule = {"schedule": "step", "optimizer": "sgd" if kind == "sgd" else "adam", "lr": 0.01, "batch_size": 8}
+
+    def callbacks(**options):
+        more = [SeparationCallback(steps=2, batch_size=8)] if kind == "two of them" else []
+        return [algorithm_2(**schedule, **options), *more]
+
     images = Images(augment=False)
     # Nothing is logged before the checkpoint: what it holds must not be told by the log.
     saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 500}
+    expected = _train(tmp_path / "first", *callbacks(), dataset=images, **saving)
+    moved = tmp_path / "elsewhere" / "best"
+    shutil.copytree(tmp_path / "first" / "checkpoint-4", moved)
+    for path in moved.glob("separation*"):
+        path.unlink()
+    # A folder of the same number has another run's state.
+    stale = tmp_path / "second" / "checkpoint-4"
+    shutil.copytree(tmp_path / "first" / "checkpoint-8", stale)
+    assert _equal(expected, _train(tmp_path / "second", *callbacks(), dataset=images, resume=str(moved)))
+    assert _equal(expected, _train(tmp_path / "first", *callbacks(), dataset=images, resume=True, **saving))
+    if kind == "sgd":
+        with pytest.raises(ValueError, match="was written with optimizer='sgd', and cannot go on with optimizer='adam'"):
+            _train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "adam"}), resume=str(moved))
+
+
+def test_a_resume_without_the_callback_leaves_what_it_carried_behind(tmp_path):
+    images = Images(augment=False)
+    _train(tmp_path, algorithm_2(batch_size=8, optimizer="adam"), dataset=images, save_strategy="steps", save_steps=4)
+    trainer = _trainer(tmp_path / "plain", dataset=images)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 12
+
+
+@pytest.mark.parametrize("save_only_model", [True, False])
+def test_a_resume_from_a_checkpoint_whose_state_lies_in_a_file_alone(tmp_path, save_only_model):
+    schedule = {"schedule": "step", "optimizer": "adam", "lr": 0.01, "batch_size": 8}
+    images = Images(augment=False)
+    saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 500, "save_only_model": save_only_model}
     expected = _train(tmp_path / "first", algorithm_2(**schedule), dataset=images, **saving)
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "first" / "checkpoint-4", moved)
+    if not save_only_model:
+        optimizer = torch.load(moved / "optimizer.pt", weights_only=True)
+        del optimizer["state"][STATE_FILE]
+        torch.save(optimizer, moved / "optimizer.pt")
     with pytest.raises(FileNotFoundError, match="resume_from=checkpoint folder"):
         _train(tmp_path / "second", algorithm_2(**schedule), resume=str(moved))
     with pytest.raises(ValueError, match="was written with optimizer='adam', and cannot go on with optimizer='sgd'"):
         _train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "sgd"}, resume_from=moved), resume=str(moved))
-    actual = _train(tmp_path / "second", algorithm_2(**schedule, resume_from=moved), dataset=images, resume=str(moved))
-    assert _equal(expected, actual)
+    resumed = algorithm_2(**schedule, resume_from=moved)
+    actual = _train(tmp_path / "second", resumed, dataset=images, resume=str(moved))
+    assert resumed._steps_done == 12
+    # Without its optimizer the Trainer itself does not go on exactly.
+    assert _equal(expected, actual) or save_only_model
     other = tmp_path / "first" / "checkpoint-8"
     with pytest.raises(ValueError, match="belongs to other weights"):
         _train(tmp_path / "third", algorithm_2(**schedule, resume_from=other), resume=str(moved))

@@ -139,3 +139,20 @@ def test_folding_draws_nothing_and_keeps_what_is_frozen():
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(parameter.requires_grad for parameter in folded.parameters())
     assert not any(module.training for module in folded.modules())
+
+
+class Quantized(torch.Tensor):
+    """A weight of a class of its own under a layer that stays what it was, as torchao leaves them."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize("module", ["q_proj", "feature_map"])
+def test_quantized_weights_are_refused(module):
+    model, _ = _vit()
+    changed = next(part for name, part in model.named_modules() if name.endswith(module))
+    changed.weight = torch.nn.Parameter(changed.weight.detach().as_subclass(Quantized), requires_grad=False)
+    assert type(changed.weight) is Quantized
+    with pytest.raises(ValueError, match=f"{module} must be a plain .* or has quantized weights"):
+        model.fold_feature_maps()

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import numpy as np
+import onnxruntime
 import pytest
 import reference
 import torch
@@ -576,3 +577,123 @@ def test_what_half_precision_cannot_hold_is_refused():
         model(past)
     with pytest.raises(ValueError, match=r"future_values must be finite in torch.float16 once they are scaled"):
         model.store(future.new_ones(2, 20, 3), future + 70000.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scaling", ["std", "mean"])
+@pytest.mark.parametrize("size", [1e19, 3e37, 1e-19, 1e-30])
+def test_forecasts_and_recalled_futures_do_not_depend_on_the_size_of_values(dtype, scaling, size):
+    model = _model(scaling=scaling, minimum_scale=1e-40).to(dtype)
+    past, future = torch.randn(4, 20, 3), torch.randn(4, 10, 3)
+    model.store(past, future)
+    expected, recalled = model(past).prediction_outputs, model.recall(past)
+    model.store(past * size, future * size)
+    assert_close(model(past * size).prediction_outputs / size, expected, scale=3)
+    assert_close(model.recall(past * size) / size, recalled, scale=3)
+    if size > 1:
+        with pytest.raises(ValueError, match=r"the mse loss must be finite in torch\.float32"):
+            model(past * size, future_values=future * size)
+        assert model(past.double() * size, future_values=future.double() * size).loss.isfinite()
+
+
+def test_differences_of_the_largest_values_do_not_overflow():
+    model = _model()
+    past = torch.full((1, 20, 3), -3e38)
+    past[:, 0] = 3e38
+    scaled, loc, _ = model.model.scaled(past, None)
+    assert_close(loc / 3e38, torch.full((1, 1, 3), -0.9))
+    assert_close(scaled[0, :2, 0], [1.9 / 0.19**0.5, -0.1 / 0.19**0.5], scale=3)
+
+
+def test_what_leaves_the_range_of_its_dtype_is_named():
+    model = _model(minimum_scale=1e30)
+    torch.nn.init.constant_(model.decoder.layers[0].head.bias, 1e9)
+    with pytest.raises(ValueError, match=r"forecasts must be finite in torch.float32, but 60 are not, of windows with values as large as"):
+        model(_windows())
+    with pytest.raises(ValueError, match=r"past_values that are not scaled must be small enough for layer norms in torch.float32"):
+        _model(scaling=None)(1e20 * torch.randn(2, 20, 3))
+
+
+def test_stored_windows_that_vanish_are_named():
+    model = _model(minimum_scale=1.0).half()
+    past = torch.randn(3, 20, 3)
+    past[1, :, 2] *= 1e-12
+    with pytest.warns(UserWarning, match=r"1 series of the windows are not told from constant ones .* \[\[1, 2\]\]"):
+        model.store(past, torch.randn(3, 10, 3))
+
+
+@pytest.mark.parametrize("memory_alpha", [1.0, 1.5])
+def test_a_large_memory_beta_in_half_precision(memory_alpha):
+    model = _model(memory_beta=1e6, memory_alpha=memory_alpha).half()
+    past, future = torch.randn(5, 20, 3), torch.randn(5, 10, 3)
+    model.store(past, future)
+    assert_close(model.recall(past).half(), future, scale=3)
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 20, 3), np.float32), [[0.0]]])
+def test_what_is_no_tensor_is_named(wrong):
+    model, past, future = _model(), _windows(), _windows(length=10)
+    for name, call in (
+        ("past_values", lambda: model(wrong)),
+        ("past_values", lambda: model.generate(wrong)),
+        ("past_values", lambda: model.recall(wrong)),
+        ("past_values", lambda: model.store(wrong, future)),
+        ("future_values", lambda: model.store(past, wrong)),
+        ("past_observed_mask", lambda: model(past, wrong)),
+        ("future_values", lambda: model(past, future_values=wrong)),
+        ("future_observed_mask", lambda: model(past, future_values=future, future_observed_mask=wrong)),
+    ):
+        if name == "past_values" and "recall" in call.__code__.co_names:
+            model.store(past, future)
+        with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor, got (numpy.ndarray|builtins.list)"):
+            call()
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}])
+@pytest.mark.parametrize("kind", [STanHopForPrediction, STanHopModel])
+@pytest.mark.parametrize(("held", "given"), [(0, 5), (3, 5), (5, 0)])
+def test_a_state_dict_of_another_number_of_windows_loads(options, kind, held, given):
+    models = []
+    for count in (given, held):
+        model = kind(STanHopConfig(**SMALL)).eval()
+        if count > 0:
+            model.store(_windows(count), _windows(count, 10))
+        models.append(model)
+    first, second = models
+    outer = [torch.nn.Sequential(model) for model in models]
+    outer[1].load_state_dict(outer[0].state_dict(), **options)
+    assert second.config.num_memories == given
+    assert second.state_dict().keys() == first.state_dict().keys()
+    query = _windows()
+    if given > 0:
+        assert torch.equal(second.recall(query), first.recall(query))
+    else:
+        with pytest.raises(ValueError, match="no window is stored"):
+            second.recall(query)
+
+
+def test_a_part_of_a_state_dict_leaves_stored_windows_alone():
+    model = _model()
+    model.store(_windows(4), _windows(4, 10))
+    model.load_state_dict(_model().decoder.state_dict(prefix="decoder."), strict=False)
+    assert model.config.num_memories == 4
+    longer = _model(context_length=24)
+    longer.store(_windows(2, 24), _windows(2, 10))
+    with pytest.raises(RuntimeError, match=r"size mismatch for model.memory.pasts: .*\[3, 2, 24\].*\[3, 2, 20\]"):
+        _model().load_state_dict(longer.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("memory_type", ["plug", "tune", None])
+def test_a_forecaster_exports_to_onnx_through_torchscript(tmp_path, memory_type):
+    # The graph of a learnable alpha takes long to write.
+    small = {"alpha": 1.0, "learnable_alpha": False, "num_hidden_layers": 1, "return_dict": False, "memory_type": memory_type}
+    model = _model(**small).requires_grad_(False)
+    model.store(_windows(4), _windows(4, 10))
+    if memory_type == "tune":
+        torch.nn.init.eye_(model.memory_head.weight)
+    path, past = str(tmp_path / "forecaster.onnx"), _windows()
+    torch.onnx.export(model, (past,), path, dynamo=False, opset_version=18, input_names=["past_values"])
+    query = _windows()
+    outputs = onnxruntime.InferenceSession(path).run(None, {"past_values": query.numpy()})
+    assert_close(torch.from_numpy(outputs[0]), model(query)[0], scale=30)

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
+import onnxruntime
 import pytest
 import reference
 import torch
@@ -20,12 +22,14 @@ from modeling_uhop import (
     UHopMemoryConfig,
     UHopMemoryModel,
     add_noise,
+    association,
     denoising_loss,
     energy,
     mask_patterns,
     maximize_separation,
     retrieve,
     separation_loss,
+    similarity_scores,
 )
 from modeling_uhop.feature_map import unit_norm
 
@@ -566,3 +570,155 @@ def test_the_configuration_may_ask_for_a_tuple():
     queries = torch.randn(2, 6)
     retrieved, *_ = memory(queries)
     assert torch.equal(retrieved, memory(queries, return_dict=True).retrieved)
+
+
+@pytest.mark.parametrize("size", [1e19, 1e30, 3e37, 1e-19, 1e-30])
+@pytest.mark.parametrize("similarity", ["kernel", "cosine"])
+def test_directions_do_not_depend_on_size(size, similarity):
+    memory = _memory(similarity=similarity, beta=3.0)
+    queries = torch.randn(4, 6)
+    expected = memory(queries, update_steps=2)
+    margin = None if similarity == "cosine" else memory.report().margin
+    memory.store(size * memory.memories)
+    actual = memory(size * queries, update_steps=2)
+    assert_close(actual.association, expected.association)
+    assert_close(actual.retrieved / size, expected.retrieved, scale=3)
+    if margin is not None:
+        report = memory.report()
+        assert_close(report.margin, margin)
+        assert report.error.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("similarity", ["dot", "l2", "manhattan", "polynomial"])
+def test_scores_that_overflow_their_dtype_are_those_of_double_precision(dtype, similarity):
+    size = 2e4 if dtype == torch.float16 else 1e25
+    patterns = (size * torch.nn.functional.normalize(torch.randn(7, 6), dim=-1)).to(dtype)
+    memory = _memory(patterns, dtype=dtype, similarity=similarity, beta=1e-6)
+    wide = _memory(patterns.double(), dtype=torch.float64, similarity=similarity, beta=1e-6)
+    queries = (patterns * 0.9).flip(0)
+    actual, expected = memory(queries), wide(queries.double())
+    assert actual.association.dtype == dtype
+    assert_close(actual.association, expected.association)
+    assert_close(actual.retrieved.double() / size, expected.retrieved / size, dtype=dtype)
+    if similarity == "dot":
+        assert_close(actual.energy.double() / size**2, expected.energy / size**2, dtype=torch.float32)
+        assert_close(memory.report().margin.double() / size**2, wide.report().margin / size**2, dtype=torch.float32, scale=3)
+
+
+def test_small_patterns_have_powers():
+    patterns = torch.randn(7, 6)
+    expected = _memory(patterns, similarity="polynomial", beta=1.0, degree=3)(patterns).association
+    assert_close(_memory(1e-30 * patterns, similarity="polynomial", beta=1.0, degree=3)(1e-30 * patterns).association, expected, scale=30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_noise_is_in_proportion_to_patterns_of_any_size(dtype):
+    for size in (1e4, 1e-6) if dtype == torch.float16 else (1e20, 1e37, 1e-30):
+        patterns = (size * torch.nn.functional.normalize(torch.randn(5, 200), dim=-1)).to(dtype)
+        noise = (add_noise(patterns, 0.5).double() - patterns.double()) / size
+        assert_close(noise.norm(dim=-1), torch.full((5,), 0.5), dtype=dtype, scale=100)
+    with pytest.raises(ValueError, match=r"patterns with noise must be finite in"):
+        add_noise(torch.full((50, 3), torch.finfo(dtype).max, dtype=dtype), 10.0)
+
+
+def test_values_that_cannot_be_held_are_named():
+    memory = _memory(1e5 * torch.randn(7, 6), similarity="dot").half()
+    with pytest.raises(ValueError, match=r"memories must be finite in torch.float16, got \d+ entries that are not"):
+        memory(torch.randn(2, 6))
+    plain = _memory(3e38 * torch.ones(2, 6).tril(), normalize_features=False)
+    torch.nn.init.ones_(plain.feature_map.weight)
+    with pytest.raises(ValueError, match=r"features of memories must be finite in torch.float32, but Phi gives some that are not"):
+        plain(torch.ones(1, 6))
+    tiny = _memory(1e-40 * torch.randn(7, 6), normalize_features=False)
+    with pytest.raises(ValueError, match=r"the gradient of the separation loss must be finite"):
+        tiny.separate(steps=2)
+    with pytest.raises(ValueError, match=r"leaves the range of torch.float32"):
+        _memory(1e-42 * torch.randn(5, 6)).separate(method="uhop+")
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((2, 6), np.float32), [[0.0] * 6], None])
+def test_what_is_no_tensor_is_named(wrong):
+    memory = _memory()
+    for name, call in (("patterns", memory.store), ("patterns", memory.append), ("queries", memory), ("queries", memory.search)):
+        with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor, got (numpy.ndarray|builtins.list|None)"):
+            call(wrong)
+    tensor = torch.ones(2, 6)
+    functions: tuple[Callable[[], object], ...] = (
+        lambda: retrieve(wrong, tensor, beta=1.0),
+        lambda: energy(tensor, wrong, beta=1.0),
+        lambda: association(wrong, tensor, beta=1.0),
+        lambda: similarity_scores(tensor, wrong),
+        lambda: separation_loss(wrong),
+        lambda: denoising_loss(tensor, wrong),
+        lambda: maximize_separation(FeatureMap(6), wrong),
+        lambda: add_noise(wrong),
+        lambda: mask_patterns(wrong),
+    )
+    for function in functions:
+        with pytest.raises(TypeError, match=r"must be a torch.Tensor, got"):
+            function()
+    if wrong is not None:
+        with pytest.raises(TypeError, match=r"mask must be a torch.Tensor"):
+            separation_loss(tensor, mask=wrong)
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, memory):
+        super().__init__()
+        self.inner = memory
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(("held", "given"), [(0, 5), (3, 5), (5, 5), (5, 0)])
+def test_a_state_dict_of_another_number_of_memories_loads(tmp_path, options, nested, held, given):
+    first, second = _memory(torch.randn(given, 6)), _memory(torch.randn(held, 6))
+    queries = torch.randn(2, 6)
+    if held > 0:
+        second(queries)
+    target = Wrapper(second) if nested else second
+    target.load_state_dict((Wrapper(first) if nested else first).state_dict(), **options)
+    assert torch.equal(second.memories, first.memories)
+    assert second.config.num_memories == len(second) == given
+    if given > 0:
+        assert torch.equal(second(queries).retrieved, first(queries).retrieved)
+        second.save_pretrained(tmp_path)
+        assert torch.equal(UHopMemoryModel.from_pretrained(tmp_path).memories, first.memories)
+
+
+def test_a_state_dict_of_another_width_is_refused():
+    memory = _memory()
+    kept = memory.memories.clone()
+    with pytest.raises(RuntimeError, match=r"size mismatch for memories: .*\[5, 4\].*\[7, 6\]"):
+        memory.load_state_dict(_memory(torch.randn(5, 4)).state_dict())
+    assert torch.equal(memory.memories, kept)
+    assert memory.config.num_memories == 7
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("used", [False, True])
+def test_a_traced_memory_computes_its_features(used):
+    memory = _memory(return_dict=False, alpha=1.5).requires_grad_(False)
+    if used:
+        memory(torch.randn(2, 6))
+    traced = torch.jit.trace(memory, torch.randn(2, 6))
+    for module in (traced, memory):
+        module.feature_map.weight.copy_(torch.arange(36.0).sin().view(6, 6))
+    queries = torch.randn(5, 6)
+    # What is retrieved, its weights, its energies.
+    for actual, expected in list(zip(traced(queries), memory(queries), strict=True))[:3]:
+        assert_close(actual, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("similarity", "alpha"), [("kernel", 1.0), ("kernel", 1.5), ("cosine", 1.3), ("polynomial", 1.0), ("l2", 1.0)])
+def test_a_memory_exports_to_onnx_through_torchscript(tmp_path, similarity, alpha):
+    memory = _memory(return_dict=False, similarity=similarity, alpha=alpha, beta=2.0, update_steps=1).requires_grad_(False)
+    path = str(tmp_path / "memory.onnx")
+    settings = {"input_names": ["queries"], "dynamic_axes": {"queries": {0: "queries"}}}
+    torch.onnx.export(memory, (torch.randn(3, 6),), path, dynamo=False, opset_version=18, **settings)
+    queries = torch.randn(5, 6)
+    outputs = onnxruntime.InferenceSession(path).run(None, {"queries": queries.numpy()})
+    assert_close(torch.from_numpy(outputs[0]), memory(queries)[0], scale=3)
+    assert_close(torch.from_numpy(outputs[1]), memory(queries)[1], scale=3)

@@ -1,6 +1,7 @@
 """Retrieval through a few candidates against retrieval with all weights, and what is kept of stored memories."""
 
 import copy
+import pickle
 
 import faiss
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from conftest import assert_close
 
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, hopfield_attention, simplex_map
+from modeling_uhop import modeling_uhop_memory as memory_module
 from modeling_uhop import search as search_module
 from modeling_uhop.search import brute_force, faiss_index, largest, sparse_association
 
@@ -222,3 +224,161 @@ def test_a_query_for_which_an_index_finds_nothing_has_no_weight(alpha):
 
     weights, _ = sparse_association(torch.randn(3, 4), 100, faiss_index(Empty()), beta=0.5, alpha=alpha, top_k=4)
     assert (weights == 0).all()
+
+
+def _faiss(memory, kind=faiss.IndexFlatIP):
+    index = kind(12)
+    index.add(memory.stored_features().float().detach().numpy())
+    return index
+
+
+def _other_memories(memory):
+    index = _faiss(memory)
+    memory.store(torch.randn(300, 12))
+    return index
+
+
+def _moved_phi(memory):
+    index = _faiss(memory)
+    with torch.no_grad():
+        memory.feature_map.weight[0] *= -5.0
+    return index
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m: _faiss(m, faiss.IndexFlatL2), "must rank by inner products, but IndexFlatL2 has metric_type=1"),
+        (lambda m: faiss.IndexFlatIP(12), "IndexFlatIP holds 0 and the memory 300"),
+        (lambda m: faiss.IndexFlatIP(5), "of width 12, got IndexFlatIP of width 5"),
+        (lambda m: faiss.index_factory(12, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT), "must be trained before a search"),
+        (lambda m: (_faiss(m), m.append(torch.randn(2, 12)))[0], "holds 300 and the memory 302"),
+        (lambda m: (_faiss(m), m.delete([3, 4]))[0], "holds 300 and the memory 298"),
+        (_other_memories, "are those of other vectors"),
+        (_moved_phi, "are those of other vectors"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(make, message):
+    memory = _memory(dtype=torch.float32)
+    candidates = faiss_index(make(memory))
+    with pytest.raises(ValueError, match=message):
+        memory.search(torch.randn(4, 12), candidates=candidates)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (lambda q, k: (torch.zeros(len(q), k), torch.full((len(q), k), 300)), ValueError, r"indices in \[0, 300\), got 300 to 300"),
+        (lambda q, k: (torch.zeros(len(q), k), torch.full((len(q), k), -1)), ValueError, "got -1 to -1"),
+        (lambda q, k: (torch.zeros(len(q), 1), torch.zeros(len(q), 1, dtype=torch.long)), ValueError, r"scores of shape \(4, 1\)"),
+        (lambda q, k: (torch.full((len(q), k), torch.nan), torch.arange(k).expand(len(q), -1)), ValueError, "scores that are numbers"),
+        (lambda q, k: (torch.zeros(len(q), k), torch.zeros(len(q), k, dtype=torch.long)), ValueError, "at most once for a query"),
+        (lambda q, k: (torch.zeros(len(q), k), torch.zeros(len(q), k)), TypeError, "indices of dtype torch.int64, got torch.float32"),
+        (lambda q, k: (np.zeros((len(q), k)), np.zeros((len(q), k))), TypeError, "scores of ndarray"),
+    ],
+)
+def test_candidates_that_no_search_can_find_are_refused(answer, error, message):
+    with pytest.raises(error, match=message):
+        _memory(dtype=torch.float32).search(torch.randn(4, 12), candidates=answer)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF4,Flat", "SQ8"])
+@pytest.mark.parametrize("similarity", ["kernel", "dot"])
+def test_an_index_of_its_own_is_in_step_with_the_memory(factory, similarity):
+    memory = _memory(dtype=torch.float32, similarity=similarity, alpha=2.0, beta=10.0)
+    memory.index(factory, "nprobe=4" if factory.startswith("IVF") else "")
+
+    def check():
+        queries = memory.memories[:9] + 0.05 * torch.randn(9, 12)
+        with torch.no_grad():
+            expected = memory(queries).retrieved
+        assert_close(memory.search(queries).retrieved, expected, scale=10)
+
+    check()
+    built = memory_module._INDEXES[memory].candidates
+    check()
+    assert memory_module._INDEXES[memory].candidates is built
+    memory.append(torch.randn(5, 12))
+    check()
+    memory.delete([0, 7])
+    check()
+    memory.store(torch.randn(200, 12))
+    check()
+    memory.memories[:50] = torch.randn(50, 12)
+    check()
+    if similarity == "kernel":
+        memory.separate(steps=20, lr=0.1)
+        check()
+    memory.index("flat")
+    assert memory not in memory_module._INDEXES
+    check()
+
+
+def test_an_index_does_not_travel(tmp_path):
+    memory = _memory(dtype=torch.float32)
+    memory.index("HNSW32")
+    queries = torch.randn(3, 12)
+    expected = memory.search(queries).retrieved
+    memory.save_pretrained(tmp_path)
+    for twin in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory)), UHopMemoryModel.from_pretrained(tmp_path)):
+        assert twin not in memory_module._INDEXES
+        assert_close(twin.search(queries).retrieved, expected, scale=10)
+    assert_close(memory.to(torch.float64).search(queries).retrieved, expected, dtype=torch.float32, scale=10)
+
+
+def test_weights_are_those_of_exact_scores_whatever_an_index_makes_of_them():
+    memory = _memory(dtype=torch.float32, alpha=2.0, beta=5.0, similarity="dot")
+    memory.index("PQ4x4")
+    queries = memory.memories[:20]
+    found = memory.search(queries, top_k=300)
+    with torch.no_grad():
+        exact = memory(queries)
+    assert_close(torch.zeros_like(exact.association).scatter_add_(1, found.indices, found.weights), exact.association, scale=10)
+
+
+def test_an_index_that_cannot_be_is_refused(monkeypatch):
+    memory = _memory(dtype=torch.float32)
+    for factory, parameters in (("HNSV32", ""), ("HNSW32", "depth=3")):
+        with pytest.raises(ValueError, match=f"faiss refuses an index of '{factory}'"):
+            memory.index(factory, parameters)
+    memory.index("IVF500,Flat")
+    with pytest.raises(ValueError, match=r"for 300 memories: .*training points"):
+        memory.search(torch.randn(1, 12))
+    with pytest.raises(ValueError, match="'kernel' or 'dot', got 'l2'"):
+        _memory(similarity="l2").index("Flat")
+    monkeypatch.setattr(search_module, "faiss", None)
+    with pytest.raises(ImportError, match=r"pip install modeling-uhop\[faiss\]"):
+        memory.index("Flat")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("factory", ["flat", "Flat"])
+def test_search_in_half_precision_and_without_queries(dtype, factory):
+    memory = _memory(dtype=dtype, similarity="dot", alpha=2.0)
+    # Scores of 1e6 are more than fp16 holds.
+    memory.store(300.0 * torch.nn.functional.normalize(torch.randn(300, 12), dim=-1))
+    memory.index(factory)
+    assert_close(memory.search(memory.memories[:9]).retrieved, memory.memories[:9])
+    none = memory.search(torch.zeros(0, 12))
+    assert none.retrieved.shape == (0, 12)
+    assert none.weights.shape[0] == 0
+
+
+@pytest.mark.parametrize("size", [1e19, 1e30, 1e-30])
+@pytest.mark.parametrize("similarity", ["kernel", "dot"])
+def test_search_among_patterns_of_any_size(size, similarity):
+    memory = _memory(dtype=torch.float32, similarity=similarity, alpha=2.0, beta=500.0)
+    memory.store(size * torch.nn.functional.normalize(torch.randn(300, 12), dim=-1))
+    queries = memory.memories[:9]
+    with torch.no_grad():
+        expected = memory(queries).retrieved
+    assert_close(memory.search(queries).retrieved / size, expected / size)
+    if size > 1.0 or similarity == "kernel":
+        assert_close(expected / size, queries / size)
+
+
+def test_scores_beyond_double_precision_are_refused():
+    memory = _memory(similarity="dot")
+    memory.store(1e200 * memory.memories)
+    with pytest.raises(ValueError, match="scores must be finite, but these patterns are so large"):
+        memory.search(memory.memories[:2])
