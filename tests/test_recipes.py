@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import train_vit
+import transformers
 import yaml
 from data import load_images, make_image_processor, make_transform, with_pixels
 from datasets import ClassLabel, Dataset, Features, Image, Value
@@ -250,8 +251,6 @@ def test_an_output_folder_is_never_mixed_or_lost(tmp_path):
     (folder / "thesis.txt").write_text("precious")
     with pytest.raises(RecipeError, match="is not empty; pass --overwrite"):
         check_output_dir(folder, overwrite=False, resume=False)
-    with pytest.raises(RecipeError, match="pass --overwrite to replace it, or another --output_dir"):
-        check_output_dir(folder, overwrite=False, resume=None)
     for flags in ({"overwrite": True, "resume": False}, {"overwrite": False, "resume": True}):
         with pytest.raises(RecipeError, match="holds no earlier run"):
             check_output_dir(folder, **flags)
@@ -436,10 +435,46 @@ def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
     assert again.returncode == 1
     assert "is not empty" in again.stderr
     (folder / "checkpoint-8").rename(tmp_path / "last")
+    (folder / "stages" / "training.json").unlink()
     resumed = script("--resume")
     assert resumed.returncode == 0, resumed.stderr
     metrics = json.loads((folder / "results.json").read_text())["metrics"]
     assert {k: v for k, v in metrics.items() if k != "train_seconds"} == {k: v for k, v in whole.items() if k != "train_seconds"}
+
+
+def test_a_finished_training_survives_what_fails_after_it(tmp_path, monkeypatch):
+    # Without checkpoints: what is kept is the training itself.
+    recipe, whole, folder = _recipe(*TINY, "training.save_strategy='no'"), tmp_path / "whole", tmp_path / "broken"
+    drawn = []
+    monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
+    monkeypatch.setattr(train_vit, "training_figure", lambda *arguments: drawn.append(arguments[1:]))
+    run(recipe, whole)
+    (expected,) = drawn
+    for broken in ("write_results", "training_figure", "write_card", "check_reload"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_vit, broken, raising)
+            if broken != "write_results":
+                patch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("a finished training was run again"))
+            with pytest.raises(ValueError, match="no luck"):
+                run(recipe, folder, resume=broken != "write_results")
+        assert (folder / "results.json").exists() == (broken != "write_results")
+    run(recipe, folder, resume=True)
+    first, second = (without_times(json.loads((each / "results.json").read_text())) for each in (whole, folder))
+    assert first == second
+    assert "train_seconds" in json.loads((folder / "results.json").read_text())["metrics"]
+    log, history, grams = drawn[-1]
+    assert without_times(log) == without_times(expected[0])
+    assert history == expected[1]
+    assert list(grams) == ["before", "after"]
+    for moment, layers in grams.items():
+        np.testing.assert_allclose(layers, expected[2][moment])
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match="no checkpoint to resume from"):
+        run(_recipe(*TINY, "training.save_strategy='no'", "training.num_train_epochs=3"), folder, resume=True)
+
+
+def raising(*arguments, **options):
+    raise ValueError("no luck")
 
 
 def test_a_run_without_a_logged_separation_loss(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import train_stanhop
 import yaml
 from anchors import WindowMemory, anchors, errors_of, forward_filled, linear_map, repeat_last, repeat_season
 from conftest import assert_close
@@ -18,6 +19,7 @@ from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
 from train_stanhop import begin_as_linear_map, check_skip_start, run, weights_of
+from transformers import Trainer, TrainerCallback
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
 
@@ -356,8 +358,9 @@ def test_anchors_with_missing_values_and_a_season_longer_than_their_past(series)
     assert all(np.isfinite(list(errors.values())).all() for errors in table.values())
 
 
-def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
-    recipe = STanHopRecipe(
+def _early() -> STanHopRecipe:
+    """A recipe that ends before its last step."""
+    return STanHopRecipe(
         name="early",
         data=SeriesDataRecipe("synthetic", split=[400, 150, 150]),
         model={"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16, "loss": "mse"},
@@ -373,9 +376,93 @@ def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
         anchor_lengths=[],
         judge="validation",
     )
-    metrics = run(recipe, tmp_path / "run")
+
+
+def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
+    metrics = run(_early(), tmp_path / "run")
     log = json.loads((tmp_path / "run" / "results.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert len(losses) == losses.index(min(losses)) + 1 + 3 < 30
     assert metrics["validation_loss"] == min(losses)
     assert metrics["validation_mse"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_a_stopped_run_goes_on_and_a_finished_training_is_kept(tmp_path, monkeypatch):
+    recipe, whole, folder = _early(), tmp_path / "whole", tmp_path / "broken"
+    monkeypatch.setattr("train_stanhop.check_reload", lambda *_: None)
+    expected = run(recipe, whole)
+    steps = []
+
+    class Stopping(TrainerCallback):
+        """Stops a run for want of power after the evaluations that a patience of three may count."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+            if len(steps) == stop_at:
+                raise ValueError("no power")
+
+    class Stopped(Trainer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.add_callback(Stopping())
+
+    monkeypatch.setattr("train_stanhop.Trainer", Stopped)
+    last = json.loads((whole / "stages" / "training.json").read_text())["outcome"]["state"]["global_step"]
+    stop_at = last
+    with pytest.raises(ValueError, match="no power"):
+        run(recipe, folder)
+    for broken in ("write_results", "forecast_figure", "check_reload"):
+        steps.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(train_stanhop, broken, raising)
+            with pytest.raises(ValueError, match="no luck"):
+                run(recipe, folder, resume=True)
+        # It was stopped in its last two steps, after the checkpoint before them; once finished, it takes no step.
+        assert steps == ([last - 2, last - 1] if broken == "write_results" else [])
+    metrics = run(recipe, folder, resume=True)
+    assert "train_seconds" not in metrics
+    assert metrics == {name: value for name, value in expected.items() if name != "train_seconds"}
+    first, second = ((each / "model.safetensors").read_bytes() for each in (whole, folder))
+    assert first == second
+    with pytest.raises(RecipeError, match="cannot be resumed with seed=5"):
+        run(dataclasses.replace(recipe, seed=5), folder, resume=True)
+
+
+def raising(*arguments, **options):
+    raise ValueError("no luck")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_file_runs_to_the_end(tmp_path, suffix, monkeypatch):
+    frame = synthetic_series(300)
+    getattr(frame, f"to_{suffix}")(tmp_path / f"mine.{suffix}", index=False)
+    content = {
+        "data": {"dataset": str(tmp_path / f"mine.{suffix}"), "split": [180, 60, 60]},
+        "model": {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16},
+        "training": {"num_train_epochs": 1, "per_device_train_batch_size": 64, "use_cpu": True},
+        "anchor_lengths": [24],
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    reloaded = []
+    monkeypatch.setattr("train_stanhop.check_reload", lambda *arguments: reloaded.append(arguments))
+    monkeypatch.setattr("sys.argv", ["train_stanhop.py", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")])
+    train_stanhop.main()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["recipe"]["data"]["dataset"] == f"mine.{suffix}"
+    assert results["series"]["names"] == [f"series_{index}" for index in range(4)]
+    values = frame.drop(columns="date").to_numpy()
+    np.testing.assert_allclose(results["series"]["mean"], values[:180].mean(0))
+    scaled = torch.from_numpy(((values - values[:180].mean(0)) / values[:180].std(0)).astype(np.float32))
+    model = STanHopForPrediction.from_pretrained(tmp_path / "out")
+    windows = scaled.unfold(0, 30, 1)[240 - 24 :].movedim(-1, 1)
+    with torch.no_grad():
+        errors = model(past_values=windows[:, :24]).prediction_outputs - windows[:, 24:]
+    assert len(windows) == 60 - 6 + 1
+    assert results["metrics"]["test_mse"] == pytest.approx(errors.square().mean().item(), rel=1e-4)
+    ((folder, task, inputs, answers),) = reloaded
+    assert (folder, task) == (tmp_path / "out", "time-series-forecasting")
+    np.testing.assert_allclose(inputs[0], windows[0, :24], atol=1e-5)
+    np.testing.assert_allclose(answers[0] - windows[0, 24:].numpy(), errors[0], atol=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(name in card for name in ("forecast.png", "weights.png", f"{results['metrics']['test_mse']:.4f}"))
+    assert all((tmp_path / "out" / name).stat().st_size > 10_000 for name in ("forecast.png", "weights.png"))

@@ -11,6 +11,10 @@ from sklearn.datasets import load_digits
 from modeling_uhop.feature_extraction_uhop_mil import as_arrays
 
 
+# Of `datasets`, by a file's suffix.
+LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+
+
 @dataclass
 class Bags:
     """Bags with their classes.
@@ -20,7 +24,7 @@ class Bags:
         labels: Class of each bag, from 0.
         names: Names of the classes.
         instance_labels: Which instances make a bag positive, where that is known.
-        image_shape: Channels, height and width, where an instance is a flattened image; (-1,) where it is not.
+        image_shape: Channels, height and width, where an instance is a flattened image; `None` where it is not.
         groups: Bags of one group must not be divided between training and test; `None` where every bag stands for itself.
     """
 
@@ -29,7 +33,14 @@ class Bags:
     names: list[str]
     instance_labels: list[np.ndarray] | None = None
     groups: np.ndarray | None = None
-    image_shape: tuple[int, ...] = (-1,)
+    image_shape: tuple[int, ...] | None = None
+
+    def pictures(self, index: int) -> np.ndarray | None:
+        """The instances of a bag as images (N, channels, height, width); `None` where they are vectors."""
+        bag = self.instances[index]
+        if bag.ndim == 4:
+            return bag
+        return None if self.image_shape is None else bag.reshape(-1, *self.image_shape)
 
 
 def load_bags(data: BagDataRecipe) -> Bags:
@@ -43,7 +54,9 @@ def load_bags(data: BagDataRecipe) -> Bags:
         return digit_bags()
     path = Path(data.dataset).expanduser()
     if path.is_file():
-        loaded = load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
+        if path.suffix not in LOADERS:
+            raise RecipeError(f"bags must lie in a folder or a file {', '.join(LOADERS)} (a cell of CSV holds no list), got {data.dataset}")
+        loaded = load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     elif data.dataset.startswith((".", "/", "~")) and not path.is_dir():
         raise RecipeError(f"there is no file or folder {data.dataset}")
     else:
