@@ -107,6 +107,7 @@ def test_a_forecasting_recipe_in_two_processes_is_that_in_one(tmp_path):
             "eval_strategy": "steps",
             "save_strategy": "steps",
             "save_steps": 3,
+            "per_device_eval_batch_size": 28,
             "use_cpu": True,
         },
         "anchor_lengths": [],

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,6 +17,7 @@ import train_mil
 import yaml
 from bags import Bags, digit_bags, load_bags
 from compare_mil import BASELINES, compare, paired, run_baseline, set_kernel_svm
+from datasets import ClassLabel, Dataset
 from figures import bag_figure
 from huggingface_hub import ModelCard
 from metrics import bag_metrics
@@ -29,6 +31,7 @@ from tables import bags_table
 from train_mil import _seed, bag_to_show, check, cross_validate, cross_validate_fold, fit, instance_auc, predict, run, splits, summarize
 
 from modeling_uhop import SeparationCallback, UHopMILFeatureExtractor, UHopMILForBagClassification
+from modeling_uhop.feature_extraction_uhop_mil import as_arrays
 
 
 ROOT = Path(__file__).parent.parent
@@ -589,3 +592,73 @@ def test_half_precision_is_taken_off_before_answers_are_kept():
     copy = UHopMILForBagClassification(model.config).eval()
     copy.load_state_dict(model.state_dict())
     np.testing.assert_allclose(predict(model, extractor, bags.instances)[0], predict(copy, extractor, bags.instances)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (lambda marks: marks.astype(float), ["0", "1"]),
+        (lambda marks: [[int(mark)] for mark in marks], ["0", "1"]),
+        (lambda marks: marks.astype(bool), ["False", "True"]),
+        (lambda marks: marks * 8 + 2, ["2", "10"]),
+    ],
+    ids=["whole floats", "lists of one", "bools", "numbers"],
+)
+def test_labels_of_bags_are_classes(tmp_path, labels, names):
+    bags = _bags()
+    loaded = load_bags(BagDataRecipe(str(_write(tmp_path / "bags.parquet", bags, label=labels(bags.labels)))))
+    assert (loaded.names, loaded.labels.tolist()) == (names, bags.labels.tolist())
+
+
+def test_classes_of_bags_keep_their_names(tmp_path):
+    bags = _bags()
+    content = {"instances": [bag.tolist() for bag in bags.instances], "label": bags.labels.tolist()}
+    for labels, message in ((content["label"], None), ([-1, *content["label"][1:]], "bag 0 of .* has the label -1, which means none")):
+        table = Dataset.from_dict({**content, "label": labels})
+        table.cast_column("label", ClassLabel(names=["healthy", "sick"])).to_parquet(tmp_path / "bags.parquet")
+        if message is None:
+            assert load_bags(BagDataRecipe(str(tmp_path / "bags.parquet"))).names == ["healthy", "sick"]
+        else:
+            with pytest.raises(RecipeError, match=message):
+                load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda bag: None, "bag 3 must be a set of instances, got None"),
+        (lambda bag: [[1.0, None, 2.0]], "bag 3 has entries that are not finite"),
+        (lambda bag: [[1.0, 2.0, 3.0], [1.0]], "bag 3 is not numbers of one shape"),
+        (lambda bag: [[1.0, 2.0]], r"bag 3 has instances of shape \(2,\)"),
+    ],
+    ids=["None", "None inside", "ragged", "narrow"],
+)
+def test_bags_that_are_none_are_refused_by_number(tmp_path, change, message):
+    bags = _bags()
+    instances = [change(bag) if index == 3 else bag.tolist() for index, bag in enumerate(bags.instances)]
+    pd.DataFrame({"instances": instances, "label": bags.labels}).to_parquet(tmp_path / "bags.parquet")
+    with pytest.raises(RecipeError, match=rf"bags.parquet: {message}"):
+        load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+
+
+def test_bags_with_a_leading_axis_are_bags_or_refused_by_number(tmp_path):
+    bags = _bags()
+    pd.DataFrame({"instances": [[bag.tolist()] for bag in bags.instances], "label": bags.labels}).to_parquet(tmp_path / "bags.parquet")
+    # Whatever the feature extractor takes, recipes take.
+    refused = pytest.raises(RecipeError, match=r"bag 0 .*\(1, 5, 3\)") if not is_taken(bags.instances[0][None]) else nullcontext()
+    with refused:
+        loaded = load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+        assert all(np.array_equal(one, other) for one, other in zip(loaded.instances, bags.instances, strict=True))
+
+
+def is_taken(bag: np.ndarray) -> bool:
+    try:
+        return len(as_arrays([bag])) == 1
+    except ValueError:
+        return False
+
+
+def test_bags_that_are_all_empty_are_refused(tmp_path):
+    pd.DataFrame({"instances": [[], []], "label": [0, 1]}).to_parquet(tmp_path / "bags.parquet")
+    with pytest.raises(RecipeError, match=r"every bag of .* is empty"):
+        load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import load_dataset
+from datasets import ClassLabel, load_dataset
+from labels import as_classes
 from recipe import BagDataRecipe, RecipeError
 from sklearn.datasets import load_digits
 
@@ -47,8 +48,8 @@ def load_bags(data: BagDataRecipe) -> Bags:
     """The bags of a recipe.
 
     Raises:
-        RecipeError: If the data set, a column or a label is missing.
-        ValueError: If bags differ in their features or are not finite; naming the bag.
+        RecipeError: If the data set, a column or a label is missing, a label is no class, or bags are no numbers of one shape, differ in
+            their features or are not finite; naming the bag.
     """
     if data.dataset == "digits":
         return digit_bags()
@@ -67,15 +68,22 @@ def load_bags(data: BagDataRecipe) -> Bags:
     for column in (data.instances_column, data.label_column):
         if column not in loaded.column_names:
             raise RecipeError(f"{data.dataset} has no column {column!r}; it has {loaded.column_names}")
-    given = loaded[data.label_column]
-    missing = [index for index, label in enumerate(given) if label is None or label != label]
-    if missing:
-        raise RecipeError(f"bag {missing[0]} of {data.dataset} has no label")
-    values = sorted(set(given))
+    classes = as_classes(loaded[data.label_column], lambda index: f"bag {index} of {data.dataset}")
+    values = sorted(set(classes))
+    feature = loaded.features[data.label_column]
+    named = isinstance(feature, ClassLabel)
+    if named and values[0] < 0:
+        raise RecipeError(f"bag {classes.index(values[0])} of {data.dataset} has the label {values[0]}, which means none; leave it out")
+    try:
+        instances = as_arrays(loaded[data.instances_column])
+    except ValueError as error:
+        raise RecipeError(f"{data.dataset}: {error}") from error
+    if not any(len(bag) > 0 for bag in instances):
+        raise RecipeError(f"every bag of {data.dataset} is empty")
     return Bags(
-        instances=as_arrays(loaded[data.instances_column]),
-        labels=np.searchsorted(values, given),
-        names=[str(value) for value in values],
+        instances=instances,
+        labels=np.array([values.index(label) for label in classes]),
+        names=[feature.int2str(value) if named else str(value) for value in values],
     )
 
 
