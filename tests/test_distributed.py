@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ TRAINING = TESTS.parent / "training"
 
 def _run(processes: int, *worker: str) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent / "training")))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TRAINING, TESTS.parent)))}
     finished = subprocess.run([sys.executable, *launcher, *worker], env=environment, capture_output=True, text=True)
     if finished.returncode != 0:
         pytest.fail(finished.stderr[-5000:])
@@ -92,7 +93,7 @@ def test_a_model_sharded_by_fsdp2_is_the_whole_one(tmp_path):
 
 
 def test_a_forecasting_recipe_in_two_processes_is_that_in_one(tmp_path):
-    content = {
+    content: dict[str, Any] = {
         "name": "small",
         # 56 windows of validation: as many for each process.
         "data": {"dataset": "synthetic", "split": [200, 61, 60]},

@@ -461,8 +461,8 @@ def test_every_kind_of_bags_runs_to_the_end(tmp_path, kind, monkeypatch):
     reloaded = []
     monkeypatch.setattr("train_mil.check_reload", lambda folder, task, inputs, answers: reloaded.append((folder, task, inputs, answers)))
     monkeypatch.setattr("train_mil.prepare_for_many_runs", lambda: None)
-    drawn = []
-    monkeypatch.setattr("train_mil.bag_figure", lambda *arguments: (drawn.append(arguments), bag_figure(*arguments)))
+    drawn: list[tuple] = []
+    monkeypatch.setattr("train_mil.bag_figure", recorded(bag_figure, drawn))
     content = {"data": {"dataset": kind}, "training": FAST, "folds": 2, "repeats": 1, "model": {"hidden_size": 16}}
     bags = _bags()
     if kind == "images":
@@ -504,6 +504,16 @@ def test_every_kind_of_bags_runs_to_the_end(tmp_path, kind, monkeypatch):
         assert pictures is None
 
 
+def recorded(function, calls):
+    """The function, which also keeps the arguments of its calls."""
+
+    def wrapped(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return wrapped
+
+
 def test_csv_and_other_files_are_refused_by_name(tmp_path):
     bags = _bags()
     frame = pd.DataFrame({"instances": [bag.tolist() for bag in bags.instances], "label": bags.labels})
@@ -527,7 +537,7 @@ def test_the_figure_of_a_bag_has_its_weights_in_order(tmp_path, monkeypatch):
     monkeypatch.undo()
     plt.close("all")
     for axis in (bars, bars_of_images):
-        assert [patch.get_height() for patch in axis.patches] == [0.6, 0.3, 0.1]
+        assert [patch.get_height() for patch in axis.containers[0]] == [0.6, 0.3, 0.1]
         assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "0"]
         assert axis.get_xlabel() == "instance"
     assert [picture.images[0].get_array().mean() for picture in pictures] == [1.0, 2.0, 0.0]
@@ -546,8 +556,8 @@ def test_what_a_run_computed_survives_a_stage_that_fails(tmp_path, monkeypatch):
     whole, folder = tmp_path / "whole", tmp_path / "broken"
     monkeypatch.setattr("train_mil.check_reload", lambda *_: None)
     expected = run(recipe, whole)
-    trained = []
-    monkeypatch.setattr("train_mil.fit", lambda *arguments: (trained.append(len(arguments[1])), fit(*arguments))[1])
+    trained: list[tuple] = []
+    monkeypatch.setattr("train_mil.fit", recorded(fit, trained))
 
     def failing(*arguments):
         # Of the folds, the second.
@@ -562,7 +572,7 @@ def test_what_a_run_computed_survives_a_stage_that_fails(tmp_path, monkeypatch):
             patch.setattr(train_mil, broken, failing)
             with pytest.raises(ValueError, match="no luck"):
                 run(recipe, folder, resume=broken != "cross_validate_fold")
-        assert trained == sizes, broken
+        assert [len(arguments[1]) for arguments in trained] == sizes, broken
         assert (folder / "results.json").exists() == (broken != "cross_validate_fold")
     with pytest.raises(RecipeError, match="--resume to go on"):
         run(recipe, folder)

@@ -37,8 +37,10 @@ def _as_class(label: Any, index: int, place: Callable[[int], str]) -> Any:
         raise RecipeError(f"{place(index)} has no label; leave such rows out")
     if isinstance(label, (bool, np.bool_)):
         return bool(label)
-    if isinstance(label, Integral) or (isinstance(label, Real) and float(label).is_integer()):
+    if isinstance(label, Integral):
         return int(label)
+    if isinstance(label, Real) and float(label).is_integer():
+        return int(float(label))
     if isinstance(label, str):
         return label
     raise RecipeError(f"{place(index)} has the label {label!r}; a class is a whole number, text, or true or false")

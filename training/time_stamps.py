@@ -72,7 +72,7 @@ def _check(values: pandas.Series, where: str, name: str) -> None:
             f"time stamps must increase, and row {row} of {name} does not come after the row before it: "
             f"{where} has {values[row - 1]} and then {values[row]}{_hint(stamps, steps)}"
         )
-    gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) + 1 if len(steps) > 0 else []
+    gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) + 1 if len(steps) > 0 else steps
     if len(gaps) > 0:
         places = f"{len(gaps)}, the first before row {gaps[0]}"
         warnings.warn(f"{name} has gaps in its time stamps ({places}); windows run over them", stacklevel=4)
