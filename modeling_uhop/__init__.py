@@ -22,6 +22,8 @@ from .energy import association, energy, retrieve, similarity_scores
 from .feature_extraction_uhop_mil import DataCollatorForBags, UHopMILFeatureExtractor
 from .feature_map import FeatureMap
 from .hopfield import HopfieldAttention, HopfieldPooling
+from .image_pipeline import UHopImageClassificationPipeline
+from .image_pipeline import register as register_image_pipeline
 from .modeling_stanhop import STanHopForPrediction, STanHopModel
 from .modeling_uhop_memory import UHopMemoryModel
 from .modeling_uhop_mil import UHopMILForBagClassification, UHopMILModel
@@ -38,6 +40,7 @@ AutoModel.register(UHopMemoryConfig, UHopMemoryModel, exist_ok=True)
 AutoConfig.register("uhop_vit", UHopViTConfig, exist_ok=True)
 AutoModel.register(UHopViTConfig, UHopViTModel, exist_ok=True)
 AutoModelForImageClassification.register(UHopViTConfig, UHopViTForImageClassification, exist_ok=True)
+register_image_pipeline()
 AutoConfig.register("uhop_mil", UHopMILConfig, exist_ok=True)
 AutoModel.register(UHopMILConfig, UHopMILModel, exist_ok=True)
 AutoModelForSequenceClassification.register(UHopMILConfig, UHopMILForBagClassification, exist_ok=True)
@@ -71,6 +74,7 @@ __all__ = [
     "STanHopForPrediction",
     "STanHopModel",
     "SeparationCallback",
+    "UHopImageClassificationPipeline",
     "UHopMILConfig",
     "UHopMILFeatureExtractor",
     "UHopMILForBagClassification",

@@ -260,7 +260,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
 
 def _zeros(numbers: torch.Tensor) -> torch.Tensor:
     """Zeros of this shape, which ONNX's TorchScript exporter would take for a constant one if it were asked for zeros."""
-    return numbers - numbers
+    return numbers.clamp(0.0, 0.0)
 
 
 def _group_maxima(scores: torch.Tensor) -> torch.Tensor:

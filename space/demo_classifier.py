@@ -13,6 +13,8 @@ from demo_models import Classifier, digit_image
 from matplotlib.colors import to_rgb
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from modeling_uhop.images import as_rgb
+
 
 MAP_PIXELS = 160
 
@@ -37,18 +39,16 @@ class Answer:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """An upload as an RGB image, upright and on white.
+    """An upload as an RGB image, upright and on white: see `as_rgb`.
 
     Raises:
         DemoError: If the file is no image that can be read.
     """
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGBA")
+            return as_rgb(opened)
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError, SyntaxError) as error:
         raise DemoError(f"“{Path(path).name}” cannot be read as an image. Choose a photo or drawing, such as a PNG or JPEG.") from error
-    ground = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(ground, image).convert("RGB")
 
 
 def reads_digits(classifier: Classifier) -> bool:

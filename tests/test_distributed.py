@@ -1,30 +1,37 @@
 """Two gloo processes: bitwise equal to each other, and equal to one process on the same batches."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import train_stanhop
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from conftest import TOLERANCE, assert_close
+from recipe import SeriesDataRecipe, STanHopRecipe
 
 from modeling_uhop import UHopViTModel
 
 
 TESTS = Path(__file__).parent
+TRAINING = TESTS.parent / "training"
 
 
-def _run(processes: int, *worker: str) -> None:
+def _run(processes: int, *worker: str) -> str:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent / "training")))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TRAINING, TESTS.parent)))}
     finished = subprocess.run([sys.executable, *launcher, *worker], env=environment, capture_output=True, text=True)
     if finished.returncode != 0:
-        pytest.fail(finished.stderr[-3000:])
+        pytest.fail(finished.stderr[-5000:])
+    return finished.stdout
 
 
 def _launch(folder: Path, processes: int, options: dict) -> list[dict]:
@@ -83,6 +90,73 @@ def test_a_model_sharded_by_fsdp2_is_the_whole_one(tmp_path):
         assert result["loss"] < TOLERANCE[torch.float32]
         assert result["gradient"] < TOLERANCE[torch.float32]
         assert result["count"] > 20
+
+
+def test_a_forecasting_recipe_in_two_processes_is_that_in_one(tmp_path):
+    content: dict[str, Any] = {
+        "name": "small",
+        # 56 windows of validation: as many for each process.
+        "data": {"dataset": "synthetic", "split": [200, 61, 60]},
+        "model": {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16, "ff_dropout": 0.0, "attention_dropout": 0.0},
+        # Shuffled, one process and two would not see the same batches.
+        "training": {
+            "max_steps": 6,
+            "train_sampling_strategy": "sequential",
+            "optim": "sgd",
+            "learning_rate": 0.05,
+            "eval_steps": 3,
+            "eval_strategy": "steps",
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "per_device_eval_batch_size": 28,
+            "use_cpu": True,
+        },
+        "anchor_lengths": [],
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**content, "training": {**content["training"], "per_device_train_batch_size": 4}}))
+    printed = _run(2, str(TRAINING / "train_stanhop.py"), str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "two"))
+    assert printed.count("small: ") == printed.count("answers agree") == 1
+    recipe = STanHopRecipe(**{**content, "data": SeriesDataRecipe(**content["data"])})
+    recipe.training["per_device_train_batch_size"] = 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train_stanhop.check_reload", lambda *args: None)
+        one = train_stanhop.run(recipe, tmp_path / "one")
+    two = json.loads((tmp_path / "two" / "results.json").read_text())["metrics"]
+    for name in ("test_mse", "test_mae", "validation_mse", "validation_loss"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4), name
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+
+
+def test_a_script_for_one_process_leaves_an_earlier_run_alone(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("precious")
+    recipe = str(TESTS.parent / "configs" / "mil_digits.yaml")
+    with pytest.raises(pytest.fail.Exception) as failed:
+        _run(2, str(TRAINING / "train_mil.py"), recipe, "--output_dir", str(tmp_path), "--overwrite")
+    assert "RecipeError: this script runs in one process, and was started in 2; start it with `python`" in str(failed.value)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("recipe.yaml", "precious")]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "remedy"),
+    [
+        ("train_mil", ["configs/mil_digits.yaml"], "not with `accelerate launch`"),
+        ("compare_mil", ["configs/sweeps/mil.yaml"], "not with `accelerate launch`"),
+        ("run_retrieval", ["configs/retrieval/memory_size_digits.yaml"], "not with `accelerate launch`"),
+        ("run_geometry", ["configs/geometry/basins.yaml"], "not with `accelerate launch`"),
+        ("push", ["runs/none", "me/model"], "not with `accelerate launch`"),
+        ("sweep", ["configs/sweeps/vit_digits.yaml"], "set --jobs"),
+    ],
+)
+def test_scripts_for_one_process_refuse_more_in_one_line(script, arguments, remedy, tmp_path, monkeypatch):
+    module = importlib.import_module(script)
+    monkeypatch.setattr("train_mil.prepare_for_many_runs", lambda: None)
+    monkeypatch.setattr("compare_mil.prepare_for_many_runs", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [script, str(TESTS.parent / arguments[0]), *arguments[1:]])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match=rf"RecipeError: this script runs in one process, and was started in 2; .*{remedy}"):
+        module.main()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", sorted((TESTS.parent / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)

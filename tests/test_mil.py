@@ -5,26 +5,33 @@ import math
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import train_mil
 import yaml
 from bags import Bags, digit_bags, load_bags
 from compare_mil import BASELINES, compare, paired, run_baseline, set_kernel_svm
+from datasets import ClassLabel, Dataset
+from figures import bag_figure
+from huggingface_hub import ModelCard
 from metrics import bag_metrics
-from recipe import BagDataRecipe, MILRecipe, RecipeError, load_recipe
+from recipe import BagDataRecipe, MILRecipe, RecipeError, load_recipe, write_recipe
 from scipy import stats
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
 from tables import bags_table
-from train_mil import _seed, check, cross_validate, cross_validate_fold, fit, instance_auc, predict, run, splits, summarize
+from train_mil import _seed, bag_to_show, check, cross_validate, cross_validate_fold, fit, instance_auc, predict, run, splits, summarize
 
-from modeling_uhop import SeparationCallback
+from modeling_uhop import SeparationCallback, UHopMILFeatureExtractor, UHopMILForBagClassification
+from modeling_uhop.feature_extraction_uhop_mil import as_arrays
 
 
 ROOT = Path(__file__).parent.parent
@@ -44,7 +51,7 @@ def _bags(count: int = 24, width: int = 3, seed: int = 0) -> Bags:
 
 def _recipe(**fields) -> MILRecipe:
     defaults = {"model": {"hidden_size": 16}, "training": FAST, "folds": 3, "repeats": 1}
-    return MILRecipe(name="test", data=BagDataRecipe("digits"), **{**defaults, **fields})
+    return MILRecipe(**{"name": "test", "data": BagDataRecipe("digits"), **defaults, **fields})
 
 
 def _write(path: Path, bags: Bags, **changes) -> Path:
@@ -425,3 +432,243 @@ def test_a_run_with_the_same_seed_is_the_same(tmp_path):
         second = run(recipe, tmp_path / "second")
     assert first["auc"] == second["auc"]
     assert torch.isfinite(torch.tensor(first["auc"]["mean"]))
+
+
+def _images(bags: Bags) -> list:
+    """The same bags, an instance as an image of one channel and one row."""
+    return [bag.reshape(len(bag), 1, 1, -1).tolist() for bag in bags.instances]
+
+
+def _as_file(tmp_path: Path, kind: str) -> Path:
+    """The bags of `_bags` in a file or folder of some kind."""
+    bags = _bags()
+    frame = pd.DataFrame({"instances": [bag.tolist() for bag in bags.instances], "label": np.where(bags.labels, "yes", "no")})
+    if kind == "folder":
+        (tmp_path / "data").mkdir()
+        frame.to_json(tmp_path / "data" / "train.jsonl", orient="records", lines=True)
+        return tmp_path / "data"
+    path = tmp_path / f"bags.{kind}"
+    if kind == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=kind == "jsonl")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "json", "jsonl", "folder", "images", "digits"])
+def test_every_kind_of_bags_runs_to_the_end(tmp_path, kind, monkeypatch):
+    """The script's own command; that a model reloads in a fresh process, other tests see to."""
+    reloaded = []
+    monkeypatch.setattr("train_mil.check_reload", lambda folder, task, inputs, answers: reloaded.append((folder, task, inputs, answers)))
+    monkeypatch.setattr("train_mil.prepare_for_many_runs", lambda: None)
+    drawn: list[tuple] = []
+    monkeypatch.setattr("train_mil.bag_figure", recorded(bag_figure, drawn))
+    content = {"data": {"dataset": kind}, "training": FAST, "folds": 2, "repeats": 1, "model": {"hidden_size": 16}}
+    bags = _bags()
+    if kind == "images":
+        pd.DataFrame({"instances": _images(bags), "label": np.where(bags.labels, "yes", "no")}).to_parquet(tmp_path / "images.parquet")
+        content["data"]["dataset"] = str(tmp_path / "images.parquet")
+        content["model"]["instance_type"] = "image"
+    elif kind == "digits":
+        bags = digit_bags()
+    else:
+        content["data"]["dataset"] = str(_as_file(tmp_path, kind))
+    (tmp_path / "mil.yaml").write_text(yaml.safe_dump(content))
+    folder = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["train_mil.py", str(tmp_path / "mil.yaml"), "--output_dir", str(folder)])
+    train_mil.main()
+
+    results = json.loads((folder / "results.json").read_text())
+    assert sorted(index for outcome in results["outcomes"] for index in outcome["bags"]) == list(range(len(bags.instances)))
+    for outcome in results["outcomes"]:
+        scored = bags.labels[outcome["bags"]]
+        assert outcome["auc"] == pytest.approx(roc_auc_score(scored, np.subtract(*np.transpose(outcome["logits"])[::-1])), abs=1e-3)
+    (evaluation, *_) = ModelCard.load(folder / "README.md").data.eval_results
+    assert evaluation.metric_value == pytest.approx(results["metrics"]["auc"]["mean"], abs=1e-4)
+    assert "bag.png" in (folder / "README.md").read_text()
+
+    model = UHopMILForBagClassification.from_pretrained(folder)
+    extractor = UHopMILFeatureExtractor.from_pretrained(folder)
+    ((saved, task, inputs, answers),) = reloaded
+    assert (saved, task, len(inputs)) == (folder, "multiple-instance-classification", min(64, len(bags.instances)))
+    for given, bag in zip(inputs, bags.instances, strict=False):
+        np.testing.assert_allclose(given.reshape(len(bag), -1), bag, atol=1e-9)
+    logits, weights = predict(model, extractor, inputs)
+    np.testing.assert_allclose(answers, logits, atol=1e-5)
+    ((_, pictures, shown, title),) = drawn
+    assert title == f"mil: bag 0, of class {'with a 9' if kind == 'digits' else 'yes'}"
+    np.testing.assert_allclose(shown, weights[0], atol=1e-5)
+    if kind in ("images", "digits"):
+        np.testing.assert_allclose(pictures.reshape(len(pictures), -1), bags.instances[0], atol=1e-9)
+    else:
+        assert pictures is None
+
+
+def recorded(function, calls):
+    """The function, which also keeps the arguments of its calls."""
+
+    def wrapped(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return wrapped
+
+
+def test_csv_and_other_files_are_refused_by_name(tmp_path):
+    bags = _bags()
+    frame = pd.DataFrame({"instances": [bag.tolist() for bag in bags.instances], "label": bags.labels})
+    frame.to_csv(tmp_path / "bags.csv")
+    (tmp_path / "bags.npz").write_bytes(b"")
+    for name in ("bags.csv", "bags.npz"):
+        with pytest.raises(RecipeError, match=rf"bags must lie in a folder or a file \.parquet, \.json, \.jsonl.*got .*{name}"):
+            load_bags(BagDataRecipe(str(tmp_path / name)))
+
+
+def test_the_figure_of_a_bag_has_its_weights_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    weights = np.array([0.1, 0.6, 0.3])
+    images = np.stack([np.full((2, 4, 4), value) for value in (0.0, 1.0, 2.0)])
+    bag_figure(tmp_path / "vectors.png", None, weights, "vectors")
+    (bars,) = plt.gcf().axes
+    bag_figure(tmp_path / "images.png", images, weights, "images")
+    *pictures, bars_of_images = plt.gcf().axes
+    bag_figure(tmp_path / "many.png", None, np.arange(20) / 190, "many", most=5)
+    (few,) = plt.gcf().axes
+    monkeypatch.undo()
+    plt.close("all")
+    for axis in (bars, bars_of_images):
+        assert [patch.get_height() for patch in axis.containers[0]] == [0.6, 0.3, 0.1]
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "0"]
+        assert axis.get_xlabel() == "instance"
+    assert [picture.images[0].get_array().mean() for picture in pictures] == [1.0, 2.0, 0.0]
+    assert few.get_xlabel() == "instance, the 5 of 20 with most weight"
+
+
+def test_an_empty_first_bag_is_not_the_one_that_is_shown():
+    labels, names = np.array([0, 1, 1]), ["no", "yes"]
+    filled, empty = np.ones((2, 3)), np.zeros((0, 3))
+    assert bag_to_show(Bags([filled, empty, filled], labels, names)) == 2
+    assert bag_to_show(Bags([empty, empty, empty, filled], np.array([0, 1, 1, 0]), names)) == 3
+
+
+def test_what_a_run_computed_survives_a_stage_that_fails(tmp_path, monkeypatch):
+    recipe = _recipe(data=BagDataRecipe(str(_as_file(tmp_path, "parquet"))), folds=2)
+    whole, folder = tmp_path / "whole", tmp_path / "broken"
+    monkeypatch.setattr("train_mil.check_reload", lambda *_: None)
+    expected = run(recipe, whole)
+    trained: list[tuple] = []
+    monkeypatch.setattr("train_mil.fit", recorded(fit, trained))
+
+    def failing(*arguments):
+        # Of the folds, the second.
+        if len(arguments) == 6 and arguments[3] == 0:
+            return cross_validate_fold(*arguments)
+        raise ValueError("no luck")
+
+    # What is trained until each of these fails: the first fold, then the second and the model of all bags, then nothing.
+    for broken, sizes in {"cross_validate_fold": [12], "bag_figure": [12, 24], "write_card": [], "check_reload": []}.items():
+        trained.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(train_mil, broken, failing)
+            with pytest.raises(ValueError, match="no luck"):
+                run(recipe, folder, resume=broken != "cross_validate_fold")
+        assert [len(arguments[1]) for arguments in trained] == sizes, broken
+        assert (folder / "results.json").exists() == (broken != "cross_validate_fold")
+    with pytest.raises(RecipeError, match="--resume to go on"):
+        run(recipe, folder)
+    resumed = run(recipe, folder, resume=True)
+    assert {**resumed, "cross_validation_seconds": 0} == {**expected, "cross_validation_seconds": 0}
+    first, second = (json.loads((each / "results.json").read_text())["outcomes"] for each in (whole, folder))
+    assert first == second
+    assert {path.name for path in folder.iterdir()} == {path.name for path in whole.iterdir()}
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"folds": 4}, {"seed": 1}, {"training": {"num_train_epochs": 3}}, {"model": {"hidden_size": 32}}],
+    ids=lambda fields: str(fields),
+)
+def test_folds_of_another_recipe_are_not_mixed(tmp_path, fields):
+    write_recipe(_recipe(), tmp_path)
+    (name,) = fields
+    with pytest.raises(RecipeError, match=f"was begun with {name}=.* and cannot be resumed with {name}="):
+        run(_recipe(**fields), tmp_path, resume=True)
+
+
+def test_half_precision_is_taken_off_before_answers_are_kept():
+    bags = _bags()
+    model, extractor = fit(_recipe(training={**FAST, "bf16": True, "use_cpu": True}), bags.instances, bags.labels, bags.names, 0)
+    copy = UHopMILForBagClassification(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    np.testing.assert_allclose(predict(model, extractor, bags.instances)[0], predict(copy, extractor, bags.instances)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (lambda marks: marks.astype(float), ["0", "1"]),
+        (lambda marks: [[int(mark)] for mark in marks], ["0", "1"]),
+        (lambda marks: marks.astype(bool), ["False", "True"]),
+        (lambda marks: marks * 8 + 2, ["2", "10"]),
+    ],
+    ids=["whole floats", "lists of one", "bools", "numbers"],
+)
+def test_labels_of_bags_are_classes(tmp_path, labels, names):
+    bags = _bags()
+    loaded = load_bags(BagDataRecipe(str(_write(tmp_path / "bags.parquet", bags, label=labels(bags.labels)))))
+    assert (loaded.names, loaded.labels.tolist()) == (names, bags.labels.tolist())
+
+
+def test_classes_of_bags_keep_their_names(tmp_path):
+    bags = _bags()
+    content = {"instances": [bag.tolist() for bag in bags.instances], "label": bags.labels.tolist()}
+    for labels, message in ((content["label"], None), ([-1, *content["label"][1:]], "bag 0 of .* has the label -1, which means none")):
+        table = Dataset.from_dict({**content, "label": labels})
+        table.cast_column("label", ClassLabel(names=["healthy", "sick"])).to_parquet(tmp_path / "bags.parquet")
+        if message is None:
+            assert load_bags(BagDataRecipe(str(tmp_path / "bags.parquet"))).names == ["healthy", "sick"]
+        else:
+            with pytest.raises(RecipeError, match=message):
+                load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda bag: None, "bag 3 must be a set of instances, got None"),
+        (lambda bag: [[1.0, None, 2.0]], "bag 3 has entries that are not finite"),
+        (lambda bag: [[1.0, 2.0, 3.0], [1.0]], "bag 3 is not numbers of one shape"),
+        (lambda bag: [[1.0, 2.0]], r"bag 3 has instances of shape \(2,\)"),
+    ],
+    ids=["None", "None inside", "ragged", "narrow"],
+)
+def test_bags_that_are_none_are_refused_by_number(tmp_path, change, message):
+    bags = _bags()
+    instances = [change(bag) if index == 3 else bag.tolist() for index, bag in enumerate(bags.instances)]
+    pd.DataFrame({"instances": instances, "label": bags.labels}).to_parquet(tmp_path / "bags.parquet")
+    with pytest.raises(RecipeError, match=rf"bags.parquet: {message}"):
+        load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+
+
+def test_bags_with_a_leading_axis_are_bags_or_refused_by_number(tmp_path):
+    bags = _bags()
+    pd.DataFrame({"instances": [[bag.tolist()] for bag in bags.instances], "label": bags.labels}).to_parquet(tmp_path / "bags.parquet")
+    # Whatever the feature extractor takes, recipes take.
+    refused = pytest.raises(RecipeError, match=r"bag 0 .*\(1, 5, 3\)") if not is_taken(bags.instances[0][None]) else nullcontext()
+    with refused:
+        loaded = load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+        assert all(np.array_equal(one, other) for one, other in zip(loaded.instances, bags.instances, strict=True))
+
+
+def is_taken(bag: np.ndarray) -> bool:
+    try:
+        return len(as_arrays([bag])) == 1
+    except ValueError:
+        return False
+
+
+def test_bags_that_are_all_empty_are_refused(tmp_path):
+    pd.DataFrame({"instances": [[], []], "label": [0, 1]}).to_parquet(tmp_path / "bags.parquet")
+    with pytest.raises(RecipeError, match=r"every bag of .* is empty"):
+        load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))

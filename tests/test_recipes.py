@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 import train_vit
+import transformers
 import yaml
 from data import load_images, make_image_processor, make_transform, with_pixels
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import ModelCard
+from labels import as_classes
 from metrics import classification_metrics
 from PIL import Image as PILImage
 from recipe import DataRecipe, RecipeError, check_output_dir, clear_output_dir, commit, load_recipe, write_recipe, write_results
 from train_vit import build_model, looked_at, run
 from transformers import EvalPrediction, ViTForImageClassification
 
-from modeling_uhop import SeparationCallback, UHopViTConfig
+from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 
 
 ROOT = Path(__file__).parent.parent
@@ -250,8 +252,6 @@ def test_an_output_folder_is_never_mixed_or_lost(tmp_path):
     (folder / "thesis.txt").write_text("precious")
     with pytest.raises(RecipeError, match="is not empty; pass --overwrite"):
         check_output_dir(folder, overwrite=False, resume=False)
-    with pytest.raises(RecipeError, match="pass --overwrite to replace it, or another --output_dir"):
-        check_output_dir(folder, overwrite=False, resume=None)
     for flags in ({"overwrite": True, "resume": False}, {"overwrite": False, "resume": True}):
         with pytest.raises(RecipeError, match="holds no earlier run"):
             check_output_dir(folder, **flags)
@@ -351,7 +351,9 @@ def test_a_command_reproduces_its_results(tmp_path, monkeypatch):
 def without_times(content):
     """Results without what a clock says."""
     if isinstance(content, dict):
-        return {key: without_times(value) for key, value in content.items() if not key.endswith(("_runtime", "_second", "_seconds"))}
+        return {
+            key: without_times(value) for key, value in content.items() if not key.endswith(("_runtime", "_second", "_seconds", "_time"))
+        }
     return [without_times(value) for value in content] if isinstance(content, list) else content
 
 
@@ -436,10 +438,46 @@ def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
     assert again.returncode == 1
     assert "is not empty" in again.stderr
     (folder / "checkpoint-8").rename(tmp_path / "last")
+    (folder / "stages" / "training.json").unlink()
     resumed = script("--resume")
     assert resumed.returncode == 0, resumed.stderr
     metrics = json.loads((folder / "results.json").read_text())["metrics"]
     assert {k: v for k, v in metrics.items() if k != "train_seconds"} == {k: v for k, v in whole.items() if k != "train_seconds"}
+
+
+def test_a_finished_training_survives_what_fails_after_it(tmp_path, monkeypatch):
+    # Without checkpoints: what is kept is the training itself.
+    recipe, whole, folder = _recipe(*TINY, "training.save_strategy='no'"), tmp_path / "whole", tmp_path / "broken"
+    drawn = []
+    monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
+    monkeypatch.setattr(train_vit, "training_figure", lambda *arguments: drawn.append(arguments[1:]))
+    run(recipe, whole)
+    (expected,) = drawn
+    for broken in ("write_results", "training_figure", "write_card", "check_reload"):
+        with monkeypatch.context() as patch:
+            patch.setattr(train_vit, broken, raising)
+            if broken != "write_results":
+                patch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("a finished training was run again"))
+            with pytest.raises(ValueError, match="no luck"):
+                run(recipe, folder, resume=broken != "write_results")
+        assert (folder / "results.json").exists() == (broken != "write_results")
+    run(recipe, folder, resume=True)
+    first, second = (without_times(json.loads((each / "results.json").read_text())) for each in (whole, folder))
+    assert first == second
+    assert "train_seconds" in json.loads((folder / "results.json").read_text())["metrics"]
+    log, history, grams = drawn[-1]
+    assert without_times(log) == without_times(expected[0])
+    assert history == expected[1]
+    assert list(grams) == ["before", "after"]
+    for moment, layers in grams.items():
+        np.testing.assert_allclose(layers, expected[2][moment])
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    with pytest.raises(RecipeError, match="no checkpoint to resume from"):
+        run(_recipe(*TINY, "training.save_strategy='no'", "training.num_train_epochs=3"), folder, resume=True)
+
+
+def raising(*arguments, **options):
+    raise ValueError("no luck")
 
 
 def test_a_run_without_a_logged_separation_loss(tmp_path):
@@ -457,3 +495,134 @@ def test_results_name_the_commit(tmp_path):
     write_results(tmp_path / "r.json", _recipe(), {"accuracy": 1.0}, extra=[1])
     results = json.loads((tmp_path / "r.json").read_text())
     assert set(results) == {"name", "metrics", "seed", "recipe", "versions", "commit", "machine", "extra"}
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([2, 10, 9], [2, 10, 9]),
+        ([1.0, 0.0], [1, 0]),
+        (np.array([1.0, 0.0], np.float32), [1, 0]),
+        (["1", "a"], ["1", "a"]),
+        ([True, np.False_], [True, False]),
+        ([[1], np.array([0]), (1,)], [1, 0, 1]),
+        ([np.array(3), np.int8(4)], [3, 4]),
+    ],
+)
+def test_labels_are_plain_classes_of_one_kind(labels, expected):
+    classes = as_classes(labels, "row {}".format)
+    assert classes == expected
+    assert [type(label) for label in classes] == [type(label) for label in expected]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([1, None], "row 1 has no label"),
+        ([1.0, NAN], "row 1 has no label"),
+        (["a", " "], "row 1 has no label"),
+        ([[1], []], "row 1 has no label"),
+        ([[1], [NAN]], "row 1 has no label"),
+        ([[1], [1, 0]], r"row 1 has 2 labels, \[1, 0\]; recipes classify into one class each"),
+        ([1, 0.5], "row 1 has the label 0.5; a class is a whole number, text, or true or false"),
+        ([1, float("inf")], "row 1 has the label inf; a class"),
+        ([1, {"a": 1}], "row 1 has the label .*; a class"),
+        ([0, "1"], "row 1 has the label '1', and row 0 has 0; labels must be of one kind"),
+        ([0, True], "row 1 has the label True, and row 0 has 0"),
+    ],
+)
+def test_labels_that_are_no_class_are_refused_by_row(labels, message):
+    with pytest.raises(RecipeError, match=message):
+        as_classes(labels, "row {}".format)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "names"),
+    [
+        ([1.0, 0.0, 10.0], Value("float64"), ["0", "1", "10"]),
+        ([[1], [0]], datasets.List(Value("int64")), ["0", "1"]),
+        ([True, False], Value("bool"), ["False", "True"]),
+        (["dog", "cat"], Value("string"), ["cat", "dog"]),
+    ],
+)
+def test_labels_of_images_are_classes(tmp_path, labels, kind, names):
+    _write_parquet(tmp_path, labels=labels, label_type=kind)
+    images = load_images(DataRecipe(str(tmp_path)))
+    assert images["train"].features["label"].names == names
+    given = [str(label[0] if isinstance(label, list) else int(label) if isinstance(label, float) else label) for label in labels * 20]
+    for split in images.values():
+        for row in split:
+            assert names[row["label"]] == given[int(row["row"].split()[1])]
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "message"),
+    [
+        ([1, 0, None], Value("int64"), r"row 2 of t\w+ in .* has no label"),
+        ([1, 0, None], ClassLabel(names=["a", "b"]), r"row 2 of t\w+ in .* has no label"),
+        ([1.0, 0.0, NAN], Value("float64"), r"row 2 of t\w+ in .* has no label"),
+        ([[1], [1, 0]], datasets.List(Value("int64")), r"row 1 of t\w+ in .* has 2 labels"),
+        ([1.0, 0.5], Value("float64"), r"row 1 of t\w+ in .* has the label 0.5"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_without_a_class_are_refused_by_row(tmp_path, labels, kind, message, split):
+    _write_parquet(tmp_path, labels=labels, label_type=kind, splits=(split,))
+    whole = {"train": "test", "test": "train"}[split]
+    good = [label for label in labels if label not in (None, [1, 0], 0.5) and label == label]
+    _write_parquet(tmp_path, labels=good, label_type=kind, splits=(whole,))
+    with pytest.raises(RecipeError, match=message.replace(r"t\w+", split)):
+        load_images(DataRecipe(str(tmp_path)))
+
+
+def test_an_image_that_is_missing_is_named_or_left_out(tmp_path):
+    _write_parquet(tmp_path)
+    table = Dataset.from_parquet(str(tmp_path / "test.parquet")).cast_column("image", Image(decode=False)).to_list()
+    table[7]["image"] = None
+    Dataset.from_list(table, features=Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})).to_parquet(
+        tmp_path / "test.parquet"
+    )
+    images = load_images(DataRecipe(str(tmp_path)))
+    with pytest.raises(RecipeError, match="the image in row 7 of test is missing"):
+        list(with_pixels(images["test"], make_image_processor(DataRecipe(""), 8)))
+    with pytest.warns(UserWarning, match="the image in row 7 of test is missing, and is left out"):
+        images = load_images(DataRecipe(str(tmp_path), skip_unreadable=True))
+    assert len(images["test"]) == 39
+
+
+def test_a_folder_of_files_runs_to_the_end(tmp_path, monkeypatch):
+    """An image folder of PNG files in 16 bits, with a class for each subfolder."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 6)):
+        for label, brightness in (("dark", 8000), ("light", 50000)):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for index in range(count):
+                values = (brightness + random.integers(0, 8000, (8, 8))).astype(np.uint16)
+                PILImage.fromarray(values).save(tmp_path / "data" / split / label / f"{index}.png")
+    reloaded = []
+    monkeypatch.setattr(train_vit, "check_reload", lambda *arguments: reloaded.append(arguments))
+    overrides = [*TINY, f"data.dataset={tmp_path / 'data'}", "data.validation_fraction=0.2", "training.num_train_epochs=4"]
+    words = [word for override in overrides for word in ("--set", override)]
+    recipe = str(ROOT / "configs" / "vit_digits.yaml")
+    monkeypatch.setattr("sys.argv", ["train_vit.py", recipe, "--output_dir", str(tmp_path / "out"), *words])
+    train_vit.main()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["recipe"]["data"]["dataset"] == "data"
+    ((folder, task, inputs, logits),) = reloaded
+    assert (folder, task) == (tmp_path / "out", "image-classification")
+    # The test split is sorted by class: what the model is shown is dark, then light, and neither black nor white.
+    assert [40 < image.mean() < 60 for image in inputs] == [True] * 6 + [False] * 6
+    assert [200 < image.mean() < 225 for image in inputs] == [False] * 6 + [True] * 6
+    model = UHopViTForImageClassification.from_pretrained(folder)
+    assert list(model.config.id2label.values()) == ["dark", "light"]
+    pixel_values = torch.from_numpy(np.stack(inputs)).movedim(-1, 1) / 127.5 - 1
+    with torch.no_grad():
+        np.testing.assert_allclose(model(pixel_values).logits, logits, atol=1e-4)
+    accuracy = (logits.argmax(-1) == np.repeat([0, 1], 6)).mean()
+    assert results["metrics"]["test_accuracy"] == pytest.approx(accuracy)
+    (evaluation,) = ModelCard.load(tmp_path / "out" / "README.md").data.eval_results
+    assert evaluation.metric_value == pytest.approx(accuracy)
+    assert (tmp_path / "out" / "training.png").stat().st_size > 1000

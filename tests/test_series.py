@@ -11,13 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import train_stanhop
 import yaml
 from anchors import WindowMemory, anchors, errors_of, forward_filled, linear_map, repeat_last, repeat_season
 from conftest import assert_close
 from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
+from time_stamps import read_time_stamps, take_time_stamps
 from train_stanhop import begin_as_linear_map, check_skip_start, run, weights_of
+from transformers import Trainer, TrainerCallback
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
 
@@ -135,7 +138,7 @@ def test_bad_files_are_refused(tmp_path):
     path = tmp_path / "a.csv"
     for change, message in (
         (lambda f: f.iloc[[0, 1, 3, 2, *range(4, 300)]], "row 3 of .* does not come after the row before it"),
-        (lambda f: f.rename(columns={"date": "when"}), "column 'when' of .* is not numbers; if it holds time stamps, set data.date_column"),
+        (lambda f: f.rename(columns={"date": "when"}), "column 'when' of .* is not numbers; if it has time stamps, set data.date_column"),
         (lambda f: f.assign(date=f["date"].where(f.index != 7)), "row 7 of .* has no time stamp"),
         (lambda f: f.assign(series_1=f["series_1"].where(f.index != 9, np.inf)), "column 'series_1' of .* is infinite in row 9"),
         (lambda f: f.assign(series_2=f["series_2"].where(f.index > 250)), "column 'series_2' of .* has no value in the 210 training rows"),
@@ -356,8 +359,9 @@ def test_anchors_with_missing_values_and_a_season_longer_than_their_past(series)
     assert all(np.isfinite(list(errors.values())).all() for errors in table.values())
 
 
-def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
-    recipe = STanHopRecipe(
+def _early() -> STanHopRecipe:
+    """A recipe that ends before its last step."""
+    return STanHopRecipe(
         name="early",
         data=SeriesDataRecipe("synthetic", split=[400, 150, 150]),
         model={"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16, "loss": "mse"},
@@ -373,9 +377,211 @@ def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
         anchor_lengths=[],
         judge="validation",
     )
-    metrics = run(recipe, tmp_path / "run")
+
+
+def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
+    metrics = run(_early(), tmp_path / "run")
     log = json.loads((tmp_path / "run" / "results.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert len(losses) == losses.index(min(losses)) + 1 + 3 < 30
     assert metrics["validation_loss"] == min(losses)
     assert metrics["validation_mse"] == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_a_stopped_run_goes_on_and_a_finished_training_is_kept(tmp_path, monkeypatch):
+    recipe, whole, folder = _early(), tmp_path / "whole", tmp_path / "broken"
+    monkeypatch.setattr("train_stanhop.check_reload", lambda *_: None)
+    expected = run(recipe, whole)
+    steps = []
+
+    class Stopping(TrainerCallback):
+        """Stops a run for want of power after the evaluations that a patience of three may count."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+            if len(steps) == stop_at:
+                raise ValueError("no power")
+
+    class Stopped(Trainer):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.add_callback(Stopping())
+
+    monkeypatch.setattr("train_stanhop.Trainer", Stopped)
+    last = json.loads((whole / "stages" / "training.json").read_text())["outcome"]["state"]["global_step"]
+    stop_at = last
+    with pytest.raises(ValueError, match="no power"):
+        run(recipe, folder)
+    for broken in ("write_results", "forecast_figure", "check_reload"):
+        steps.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(train_stanhop, broken, raising)
+            with pytest.raises(ValueError, match="no luck"):
+                run(recipe, folder, resume=True)
+        # It was stopped in its last two steps, after the checkpoint before them; once finished, it takes no step.
+        assert steps == ([last - 2, last - 1] if broken == "write_results" else [])
+    metrics = run(recipe, folder, resume=True)
+    assert "train_seconds" not in metrics
+    assert metrics == {name: value for name, value in expected.items() if name != "train_seconds"}
+    first, second = ((each / "model.safetensors").read_bytes() for each in (whole, folder))
+    assert first == second
+    with pytest.raises(RecipeError, match="cannot be resumed with seed=5"):
+        run(dataclasses.replace(recipe, seed=5), folder, resume=True)
+
+
+def raising(*arguments, **options):
+    raise ValueError("no luck")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_file_runs_to_the_end(tmp_path, suffix, monkeypatch):
+    frame = synthetic_series(300)
+    getattr(frame, f"to_{suffix}")(tmp_path / f"mine.{suffix}", index=False)
+    content = {
+        "data": {"dataset": str(tmp_path / f"mine.{suffix}"), "split": [180, 60, 60]},
+        "model": {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16},
+        "training": {"num_train_epochs": 1, "per_device_train_batch_size": 64, "use_cpu": True},
+        "anchor_lengths": [24],
+    }
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
+    reloaded = []
+    monkeypatch.setattr("train_stanhop.check_reload", lambda *arguments: reloaded.append(arguments))
+    monkeypatch.setattr("sys.argv", ["train_stanhop.py", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")])
+    train_stanhop.main()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["recipe"]["data"]["dataset"] == f"mine.{suffix}"
+    assert results["series"]["names"] == [f"series_{index}" for index in range(4)]
+    values = frame.drop(columns="date").to_numpy()
+    np.testing.assert_allclose(results["series"]["mean"], values[:180].mean(0))
+    scaled = torch.from_numpy(((values - values[:180].mean(0)) / values[:180].std(0)).astype(np.float32))
+    model = STanHopForPrediction.from_pretrained(tmp_path / "out")
+    windows = scaled.unfold(0, 30, 1)[240 - 24 :].movedim(-1, 1)
+    with torch.no_grad():
+        errors = model(past_values=windows[:, :24]).prediction_outputs - windows[:, 24:]
+    assert len(windows) == 60 - 6 + 1
+    assert results["metrics"]["test_mse"] == pytest.approx(errors.square().mean().item(), rel=1e-4)
+    ((folder, task, inputs, answers),) = reloaded
+    assert (folder, task) == (tmp_path / "out", "time-series-forecasting")
+    np.testing.assert_allclose(inputs[0], windows[0, :24], atol=1e-5)
+    np.testing.assert_allclose(answers[0] - windows[0, 24:].numpy(), errors[0], atol=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(name in card for name in ("forecast.png", "weights.png", f"{results['metrics']['test_mse']:.4f}"))
+    assert all((tmp_path / "out" / name).stat().st_size > 10_000 for name in ("forecast.png", "weights.png"))
+
+
+def _hours(start: str, zone: str) -> pd.DatetimeIndex:
+    return pd.date_range(start, periods=8, freq="h", tz=zone)
+
+
+DAYS = pd.date_range("2024-01-10", periods=6, freq="D")
+SPRING, AUTUMN = _hours("2024-03-30 23:00", "Europe/Berlin"), _hours("2024-10-26 23:00", "Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (DAYS.strftime("%d/%m/%Y"), DAYS),
+        (DAYS.strftime("%m/%d/%Y"), DAYS),
+        (DAYS.strftime("%d.%m.%Y %H:%M"), DAYS),
+        (DAYS.strftime("%Y/%m/%d %H:%M"), DAYS),
+        (DAYS.strftime("%d %b %Y"), DAYS),
+        (DAYS.strftime("%Y%m%d").astype(int), DAYS),
+        (["01/01/2024", "02/02/2024"], pd.DatetimeIndex(["2024-01-01", "2024-02-02"])),
+        (SPRING.map(str), SPRING.tz_convert("UTC")),
+        (AUTUMN.map(str), AUTUMN.tz_convert("UTC")),
+        (AUTUMN, AUTUMN),
+        (SPRING.tz_convert("UTC").strftime("%Y-%m-%dT%H:%M:%SZ"), SPRING.tz_convert("UTC")),
+        (pd.period_range("2024-01", periods=3, freq="M"), pd.DatetimeIndex(["2024-01-01", "2024-02-01", "2024-03-01"])),
+        (np.array([1704067200000, 1704070800000]), pd.Index([1704067200000, 1704070800000])),
+        (["1704067200", "1704070800"], pd.Index([1704067200, 1704070800])),
+        ([date.date() for date in DAYS], DAYS),
+        (pd.to_timedelta([1, 2], unit="h"), pd.to_timedelta([1, 2], unit="h")),
+    ],
+    ids=lambda value: str(value[0]),
+)
+@pytest.mark.parametrize("place", ["column", "index"])
+def test_time_stamps_are_read_as_they_are_meant(given, expected, place):
+    stamps = read_time_stamps(pd.Series(given), "column 'date'")
+    assert list(stamps) == list(expected)
+    values = np.arange(len(given)) * 1.0
+    frame = pd.DataFrame({"a": values, "date": given}) if place == "column" else pd.DataFrame({"a": values}, index=pd.Index(given))
+    assert list(take_time_stamps(frame, "date", "FILE").columns) == ["a"]
+    backwards = frame.iloc[::-1]
+    name = "column 'date'" if place == "column" else "the index"
+    with pytest.raises(RecipeError, match=rf"row 1 of FILE does not come after the row before it: {name} of FILE has"):
+        take_time_stamps(backwards, "date", "FILE")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["01/02/2024", "02/02/2024"], "row 0 of column 'date' of FILE: '01/02/2024' may begin with the day or with the month"),
+        (["13/01/2024", "01/14/2024"], "row 1 of column 'date' of FILE: '01/14/2024' has the day where other rows have the month"),
+        (["13/01/24", "14/01/24"], "row 0 .*'13/01/24' is no date with a year of four digits"),
+        (["2024-01-01", "13/01/2024"], "row 1 .*'13/01/2024' is not written like '2024-01-01' in row 0"),
+        (["2024-01-01 00:00+01:00", "2024-01-01 05:00"], "row 1 .* do not both have an offset from UTC"),
+        (["2024-01-01", "2024-02-30"], "row 1 .*'2024-02-30' cannot be read as a date"),
+        (["2024-01-01 00:00 CET", "2024-01-01 01:00 CET"], "row 0 .* cannot be read as a date; .* a time zone as"),
+        (["a", "b"], "row 0 .*'a' is no date"),
+        (["2024-01-01", None], "row 1 of FILE has no time stamp in column 'date'"),
+        (["2024-01-01", " "], "row 1 of FILE has no time stamp in column 'date'"),
+        ([1704067200.0, np.nan], "row 1 of FILE has no time stamp in column 'date'"),
+        ([1704067200.0, np.inf], "row 1 has no finite time stamp in column 'date'"),
+        ([True, False], "column 'date' of FILE has true and false"),
+        (["2024-01-01", "2024-01-01"], "row 1 of FILE does not come after .* has 2024-01-01 and then 2024-01-01; sort"),
+        (list(AUTUMN.tz_localize(None)) + list(pd.date_range("2024-10-27 07:00", periods=8, freq="h")), "row 4 .* daylight saving time"),
+    ],
+)
+def test_time_stamps_without_one_meaning_are_refused_by_row(given, message):
+    with pytest.raises(RecipeError, match=message):
+        take_time_stamps(pd.DataFrame({"date": given, "a": 1.0}), "date", "FILE")
+
+
+def test_a_column_that_increases_in_one_reading_alone_is_read_that_way():
+    dates = pd.Series(["12/01/2024", "11/02/2024", "12/03/2024"])
+    assert list(read_time_stamps(dates, "")) == list(pd.to_datetime(["2024-01-12", "2024-02-11", "2024-03-12"]))
+    dates = pd.Series(["01/12/2024", "02/11/2024", "03/12/2024"])
+    assert list(read_time_stamps(dates, "")) == list(pd.to_datetime(["2024-01-12", "2024-02-11", "2024-03-12"]))
+
+
+def test_a_skipped_hour_of_wall_clock_time_is_a_gap():
+    frame = pd.DataFrame({"date": SPRING.tz_localize(None), "a": 1.0})
+    with pytest.warns(UserWarning, match=r"gaps in its time stamps \(1, the first before row 3\)"):
+        take_time_stamps(frame, "date", "FILE")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_an_index_is_checked_and_left_out_of_the_series(tmp_path, suffix):
+    frame = synthetic_series(300)
+    values = frame.drop(columns="date").to_numpy()
+    expected = (values - values[:210].mean(0)) / values[:210].std(0)
+    path = tmp_path / f"a.{suffix}"
+    indexed = frame.set_index("date")
+    for given in (indexed, indexed.rename_axis(None), frame.drop(columns="date").set_axis(range(5, 305))):
+        getattr(given, f"to_{suffix}")(path)
+        series = load_series(SeriesDataRecipe(str(path), split=[210, 30, 60]))
+        assert series.names == [f"series_{index}" for index in range(4)]
+        np.testing.assert_allclose(series.values, expected, atol=1e-5)
+        for wrong in (given.iloc[::-1], given.sample(frac=1, random_state=0), pd.concat([given, given])):
+            getattr(wrong, f"to_{suffix}")(path)
+            with pytest.raises(RecipeError, match=r"time stamps must increase, and row \d+ of .*a\."):
+                load_series(SeriesDataRecipe(str(path), split=[210, 30, 60]))
+
+
+def test_what_is_no_plain_column_of_stamps_is_refused():
+    values = pd.DataFrame({"a": [1.0, 2.0, 1.0, 2.0]})
+    levels = values.set_index(pd.MultiIndex.from_product([["x", "y"], [1, 2]], names=["site", "hour"]))
+    with pytest.raises(RecipeError, match=r"FILE has an index of 2 levels, \['site', 'hour'\]"):
+        take_time_stamps(levels, "date", "FILE")
+    with pytest.raises(RecipeError, match=r"FILE has no column 'when'; it has \['a'\]"):
+        take_time_stamps(values, "when", "FILE")
+    seconds = values.assign(timestamp=[1704067200, 1704070800, 1704074400, 1704078000])
+    with pytest.raises(RecipeError, match=r"column 'timestamp' of FILE looks like time stamps; set data.date_column=timestamp"):
+        take_time_stamps(seconds, "date", "FILE")
+    assert list(take_time_stamps(seconds, "timestamp", "FILE").columns) == ["a"]
+    both = values.assign(date=pd.date_range("2024-01-01", periods=4)).set_index(pd.date_range("2024-01-04", periods=4)[::-1])
+    with pytest.raises(RecipeError, match=r"row 1 of FILE .*the index of FILE has"):
+        take_time_stamps(both, "date", "FILE")
+    # Row numbers are no second clock beside a column of stamps.
+    numbered = values.assign(date=pd.date_range("2024-01-01", periods=4)).set_axis([0, 1, 0, 1])
+    assert list(take_time_stamps(numbered, "date", "FILE").columns) == ["a"]

@@ -140,7 +140,8 @@ def test_finished_runs_of_the_same_command_and_recipe_are_kept(project):
     assert calls() == [3, 3, 3, 2, 2, 2]
 
 
-def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(project):
+@pytest.mark.parametrize("left", [f"checkpoint-4/{SEAL}", "stages/training.json"])
+def test_a_run_that_was_stopped_goes_on_where_it_ended(project, left):
     def calls():
         return (runs[1].folder / "calls").read_text()
 
@@ -149,8 +150,8 @@ def test_a_run_that_was_stopped_goes_on_from_its_checkpoint(project):
     runs[1].folder.with_suffix(".done").unlink()
     execute(runs, jobs=1, cores=2)
     assert calls() == "xx"
-    (runs[1].folder / "checkpoint-4").mkdir()
-    (runs[1].folder / "checkpoint-4" / SEAL).touch()
+    (runs[1].folder / left).parent.mkdir()
+    (runs[1].folder / left).touch()
     runs[1].folder.with_suffix(".done").unlink()
     execute(runs, jobs=1, cores=2)
     assert calls() == "xxr"

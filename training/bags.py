@@ -4,11 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import load_dataset
+from datasets import ClassLabel, load_dataset
+from labels import as_classes
 from recipe import BagDataRecipe, RecipeError
 from sklearn.datasets import load_digits
 
 from modeling_uhop.feature_extraction_uhop_mil import as_arrays
+
+
+# Of `datasets`, by a file's suffix.
+LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
 
 @dataclass
@@ -20,7 +25,7 @@ class Bags:
         labels: Class of each bag, from 0.
         names: Names of the classes.
         instance_labels: Which instances make a bag positive, where that is known.
-        image_shape: Channels, height and width, where an instance is a flattened image; (-1,) where it is not.
+        image_shape: Channels, height and width, where an instance is a flattened image; `None` where it is not.
         groups: Bags of one group must not be divided between training and test; `None` where every bag stands for itself.
     """
 
@@ -29,21 +34,30 @@ class Bags:
     names: list[str]
     instance_labels: list[np.ndarray] | None = None
     groups: np.ndarray | None = None
-    image_shape: tuple[int, ...] = (-1,)
+    image_shape: tuple[int, ...] | None = None
+
+    def pictures(self, index: int) -> np.ndarray | None:
+        """The instances of a bag as images (N, channels, height, width); `None` where they are vectors."""
+        bag = self.instances[index]
+        if bag.ndim == 4:
+            return bag
+        return None if self.image_shape is None else bag.reshape(-1, *self.image_shape)
 
 
 def load_bags(data: BagDataRecipe) -> Bags:
     """The bags of a recipe.
 
     Raises:
-        RecipeError: If the data set, a column or a label is missing.
-        ValueError: If bags differ in their features or are not finite; naming the bag.
+        RecipeError: If the data set, a column or a label is missing, a label is no class, or bags are no numbers of one shape, differ in
+            their features or are not finite; naming the bag.
     """
     if data.dataset == "digits":
         return digit_bags()
     path = Path(data.dataset).expanduser()
     if path.is_file():
-        loaded = load_dataset(path.suffix[1:].replace("jsonl", "json"), data_files=str(path), split="train")
+        if path.suffix not in LOADERS:
+            raise RecipeError(f"bags must lie in a folder or a file {', '.join(LOADERS)} (a cell of CSV holds no list), got {data.dataset}")
+        loaded = load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     elif data.dataset.startswith((".", "/", "~")) and not path.is_dir():
         raise RecipeError(f"there is no file or folder {data.dataset}")
     else:
@@ -54,15 +68,22 @@ def load_bags(data: BagDataRecipe) -> Bags:
     for column in (data.instances_column, data.label_column):
         if column not in loaded.column_names:
             raise RecipeError(f"{data.dataset} has no column {column!r}; it has {loaded.column_names}")
-    given = loaded[data.label_column]
-    missing = [index for index, label in enumerate(given) if label is None or label != label]
-    if missing:
-        raise RecipeError(f"bag {missing[0]} of {data.dataset} has no label")
-    values = sorted(set(given))
+    classes = as_classes(loaded[data.label_column], lambda index: f"bag {index} of {data.dataset}")
+    values = sorted(set(classes))
+    feature = loaded.features[data.label_column]
+    named = isinstance(feature, ClassLabel)
+    if named and values[0] < 0:
+        raise RecipeError(f"bag {classes.index(values[0])} of {data.dataset} has the label {values[0]}, which means none; leave it out")
+    try:
+        instances = as_arrays(loaded[data.instances_column])
+    except ValueError as error:
+        raise RecipeError(f"{data.dataset}: {error}") from error
+    if not any(len(bag) > 0 for bag in instances):
+        raise RecipeError(f"every bag of {data.dataset} is empty")
     return Bags(
-        instances=as_arrays(loaded[data.instances_column]),
-        labels=np.searchsorted(values, given),
-        names=[str(value) for value in values],
+        instances=instances,
+        labels=np.array([values.index(label) for label in classes]),
+        names=[feature.int2str(value) if named else str(value) for value in values],
     )
 
 

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
 
 from accelerate import PartialState
-from recipe import RecipeError
+from recipe import RecipeError, write_whole
 from safetensors import safe_open
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -33,12 +32,7 @@ def seal(checkpoint: Path) -> None:
     files = {
         str(path.relative_to(checkpoint)): _digest(path) for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL
     }
-    partial = checkpoint / f"{SEAL}.tmp"
-    with partial.open("w") as stream:
-        json.dump(files, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, checkpoint / SEAL)
+    write_whole(checkpoint / SEAL, json.dumps(files, indent=1))
 
 
 def last_checkpoint(folder: Path) -> str:

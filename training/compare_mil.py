@@ -18,7 +18,19 @@ from typing import Any
 import numpy as np
 from bags import Bags, load_bags
 from metrics import bag_metrics
-from recipe import ROOT, MILRecipe, RecipeError, as_recorded, errors_in_one_line, load_recipe, local_dataset, provenance, read_yaml
+from recipe import (
+    ROOT,
+    MILRecipe,
+    RecipeError,
+    as_recorded,
+    errors_in_one_line,
+    load_recipe,
+    local_dataset,
+    provenance,
+    read_yaml,
+    refuse_several_processes,
+    write_whole,
+)
 from scipy.stats import t as student_t
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -46,6 +58,7 @@ def main() -> None:
     args = parser.parse_args()
     prepare_for_many_runs()
     with errors_in_one_line():
+        refuse_several_processes()
         sweep = read_yaml(Path(args.sweep))
         for name in args.recipes or sweep["recipes"]:
             if name not in sweep["recipes"]:
@@ -83,9 +96,7 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
             started = time.perf_counter()
             outcomes = jobs[job](repeat)
             content = {"settings": settings, "outcomes": outcomes, "seconds": time.perf_counter() - started}
-            unfinished = path.with_suffix(".tmp")
-            unfinished.write_text(json.dumps(content))
-            unfinished.rename(path)
+            write_whole(path, json.dumps(content))
         results.setdefault(job, []).append(content)
     gathered = {
         "results": {job: gather(content, plain.metrics[0]) for job, content in results.items()},

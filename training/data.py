@@ -2,34 +2,35 @@
 
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from labels import as_classes
 from PIL import Image as PILImage
 from PIL import ImageOps
 from recipe import DataRecipe, RecipeError
 from sklearn.datasets import load_digits
 from transformers import ViTImageProcessorPil
 
+from modeling_uhop.images import as_rgb
+
 
 def load_images(data: DataRecipe) -> DatasetDict:
     """Splits "train", "validation" and "test" with columns `image`, `label` (a `ClassLabel`) and `row`, where the data set has the image.
 
     Raises:
-        RecipeError: If the data set, a split or a column is missing, or a label is outside its range.
+        RecipeError: If the data set, a split or a column is missing, or a label is missing, no class, or outside its range; naming the row.
     """
     splits = _digits(data) if data.dataset == "digits" else _from_hub_or_folder(data)
-    splits = _encode_labels(DatasetDict({name: _select_columns(split, data, name) for name, split in splits.items()}))
+    splits = _encode_labels(DatasetDict({name: _select_columns(split, data, name) for name, split in splits.items()}), data.dataset)
     if data.skip_unreadable:
         splits = DatasetDict({name: _readable(split) for name, split in splits.items()})
-    names = splits["train"].features["label"].names
-    for split in splits.values():
-        _check_labels(split, len(names))
     held_out = splits["train"].train_test_split(data.validation_fraction, stratify_by_column="label", seed=data.split_seed)
     train = held_out["train"]
     if data.max_train_samples is not None and data.max_train_samples < len(train):
@@ -79,38 +80,33 @@ def _select_columns(split: Dataset, data: DataRecipe, name: str) -> Dataset:
     return split.add_column("row", [f"row {row} of {name}" for row in range(len(split))])
 
 
-def _encode_labels(splits: DatasetDict) -> DatasetDict:
+def _encode_labels(splits: DatasetDict, name: str) -> DatasetDict:
     """Labels of every split as the classes of the training split, which alone says what they are."""
     label = splits["train"].features["label"]
+    if isinstance(label, ClassLabel) and splits["test"].features["label"] != label:
+        raise RecipeError(f"the splits disagree on the classes: {label.names} and {splits['test'].features['label']}")
+    places = {split: partial(_place, rows["row"], name) for split, rows in splits.items()}
+    classes = {split: as_classes(rows["label"], places[split]) for split, rows in splits.items()}
     if isinstance(label, ClassLabel):
-        if splits["test"].features["label"] != label:
-            raise RecipeError(f"the splits disagree on the classes: {label.names} and {splits['test'].features['label']}")
+        for split, given in classes.items():
+            for index, value in enumerate(given):
+                if not 0 <= value < label.num_classes:
+                    raise RecipeError(f"labels must lie in [0, {label.num_classes}), got {value} in {places[split](index)}")
         return splits
-    values = sorted(set(splits["train"]["label"]))
-    unknown = sorted(set(splits["test"]["label"]) - set(values))
-    if unknown:
-        raise RecipeError(f"labels must be among those of the training split, {values}, got {unknown[0]!r} in the test split")
-    classes = ClassLabel(names=[str(value) for value in values])
-    index = {value: position for position, value in enumerate(values)}
-
-    def encode(labels: list[Any]) -> dict[str, list[int]]:
-        return {"label": [index[value] for value in labels]}
-
-    return DatasetDict(
-        {
-            name: split.map(
-                encode, input_columns="label", batched=True, features=Features({**split.features, "label": classes}), desc="labels"
-            )
-            for name, split in splits.items()
-        }
-    )
+    indices = {value: index for index, value in enumerate(sorted(set(classes["train"])))}
+    for index, value in enumerate(classes["test"]):
+        if value not in indices:
+            raise RecipeError(f"labels must be among those of the training split, {[*indices]}, got {value!r} in {places['test'](index)}")
+    names = ClassLabel(names=[str(value) for value in indices])
+    encoded = {
+        split: rows.remove_columns("label").add_column("label", [indices[value] for value in classes[split]], feature=names)
+        for split, rows in splits.items()
+    }
+    return DatasetDict(encoded)
 
 
-def _check_labels(split: Dataset, num_labels: int) -> None:
-    labels = np.asarray(split.with_format("numpy")["label"])
-    outside = labels[(labels < 0) | (labels >= num_labels)]
-    if outside.size > 0:
-        raise RecipeError(f"labels must lie in [0, {num_labels}), got {outside[0]}")
+def _place(rows: Sequence[str], name: str, index: int) -> str:
+    return f"{rows[index]} in {name}"
 
 
 def make_image_processor(data: DataRecipe, image_size: Any) -> ViTImageProcessorPil:
@@ -125,7 +121,8 @@ def make_image_processor(data: DataRecipe, image_size: Any) -> ViTImageProcessor
 
 
 def with_pixels(split: Dataset, processor: ViTImageProcessorPil, augment: DataRecipe | None = None) -> Dataset:
-    """A split that gives `pixel_values` and `labels`; images are decoded, augmented as `augment` says, and processed as they are asked for.
+    """A split that gives `pixel_values` and `labels`; images are decoded, turned to RGB as `as_rgb` does, augmented as `augment` says, and
+    processed as they are asked for.
 
     Raises:
         RecipeError: When an image is asked for that cannot be read, naming it.
@@ -147,9 +144,11 @@ def make_transform(processor: ViTImageProcessorPil, augment: DataRecipe | None =
     return transform
 
 
-def _decoded(encoded: dict[str, Any], row: str) -> PILImage.Image:
+def _decoded(encoded: dict[str, Any] | None, row: str) -> PILImage.Image:
+    if encoded is None:
+        raise RecipeError(f"the image in {row} is missing; data.skip_unreadable=true leaves such images out")
     try:
-        return Image().decode_example(encoded)
+        return as_rgb(Image().decode_example(encoded))
     except (OSError, SyntaxError, ValueError) as error:
         path = f" ({encoded['path']})" if encoded.get("path") else ""
         raise RecipeError(f"the image in {row}{path} cannot be read: {error}; data.skip_unreadable=true leaves such images out") from error
@@ -158,7 +157,7 @@ def _decoded(encoded: dict[str, Any], row: str) -> PILImage.Image:
 def _readable(split: Dataset) -> Dataset:
     """The split without the images that cannot be read, each named in a warning."""
 
-    def reads(encoded: dict[str, Any], row: str) -> bool:
+    def reads(encoded: dict[str, Any] | None, row: str) -> bool:
         try:
             _decoded(encoded, row)
         except RecipeError as error:

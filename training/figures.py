@@ -177,28 +177,29 @@ def retrieval_figure(path: Path, experiment: str, rows: list[dict[str, Any]], da
     plt.close(figure)
 
 
-def bag_figure(path: Path, instances: np.ndarray, weights: np.ndarray, title: str, most: int = 16) -> None:
-    """The instances of a bag, largest weight first: as pictures where they are images, and a bar for each weight.
+def bag_figure(path: Path, pictures: np.ndarray | None, weights: np.ndarray, title: str, most: int = 16) -> None:
+    """A bar for the weight of each instance of a bag, largest first, and its picture where instances are images.
 
     Args:
         path: PNG file to write.
-        instances: (N, F), or images (N, channels, height, width).
+        pictures: The instances as images (N, channels, height, width); `None` where they are vectors.
         weights: (N,).
         title: Of the picture.
         most: How many instances to show.
     """
     order = np.argsort(-weights, kind="stable")[:most]
-    pictures = instances.mean(1) if instances.ndim == 4 else None
-    figure = plt.figure(figsize=(1.0 + 0.7 * len(order), 3.4 if pictures is not None else 2.4), layout="constrained")
-    grid = figure.add_gridspec(2 if pictures is not None else 1, len(order), height_ratios=(1, 2)[-2 if pictures is not None else -1 :])
+    rows = 1 if pictures is None else 2
+    figure = plt.figure(figsize=(max(5.0, 1.0 + 0.7 * len(order)), 3.0 if pictures is None else 3.4), layout="constrained")
+    grid = figure.add_gridspec(rows, len(order), height_ratios=(1, 2)[-rows:])
     if pictures is not None:
         for column, index in enumerate(order):
             axis = figure.add_subplot(grid[0, column])
-            axis.imshow(pictures[index], cmap="gray_r")
+            axis.imshow(pictures[index].mean(0), cmap="gray_r")
             axis.set(xticks=[], yticks=[])
     bars = figure.add_subplot(grid[-1, :])
     bars.bar(range(len(order)), weights[order], color="C0")
-    bars.set(xlim=(-0.5, len(order) - 0.5), ylabel="weight", xlabel="instance", ylim=(0, None))
+    shown = "instance" if len(order) == len(weights) else f"instance, the {len(order)} of {len(weights)} with most weight"
+    bars.set(xlim=(-0.5, len(order) - 0.5), ylabel="weight", xlabel=shown, ylim=(0, None))
     bars.set_xticks(range(len(order)), [str(index) for index in order])
     figure.suptitle(title)
     figure.savefig(path, dpi=110)

@@ -14,7 +14,7 @@ from cards import write_card
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
-from recipe import RecipeError, errors_in_one_line
+from recipe import RecipeError, errors_in_one_line, refuse_several_processes
 
 
 NEEDED = ("config.json", "recipe.yaml", "results.json", "README.md")
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--token", help="access token, instead of the one of `hf auth login` or HF_TOKEN")
     args = parser.parse_args()
     with errors_in_one_line():
+        refuse_several_processes()
         commit = push(args.folder, args.repo_id, private=args.private, token=args.token)
         print(f"{args.folder} is now {commit.repo_url}, at {commit.oid[:12]}")
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils.environment import get_int_from_env
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import TrainingArguments
@@ -97,7 +98,7 @@ class SeriesDataRecipe:
     Attributes:
         dataset: "synthetic" (made from a seed), a CSV or parquet file with a row for each time step, or a Hub id.
         data_files: File of a data set on the Hub that holds several, for instance "ETTh1.csv".
-        date_column: Column of time stamps; it is checked and left out. Every other column is a series.
+        date_column: Column of time stamps; it is checked and left out, and so is an index. Every other column is a series.
         split: Rows of training, validation and test, or fractions of all rows that are 1 together.
         validation_stride: Training looks at every so many-th validation window. Test errors are over every test window.
     """
@@ -215,6 +216,13 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: " + " ".join(str(error).split())
 
 
+def refuse_several_processes(remedy: str = "start it with `python`, not with `accelerate launch` or `torchrun`") -> None:
+    """A `RecipeError` if a launcher started this script in several processes, each of which would do and write the same."""
+    count = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
+    if count > 1:
+        raise RecipeError(f"this script runs in one process, and was started in {count}; {remedy}")
+
+
 def leave_process_group() -> None:
     """Close the group of the processes that trained together, if there is one, once all of them are here.
 
@@ -321,8 +329,8 @@ def check_keys(section: str, given: dict[str, Any], valid: list[str]) -> None:
             raise RecipeError(f"unknown key {key!r} in {section}; the nearest valid one is {nearest!r}")
 
 
-def command_line(description: str, resume: bool = True) -> argparse.ArgumentParser:
-    """The arguments that every training script takes; `resume` for those that keep checkpoints."""
+def command_line(description: str) -> argparse.ArgumentParser:
+    """The arguments that every training script takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("recipe", help="YAML file in configs/")
     parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
@@ -333,16 +341,12 @@ def command_line(description: str, resume: bool = True) -> argparse.ArgumentPars
     )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace an earlier run in output_dir")
-    if resume:
-        existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+    existing.add_argument("--resume", action="store_true", help="go on with the run in output_dir where it ended")
     return parser
 
 
-def check_output_dir(folder: Path, overwrite: bool, resume: bool | None) -> None:
+def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
     """Refuse a folder that a run would mix with, or delete though it is no earlier run. Changes nothing.
-
-    Args:
-        resume: `None` for a run that cannot be resumed.
 
     Raises:
         RecipeError: If the folder is not empty and neither flag is given, is not an earlier run, or has nothing to resume.
@@ -354,8 +358,7 @@ def check_output_dir(folder: Path, overwrite: bool, resume: bool | None) -> None
         if not (folder / "recipe.yaml").is_file():
             raise RecipeError(f"{folder} holds no earlier run (no recipe.yaml), so it is left alone; choose another --output_dir")
     else:
-        go_on = "" if resume is None else "--resume to go on, "
-        raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, {go_on}or another --output_dir")
+        raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, --resume to go on, or another --output_dir")
 
 
 def check_judge(judge: str) -> None:
@@ -364,11 +367,11 @@ def check_judge(judge: str) -> None:
         raise RecipeError(f"judge must be 'test' or 'validation', got {judge!r}")
 
 
-def check_same_recipe(recipe: Recipe, folder: Path) -> None:
-    """Refuse to resume a run with other data, model, separation or seed than it began with; only `training` may change."""
+def check_same_recipe(recipe: Recipe, folder: Path, may_change: Sequence[str] = ("training",)) -> None:
+    """Refuse to resume a run with another recipe than it began with; only the sections `may_change` may differ."""
     earlier = yaml.safe_load((folder / "recipe.yaml").read_text())
     for section, value in dataclasses.asdict(recipe).items():
-        if section != "training" and earlier.get(section) != value:
+        if section not in may_change and earlier.get(section) != value:
             raise RecipeError(f"{folder} was begun with {section}={earlier.get(section)}, and cannot be resumed with {section}={value}")
 
 
@@ -381,7 +384,17 @@ def clear_output_dir(folder: Path) -> None:
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
     """Write the recipe as it was run, overrides included."""
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+    write_whole(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in one step: whatever happens meanwhile, it has all of the text or is as it was."""
+    partial = path.with_name(f"{path.name}.tmp")
+    with partial.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
 
 
 def write_results(path: Path, recipe: Recipe, metrics: dict[str, Any], **details: Any) -> None:
@@ -394,7 +407,7 @@ def write_results(path: Path, recipe: Recipe, metrics: dict[str, Any], **details
         **provenance(),
         **details,
     }
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    write_whole(path, json.dumps(results, indent=2) + "\n")
 
 
 def as_recorded(recipe: Any) -> dict[str, Any]:

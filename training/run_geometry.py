@@ -17,8 +17,8 @@ import matplotlib
 import numpy as np
 import torch
 from data import load_images
-from recipe import DataRecipe, RecipeError, as_recorded, errors_in_one_line, provenance, read_yaml, strictly
-from run_retrieval import draw, load_patterns
+from recipe import DataRecipe, RecipeError, as_recorded, errors_in_one_line, provenance, read_yaml, refuse_several_processes, strictly
+from run_retrieval import draw, load_patterns, pixels
 
 from modeling_uhop import FeatureMap, association, energy, maximize_separation, retrieve, spherical_code
 from modeling_uhop.capacity import metastable_sizes, separation_bounds
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--output_dir", default="benchmarks/results", help="where the JSON and the figure go")
     args = parser.parse_args()
     with errors_in_one_line():
+        refuse_several_processes()
         recipe = load(Path(args.recipe))
         if args.dataset and recipe.data is not None:
             recipe.data.dataset = args.dataset
@@ -269,7 +270,7 @@ def circle(recipe: GeometryRecipe) -> Result:
     for seed in range(recipe.seeds):
         random = np.random.default_rng(seed)
         drawn = images.select([int(random.choice(np.flatnonzero(labels == label))) for label in recipe.classes])
-        memories = torch.from_numpy(np.stack([np.asarray(image).reshape(-1) for image in drawn["image"]])).float() / 127.5 - 1.0
+        memories = torch.from_numpy(pixels(drawn["image"])).float() / 127.5 - 1.0
         steps_of = separated_maps(memories, dataclasses.replace(recipe, feature_dim=2), seed)
         maps = {f"N = {steps}": phi for steps, phi in steps_of.items()}
         neighbours += are_neighbours(maps[f"N = {max(recipe.separation_steps)}"], memories, names, recipe.similar)

@@ -10,6 +10,7 @@ import functools
 import json
 import statistics
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ import torch
 import yaml
 from data import load_images
 from figures import retrieval_figure
-from recipe import DataRecipe, RecipeError, as_recorded, errors_in_one_line, provenance, read_yaml, strictly
+from PIL import Image
+from recipe import DataRecipe, RecipeError, as_recorded, errors_in_one_line, provenance, read_yaml, refuse_several_processes, strictly
 from scipy.stats import spearmanr
 from transformers.utils import logging
 
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, association, mask_patterns, separation_loss
 from modeling_uhop.feature_map import unit_norm
+from modeling_uhop.images import as_rgb, is_grey
 
 
 EXPERIMENTS = ("memory_size", "noise_level", "beta", "separation_steps", "separation_loss")
@@ -100,6 +103,7 @@ def main() -> None:
     args = parser.parse_args()
     target = Path(args.output_dir) / f"retrieval_{Path(args.recipe).stem}"
     with errors_in_one_line():
+        refuse_several_processes()
         recipe = load(Path(args.recipe))
         if args.dataset:
             recipe.data.dataset = args.dataset
@@ -143,9 +147,21 @@ def load(path: Path) -> RetrievalRecipe:
 
 
 def load_patterns(data: DataRecipe) -> np.ndarray:
-    """Training images as rows of pixels in [0, 1], uint8 until they are drawn."""
-    images = load_images(data)["train"]
-    return np.stack([np.asarray(image).reshape(-1) for image in images.with_format(None)["image"]])
+    """Training images as `pixels` has them."""
+    return pixels(load_images(data)["train"].with_format(None)["image"])
+
+
+def pixels(images: Iterable[Image.Image]) -> np.ndarray:
+    """Images as rows of 8-bit pixels, of one channel where they are grey and of three where they are not.
+
+    Raises:
+        RecipeError: If the images are not of one size, or some grey and others in colour.
+    """
+    rows = [np.asarray(as_rgb(image).getchannel(0) if is_grey(image) else as_rgb(image)) for image in images]
+    shapes = sorted({row.shape for row in rows})
+    if len(shapes) > 1:
+        raise RecipeError(f"patterns must come from images of one size, all grey or all in colour, got {shapes[0]} and {shapes[1]}")
+    return np.stack(rows).reshape(len(rows), -1)
 
 
 def draw(patterns: np.ndarray, count: int, seed: int) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """Multivariate series for forecasting: reading, splits, scaling, and windows that are views of one array."""
 
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pandas
 import torch
 from datasets import load_dataset
 from recipe import RecipeError, SeriesDataRecipe
+from time_stamps import take_time_stamps
 from torch.utils.data import Dataset
 
 
@@ -71,15 +71,16 @@ def load_series(data: SeriesDataRecipe) -> Series:
     """Read and scale a series.
 
     Raises:
-        RecipeError: If the data set is missing, its time stamps are not sorted, a column is not numbers, infinite somewhere or missing from
-            all training rows, or the splits do not fit or hold no value.
+        RecipeError: If the data set is missing, its time stamps cannot be read or do not increase (see `take_time_stamps`), a column is
+            not numbers, infinite somewhere or missing from all training rows, or the splits do not fit or hold no value.
     """
     frame = synthetic_series() if data.dataset == "synthetic" else _read(data)
-    if data.date_column in frame.columns:
-        _check_time_stamps(pandas.to_datetime(frame.pop(data.date_column)), data.dataset)
+    frame = take_time_stamps(frame, data.date_column, data.dataset)
     for name in frame.columns:
         if not pandas.api.types.is_numeric_dtype(frame[name]):
-            raise RecipeError(f"column {name!r} of {data.dataset} is not numbers; if it holds time stamps, set data.date_column")
+            raise RecipeError(
+                f"column {name!r} of {data.dataset} is not numbers; if it has time stamps, set data.date_column; or leave it out"
+            )
     values = frame.to_numpy(dtype=np.float64)
     rows = split_rows(len(values), data.split)
     train = values[slice(*rows["train"])]
@@ -96,20 +97,6 @@ def load_series(data: SeriesDataRecipe) -> Series:
     std = np.where(constant, 1.0, np.nanstd(train, 0))
     scaled = (values - mean) / std
     return Series(torch.from_numpy(scaled.astype(np.float32)), [str(name) for name in frame.columns], mean, std, rows)
-
-
-def _check_time_stamps(dates: pandas.Series, name: str) -> None:
-    """A `RecipeError` for one that is missing or not after the one before it; a warning of gaps, over which windows run as if there were
-    none."""
-    if dates.isna().any():
-        raise RecipeError(f"row {int(dates.isna().to_numpy().argmax())} of {name} has no time stamp")
-    steps = dates.diff().dt.total_seconds()
-    backwards, gaps = np.flatnonzero(steps <= 0), np.flatnonzero(steps > 1.5 * steps.median())
-    if len(backwards) > 0:
-        raise RecipeError(f"time stamps must increase, and row {backwards[0]} of {name} does not come after the row before it")
-    if len(gaps) > 0:
-        where = f"{len(gaps)}, the first before row {gaps[0]}"
-        warnings.warn(f"{name} has gaps in its time stamps ({where}); windows run over them", stacklevel=3)
 
 
 def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:
@@ -133,7 +120,7 @@ def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:
 def _read(data: SeriesDataRecipe) -> pandas.DataFrame:
     path = Path(data.dataset).expanduser()
     if path.suffix == ".csv" and path.is_file():
-        return pandas.read_csv(path)
+        return _indexed(pandas.read_csv(path))
     if path.suffix == ".parquet" and path.is_file():
         return pandas.read_parquet(path)
     if data.dataset.startswith((".", "/", "~")) or path.suffix in (".csv", ".parquet"):
@@ -144,7 +131,15 @@ def _read(data: SeriesDataRecipe) -> pandas.DataFrame:
     if len(splits) > 1:
         raise RecipeError(f"{data.dataset} has the splits {', '.join(splits)}, which are one series only together; set data.data_files")
     (rows,) = splits.values()
-    return rows.to_pandas()
+    return _indexed(rows.to_pandas())
+
+
+def _indexed(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """A table whose first column is an index that pandas wrote without a name, with that index."""
+    for column in ("Unnamed: 0", "__index_level_0__"):
+        if column in frame.columns:
+            return frame.set_index(column).rename_axis(None)
+    return frame
 
 
 def synthetic_series(num_steps: int = 2400, num_series: int = 4, seed: int = 0) -> pandas.DataFrame:

@@ -1,6 +1,6 @@
 """Run recipes for several seeds and variants, and gather the results of each recipe in one file, with pictures of its first run beside it.
 
-Finished runs of the same command and recipe are kept, and one that was stopped goes on from its last checkpoint if it has one.
+Finished runs of the same command and recipe are kept, and one that was stopped goes on where it ended.
 
 python training/sweep.py configs/sweeps/vit_digits.yaml
 python training/sweep.py configs/sweeps/stanhop.yaml --data_dir path/to/folder --jobs 2
@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints import SEAL
 from filelock import FileLock, Timeout
-from recipe import ROOT, RecipeError, check_keys, errors_in_one_line, local_dataset, read_yaml
+from recipe import ROOT, RecipeError, check_keys, errors_in_one_line, local_dataset, read_yaml, refuse_several_processes
 from scipy.stats import t as student_t
+from stages import can_resume
 from tables import variants_table
 from transformers.utils import logging
 
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--results", default="benchmarks/results", help="folder of the gathered results")
     args = parser.parse_args()
     with errors_in_one_line():
+        refuse_several_processes("start it with `python`, and set --jobs for several runs at once")
         if not 1 <= args.jobs <= args.cores:
             raise RecipeError(f"--jobs must be at least 1 and at most the cores, {args.cores}, got {args.jobs}")
         sweep = read_sweep(Path(args.sweep))
@@ -150,7 +151,7 @@ def execute(runs: list[Run], jobs: int, cores: int) -> None:
         done.unlink(missing_ok=True)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         existing = ["--overwrite"] if run.folder.exists() else []
-        if begun.is_file() and begun.read_text() == asked and any(run.folder.glob(f"*/{SEAL}")):
+        if begun.is_file() and begun.read_text() == asked and can_resume(run.folder):
             existing = ["--resume"]
         begun.write_text(asked)
         with log.open("w") as stream:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from bags import Bags, load_bags
 from cards import write_card
 from figures import bag_figure
@@ -23,16 +24,19 @@ from recipe import (
     RecipeError,
     check_judge,
     check_output_dir,
+    check_same_recipe,
     clear_output_dir,
     command_line,
     errors_in_one_line,
     load_recipe,
+    refuse_several_processes,
     write_recipe,
     write_results,
 )
 from reload import check_reload
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from stages import keep_stage, read_stage
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
@@ -40,6 +44,7 @@ from transformers.utils import logging
 from modeling_uhop import DataCollatorForBags, SeparationCallback, UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
 
 
+NUM_PROBES = 64
 TRAINING_DEFAULTS = {
     "report_to": "none",
     "save_strategy": "no",
@@ -52,18 +57,19 @@ TRAINING_DEFAULTS = {
 
 
 def main() -> None:
-    parser = command_line(__doc__.splitlines()[0], resume=False)
+    parser = command_line(__doc__.splitlines()[0])
     parser.add_argument(
         "--judge", choices=("test", "validation"), help="score test folds, or parts of the training folds held out to choose by"
     )
     args = parser.parse_args()
     prepare_for_many_runs()
     with errors_in_one_line():
+        refuse_several_processes()
         recipe = load_recipe(args.recipe, args.set, MILRecipe)
         recipe.data.dataset = args.dataset or recipe.data.dataset
         recipe.seed = recipe.seed if args.seed is None else args.seed
         recipe.judge = args.judge or recipe.judge
-        run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite)
+        run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite, resume=args.resume)
 
 
 def prepare_for_many_runs() -> None:
@@ -73,34 +79,63 @@ def prepare_for_many_runs() -> None:
     gc.freeze()
 
 
-def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Run a recipe and leave everything it makes in `folder`; the metrics."""
-    check_output_dir(folder, overwrite, resume=None)
+def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Run a recipe and leave everything it makes in `folder`; the metrics.
+
+    An earlier run is replaced only once all else is known to be right. Finished folds and the model of all bags are kept as they come:
+    `resume` goes on with what is missing.
+    """
+    check_output_dir(folder, overwrite, resume)
+    if resume:
+        check_same_recipe(recipe, folder, may_change=())
     check(recipe)
     bags = load_bags(recipe.data)
     model_config(recipe, bags.instances[0].shape[1], bags.names)
-    started = time.perf_counter()
-    outcomes = cross_validate(recipe, bags)
-    seconds = time.perf_counter() - started
-    metrics = {**summarize(outcomes), "cross_validation_seconds": round(seconds, 1)}
-    clear_output_dir(folder)
-    write_recipe(recipe, folder)
+    jobs = folds_of(recipe, bags, range(recipe.repeats))
+    if not resume:
+        clear_output_dir(folder)
+        write_recipe(recipe, folder)
+    folds = [kept_fold(recipe, bags, folder, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
+    outcomes = [fold["outcome"] for fold in folds]
+    metrics = {**summarize(outcomes), "cross_validation_seconds": round(sum(fold["seconds"] for fold in folds), 1)}
     write_results(folder / "results.json", recipe, metrics, outcomes=outcomes)
     print(describe(recipe, bags, metrics))
 
+    fitted = read_stage(folder, "fit", recipe) or keep_stage(folder, "fit", recipe, fit_all(recipe, bags, folder))
+    shown = bag_to_show(bags)
+    title = f"{recipe.name}: bag {shown}, of class {bags.names[bags.labels[shown]]}"
+    bag_figure(folder / "bag.png", bags.pictures(shown), np.array(fitted["weights"]), title)
+    if recipe.judge == "test":
+        write_card(folder)
+    check_reload(folder, "multiple-instance-classification", bags.instances[:NUM_PROBES], np.array(fitted["logits"]))
+    return metrics
+
+
+def kept_fold(recipe: MILRecipe, bags: Bags, folder: Path, repeat: int, fold: int, train: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
+    """The outcome of a fold and the seconds it took: as an earlier run kept it, or computed now and kept."""
+    name = f"repeat_{repeat}_fold_{fold}"
+    kept = read_stage(folder, name, recipe)
+    if kept is None:
+        started = time.perf_counter()
+        outcome = cross_validate_fold(recipe, bags, repeat, fold, train, scored)
+        kept = keep_stage(folder, name, recipe, {"outcome": outcome, "seconds": time.perf_counter() - started})
+    return kept
+
+
+def fit_all(recipe: MILRecipe, bags: Bags, folder: Path) -> dict[str, Any]:
+    """Train on all bags and save model and extractor; logits of the first bags, and weights of the one that is shown."""
     model, extractor = fit(recipe, bags.instances, bags.labels, bags.names, recipe.seed)
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
-    shown = next((i for i, bag in enumerate(bags.instances) if bags.labels[i] == 1 and len(bag) > 0), 0)
-    probes = bags.instances[:64]
-    logits, _ = predict(model, extractor, probes)
-    _, (weights,) = predict(model, extractor, [bags.instances[shown]])
-    pictures = bags.instances[shown].reshape(-1, *bags.image_shape)
-    bag_figure(folder / "bag.png", pictures, weights, f"{recipe.name}: bag {shown}, {bags.names[bags.labels[shown]]}")
-    if recipe.judge == "test":
-        write_card(folder)
-    check_reload(folder, "multiple-instance-classification", probes, logits)
-    return metrics
+    logits, _ = predict(model, extractor, bags.instances[:NUM_PROBES])
+    _, (weights,) = predict(model, extractor, [bags.instances[bag_to_show(bags)]])
+    return {"logits": logits.tolist(), "weights": weights.tolist()}
+
+
+def bag_to_show(bags: Bags) -> int:
+    """The first bag of class 1 that has instances; the first that has any, if none of class 1 has."""
+    filled = [index for index, bag in enumerate(bags.instances) if len(bag) > 0]
+    return next((index for index in filled if bags.labels[index] == 1), filled[0])
 
 
 def check(recipe: MILRecipe) -> None:
@@ -156,14 +191,15 @@ def divided(bags: Bags, among: np.ndarray, folds: int, seed: int) -> Iterator[tu
             yield among[train], among[scored]
 
 
+def folds_of(recipe: MILRecipe, bags: Bags, repeats: range) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+    """Repeat, fold, and indices of what is trained on and scored, for each fold."""
+    return [(repeat, fold, *split) for repeat in repeats for fold, split in enumerate(splits(recipe, bags, repeat))]
+
+
 def cross_validate(recipe: MILRecipe, bags: Bags, repeats: range | None = None) -> list[dict[str, Any]]:
     """For each repeat and fold the metrics of what was scored, its bags and their logits."""
-    repeats = range(recipe.repeats) if repeats is None else repeats
-    jobs = [(repeat, fold, *split) for repeat in repeats for fold, split in enumerate(splits(recipe, bags, repeat))]
-    return [
-        cross_validate_fold(recipe, bags, repeat, fold, train, scored)
-        for repeat, fold, train, scored in logging.tqdm(jobs, desc=f"{recipe.name}, folds")
-    ]
+    jobs = folds_of(recipe, bags, range(recipe.repeats) if repeats is None else repeats)
+    return [cross_validate_fold(recipe, bags, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
 
 
 def cross_validate_fold(recipe: MILRecipe, bags: Bags, repeat: int, fold: int, train: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
@@ -182,8 +218,13 @@ def cross_validate_fold(recipe: MILRecipe, bags: Bags, repeat: int, fold: int, t
 
 
 def model_config(recipe: MILRecipe, instance_dim: int | None, names: list[str]) -> UHopMILConfig:
-    """The recipe's configuration for these classes; a `RecipeError` if it asks for another number of them."""
-    config = UHopMILConfig(**{"instance_dim": instance_dim, "num_labels": len(names), **recipe.model})
+    """The recipe's configuration for instances of this width, or images of so many channels, and these classes.
+
+    Raises:
+        RecipeError: If it asks for another number of classes.
+    """
+    width = "instance_dim" if recipe.model.get("instance_type", "vector") == "vector" else "num_channels"
+    config = UHopMILConfig(**{width: instance_dim, "num_labels": len(names), **recipe.model})
     if config.num_labels != len(names):
         raise RecipeError(f"model.num_labels is {config.num_labels}, and the bags have {len(names)} classes, {names}")
     config.id2label = dict(enumerate(names))
@@ -212,7 +253,8 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return model.eval(), extractor
+    # Without what accelerate wrapped around it, such as half precision.
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False).eval(), extractor
 
 
 @torch.no_grad()

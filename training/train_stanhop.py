@@ -2,31 +2,35 @@
 
 python training/train_stanhop.py configs/stanhop_synthetic.yaml
 python training/train_stanhop.py configs/stanhop_etth1_96.yaml --dataset path/to/ETTh1.csv
+accelerate launch training/train_stanhop.py configs/stanhop_wth_96.yaml --dataset path/to/WTH.csv
 """
 
-import time
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import extract_model_from_parallel
 from anchors import LinearMap, WindowMemory, anchors, errors_of, linear_map
 from cards import write_card
+from checkpoints import SealingCallback, remove_unfinished
 from figures import forecast_figure, retrieval_weights_figure
 from recipe import (
     RecipeError,
     STanHopRecipe,
     check_judge,
-    check_output_dir,
     clear_output_dir,
     command_line,
     errors_in_one_line,
+    leave_process_group,
     load_recipe,
     write_recipe,
     write_results,
 )
 from reload import check_reload
 from series import Series, load_series
+from stages import begin, load_weights, take_over, train
 from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
@@ -37,7 +41,8 @@ TRAINING_DEFAULTS = {
     "report_to": "none",
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
-    "save_total_limit": 1,
+    # While a checkpoint is written there is another to go back to.
+    "save_total_limit": 2,
     "load_best_model_at_end": True,
     "label_names": ["future_values"],
     "prediction_loss_only": True,
@@ -46,18 +51,32 @@ TRAINING_DEFAULTS = {
 }
 
 
+class Patience(EarlyStoppingCallback):
+    """Ends training after so many evaluations without a lower loss; a resumed run counts those before it too."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        best = state.best_global_step or 0
+        self.early_stopping_patience_counter = sum("eval_loss" in entry and entry["step"] > best for entry in state.log_history)
+
+
 def main() -> None:
-    args = command_line(__doc__.splitlines()[0], resume=False).parse_args()
+    args = command_line(__doc__.splitlines()[0]).parse_args()
     with errors_in_one_line():
         recipe = load_recipe(args.recipe, args.set, STanHopRecipe)
         recipe.data.dataset = args.dataset or recipe.data.dataset
         recipe.seed = recipe.seed if args.seed is None else args.seed
-        run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite)
+        run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite, resume=args.resume)
+    leave_process_group()
 
 
-def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict[str, Any]:
-    """Run a recipe and leave everything it makes in `folder`; the metrics."""
-    check_output_dir(folder, overwrite, resume=None)
+def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+    """Run a recipe and leave everything it makes in `folder`; the metrics.
+
+    An earlier run is replaced only once all else is known to be right. A finished training is kept: if what follows it fails, `resume`
+    repeats that alone.
+    """
+    trained, checkpoint = begin(recipe, folder, overwrite, resume)
     check_judge(recipe.judge)
     series = load_series(recipe.data)
     config = STanHopConfig(**{**recipe.model, "num_input_channels": series.values.shape[1]})
@@ -66,15 +85,15 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
         raise RecipeError(f"model.memory_type={config.memory_type!r} is of a model that stores windows (`store`); this script stores none")
     check_anchors(recipe, series, config.prediction_length)
     lengths = (config.context_length, config.prediction_length)
-    train, every = series.windows("train", *lengths), series.windows("validation", *lengths)
+    windows, every = series.windows("train", *lengths), series.windows("validation", *lengths)
     validation: Subset = Subset(every, range(0, len(every), recipe.data.validation_stride))
     set_seed(recipe.seed)
     model = STanHopForPrediction(config)
-    if recipe.skip_start == "ridge":
+    load_weights(model, folder, trained, checkpoint)
+    if recipe.skip_start == "ridge" and not resume:
         begin_as_linear_map(model, linear_map(series, *lengths, last_value=False))
-    clear_output_dir(folder)
-    write_recipe(recipe, folder)
-    print(f"{recipe.name}: {model.num_parameters():,} parameters; windows: {len(train):,} train, {len(validation):,} validation")
+    # Every process has looked at the folder before one of them changes it.
+    PartialState().wait_for_everyone()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -82,28 +101,43 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False) -> dict
             seed=recipe.seed,
             **{**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training},
         ),
-        train_dataset=train,
+        train_dataset=windows,
         eval_dataset=validation,
         callbacks=[
-            EarlyStoppingCallback(recipe.patience),
+            Patience(recipe.patience),
             *([] if recipe.separation is None else [SeparationCallback(**recipe.separation)]),
+            SealingCallback(),
         ],
     )
-    started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
-    model.eval().cpu()
+    is_main = trainer.is_world_process_zero()
+    if is_main and resume:
+        remove_unfinished(folder)
+    elif is_main:
+        clear_output_dir(folder)
+        write_recipe(recipe, folder)
+    if is_main:
+        print(f"{recipe.name}: {model.num_parameters():,} parameters; windows: {len(windows):,} train, {len(validation):,} validation")
+    if trained is None:
+        trained = train(trainer, folder, recipe, checkpoint)
+    else:
+        take_over(trainer, trained)
+    if not is_main:
+        return {}
+    # Without what accelerate wrapped around it, such as half precision.
+    extract_model_from_parallel(model, keep_fp32_wrapper=False).eval().cpu()
     metrics: dict[str, Any] = {}
     for split in dict.fromkeys(("validation", recipe.judge)):
         metrics |= {f"{split}_{name}": error for name, error in errors_of(forecaster(model), series, split, *lengths).items()}
-    metrics |= {"validation_loss": trainer.state.best_metric, "train_seconds": round(seconds, 1)}
-    trainer.save_model()
+    metrics["validation_loss"] = trainer.state.best_metric
+    if trained["seconds"] is not None:
+        metrics["train_seconds"] = trained["seconds"]
     metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths, recipe.judge)
     scaling = {"names": series.names, "mean": series.mean.tolist(), "std": series.std.tolist()}
     log = trainer.state.log_history
+    write_recipe(recipe, folder)
     write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), series=scaling, log_history=log)
-    windows = series.windows(recipe.judge, *lengths)
-    examples = [windows[index] for index in range(0, len(windows), 500)]
+    judged = series.windows(recipe.judge, *lengths)
+    examples = [judged[index] for index in range(0, len(judged), 500)]
     past, future = (torch.stack([example[name] for example in examples]) for name in ("past_values", "future_values"))
     forecasts = forecaster(model)(past)
     memories = WindowMemory(series, *lengths).closest(past[0])
@@ -168,7 +202,8 @@ def weights_of(model: STanHopForPrediction, past: torch.Tensor) -> tuple[np.ndar
 def describe(metrics: dict[str, Any], split: str) -> str:
     """Errors of the model and of every anchor on a split."""
     rows = {"STanHop": metrics, **metrics["anchors"]}
-    title = f"{split.capitalize()} errors on scaled values ({metrics['train_seconds']} s of training):"
+    took = f" ({metrics['train_seconds']} s of training)" if "train_seconds" in metrics else ""
+    title = f"{split.capitalize()} errors on scaled values{took}:"
     lines = [f"  {name:<28} {errors[f'{split}_mse']:.4f}  {errors[f'{split}_mae']:.4f}" for name, errors in rows.items()]
     return "\n".join([title, f"  {'':<28} MSE     MAE", *lines])
 

@@ -4,7 +4,6 @@ python training/train_vit.py configs/vit_digits.yaml
 accelerate launch training/train_vit.py configs/vit_cifar10.yaml --dataset path/to/cifar10
 """
 
-import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from cards import write_card
-from checkpoints import SealingCallback, check_fits, last_checkpoint, remove_unfinished
+from checkpoints import SealingCallback, remove_unfinished
 from data import load_images, make_image_processor, with_dataset, with_pixels
 from datasets import Dataset, DatasetDict
 from figures import training_figure
@@ -22,8 +21,6 @@ from recipe import (
     DataRecipe,
     RecipeError,
     ViTRecipe,
-    check_output_dir,
-    check_same_recipe,
     clear_output_dir,
     command_line,
     errors_in_one_line,
@@ -33,6 +30,7 @@ from recipe import (
     write_results,
 )
 from reload import check_reload
+from stages import begin, load_weights, take_over, train
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -46,6 +44,7 @@ from transformers import (
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.feature_map import unit_norm
+from modeling_uhop.images import as_rgb
 
 
 NUM_PROBES = 64
@@ -76,6 +75,11 @@ def feature_grams(model: Any, pixel_values: torch.Tensor) -> list[np.ndarray]:
     return [(feature @ feature.mT).mean(0).cpu().numpy() for feature in features]
 
 
+def as_lists(matrices: list[np.ndarray]) -> list[list[list[float]]]:
+    """Matrices as JSON has them, with as many digits as a picture shows."""
+    return [matrix.round(4).tolist() for matrix in matrices]
+
+
 def main() -> None:
     args = command_line(__doc__.splitlines()[0]).parse_args()
     with errors_in_one_line():
@@ -89,18 +93,15 @@ def main() -> None:
 def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Run a recipe and leave everything it makes in `folder`; the metrics.
 
-    An earlier run is replaced only once all else is known to be right.
+    An earlier run is replaced only once all else is known to be right. A finished training is kept: if what follows it fails, `resume`
+    repeats that alone.
     """
-    check_output_dir(folder, overwrite, resume)
-    if resume:
-        check_same_recipe(recipe, folder)
-    checkpoint = last_checkpoint(folder) if resume else None
+    trained, checkpoint = begin(recipe, folder, overwrite, resume)
     set_seed(recipe.seed)
     images = load_images(recipe.data)
     names = images["train"].features["label"].names
     model = build_model(recipe, names)
-    if checkpoint is not None:
-        check_fits(checkpoint, model)
+    load_weights(model, folder, trained, checkpoint)
     processor = make_image_processor(recipe.data, model.config.image_size)
     separation = None if recipe.separation is None else SeparationCallback(**recipe.separation)
     # Every process has looked at the folder before one of them changes it.
@@ -115,19 +116,27 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     if is_main:
         print(describe(recipe, model, images))
 
-    grams = {}
+    before: list[np.ndarray] = []
+    recorder = None
     if separation is not None and not resume:
         probe = images["validation"].select(range(min(NUM_PROBES, len(images["validation"]))))
         pixel_values = torch.stack(with_pixels(probe, processor)[:]["pixel_values"])
-        grams["before"] = feature_grams(trainer.model, pixel_values)
+        before = feature_grams(trainer.model, pixel_values)
         recorder = GramRecorder("on_train_begin" if separation.schedule == "train_begin" else "on_train_end", pixel_values)
         trainer.add_callback(recorder)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.perf_counter() - started
+
+    def details() -> dict[str, Any]:
+        return {
+            "history": [] if separation is None else separation.history,
+            "grams": {} if recorder is None else {"before": as_lists(before), "after": as_lists(recorder.grams)},
+        }
+
+    if trained is None:
+        trained = train(trainer, folder, recipe, checkpoint, details)
+    else:
+        take_over(trainer, trained)
     validation = trainer.evaluate(with_pixels(images["validation"], processor), metric_key_prefix="validation")
     test = trainer.evaluate(with_pixels(images["test"], processor), metric_key_prefix="test")
-    trainer.save_model()
     if not is_main:
         return {}
 
@@ -138,8 +147,8 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
         "validation_loss": validation["validation_loss"],
         "last_step": trainer.state.global_step,
     }
-    if not resume:
-        metrics["train_seconds"] = round(seconds, 1)
+    if trained["seconds"] is not None:
+        metrics["train_seconds"] = trained["seconds"]
     if trainer.state.best_global_step is not None:
         metrics["best_step"] = trainer.state.best_global_step
     log_history = trainer.state.log_history
@@ -150,15 +159,14 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     if measured:
         metrics["separation_loss_before"] = measured[0]["separation_loss_before"]
         metrics["separation_loss"] = measured[-1]["separation_loss"]
-    if grams:
-        grams["after"] = recorder.grams
     write_recipe(recipe, folder)
     write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), log_history=log_history)
-    training_figure(folder / "training.png", log_history, separation.history if separation else [], grams)
+    grams = {moment: [np.array(gram) for gram in layers] for moment, layers in trained["grams"].items()}
+    training_figure(folder / "training.png", log_history, trained["history"], grams)
     if recipe.architecture == "uhop_vit":
         write_card(folder)
     print(summary(metrics, folder))
-    shown = [image.convert("RGB") for image in images["test"][:NUM_PROBES]["image"]]
+    shown = [as_rgb(image) for image in images["test"][:NUM_PROBES]["image"]]
     with torch.no_grad():
         pixel_values = processor(shown, return_tensors="pt")["pixel_values"]
         logits = whole_model(trainer, folder).eval().cpu().float()(pixel_values).logits.numpy()

@@ -1,0 +1,173 @@
+"""Time stamps of a series, in a column or in the index: read without a guess, and refused where they do not increase."""
+
+import warnings
+
+import numpy as np
+import pandas
+from recipe import RecipeError
+
+
+# A column of numbers with such a name is time, and no series.
+NAMES = ("date", "datetime", "ds", "epoch", "time", "timestamp", "unix")
+OFFSET = r"\d(?:\s?(?:Z|UTC|GMT)|\s?[+-]\d{2}:?\d{2})$"
+YEAR_FIRST, YEAR_LAST, IN_WORDS = r"^\d{4}[-/.]?\d", r"^(\d{1,2})[-/.](\d{1,2})[-/.]\d{4}(?!\d)", r"[A-Za-z]{3}"
+
+
+def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str) -> pandas.DataFrame:
+    """The columns of a file without its time stamps, which are checked: those of the index and of `date_column`, or of both.
+
+    Accepted are dates, periods, durations, and numbers such as Unix seconds or milliseconds, of which only the order and the distances
+    matter. Text is read by these rules:
+
+    - The year has four digits and stands first (2024-01-13) or last (13/01/2024), or the month is a word. All rows have one form.
+    - Of dates with the year last, the whole column says whether the day or the month comes first: one of them exceeds 12 somewhere, or
+      only one reading increases. If both readings are possible, the column is refused.
+    - All stamps have a time zone or offset, or none has. With offsets, instants are compared, so that offsets may change.
+    - Without offsets stamps are compared as they stand: the hour that daylight saving time skips counts as a gap, and the one that it
+      repeats is refused.
+
+    Raises:
+        RecipeError: For a stamp that is missing, cannot be read, or is not after the one before it, naming file, column and row; for a
+            MultiIndex; and if there is no `date_column`, unless it is "date", which a file may lack.
+    """
+    if isinstance(frame.index, pandas.MultiIndex):
+        raise RecipeError(
+            f"{name} has an index of {frame.index.nlevels} levels, {list(frame.index.names)}; keep the level of time stamps alone"
+        )
+    in_column = date_column in frame.columns
+    numbered = isinstance(frame.index, pandas.RangeIndex) and frame.index.step > 0
+    in_index = not numbered and not (in_column and pandas.api.types.is_integer_dtype(frame.index.dtype))
+    if in_index:
+        _check(frame.index.to_series().reset_index(drop=True), f"the index of {name}", name)
+    if in_column:
+        _check(frame[date_column].reset_index(drop=True), f"column {date_column!r} of {name}", name)
+        frame = frame.drop(columns=date_column)
+    elif date_column not in ("date", frame.index.name):
+        raise RecipeError(f"{name} has no column {date_column!r}; it has {list(frame.columns)}")
+    if not (in_column or in_index):
+        for column in frame.columns:
+            if (
+                str(column).casefold() in NAMES
+                and pandas.api.types.is_numeric_dtype(frame[column])
+                and frame[column].is_monotonic_increasing
+            ):
+                raise RecipeError(
+                    f"column {column!r} of {name} looks like time stamps; set data.date_column={column}, or rename the column"
+                )
+    return frame
+
+
+def _check(values: pandas.Series, where: str, name: str) -> None:
+    """A `RecipeError` for a stamp that is missing or not after the one before it; a warning of gaps, over which windows run as if there
+    were none."""
+    missing = values.isna() | (values.astype(str).str.strip() == "")
+    if missing.any():
+        raise RecipeError(f"row {int(missing.to_numpy().argmax())} of {name} has no time stamp in {where}")
+    stamps = read_time_stamps(values, where)
+    steps = _steps(stamps)
+    backwards = np.flatnonzero(steps <= 0)
+    if len(backwards) > 0:
+        row = int(backwards[0]) + 1
+        raise RecipeError(
+            f"time stamps must increase, and row {row} of {name} does not come after the row before it: "
+            f"{where} has {values[row - 1]} and then {values[row]}{_hint(stamps, steps)}"
+        )
+    gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) + 1 if len(steps) > 0 else steps
+    if len(gaps) > 0:
+        places = f"{len(gaps)}, the first before row {gaps[0]}"
+        warnings.warn(f"{name} has gaps in its time stamps ({places}); windows run over them", stacklevel=4)
+
+
+def _hint(stamps: pandas.Series, steps: np.ndarray) -> str:
+    backwards = steps[steps <= 0]
+    naive = stamps.dtype.kind == "M" and getattr(stamps.dtype, "tz", None) is None
+    # A reversed or shuffled file goes back more often than twice a year.
+    if naive and backwards.min() >= -3600 and len(backwards) < 0.1 * len(steps):
+        return "; if daylight saving time repeats an hour here, write the stamps in UTC or with their offsets"
+    return "; sort the rows by time, with one row for each time"
+
+
+def _steps(stamps: pandas.Series) -> np.ndarray:
+    """Distances from each stamp to the next: seconds, or what the numbers count."""
+    steps = stamps.diff().iloc[1:]
+    return (steps.dt.total_seconds() if steps.dtype.kind == "m" else steps.astype(float)).to_numpy()
+
+
+def read_time_stamps(values: pandas.Series, where: str) -> pandas.Series:
+    """Stamps as dates, durations or numbers; a `RecipeError` that names `where` for what is none. See `take_time_stamps`."""
+    dtype = values.dtype
+    if isinstance(dtype, pandas.PeriodDtype):
+        return values.dt.start_time
+    if pandas.api.types.is_bool_dtype(dtype):
+        raise RecipeError(f"{where} has true and false, which are no time stamps")
+    if pandas.api.types.is_numeric_dtype(dtype):
+        return _read_numbers(values, where)
+    if pandas.api.types.is_datetime64_any_dtype(dtype) or pandas.api.types.is_timedelta64_dtype(dtype):
+        return values
+    text = values.astype(str).str.strip()
+    numbers = pandas.to_numeric(text, errors="coerce")
+    return _read_text(text, where) if numbers.isna().any() else _read_numbers(numbers, where)
+
+
+def _read_numbers(values: pandas.Series, where: str) -> pandas.Series:
+    infinite = np.isinf(values.astype(float).to_numpy())
+    if infinite.any():
+        raise RecipeError(f"row {int(infinite.argmax())} has no finite time stamp in {where}")
+    if values.between(19000101, 21001231).all():
+        days = pandas.to_datetime(values.astype(np.int64).astype(str), format="%Y%m%d", errors="coerce")
+        if days.notna().all() and (values == values.astype(np.int64)).all():
+            return days
+    return values
+
+
+def _read_text(text: pandas.Series, where: str) -> pandas.Series:
+    forms = np.select([text.str.match(YEAR_FIRST), text.str.match(YEAR_LAST), text.str.contains(IN_WORDS)], [1, 2, 3], 0)
+    _refuse_first(forms == 0, text, where, "is no date with a year of four digits, such as 2024-01-31 or 2024-01-31 12:00:00+01:00")
+    _refuse_first(forms != forms[0], text, where, f"is not written like {text[0]!r} in row 0")
+    with_offset = text.str.contains(OFFSET).to_numpy()
+    _refuse_first(
+        with_offset != with_offset[0], text, where, f"and {text[0]!r} in row 0 do not both have an offset from UTC; give it to all or none"
+    )
+    day_first = forms[0] == 2 and _is_day_first(text, where)
+    stamps = _parsed(text, day_first, bool(with_offset[0]))
+    _refuse_first(
+        stamps.isna().to_numpy(),
+        text,
+        where,
+        "cannot be read as a date; write it like 2024-01-31 12:00, and a time zone as +01:00",
+    )
+    return stamps
+
+
+def _is_day_first(text: pandas.Series, where: str) -> bool:
+    """Whether dates with the year last begin with the day, as the whole column says."""
+    first, second = (text.str.extract(YEAR_LAST).astype(int)[index].to_numpy() for index in (0, 1))
+    first_is_day, second_is_day = (first > 12).any(), (second > 12).any()
+    if first_is_day and second_is_day:
+        later = second > 12 if (first > 12).argmax() < (second > 12).argmax() else first > 12
+        _refuse_first(later, text, where, "has the day where other rows have the month")
+    if first_is_day or second_is_day:
+        return bool(first_is_day)
+    offsets = bool(text.str.contains(OFFSET).iloc[0])
+    readings = [_parsed(text, day_first, offsets) for day_first in (False, True)]
+    increasing = [bool((_steps(reading) > 0).all()) for reading in readings]
+    if increasing[0] == increasing[1] and not readings[0].equals(readings[1]):
+        _refuse_first(first != second, text, where, "may begin with the day or with the month; write it like 2024-01-31")
+    return increasing[1]
+
+
+def _parsed(text: pandas.Series, day_first: bool, with_offset: bool) -> pandas.Series:
+    """Dates, NaT where there is none."""
+    with warnings.catch_warnings():
+        # Where rows have one format, this is many times faster than row by row.
+        warnings.simplefilter("ignore", UserWarning)
+        alike = pandas.to_datetime(text, dayfirst=day_first, utc=with_offset, errors="coerce")
+    if alike.notna().all():
+        return alike
+    return pandas.to_datetime(text, format="mixed", dayfirst=day_first, utc=with_offset, errors="coerce")
+
+
+def _refuse_first(bad: np.ndarray, text: pandas.Series, where: str, problem: str) -> None:
+    if bad.any():
+        row = int(np.asarray(bad).argmax())
+        raise RecipeError(f"row {row} of {where}: {text[row]!r} {problem}")
