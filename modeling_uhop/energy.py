@@ -4,11 +4,14 @@ from collections.abc import Callable
 
 import torch
 
+from .attention_interface import hopfield_attention
 from .feature_map import magnitude, unit_norm
 from .simplex import at_least_fp32, simplex_conjugate, simplex_map
 from .validation import check_tensors, is_finite, is_readable
 
 
+# Products and sums of scores below this do not overflow fp32.
+_SAFE_SCORE = 1e30
 SIMILARITIES = ("kernel", "dot", "cosine", "l2", "manhattan", "polynomial")
 
 
@@ -237,9 +240,49 @@ def retrieve(
     features = _features(feature_map, similarity)
     stored = features(memories)
     for _ in range(steps):
-        weights = association_of(features(queries), stored, beta, alpha, similarity, degree, mask)
-        queries = mixed(weights, memories).to(queries.dtype)
+        states = features(queries)
+        retrieved = _attended(states, stored, memories, beta, alpha, similarity, mask)
+        if retrieved is None:
+            retrieved = mixed(association_of(states, stored, beta, alpha, similarity, degree, mask), memories)
+        queries = retrieved.to(queries.dtype)
     return queries
+
+
+def _attended(
+    queries: torch.Tensor,
+    stored: torch.Tensor,
+    memories: torch.Tensor,
+    beta: float | torch.Tensor,
+    alpha: float | torch.Tensor,
+    similarity: str,
+    mask: torch.Tensor | None,
+) -> torch.Tensor | None:
+    """A step of `retrieve` from one set of memories by `hopfield_attention`, which keeps no weights; `None` where that does not fit.
+
+    It does not for other similarities than inner products, several sets, masks, values that are not read, scores that may overflow, and
+    where a gradient is asked for, as its own could not be differentiated again.
+    """
+    _check_beta(beta)
+    given = [x for x in (queries, stored, memories, beta, alpha) if isinstance(x, torch.Tensor)]
+    asked = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    simple = similarity in ("kernel", "dot", "cosine") and stored.dim() == memories.dim() == 2 and mask is None
+    if (
+        asked
+        or not simple
+        or isinstance(alpha, torch.Tensor)
+        or not all(map(is_readable, given))
+        or min(*queries.shape, *stored.shape) == 0
+    ):
+        return None
+    queries, stored = at_least_fp32(queries), at_least_fp32(stored)
+    if similarity == "cosine":
+        queries, stored = unit_norm(queries), unit_norm(stored)
+    queries = queries * beta
+    if not queries.abs().max().item() * stored.abs().max().item() * stored.shape[-1] < _SAFE_SCORE:
+        return None
+    rows, keys, values = queries.reshape(1, 1, -1, queries.shape[-1]), stored[None, None], at_least_fp32(memories)[None, None]
+    output = hopfield_attention(rows, keys, values, alpha=alpha, scaling=1.0)
+    return output.view(*queries.shape[:-1], -1).to(memories.dtype)
 
 
 def _check_beta(beta: float | torch.Tensor) -> None:

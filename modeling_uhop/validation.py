@@ -50,8 +50,9 @@ def is_traced() -> bool:
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether Python may look at values: on an accelerator this would stall every step, and a traced graph cannot branch on them."""
-    return tensor.device.type == "cpu" and not is_traced()
+    """Whether Python may look at values: on an accelerator this would stall every step, and a traced graph, or a function that torch.func
+    transforms, cannot branch on them."""
+    return tensor.device.type == "cpu" and not is_traced() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_tensor(value, name: str) -> None:

@@ -150,3 +150,29 @@ def test_bad_arguments_are_refused(arguments):
 def test_energy_refuses_a_beta_that_is_not_positive():
     with pytest.raises(ValueError, match="beta must be positive"):
         energy(torch.randn(2, 3), torch.randn(4, 3), beta=0.0)
+
+
+@pytest.mark.parametrize("similarity", ["kernel", "cosine"])
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
+@pytest.mark.parametrize("beta", [3.0, torch.tensor([[1.0], [5.0], [0.2]])])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_kernel_without_weights_is_the_plain_form(similarity, alpha, beta, dtype):
+    """A gradient that is asked for takes the plain form."""
+    queries, memories = torch.randn(2, 3, 6).to(dtype), torch.randn(700, 6).to(dtype)
+    beta = beta.to(dtype) if isinstance(beta, torch.Tensor) else beta
+    settings = {"beta": beta, "alpha": alpha, "similarity": similarity, "steps": 2}
+    plain = retrieve(queries.clone().requires_grad_(), memories, **settings)
+    assert plain.requires_grad
+    actual = retrieve(queries, memories, **settings)
+    assert actual.dtype == dtype
+    assert actual.shape == queries.shape
+    assert_close(actual, plain, scale=10)
+
+
+def test_functions_that_torch_transforms_are_those_of_a_loop():
+    queries, memories = torch.randn(5, 3, 4), torch.randn(9, 4)
+    for work in (lambda x: retrieve(x, memories, beta=2.0), lambda x: energy(x, memories, beta=2.0)):
+        assert_close(torch.vmap(work)(queries), torch.stack([work(each) for each in queries]))
+    # grad E = W^T W (x - T(x)), with W = I.
+    gradient = torch.func.grad(lambda x: energy(x, memories, beta=2.0).sum())(queries[0])
+    assert_close(gradient, queries[0] - retrieve(queries[0], memories, beta=2.0))
