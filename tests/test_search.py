@@ -2,7 +2,6 @@
 
 import copy
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -60,6 +59,7 @@ def test_few_candidates_are_asked_for_where_few_memories_have_weight():
 
 
 def test_an_index_of_faiss_gives_the_same():
+    faiss = pytest.importorskip("faiss")
     memory = _memory(dtype=torch.float32)
     features = memory.stored_features().detach().numpy()
     index = faiss.IndexFlatIP(features.shape[1])
