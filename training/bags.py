@@ -3,9 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before the others: it says what to install where they are absent.
+from recipe import BagDataRecipe, RecipeError
+
+
+# isort: split
+
 import numpy as np
 from datasets import load_dataset
-from recipe import BagDataRecipe, RecipeError
 from sklearn.datasets import load_digits
 
 from modeling_uhop.feature_extraction_uhop_mil import as_arrays

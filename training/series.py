@@ -5,11 +5,16 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before the others: it says what to install where they are absent.
+from recipe import RecipeError, SeriesDataRecipe
+
+
+# isort: split
+
 import numpy as np
 import pandas
 import torch
 from datasets import load_dataset
-from recipe import RecipeError, SeriesDataRecipe
 from torch.utils.data import Dataset
 
 
