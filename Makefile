@@ -1,10 +1,11 @@
 # Two commands do everything on a fresh machine: `make train` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train demo test experiments bags forecasts speed lint types unit format tables clean
+.PHONY: train demo test test-minimum experiments bags forecasts speed lint types unit format tables clean
 
 # One thread: two would mostly wait for each other in so small a model.
 train: $(READY)
@@ -34,6 +35,15 @@ speed: $(READY)
 
 test: lint types unit
 
+# The tests again, with the lowest version that pyproject.toml declares of each package.
+MINIMUM := .venv-minimum
+test-minimum: $(MINIMUM)/constraints.txt
+	$(MAKE) unit VENV=$(MINIMUM) CONSTRAINTS=$(MINIMUM)/constraints.txt
+
+$(MINIMUM)/constraints.txt: pyproject.toml
+	mkdir -p $(MINIMUM)
+	grep -oE '[A-Za-z-]+>=[0-9.]+' pyproject.toml | sed 's/>=/==/' | sort -u > $@
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,13 +58,13 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(READY): pyproject.toml constraints.txt modeling_uhop/version.py
+$(READY): pyproject.toml $(CONSTRAINTS) modeling_uhop/version.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[train,dev]'
 	touch $(READY)
 
 tables: $(READY)
 	$(BIN)/python training/document.py
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MINIMUM) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache

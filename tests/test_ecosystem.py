@@ -5,16 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_close
+from conftest import CHECKPOINTING, assert_close
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset
-from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image as PILImage
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTImageProcessor, pipeline
@@ -133,6 +129,8 @@ def _name(case: Any) -> str:
 @pytest.mark.parametrize(("family", "fields"), EXPORTED, ids=_name)
 @pytest.mark.filterwarnings(TREE_SPEC)
 def test_onnxruntime_gives_the_outputs_of_the_model_for_batches_and_bags_of_every_size(tmp_path, family, fields):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
     model = make_model(family, **fields)
     torch.onnx.export(
         model,
@@ -175,6 +173,9 @@ def test_a_strictly_exported_program_gives_the_outputs_of_the_model(family):
 
 @pytest.mark.filterwarnings(TREE_SPEC)
 def test_a_folded_model_becomes_a_smaller_file_with_the_same_outputs(tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
     model, options = make_model("vit"), {"dynamo": True, "dynamic_shapes": DYNAMIC_SHAPES["vit"], "external_data": False, "verbose": False}
     sessions, numbers, products = [], [], []
     for name, exported in (("whole", model), ("folded", model.fold_feature_maps())):
@@ -252,9 +253,10 @@ def copy_of(model: nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings(OLD_NAME)
 def test_lora_trains_adapters_alone_and_is_saved_loaded_merged_and_folded(tmp_path, family):
+    peft = pytest.importorskip("peft")
     fields = {"alpha": 1.5}
     inputs = make_inputs(family)
-    model = get_peft_model(make_model(family, **fields), LoraConfig(**ADAPTERS, modules_to_save=[HEADS[family]]))
+    model = peft.get_peft_model(make_model(family, **fields), peft.LoraConfig(**ADAPTERS, modules_to_save=[HEADS[family]]))
     before = copy_of(model)
     assert_close(answer(model.eval(), inputs), answer(make_model(family, **fields), inputs))
     make_trainer(tmp_path, model, Examples(family)).train()
@@ -268,7 +270,7 @@ def test_lora_trains_adapters_alone_and_is_saved_loaded_merged_and_folded(tmp_pa
     assert not torch.allclose(expected, answer(make_model(family, **fields), inputs), atol=1e-3)
 
     model.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(make_model(family, **fields), str(tmp_path / "adapter")).eval()
+    loaded = peft.PeftModel.from_pretrained(make_model(family, **fields), str(tmp_path / "adapter")).eval()
     assert_close(answer(loaded, inputs), expected)
     with pytest.raises(ValueError, match=r"merge_and_unload\(\)"):
         loaded.fold_feature_maps()
@@ -285,9 +287,10 @@ def test_lora_trains_adapters_alone_and_is_saved_loaded_merged_and_folded(tmp_pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_that_transformers_adds_is_separated_saved_and_loaded(tmp_path, family):
+    peft = pytest.importorskip("peft")
     inputs, fields = make_inputs(family), {"alpha": 1.5}
     model = make_model(family, **fields)
-    model.add_adapter(LoraConfig(**ADAPTERS))
+    model.add_adapter(peft.LoraConfig(**ADAPTERS))
     before = copy_of(model)
     callback = SeparationCallback(steps=10, parameters="feature_maps", batch_size=12)
     make_trainer(tmp_path, model, Examples(family), callback, learning_rate=0.0).train()
@@ -307,8 +310,9 @@ def test_an_adapter_that_transformers_adds_is_separated_saved_and_loaded(tmp_pat
 
 @pytest.mark.filterwarnings(OLD_NAME)
 def test_a_memory_recalls_through_an_adapter_of_its_feature_map():
+    peft = pytest.importorskip("peft")
     inputs, plain = make_inputs("memory"), make_model("memory")
-    memory = get_peft_model(make_model("memory"), LoraConfig(r=2, target_parameters=["feature_map.weight"]))
+    memory = peft.get_peft_model(make_model("memory"), peft.LoraConfig(r=2, target_parameters=["feature_map.weight"]))
     assert_close(answer(memory, inputs), answer(plain, inputs))
     for step in range(1, 3):
         with torch.no_grad():
@@ -326,9 +330,10 @@ def test_a_memory_recalls_through_an_adapter_of_its_feature_map():
 @pytest.mark.parametrize("how", ["adapter", "whole"])
 @pytest.mark.filterwarnings(OLD_NAME)
 def test_separation_moves_what_peft_trains_of_the_feature_maps(tmp_path, how, parameters):
+    peft = pytest.importorskip("peft")
     config = {"r": 2, "target_modules": ["q_proj"]}
     config |= {"target_parameters": ["feature_map.weight"]} if how == "adapter" else {"modules_to_save": ["feature_map"]}
-    model = get_peft_model(make_model("vit"), LoraConfig(**config))
+    model = peft.get_peft_model(make_model("vit"), peft.LoraConfig(**config))
     before = copy_of(model)
     callback = SeparationCallback(schedule="train_begin", steps=20, lr=0.02, batch_size=8, parameters=parameters)
     trainer = make_trainer(tmp_path, model, Examples("vit"), callback, learning_rate=0.0)
@@ -349,10 +354,11 @@ def test_separation_moves_what_peft_trains_of_the_feature_maps(tmp_path, how, pa
 
 @pytest.mark.filterwarnings(OLD_NAME)
 def test_separation_says_what_it_needs_of_an_adapter(tmp_path):
-    frozen = get_peft_model(make_model("vit"), LoraConfig(r=2, target_modules=["q_proj"]))
+    peft = pytest.importorskip("peft")
+    frozen = peft.get_peft_model(make_model("vit"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"target_parameters=\['feature_map.weight'\]"):
         make_trainer(tmp_path, frozen, Examples("vit"), SeparationCallback()).train()
-    adapted = get_peft_model(make_model("vit"), LoraConfig(**ADAPTERS))
+    adapted = peft.get_peft_model(make_model("vit"), peft.LoraConfig(**ADAPTERS))
     for option in ("project", "normalize_rows"):
         with pytest.raises(ValueError, match=r"modules_to_save=\['feature_map'\]"):
             make_trainer(tmp_path, adapted, Examples("vit"), SeparationCallback(**{option: True})).train()
@@ -360,8 +366,10 @@ def test_separation_says_what_it_needs_of_an_adapter(tmp_path):
 
 @pytest.mark.filterwarnings(OLD_NAME)
 def test_training_of_adapters_with_separation_resumes_exactly(tmp_path):
+    peft = pytest.importorskip("peft")
+
     def train(stop: int | None, **options) -> dict[str, torch.Tensor]:
-        model = get_peft_model(make_model("vit"), LoraConfig(**ADAPTERS))
+        model = peft.get_peft_model(make_model("vit"), peft.LoraConfig(**ADAPTERS))
         callback = SeparationCallback(schedule="step", lr=0.5, batch_size=8, optimizer="adam", **options)
         arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
         trainer = make_trainer(tmp_path / "out", model, Examples("vit"), callback, **arguments)
@@ -411,11 +419,12 @@ def test_a_device_map_may_leave_weights_on_the_disk(tmp_path, family):
 
 @pytest.mark.parametrize("schedule", ["train_begin", "epoch", "step"])
 def test_tensorboard_behind_the_callback_has_the_separation_loss_beside_the_loss(tmp_path, monkeypatch, schedule):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     callback = SeparationCallback(schedule=schedule, steps=2, lr=0.5, batch_size=8)
     trainer = make_trainer(tmp_path, make_model("vit"), Examples("vit"), callback, TensorBoardCallback())
     trainer.train()
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    events = accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
     recorded = {tag: [(event.step, event.value) for event in events.Scalars(f"train/{tag}")] for tag in ("loss", "separation_loss")}
     logged = {tag: [(x["step"], x[tag]) for x in trainer.state.log_history if tag in x] for tag in recorded}
     assert [step for step, _ in recorded["loss"]] == [1, 2, 3]
@@ -426,10 +435,11 @@ def test_tensorboard_behind_the_callback_has_the_separation_loss_beside_the_loss
 
 
 def test_tensorboard_of_the_trainer_has_the_loss(tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     trainer = make_trainer(tmp_path, make_model("vit"), Examples("vit"), SeparationCallback(steps=2, batch_size=8), report_to="tensorboard")
     trainer.train()
-    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    events = accumulator.EventAccumulator(str(tmp_path / "events")).Reload()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
 
@@ -580,7 +590,7 @@ def test_the_image_pipeline_answers_in_batches_as_the_model_does_one_by_one():
 def test_activation_checkpointing_changes_no_gradient(family, reentrant):
     plain = make_model(family, alpha=1.5).train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    getattr(checkpointed, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
     entered = []
     for module in checkpointed.modules():
         if getattr(module, "gradient_checkpointing", False):

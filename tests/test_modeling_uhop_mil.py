@@ -4,7 +4,7 @@ import onnxruntime
 import pytest
 import reference
 import torch
-from conftest import assert_close
+from conftest import CHECKPOINTING, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoModelForSequenceClassification, Dinov2Config, ResNetConfig, SwinConfig, Trainer, TrainingArguments
@@ -321,7 +321,7 @@ def test_gradient_accumulation_changes_nothing(fields, tmp_path):
             max_steps=1,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=8 // batch_size,
-            activation_checkpointing=batch_size == 2,
+            **{CHECKPOINTING: batch_size == 2},
             optim="sgd",
             max_grad_norm=0.0,
             learning_rate=1.0,

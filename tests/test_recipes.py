@@ -1,6 +1,7 @@
 """Recipes, their data and the training script: what runs, what is refused, what is left behind."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClas
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("vit_*.yaml"))
+MODULES = {path.stem: path.read_text() for path in (ROOT / "training").glob("*.py")}
 SHARED = ROOT.parent / "shared" / "data"
 TINY = [
     "training.num_train_epochs=2",
@@ -73,6 +75,17 @@ def test_every_recipe_reads_the_real_data(path):
     assert pixel_values.std() < 2
     labels = images["train"].features["label"].names
     assert len(labels) == {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}[folder.name]
+
+
+# The check of a saved folder runs without the package.
+@pytest.mark.parametrize("script", sorted(name for name, code in MODULES.items() if "__main__" in code and name != "reload"))
+def test_a_script_says_what_to_install_where_the_train_extra_is_absent(script, monkeypatch):
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("datasets", "evaluate", "filelock", "matplotlib", "pandas", "PIL", "scipy", "sklearn"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ModuleNotFoundError, match=r"^datasets, .*, PIL, .* need them: pip install 'modeling-uhop\[train\]'$"):
+        runpy.run_path(str(ROOT / "training" / f"{script}.py"), run_name="__main__")
 
 
 def test_yaml_reads_scientific_numbers(tmp_path):

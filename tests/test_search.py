@@ -2,8 +2,8 @@
 
 import copy
 import pickle
+from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -13,6 +13,10 @@ from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, hopfield_attention,
 from modeling_uhop import modeling_uhop_memory as memory_module
 from modeling_uhop import search as search_module
 from modeling_uhop.search import brute_force, faiss_index, largest, sparse_association
+
+
+faiss: Any = search_module.faiss
+needs_faiss = pytest.mark.skipif(faiss is None, reason="faiss is not installed")
 
 
 def _memory(count=300, dtype=torch.float64, **fields):
@@ -61,6 +65,7 @@ def test_few_candidates_are_asked_for_where_few_memories_have_weight():
     assert found.weights.shape[1] < 32
 
 
+@needs_faiss
 def test_an_index_of_faiss_gives_the_same():
     memory = _memory(dtype=torch.float32)
     features = memory.stored_features().detach().numpy()
@@ -226,8 +231,8 @@ def test_a_query_for_which_an_index_finds_nothing_has_no_weight(alpha):
     assert (weights == 0).all()
 
 
-def _faiss(memory, kind=faiss.IndexFlatIP):
-    index = kind(12)
+def _faiss(memory, kind="IndexFlatIP"):
+    index = getattr(faiss, kind)(12)
     index.add(memory.stored_features().float().detach().numpy())
     return index
 
@@ -245,10 +250,11 @@ def _moved_phi(memory):
     return index
 
 
+@needs_faiss
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m: _faiss(m, faiss.IndexFlatL2), "must rank by inner products, but IndexFlatL2 has metric_type=1"),
+        (lambda m: _faiss(m, "IndexFlatL2"), "must rank by inner products, but IndexFlatL2 has metric_type=1"),
         (lambda m: faiss.IndexFlatIP(12), "IndexFlatIP holds 0 and the memory 300"),
         (lambda m: faiss.IndexFlatIP(5), "of width 12, got IndexFlatIP of width 5"),
         (lambda m: faiss.index_factory(12, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT), "must be trained before a search"),
@@ -282,6 +288,7 @@ def test_candidates_that_no_search_can_find_are_refused(answer, error, message):
         _memory(dtype=torch.float32).search(torch.randn(4, 12), candidates=answer)
 
 
+@needs_faiss
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF4,Flat", "SQ8"])
 @pytest.mark.parametrize("similarity", ["kernel", "dot"])
 def test_an_index_of_its_own_is_in_step_with_the_memory(factory, similarity):
@@ -314,6 +321,7 @@ def test_an_index_of_its_own_is_in_step_with_the_memory(factory, similarity):
     check()
 
 
+@needs_faiss
 def test_an_index_does_not_travel(tmp_path):
     memory = _memory(dtype=torch.float32)
     memory.index("HNSW32")
@@ -326,6 +334,7 @@ def test_an_index_does_not_travel(tmp_path):
     assert_close(memory.to(torch.float64).search(queries).retrieved, expected, dtype=torch.float32, scale=10)
 
 
+@needs_faiss
 def test_weights_are_those_of_exact_scores_whatever_an_index_makes_of_them():
     memory = _memory(dtype=torch.float32, alpha=2.0, beta=5.0, similarity="dot")
     memory.index("PQ4x4")
@@ -336,6 +345,7 @@ def test_weights_are_those_of_exact_scores_whatever_an_index_makes_of_them():
     assert_close(torch.zeros_like(exact.association).scatter_add_(1, found.indices, found.weights), exact.association, scale=10)
 
 
+@needs_faiss
 def test_an_index_that_cannot_be_is_refused(monkeypatch):
     memory = _memory(dtype=torch.float32)
     for factory, parameters in (("HNSV32", ""), ("HNSW32", "depth=3")):
@@ -351,6 +361,7 @@ def test_an_index_that_cannot_be_is_refused(monkeypatch):
         memory.index("Flat")
 
 
+@needs_faiss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("factory", ["flat", "Flat"])
 def test_search_in_half_precision_and_without_queries(dtype, factory):

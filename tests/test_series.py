@@ -153,6 +153,8 @@ def test_bad_files_are_refused(tmp_path):
         load_series(SeriesDataRecipe("ETTh1"))
 
 
+# The CSV reader of datasets leaves its file to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_a_series_from_the_hub(tmp_path, monkeypatch):
     # A folder stands for a repository: what has one is not looked for elsewhere.
     frame = synthetic_series(300)

@@ -7,7 +7,6 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-import app
 import demo_bags
 import demo_classifier
 import demo_digits
@@ -24,7 +23,6 @@ from data import load_images
 from demo_digits import DemoError
 from demo_memory import MemorySettings
 from PIL import Image
-from playwright.sync_api import expect
 from recipe import DataRecipe
 from take_screenshots import READY, SIZES, chromium, open_tab, running_demo
 
@@ -39,6 +37,8 @@ from modeling_uhop import (
     retrieve,
 )
 
+
+app = pytest.importorskip("app", reason="the demo needs gradio")
 
 ROOT = Path(__file__).parent.parent
 SPACE = ROOT / "space"
@@ -446,6 +446,8 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
+    # A busy machine answers late.
+    pytest.importorskip("playwright.sync_api").expect.set_options(timeout=30_000)
     with chromium() as opened:
         yield opened
 
@@ -466,10 +468,6 @@ def page(request, browser, address):
     yield opened
     context.close()
     assert wrong == []
-
-
-# A busy machine answers late.
-expect.set_options(timeout=30_000)
 
 
 def _overflow(page) -> int:
@@ -501,6 +499,8 @@ def _middle(box) -> tuple[float, float]:
 
 @needs_browser
 def test_a_slider_changes_what_the_memory_retrieves(page):
+    from playwright.sync_api import expect
+
     assert _overflow(page) <= 0
     before = _confused(page)
     assert before == [str(int(side.confused.sum())) for side in demo_memory.explore(MemorySettings())[1].values()]

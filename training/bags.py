@@ -3,10 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before the others: it says what to install where they are absent.
+from recipe import BagDataRecipe, RecipeError
+
+
+# isort: split
+
 import numpy as np
 from datasets import ClassLabel, load_dataset
 from labels import as_classes
-from recipe import BagDataRecipe, RecipeError
 from sklearn.datasets import load_digits
 
 from modeling_uhop.feature_extraction_uhop_mil import as_arrays

@@ -8,13 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# Before the others: it says what to install where they are absent.
+from recipe import DataRecipe, RecipeError
+
+
+# isort: split
+
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from labels import as_classes
 from PIL import Image as PILImage
 from PIL import ImageOps
-from recipe import DataRecipe, RecipeError
 from sklearn.datasets import load_digits
 from transformers import ViTImageProcessorPil
 

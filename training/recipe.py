@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +29,12 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 
 from modeling_uhop import SeparationCallback, STanHopConfig, UHopMILConfig, UHopViTConfig
+
+
+if _missing := [
+    name for name in ("datasets", "evaluate", "filelock", "matplotlib", "pandas", "PIL", "scipy", "sklearn") if not find_spec(name)
+]:
+    raise ModuleNotFoundError(f"{', '.join(_missing)} cannot be imported, and the recipes need them: pip install 'modeling-uhop[train]'")
 
 
 @dataclass

@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Before the others: it says what to install where they are absent.
+from recipe import DataRecipe, RecipeError, as_recorded, errors_in_one_line, provenance, read_yaml, refuse_several_processes, strictly
+
+
+# isort: split
+
 import matplotlib
 import numpy as np
 import torch
 from data import load_images
-from recipe import DataRecipe, RecipeError, as_recorded, errors_in_one_line, provenance, read_yaml, refuse_several_processes, strictly
 from run_retrieval import draw, load_patterns, pixels
 
 from modeling_uhop import FeatureMap, association, energy, maximize_separation, retrieve, spherical_code

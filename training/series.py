@@ -4,11 +4,16 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before the others: it says what to install where they are absent.
+from recipe import RecipeError, SeriesDataRecipe
+
+
+# isort: split
+
 import numpy as np
 import pandas
 import torch
 from datasets import load_dataset
-from recipe import RecipeError, SeriesDataRecipe
 from time_stamps import take_time_stamps
 from torch.utils.data import Dataset
 
