@@ -11,14 +11,14 @@ from recipe import RecipeError
 def as_classes(labels: Iterable[Any], place: Callable[[int], str]) -> list[Any]:
     """Labels as plain values that compare: whole numbers, truth values or text, all of one kind.
 
-    A whole float, as pandas has where a label is missing elsewhere, is the whole number. A list or array of one label is that label.
+    A whole float, as pandas has where a label is missing elsewhere, is the whole number.
 
     Args:
         place: How a message names a row by its index, such as "bag 3 of FILE".
 
     Raises:
         RecipeError: For a label that is missing (`None`, nan or blank), is no class (0.5, a date), or of another kind than the first one's,
-            and for a row with several labels; naming the row.
+            and for a list of labels, even of one; naming the row.
     """
     classes = [_as_class(label, index, place) for index, label in enumerate(labels)]
     for index, label in enumerate(classes):
@@ -28,11 +28,10 @@ def as_classes(labels: Iterable[Any], place: Callable[[int], str]) -> list[Any]:
 
 
 def _as_class(label: Any, index: int, place: Callable[[int], str]) -> Any:
-    if isinstance(label, (list, tuple, np.ndarray)):
-        values = np.asarray(label, dtype=object).reshape(-1)
-        if len(values) > 1:
-            raise RecipeError(f"{place(index)} has {len(values)} labels, {values.tolist()}; recipes classify into one class each")
-        label = values[0] if len(values) == 1 else None
+    if isinstance(label, (list, tuple, np.ndarray)) and np.ndim(label) > 0:
+        raise RecipeError(f"{place(index)} has a list of labels, {list(label)}; a recipe takes one class, not in a list")
+    if isinstance(label, np.ndarray):
+        label = label.item()
     if label is None or label != label or (isinstance(label, str) and not label.strip()):
         raise RecipeError(f"{place(index)} has no label; leave such rows out")
     if isinstance(label, (bool, np.bool_)):
