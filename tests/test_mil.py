@@ -608,16 +608,22 @@ def test_half_precision_is_taken_off_before_answers_are_kept():
     ("labels", "names"),
     [
         (lambda marks: marks.astype(float), ["0", "1"]),
-        (lambda marks: [[int(mark)] for mark in marks], ["0", "1"]),
         (lambda marks: marks.astype(bool), ["False", "True"]),
         (lambda marks: marks * 8 + 2, ["2", "10"]),
     ],
-    ids=["whole floats", "lists of one", "bools", "numbers"],
+    ids=["whole floats", "bools", "numbers"],
 )
 def test_labels_of_bags_are_classes(tmp_path, labels, names):
     bags = _bags()
     loaded = load_bags(BagDataRecipe(str(_write(tmp_path / "bags.parquet", bags, label=labels(bags.labels)))))
     assert (loaded.names, loaded.labels.tolist()) == (names, bags.labels.tolist())
+
+
+def test_lists_of_labels_are_refused_by_bag(tmp_path):
+    bags = _bags()
+    path = _write(tmp_path / "bags.parquet", bags, label=[[int(mark)] for mark in bags.labels])
+    with pytest.raises(RecipeError, match=r"bag 0 of .* has a list of labels, \[1\]"):
+        load_bags(BagDataRecipe(str(path)))
 
 
 def test_classes_of_bags_keep_their_names(tmp_path):

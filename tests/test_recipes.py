@@ -521,7 +521,6 @@ NAN = float("nan")
         (np.array([1.0, 0.0], np.float32), [1, 0]),
         (["1", "a"], ["1", "a"]),
         ([True, np.False_], [True, False]),
-        ([[1], np.array([0]), (1,)], [1, 0, 1]),
         ([np.array(3), np.int8(4)], [3, 4]),
     ],
 )
@@ -537,9 +536,9 @@ def test_labels_are_plain_classes_of_one_kind(labels, expected):
         ([1, None], "row 1 has no label"),
         ([1.0, NAN], "row 1 has no label"),
         (["a", " "], "row 1 has no label"),
-        ([[1], []], "row 1 has no label"),
-        ([[1], [NAN]], "row 1 has no label"),
-        ([[1], [1, 0]], r"row 1 has 2 labels, \[1, 0\]; recipes classify into one class each"),
+        ([1, [1]], r"row 1 has a list of labels, \[1\]; a recipe takes one class, not in a list"),
+        ([1, np.array([1, 0])], "row 1 has a list of labels"),
+        ([1, ()], "row 1 has a list of labels"),
         ([1, 0.5], "row 1 has the label 0.5; a class is a whole number, text, or true or false"),
         ([1, float("inf")], "row 1 has the label inf; a class"),
         ([1, {"a": 1}], "row 1 has the label .*; a class"),
@@ -556,7 +555,6 @@ def test_labels_that_are_no_class_are_refused_by_row(labels, message):
     ("labels", "kind", "names"),
     [
         ([1.0, 0.0, 10.0], Value("float64"), ["0", "1", "10"]),
-        ([[1], [0]], datasets.List(Value("int64")), ["0", "1"]),
         ([True, False], Value("bool"), ["False", "True"]),
         (["dog", "cat"], Value("string"), ["cat", "dog"]),
     ],
@@ -565,7 +563,7 @@ def test_labels_of_images_are_classes(tmp_path, labels, kind, names):
     _write_parquet(tmp_path, labels=labels, label_type=kind)
     images = load_images(DataRecipe(str(tmp_path)))
     assert images["train"].features["label"].names == names
-    given = [str(label[0] if isinstance(label, list) else int(label) if isinstance(label, float) else label) for label in labels * 20]
+    given = [str(int(label) if isinstance(label, float) else label) for label in labels * 20]
     for split in images.values():
         for row in split:
             assert names[row["label"]] == given[int(row["row"].split()[1])]
@@ -577,7 +575,6 @@ def test_labels_of_images_are_classes(tmp_path, labels, kind, names):
         ([1, 0, None], Value("int64"), r"row 2 of t\w+ in .* has no label"),
         ([1, 0, None], ClassLabel(names=["a", "b"]), r"row 2 of t\w+ in .* has no label"),
         ([1.0, 0.0, NAN], Value("float64"), r"row 2 of t\w+ in .* has no label"),
-        ([[1], [1, 0]], datasets.List(Value("int64")), r"row 1 of t\w+ in .* has 2 labels"),
         ([1.0, 0.5], Value("float64"), r"row 1 of t\w+ in .* has the label 0.5"),
     ],
 )
@@ -585,9 +582,15 @@ def test_labels_of_images_are_classes(tmp_path, labels, kind, names):
 def test_images_without_a_class_are_refused_by_row(tmp_path, labels, kind, message, split):
     _write_parquet(tmp_path, labels=labels, label_type=kind, splits=(split,))
     whole = {"train": "test", "test": "train"}[split]
-    good = [label for label in labels if label not in (None, [1, 0], 0.5) and label == label]
+    good = [label for label in labels if label not in (None, 0.5) and label == label]
     _write_parquet(tmp_path, labels=good, label_type=kind, splits=(whole,))
     with pytest.raises(RecipeError, match=message.replace(r"t\w+", split)):
+        load_images(DataRecipe(str(tmp_path)))
+
+
+def test_lists_of_labels_are_refused_by_row(tmp_path):
+    _write_parquet(tmp_path, labels=[[1], [0]], label_type=datasets.List(Value("int64")))
+    with pytest.raises(RecipeError, match=r"row 0 of train in .* has a list of labels, \[1\]"):
         load_images(DataRecipe(str(tmp_path)))
 
 

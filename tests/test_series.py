@@ -495,6 +495,7 @@ SPRING, AUTUMN = _hours("2024-03-30 23:00", "Europe/Berlin"), _hours("2024-10-26
         (SPRING.tz_convert("UTC").strftime("%Y-%m-%dT%H:%M:%SZ"), SPRING.tz_convert("UTC")),
         (pd.period_range("2024-01", periods=3, freq="M"), pd.DatetimeIndex(["2024-01-01", "2024-02-01", "2024-03-01"])),
         (np.array([1704067200000, 1704070800000]), pd.Index([1704067200000, 1704070800000])),
+        (np.array([1704067200, 1704070800], np.uint64), pd.Index([1704067200, 1704070800])),
         (["1704067200", "1704070800"], pd.Index([1704067200, 1704070800])),
         ([date.date() for date in DAYS], DAYS),
         (pd.to_timedelta([1, 2], unit="h"), pd.to_timedelta([1, 2], unit="h")),

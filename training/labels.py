@@ -18,7 +18,7 @@ def as_classes(labels: Iterable[Any], place: Callable[[int], str]) -> list[Any]:
 
     Raises:
         RecipeError: For a label that is missing (`None`, nan or blank), is no class (0.5, a date), or of another kind than the first one's,
-            and for a list; naming the row.
+            and for a list of labels, even of one; naming the row.
     """
     classes = [_as_class(label, index, place) for index, label in enumerate(labels)]
     for index, label in enumerate(classes):
@@ -28,8 +28,10 @@ def as_classes(labels: Iterable[Any], place: Callable[[int], str]) -> list[Any]:
 
 
 def _as_class(label: Any, index: int, place: Callable[[int], str]) -> Any:
-    if isinstance(label, (list, tuple, np.ndarray)):
-        raise RecipeError(f"{place(index)} has the label {label}, a list; recipes classify a row into one class, a number or text")
+    if isinstance(label, (list, tuple, np.ndarray)) and np.ndim(label) > 0:
+        raise RecipeError(f"{place(index)} has a list of labels, {list(label)}; a recipe takes one class, not in a list")
+    if isinstance(label, np.ndarray):
+        label = label.item()
     if label is None or label != label or (isinstance(label, str) and not label.strip()):
         raise RecipeError(f"{place(index)} has no label; leave such rows out")
     if isinstance(label, (bool, np.bool_)):

@@ -43,7 +43,8 @@ class DataRecipe:
 
     Attributes:
         dataset: "digits" (scikit-learn's), a Hub id, or a local folder in any layout that `datasets.load_dataset` reads.
-        image_column, label_column: Names of the columns.
+        image_column, label_column: Names of the columns: images of any mode (see `modeling_uhop.images.as_rgb`), and a class: a whole
+            number, text, or true or false.
         train_split, test_split: Names of the splits; "digits" has none of its own and is cut by `test_fraction`.
         validation_fraction: Part of the training split that is held out, stratified by label, to look at while training.
         test_fraction: Part of "digits" that is the test split.
@@ -80,9 +81,10 @@ class BagDataRecipe:
     """Where bags come from, and what is made of them before a model sees them.
 
     Attributes:
-        dataset: "digits" (bags of scikit-learn's digits, positive if a 9 is inside), a Hub id, a local folder or a file, in any layout that
-            `datasets.load_dataset` reads.
-        instances_column, label_column: Names of the columns: a list of instances, each a list of numbers, and a class.
+        dataset: "digits" (bags of scikit-learn's digits, positive if a 9 is inside), a Hub id, a local folder in any layout that
+            `datasets.load_dataset` reads, or a file (.parquet, .json, .jsonl, .arrow).
+        instances_column, label_column: Names of the columns: a list of instances, each a list of numbers (or channels of an image), and a
+            class: a whole number, text, or true or false.
         split: Name of the split; cross-validation divides it.
         standardize, clip, num_components: Of `UHopMILFeatureExtractor`, fitted on training bags.
         max_instances: Training bags with more instances are subsampled to this many, anew each time; `None` for no limit.

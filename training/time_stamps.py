@@ -117,7 +117,8 @@ def _read_numbers(values: pandas.Series, where: str) -> pandas.Series:
         days = pandas.to_datetime(values.astype(np.int64).astype(str), format="%Y%m%d", errors="coerce")
         if days.notna().all() and (values == values.astype(np.int64)).all():
             return days
-    return values
+    # Differences of unsigned numbers would wrap around.
+    return values.astype(np.int64) if values.dtype.kind == "u" else values
 
 
 def _read_text(text: pandas.Series, where: str) -> pandas.Series:
