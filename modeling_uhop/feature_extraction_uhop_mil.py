@@ -1,7 +1,6 @@
 """Feature extractor of UHopMIL: ragged bags in, standardised and padded tensors out."""
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import BatchFeature, FeatureExtractionMixin
+
+from .bag_arrays import as_arrays, blocks, check_finite, is_one_bag
 
 
 try:
@@ -19,8 +20,6 @@ except ImportError:
 
 # The columns that transformers' collators take labels from.
 _LABELS = ("label", "labels", "label_ids")
-# Entries of a bag that are handled at a time, because copies of a whole bag in float64 would take several times its memory.
-_BLOCK = 2**18
 
 
 class UHopMILFeatureExtractor(FeatureExtractionMixin):
@@ -164,10 +163,10 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
     def _write(self, index: int, array: np.ndarray, out: np.ndarray) -> None:
         """Transform a bag into float32 `out`, a block at a time."""
         with np.errstate(over="ignore", invalid="ignore"):
-            for rows in _blocks(array):
+            for rows in blocks(array):
                 block = self._standardized(array[rows])
                 out[rows] = block if self.components is None else (block - self.component_mean) @ self.components.T
-        _check_finite(index, out, " in float32 when they are transformed")
+        check_finite(index, out, " in float32 when they are transformed")
 
     def arrays(self, bags: Sequence[Any]) -> list[np.ndarray]:
         """Bags as float32 or float64 arrays that are not yet transformed; raises what `transform` does."""
@@ -226,120 +225,12 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         return BatchFeature(self.padded(self.arrays(bags)), tensor_type=return_tensors)
 
 
-def is_one_bag(bags: Any, *, vectors: bool = False) -> bool:
-    """Whether this is one bag: a DataFrame, an array with 2 axes (or 4, of images, unless `vectors`), or lists nested so deep."""
-    return hasattr(bags, "columns") or _depth(bags) in ((2,) if vectors else (2, 4))
-
-
-def _depth(entry: Any) -> int:
-    if isinstance(entry, np.ndarray) and entry.dtype == object and entry.size > 0:
-        return entry.ndim + _depth(entry.flat[0])
-    if hasattr(entry, "ndim"):
-        return entry.ndim
-    return 1 + _depth(entry[0]) if isinstance(entry, Sequence) and not isinstance(entry, str) and len(entry) > 0 else 0
-
-
-def as_arrays(
-    bags: Sequence[Any],
-    *,
-    num_features: int | None = None,
-    feature_names: list[str] | None = None,
-    empty_shape: tuple[int, ...] | None = None,
-    arrange: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> list[np.ndarray]:
-    """Bags as arrays whose instances have one shape, in float32, or in float64 where the values need it; without a copy where that can be.
-
-    Args:
-        num_features, feature_names: What every bag must have.
-        empty_shape: The shape of the instances of an empty bag, if all are empty.
-        arrange: Applied to each array before its shape is checked.
-
-    Raises:
-        ValueError: For bags that differ from each other or from what is asked for, or are not finite; naming the bag.
-    """
-    arrays = []
-    first, shape = 0, None
-    for index, bag in enumerate(bags):
-        array = _as_array(index, bag, feature_names)
-        array = array if arrange is None else arrange(array)
-        if len(array) > 0:
-            if array.ndim not in (2, 4):
-                saved = (
-                    f"; of vectors saved as (1, instances, features) pass bag[{index}][0]" if array.ndim == 3 and len(array) == 1 else ""
-                )
-                raise ValueError(
-                    f"bag {index} must have shape (instances, features), or (instances, channels, height, width), got {array.shape}{saved}"
-                )
-            if shape is None:
-                first, shape = index, array.shape[1:]
-            if array.shape[1:] != shape:
-                raise ValueError(f"bag {index} has instances of shape {array.shape[1:]}, and bag {first} of {shape}")
-            if num_features not in (None, array.shape[1]):
-                raise ValueError(
-                    f"bag {index} has {array.shape[1]} features, and the extractor was fitted on {num_features}; its shape is {array.shape}"
-                )
-            _check_finite(index, array)
-        arrays.append(array)
-    if not arrays:
-        raise ValueError("there are no bags")
-    filled = shape or empty_shape or (0,)
-    return [array if len(array) > 0 else np.zeros((0, *filled)) for array in arrays]
-
-
-def _as_array(index: int, bag: Any, feature_names: list[str] | None) -> np.ndarray:
-    columns = getattr(bag, "columns", None)
-    if columns is not None and feature_names is not None and [str(name) for name in columns] != feature_names:
-        raise ValueError(f"bag {index} must have the columns {feature_names}, in this order, got {list(columns)}")
-    try:
-        array = _numbers(bag)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"bag {index} is not numbers of one shape for every instance: {error}") from error
-    if array.ndim == 0:
-        raise ValueError(f"bag {index} must be a set of instances, got {bag!r}")
-    return array
-
-
-def _numbers(bag: Any) -> np.ndarray:
-    """Real numbers of any kind of array as float32, or as float64 where float32 does not have all of their dtype's values."""
-    if isinstance(bag, (list, tuple)) and any(isinstance(row, torch.Tensor) for row in bag):
-        bag = torch.stack([torch.as_tensor(row) for row in bag])
-    if isinstance(bag, torch.Tensor):
-        if bag.is_meta:
-            raise ValueError("a tensor on the meta device has no values")
-        bag = bag.detach().cpu().to_dense()
-        # NumPy has no bfloat16 and no 8-bit floats.
-        array = (bag.float() if bag.is_floating_point() and bag.dtype != torch.float64 else bag).numpy()
-    elif isinstance(bag, np.ma.MaskedArray):
-        array = np.ma.filled(bag.astype(np.float64), np.nan)
-    else:
-        array = np.asarray(bag.toarray() if hasattr(bag, "toarray") else bag)
-    if array.dtype.kind in "OUS":
-        # A DataFrame with missing values, or an array of rows.
-        array = np.asarray(bag.astype(np.float64) if hasattr(bag, "iloc") and array.ndim == 2 else array.tolist(), dtype=np.float64)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"got {array.dtype}")
-    return array.astype(np.result_type(array.dtype, np.float32) if array.dtype != np.longdouble else np.float64, copy=False)
-
-
 def _channels_first(array: np.ndarray) -> np.ndarray:
     """Pictures (instances, height, width, channels) with their channels first: a last axis of 1, 3 or 4 after two larger ones, of which
     the first could be no channels."""
     if array.ndim != 4 or array.shape[3] not in (1, 3, 4) or array.shape[1] in (1, 3, 4) or min(array.shape[1:3]) <= array.shape[3]:
         return array
     return np.moveaxis(array, 3, 1)
-
-
-def _blocks(array: np.ndarray) -> list[slice]:
-    """Slices of a bag's rows, of about `_BLOCK` entries each."""
-    size = max(1, _BLOCK // max(1, math.prod(array.shape[1:])))
-    return [slice(start, start + size) for start in range(0, len(array), size)]
-
-
-def _check_finite(index: int, array: np.ndarray, when: str = "") -> None:
-    for rows in _blocks(array):
-        bad = np.flatnonzero(~np.isfinite(array[rows]).reshape(len(array[rows]), -1).all(1))
-        if len(bad) > 0:
-            raise ValueError(f"bag {index} has entries that are not finite{when}, first in its instance {rows.start + bad[0]}")
 
 
 def _overflow(arrays: list[np.ndarray]) -> ValueError:
@@ -349,19 +240,19 @@ def _overflow(arrays: list[np.ndarray]) -> ValueError:
 
 def _mean_and_scale(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each feature over all bags, in float64; the deviation of a constant feature is exactly 0."""
-    blocks = [(array, rows) for array in arrays for rows in _blocks(array)]
+    parts = [(array, rows) for array in arrays for rows in blocks(array)]
     axes = (0, *range(2, arrays[0].ndim))
-    first = blocks[0][0][:1].mean(axes, keepdims=True, dtype=np.float64)
+    first = parts[0][0][:1].mean(axes, keepdims=True, dtype=np.float64)
     count = sum(array.size for array in arrays) // first.size
     with np.errstate(over="ignore", invalid="ignore"):
         # Sums of differences from a value of the feature are exact for features far from zero too.
-        mean = first + sum((array[rows] - first).sum(axes, keepdims=True) for array, rows in blocks) / count
-        variance = sum(np.square(array[rows] - mean).sum(axes) for array, rows in blocks) / count
+        mean = first + sum((array[rows] - first).sum(axes, keepdims=True) for array, rows in parts) / count
+        variance = sum(np.square(array[rows] - mean).sum(axes) for array, rows in parts) / count
     if not np.isfinite(variance).all():
         raise _overflow(arrays)
     # Rounding leaves a little spread in a constant feature.
-    highest = np.max([array[rows].max(axes) for array, rows in blocks], axis=0)
-    lowest = np.min([array[rows].min(axes) for array, rows in blocks], axis=0)
+    highest = np.max([array[rows].max(axes) for array, rows in parts], axis=0)
+    lowest = np.min([array[rows].min(axes) for array, rows in parts], axis=0)
     return mean.reshape(-1), np.where(highest > lowest, np.sqrt(variance), 0.0)
 
 
@@ -404,7 +295,7 @@ def _padded(
 def _copy(index: int, array: np.ndarray, out: np.ndarray) -> None:
     with np.errstate(over="ignore"):
         out[:] = array
-    _check_finite(index, out, " in float32")
+    check_finite(index, out, " in float32")
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .feature_extraction_uhop_mil import is_one_bag
+from .bag_arrays import is_one_bag
 
 
 TASK = "multiple-instance-classification"

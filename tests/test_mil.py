@@ -31,7 +31,7 @@ from tables import bags_table
 from train_mil import _seed, bag_to_show, check, cross_validate, cross_validate_fold, fit, instance_auc, predict, run, splits, summarize
 
 from modeling_uhop import SeparationCallback, UHopMILFeatureExtractor, UHopMILForBagClassification
-from modeling_uhop.feature_extraction_uhop_mil import as_arrays
+from modeling_uhop.bag_arrays import as_arrays
 
 
 ROOT = Path(__file__).parent.parent

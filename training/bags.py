@@ -14,7 +14,7 @@ from datasets import ClassLabel, load_dataset
 from labels import as_classes
 from sklearn.datasets import load_digits
 
-from modeling_uhop.feature_extraction_uhop_mil import as_arrays
+from modeling_uhop.bag_arrays import as_arrays
 
 
 # Of `datasets`, by a file's suffix.
