@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTImageProcessor, pipeline
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from modeling_uhop import (
     DataCollatorForBags,
@@ -287,7 +288,7 @@ def test_lora_trains_adapters_alone_and_is_saved_loaded_merged_and_folded(tmp_pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_that_transformers_adds_is_separated_saved_and_loaded(tmp_path, family):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
     inputs, fields = make_inputs(family), {"alpha": 1.5}
     model = make_model(family, **fields)
     model.add_adapter(peft.LoraConfig(**ADAPTERS))
