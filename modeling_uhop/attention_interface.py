@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import chunked_hopfield_attention
 from .simplex import at_least_fp32, cast_by_autocast, check_alpha_range, simplex_map
-from .validation import is_readable
+from .validation import check_tensor, check_tensors, is_readable, is_traced
 
 
 try:
@@ -60,7 +60,9 @@ def hopfield_attention(
         (B, H, Q, d_v), of the dtype of `value`.
 
     Raises:
-        ValueError: For an alpha outside [1, 2], or heads of queries that are no multiple of those of keys.
+        TypeError: For a query, key, value or mask that is no tensor.
+        ValueError: For an alpha outside [1, 2], a dropout outside [0, 1], an integer mask, heads of queries that are no multiple of those
+            of keys, or sinks of another number of heads.
 
     >>> from modeling_uhop import hopfield_attention
 
@@ -70,6 +72,7 @@ def hopfield_attention(
     True
     """
     check_alpha_range(alpha)
+    _check(query, key, value, attention_mask, dropout, sinks)
     settings: dict[str, Any] = {"scaling": scaling, "attention_mask": attention_mask, "dropout": dropout}
     learned_mask = attention_mask is not None and attention_mask.requires_grad
     if softcap is None and sinks is None and not learned_mask and query.dim() == key.dim() == value.dim() == 4:
@@ -77,7 +80,6 @@ def hopfield_attention(
             if _suits_softmax_kernel(query, key, value):
                 return _softmax_attention(query, key, value, **settings)
         elif is_readable(query):
-            _check_heads(query, key)
             return chunked_hopfield_attention(query, key, value, alpha=alpha, **settings)
     return plain_hopfield_attention(query, key, value, alpha=alpha, **settings, softcap=softcap, sinks=sinks)
 
@@ -95,6 +97,7 @@ def plain_hopfield_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`hopfield_attention`, with all weights formed at once: the reference for the other kernels, and differentiable in the mask too."""
+    _check(query, key, value, attention_mask, dropout, sinks)
     weights = hopfield_weights(query, key, alpha=alpha, scaling=scaling, attention_mask=attention_mask, softcap=softcap, sinks=sinks)
     return _product(nn.functional.dropout(weights, dropout).to(value.dtype), value)
 
@@ -111,7 +114,10 @@ def hopfield_weights(
     simplex: Callable[..., torch.Tensor] = simplex_map,
 ) -> torch.Tensor:
     """Association weights (B, H, Q, N) of `hopfield_attention`; `simplex` maps scores to them, as `simplex_map` does."""
-    # Scaled first, so that half-precision scores do not overflow.
+    dtype = query.dtype
+    if dtype == torch.float16:
+        # Its scores may overflow.
+        query, key = query.float(), key.float()
     scores = _product(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -120,33 +126,50 @@ def hopfield_weights(
         present = attention_mask > torch.finfo(attention_mask.dtype).min
         scores = scores + attention_mask
     if sinks is None:
-        return simplex(scores, alpha, mask=present)
+        return simplex(scores, alpha, mask=present).to(dtype)
     sink = (sinks.view(-1, 1, 1) if sinks.dim() == 1 else sinks).to(scores.dtype).expand(*scores.shape[:-1], 1)
     if present is not None:
         present = nn.functional.pad(present.expand(*present.shape[:-1], scores.shape[-1]), (0, 1), value=True)
-    return simplex(torch.cat((scores, sink), -1), alpha, mask=present)[..., :-1]
+    return simplex(torch.cat((scores, sink), -1), alpha, mask=present)[..., :-1].to(dtype)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`left @ right` for (B, H, Q, n) and (B, H_k, n, m), where neighbouring heads on the left may share one on the right."""
     if left.dim() < 4 or left.shape[1] in (1, right.shape[1]):
         return left @ right
-    _check_heads(left, right)
     # Queries that share a head are its rows: a broadcast product would copy that head for each of them.
     groups = left.shape[1] // right.shape[1]
     rows = left.unflatten(1, (right.shape[1], groups)).flatten(2, 3) @ right
     return rows.unflatten(2, (groups, left.shape[2])).flatten(1, 2)
 
 
-def _check_heads(query: torch.Tensor, key: torch.Tensor) -> None:
-    if query.shape[1] != 1 and key.shape[1] > 0 and query.shape[1] % key.shape[1] != 0:
-        raise ValueError(f"heads of queries must be a multiple of the heads of keys, got {query.shape[1]} and {key.shape[1]}")
+def _check(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    sinks: torch.Tensor | None,
+) -> None:
+    check_tensors(query=query, key=key, value=value)
+    check_tensor(attention_mask, "attention_mask")
+    if attention_mask is not None and attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+        raise ValueError(f"attention_mask must be boolean, or floating to be added to the scores, got {attention_mask.dtype}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+    if query.dim() < 4:
+        return
+    heads, shared = query.shape[1], key.shape[1]
+    if heads not in (1, shared) and (shared == 0 or heads % shared != 0):
+        raise ValueError(f"heads of queries must be a multiple of the heads of keys, got {heads} and {shared}")
+    if sinks is not None and sinks.dim() == 1 and len(sinks) != heads:
+        raise ValueError(f"sinks must have one score for each of the {heads} heads, got {len(sinks)}")
 
 
 def _suits_softmax_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `scaled_dot_product_attention` takes these tensors without broadcasting or casting, and there is a key."""
     alike = query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1:3] == value.shape[1:3]
-    filled = torch.jit.is_tracing() or min(*query.shape, *key.shape, *value.shape) > 0
+    filled = is_traced() or min(*query.shape, *key.shape, *value.shape) > 0
     return alike and filled and query.dtype == key.dtype == value.dtype and query.shape[1] % key.shape[1] == 0
 
 
@@ -298,20 +321,22 @@ def _library_simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor, mask
 
 
 def exponent_of(module: nn.Module) -> float | torch.Tensor:
-    """alpha of an attention module: what it learns in `hopfield_alpha_logit` (H,), as (H, 1, 1), or else `config.hopfield_alpha`, or 1.
+    """alpha of an attention layer: `hopfield_alpha` of the configuration it belongs to, 1 without one.
+
+    With `hopfield_learnable_alpha`, what it learns as `hopfield_alpha_logit` (H,), as (H, 1, 1).
 
     Raises:
-        ValueError: Where the configuration says that alpha is learned and the module has none.
+        ValueError: If alpha is outside [1, 2], or should be learned and the layer has no such parameter.
     """
-    config = getattr(module, "config", None)
-    if getattr(module, "hopfield_alpha_logit", None) is not None:
-        return 1.0 + cast(torch.Tensor, module.hopfield_alpha_logit).float().sigmoid().view(-1, 1, 1)
-    if getattr(config, "hopfield_learnable_alpha", False):
+    config = getattr(module, "hopfield_config", None) or getattr(module, "config", None)
+    if not getattr(config, "hopfield_learnable_alpha", False):
+        return getattr(config, "hopfield_alpha", 1.0)
+    if getattr(module, "hopfield_alpha_logit", None) is None:
         raise ValueError(
-            f"the configuration of {type(module).__name__} says that its alpha is learned, and it has none: "
-            "import modeling_uhop before the model is made or loaded"
+            f"hopfield_learnable_alpha is set, and {type(module).__name__} has no learned alpha: import modeling_uhop before the model is "
+            "loaded, or call use_hopfield_attention(model)"
         )
-    return getattr(config, "hopfield_alpha", 1.0)
+    return 1.0 + cast(torch.Tensor, module.hopfield_alpha_logit).float().sigmoid().view(-1, 1, 1)
 
 
 def _settings(

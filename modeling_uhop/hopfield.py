@@ -10,10 +10,10 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_interface import eager_attention_forward
+from .attention_interface import KERNELS, eager_attention_forward, hopfield_kernel
 from .feature_map import FeatureMap
 from .modeling_hopfield import HopfieldPreTrainedModel
-from .validation import is_plain
+from .validation import check_tensor, check_tensors, is_plain
 
 
 class MemorySet(NamedTuple):
@@ -95,9 +95,25 @@ class HopfieldAttention(nn.Module):
 
         `contents` (B, N, hidden_size) are what values are made of where that is not the memories.
 
+        Args:
+            attention_mask: (B, 1, Q, N) or what broadcasts to it, as in `hopfield_attention`; of memories alone, (B, 1, 1, N).
+
         Returns:
             The output (B, Q, hidden_size), and the association weights (B, H, Q, N) where the kernel in use forms them.
+
+        Raises:
+            TypeError: For inputs that are no tensors.
+            ValueError: For a mask without four axes, and for an attention that does not compute the alpha of the configuration.
         """
+        check_tensors(states=states)
+        for name, given in (("memories", memories), ("contents", contents), ("attention_mask", attention_mask)):
+            check_tensor(given, name)
+        kernel = hopfield_kernel(self.config, self.config._attn_implementation or "eager")
+        if attention_mask is not None and attention_mask.dim() != 4 and kernel in ("eager", *KERNELS):
+            raise ValueError(
+                f"attention_mask must have shape (B, 1, Q, N), got {tuple(attention_mask.shape)}; of memories alone, (B, N), pass "
+                "mask[:, None, None]"
+            )
         state_features = states if self.feature_map is None else self.feature_map(states)
         if memories is None:
             memories, memory_features = states, state_features
@@ -108,7 +124,7 @@ class HopfieldAttention(nn.Module):
         contents = memories if contents is None else contents
         value = self._split_heads(self.v_proj(self.k_proj(contents) if self.value_source == "projected_memory" else contents))
 
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(kernel, eager_attention_forward)
         if self.alpha_logit is not None or self.config.alpha != 1.0:
             kwargs["alpha"] = self.alpha
         for _ in range(self.config.update_steps - 1):
@@ -222,6 +238,7 @@ class HopfieldPooling(nn.Module):
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pool items (B, N, hidden_size), those that the mask (B, N) has, or all, to (B, num_queries, hidden_size); and the weights."""
+        check_tensors(states=states)
         queries = self.layernorm_query(self.queries).expand(states.shape[0], -1, -1)
         contents = self.layernorm_content(states)
         present = None if mask is None else mask.bool()[:, None, None, :]

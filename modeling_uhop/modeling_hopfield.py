@@ -33,27 +33,38 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
 
     def remember_configuration(self) -> None:
         """Take the configuration as it is for that of the weights."""
+        self._built_for = self.config
         self._built_with = copy.deepcopy(self._fields())
 
     def check_configuration(self) -> None:
         """Accept edits of the configuration that calls read, once they are in range.
 
         Raises:
-            ValueError: For a field that is read only when the model is built, or a value out of its range; the message names the field.
+            ValueError: For a field that is read only when the model is built, or a value out of its range, naming the field; and for
+                another configuration than the model was built with, which its layers would not see.
         """
         if is_traced():
             return
         config: Any = self.config
+        if config is not self._built_for:
+            raise ValueError(
+                f"the configuration of a {type(self).__name__} cannot be replaced once it is built, as its layers keep their own; "
+                "edit the fields of model.config, or pass them to from_pretrained"
+            )
         fields = self._fields()
         built = {**self._built_with, **self._sizes()}
         if fields == built:
             return
         for name, value in fields.items():
-            if value != built[name] and name not in self.read_at_each_call and name not in _STARTS:
-                raise ValueError(
-                    f"{name} was {built[name]!r} when this {type(self).__name__} was built, and its configuration now says {value!r}; "
-                    "build a model from a configuration of its own, or pass the field to from_pretrained"
-                )
+            before = built[name]
+            if value == before or name in self.read_at_each_call or name in _STARTS:
+                continue
+            if isinstance(value, dict) and isinstance(before, dict):
+                before, value = ({key: each.get(key) for key in value if value[key] != before.get(key)} for each in (before, value))
+            raise ValueError(
+                f"{name} was {before!r} when this {type(self).__name__} was built, and its configuration now says {value!r}; "
+                "build a model from a configuration of its own, or pass the field to from_pretrained"
+            )
         config.validate_hopfield()
         if hasattr(config, "learnable_alpha"):
             hopfield_kernel(config, config._attn_implementation)
@@ -66,17 +77,26 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
             ValueError: As `check_configuration`: what would be saved is not what ran.
         """
         self.check_configuration()
+        for name, part in self.named_modules():
+            own = getattr(part, "config", None)
+            if isinstance(own, type(self.config)) and own is not self.config:
+                raise ValueError(f"{name} has a configuration of its own, which would not be saved; its model's is model.config")
         super().save_pretrained(*args, **kwargs)
 
     def _fields(self) -> dict[str, Any]:
         """The values of the configuration's own fields."""
         kind: Any = type(self.config)
         fields = {name: getattr(self.config, name) for name in (*_own_fields(kind), *self._sizes())}
-        return {name: value.to_dict() if isinstance(value, PreTrainedConfig) else value for name, value in fields.items()}
+        # A backbone's own alpha is read at each call.
+        return {name: _without_alpha(value) if isinstance(value, PreTrainedConfig) else value for name, value in fields.items()}
 
     def _sizes(self) -> dict[str, int]:
         """What the model itself says of fields that others than the user set: how many labels and memories it has."""
         return {} if getattr(self, "num_labels", None) is None else {"num_labels": cast(int, self.num_labels)}
+
+
+def _without_alpha(config: PreTrainedConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if not name.startswith("hopfield_")}
 
 
 @functools.cache

@@ -558,6 +558,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         self.model = STanHopModel(config)
         # The model keeps its configuration's num_memories up to date, and with it that of all parts.
         self.config = config = self.model.config
+        self.remember_configuration()
         self.decoder = STanHopDecoder(config)
         self.linear_skip = STanHopSkip(config.context_length, config.prediction_length) if config.use_linear_skip else None
         tuned = config.memory_type == "tune"
@@ -586,6 +587,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
             ValueError: As `STanHopModel.forward`, for future values or a mask of a wrong shape, and (on CPU) for future values that are
                 infinite where they were observed.
         """
+        self.check_configuration()
         outputs: STanHopModelOutput = self.model(past_values, past_observed_mask, return_dict=True, **kwargs)
         decoded: STanHopDecoderOutput = self.decoder(outputs.scales, return_dict=True, **kwargs)
         forecast, scaled = cast(torch.Tensor, decoded.forecast), cast(torch.Tensor, outputs.scaled_values)

@@ -16,6 +16,7 @@ which tends to softmax as eps -> 0, so one formula, one solver and one gradient 
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -125,8 +126,8 @@ def _check_alpha(alpha: float | torch.Tensor, scores: torch.Tensor, dim: int) ->
 def check_alpha_range(alpha: float | torch.Tensor) -> None:
     """A `ValueError` for an alpha outside [1, 2]; a tensor's values are looked at only where that costs little."""
     if not isinstance(alpha, torch.Tensor):
-        if not 1.0 <= alpha <= 2.0:
-            raise ValueError(f"alpha must lie in [1, 2], got {alpha}")
+        if not isinstance(alpha, Real) or not 1.0 <= alpha <= 2.0:
+            raise ValueError(f"alpha must lie in [1, 2], got {alpha!r}")
     elif is_readable(alpha) and not bool(((alpha >= 1.0) & (alpha <= 2.0)).all()):
         raise ValueError(f"alpha must lie in [1, 2], got values from {alpha.min().item()} to {alpha.max().item()}")
 

@@ -147,6 +147,25 @@ def test_a_number_of_labels_that_the_classifier_does_not_have_is_refused(family,
             work()
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_configuration_that_is_replaced_is_refused(family, tmp_path):
+    model = _filled(_built(family))
+    inputs = {key: torch.rand(shape) for key, shape in FAMILIES[family][2].items()}
+    twin = copy.deepcopy(model)
+    model.config = copy.deepcopy(model.config)
+    for work in (lambda: _answer(model, family, inputs), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="cannot be replaced once it is built"):
+            work()
+    assert _answer(twin, family, inputs).isfinite().all()
+
+
+def test_a_layer_with_a_configuration_of_its_own_is_refused_when_it_would_be_saved(tmp_path):
+    model = _built("vit")
+    model.vit.layers[1].attention.config = copy.deepcopy(model.config)
+    with pytest.raises(ValueError, match=r"vit\.layers\.1\.attention has a configuration of its own"):
+        model.save_pretrained(tmp_path)
+
+
 def test_the_attention_must_compute_what_the_edit_asks_for():
     model = _built("vit", attn_implementation="sdpa")
     model.config.alpha = 1.5

@@ -125,6 +125,47 @@ def test_grouped_queries_biases_caps_and_sinks_are_those_of_a_loop(heads_of_keys
         assert_close(actual[example, head, position], expected, scale=10)
 
 
+@pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("sinks", [None, torch.zeros(2)])
+def test_scores_that_half_precision_does_not_hold(alpha, sinks, attend):
+    query = torch.randn(1, 2, 3, 8).half() * 1e4
+    key, value = torch.randn(1, 2, 5, 8).half() * 1e4, torch.randn(1, 2, 5, 4).half()
+    expected = attend(query.double(), key.double(), value.double(), alpha=alpha, scaling=1.0, sinks=sinks)
+    assert_close(attend(query, key, value, alpha=alpha, scaling=1.0, sinks=sinks), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"key": np.zeros((1, 2, 5, 4))}, TypeError, "key must be a torch.Tensor, got numpy.ndarray"),
+        ({"attention_mask": np.ones((1, 1, 1, 5), bool)}, TypeError, "attention_mask must be a torch.Tensor, got numpy.ndarray"),
+        ({"attention_mask": torch.ones(1, 1, 1, 5, dtype=torch.long)}, ValueError, "must be boolean, or floating .*, got torch.int64"),
+        ({"alpha": "1.5"}, ValueError, r"alpha must lie in \[1, 2\], got '1.5'"),
+        ({"dropout": 2.0}, ValueError, r"dropout must lie in \[0, 1\], got 2.0"),
+        ({"sinks": torch.zeros(3)}, ValueError, "sinks must have one score for each of the 2 heads, got 3"),
+    ],
+)
+def test_wrong_inputs_are_refused(given, error, message, attend):
+    inputs = {"query": torch.randn(1, 2, 3, 4), "key": torch.randn(1, 2, 5, 4), "value": torch.randn(1, 2, 5, 4), "alpha": 1.5}
+    with pytest.raises(error, match=message):
+        attend(**{**inputs, **given})
+
+
+def test_a_layer_by_itself_refuses_what_it_would_misread():
+    layer, states = _layer(alpha=1.5), torch.randn(2, 5, 12)
+    present = torch.rand(2, 5) < 0.6
+    present[:, 0] = True
+    with pytest.raises(ValueError, match=r"shape \(B, 1, Q, N\), got \(2, 5\); of memories alone, \(B, N\), pass mask\[:, None, None\]"):
+        layer(states, attention_mask=present)
+    _, weights = layer(states, attention_mask=present[:, None, None])
+    assert (weights[~present[:, None, None].expand_as(weights)] == 0).all()
+    for wrong in (layer, HopfieldPooling(UHopMILConfig(attn_implementation="eager"))):
+        with pytest.raises(TypeError, match=r"states must be a torch.Tensor, got numpy.ndarray"):
+            wrong(states.numpy())
+    with pytest.raises(ValueError, match="'sdpa' does not compute alpha-entmax"):
+        _layer(alpha=1.5, attn_implementation="sdpa")(states)
+
+
 def test_heads_that_are_no_multiple_are_refused(attend):
     query, key = torch.randn(1, 3, 5, 4), torch.randn(1, 2, 6, 4)
     for alpha in (1.0, 1.5):

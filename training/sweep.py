@@ -20,8 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
+# Before the others: it says what to install where they are absent.
 from recipe import ROOT, RecipeError, check_keys, errors_in_one_line, local_dataset, read_yaml, refuse_several_processes
+
+
+# isort: split
+
+from filelock import FileLock, Timeout
 from scipy.stats import t as student_t
 from stages import can_resume
 from tables import variants_table
