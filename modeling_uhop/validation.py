@@ -77,6 +77,15 @@ def check_tensors(**inputs) -> None:
         check_tensor(value, name)
 
 
+def as_mask(mask: torch.Tensor, name: str, one: str, zero: str) -> torch.Tensor:
+    """A mask as booleans; a `ValueError` (on CPU) for values other than 1, which `name` has for `one`, and 0, which it has for `zero`."""
+    if mask.dtype != torch.bool and is_readable(mask):
+        other = mask[(mask != 0) & (mask != 1)]
+        if len(other) > 0:
+            raise ValueError(f"{name} must be 1 for {one} and 0 for {zero}, and has other values, such as {other[0].item()}")
+    return mask.bool()
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module does what its class does, with weights of its own: no subclass or adapter, and not hooked, patched, offloaded or
     quantized, which leaves a tensor of another class for a weight."""
