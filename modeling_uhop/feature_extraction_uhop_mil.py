@@ -183,8 +183,9 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
             empty_shape=(len(self.mean), *(self.image_size or ())),
             arrange=self._arranged,
         )
-        for index, array in enumerate(arrays if self.image_size is not None else ()):
-            if array.ndim != 2 + len(self.image_size):
+        size = self.image_size
+        for index, array in enumerate(arrays):
+            if size is not None and array.ndim != 2 + len(size):
                 given, fitted = ("images", "vectors") if self.takes_vectors else ("vectors", "images")
                 raise ValueError(f"bag {index} has {given}, and the extractor was fitted on {fitted}; its shape is {array.shape}")
         return arrays

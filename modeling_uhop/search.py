@@ -1,5 +1,6 @@
 """Retrieval from many memories: alpha > 1 gives most of them no weight, so that a few candidates are enough, and known to be."""
 
+import contextlib
 import math
 import re
 from collections.abc import Callable
@@ -138,7 +139,7 @@ def faiss_index(index: Any) -> Candidates:
 def as_candidates(given: Any) -> Candidates:
     """Candidates as they are, or those of an index of faiss; a `TypeError` for what is neither."""
     if callable(given):
-        return given  # type: ignore[no-any-return]
+        return given
     if not callable(getattr(given, "search", None)):
         raise TypeError(
             f"candidates must be a function (queries, count) -> (scores, indices) or an index of faiss, got {type(given).__name__}"
@@ -170,11 +171,12 @@ def first_difference(index: Any, features: np.ndarray) -> int | None:
             strange = np.flatnonzero(np.bincount(ids[(ids >= 0) & (ids < len(features))], minlength=len(features)) != 1)
             if len(strange) > 0:
                 return int(strange[0])
-            wrong = first_difference(index.index, features[ids])
-            return None if wrong is None else int(ids[wrong])
+            place = first_difference(index.index, features[ids])
+            return None if place is None else int(ids[place])
         if isinstance(index, faiss.IndexPreTransform):
-            for place in range(index.chain.size()):
-                features = faiss.downcast_VectorTransform(index.chain.at(place)).apply(features)
+            chain: Any = index.chain
+            for step in range(chain.size()):
+                features = faiss.downcast_VectorTransform(chain.at(step)).apply(features)
             return first_difference(index.index, features)
         if isinstance(index, faiss.IndexRefine):
             return first_difference(index.refine_index, features)
@@ -198,15 +200,15 @@ def first_difference(index: Any, features: np.ndarray) -> int | None:
 
 
 def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(first.astype(np.float64) - second, axis=1)  # type: ignore[no-any-return]
+    distances: np.ndarray = np.linalg.norm(first.astype(np.float64) - second, axis=1)
+    return distances
 
 
 def _coded(index: Any, vectors: np.ndarray) -> np.ndarray:
     """What an index would hold of vectors: themselves, unless it compresses."""
-    try:
-        return index.sa_decode(index.sa_encode(vectors))  # type: ignore[no-any-return]
-    except (AttributeError, RuntimeError):
-        return vectors
+    with contextlib.suppress(AttributeError, RuntimeError):
+        vectors = index.sa_decode(index.sa_encode(vectors))
+    return vectors
 
 
 def _said(error: BaseException) -> str:

@@ -368,7 +368,12 @@ def test_vectors_are_compared_once_for_an_index_and_a_state_of_the_memory(monkey
     memory = _memory(dtype=torch.float32)
     index, queries, compared = _faiss(memory), torch.randn(4, 12), []
     first_difference = search_module.first_difference
-    monkeypatch.setattr(search_module, "first_difference", lambda *given: compared.append(given) or first_difference(*given))
+
+    def counted(*given):
+        compared.append(given)
+        return first_difference(*given)
+
+    monkeypatch.setattr(search_module, "first_difference", counted)
     for _ in range(3):
         memory.search(queries, 2, candidates=index)
         memory.search(queries, candidates=faiss_index(index))
