@@ -6,7 +6,7 @@ import torch
 
 from .feature_map import norms
 from .simplex import at_least_fp32
-from .validation import check_tensors, is_finite, is_readable
+from .validation import as_floats, is_finite, is_readable
 
 
 Corruption = Callable[[torch.Tensor], torch.Tensor]
@@ -24,7 +24,7 @@ def mask_patterns(patterns: torch.Tensor, fraction: float = 0.5, generator: torc
     >>> mask_patterns(torch.full((100, 8), 2.0), fraction=0.25).unique().tolist()
     [0.0, 2.0]
     """
-    check_tensors(patterns=patterns)
+    (patterns,) = as_floats(patterns=patterns)
     if not 0.0 <= fraction <= 1.0:
         raise ValueError(f"fraction must lie in [0, 1], got {fraction}")
     kept = torch.rand(patterns.shape, generator=generator, device=patterns.device) >= fraction
@@ -45,7 +45,7 @@ def add_noise(patterns: torch.Tensor, level: float = 1.0, generator: torch.Gener
     >>> torch.allclose(noise.norm(dim=-1), 0.5 * patterns.norm(dim=-1))
     True
     """
-    check_tensors(patterns=patterns)
+    (patterns,) = as_floats(patterns=patterns)
     if not level >= 0.0:
         raise ValueError(f"level must be at least 0, got {level}")
     noise = torch.randn(patterns.shape, generator=generator, device=patterns.device, dtype=torch.float32)

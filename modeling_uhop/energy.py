@@ -1,4 +1,4 @@
-"""Stage II: the kernelized Hopfield energy, and retrieval as its descent. Pure functions over patterns held as rows."""
+"""Stage II: the kernelized Hopfield energy, and retrieval as its descent. Pure functions over patterns held as rows, integers as floats."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import torch
 from .attention_interface import hopfield_attention
 from .feature_map import magnitude, unit_norm
 from .simplex import at_least_fp32, simplex_conjugate, simplex_map
-from .validation import check_tensors, is_finite, is_readable
+from .validation import as_floats, is_finite, is_readable
 
 
 # Products and sums of scores below this do not overflow fp32.
@@ -40,7 +40,7 @@ def similarity_scores(
             patterns that overflow even fp64.
         TypeError: For what is no tensor.
     """
-    check_tensors(queries=queries, memories=memories)
+    queries, memories = as_floats(queries=queries, memories=memories)
     features = _features(feature_map, similarity)
     queries = features(queries)
     scores = _scores(queries, features(memories), similarity, degree)
@@ -135,7 +135,7 @@ def energy(
     >>> bool((after <= before + 1e-6).all())
     True
     """
-    check_tensors(queries=queries, memories=memories)
+    queries, memories = as_floats(queries=queries, memories=memories)
     _check_beta(beta)
     features = queries if feature_map is None else feature_map(queries)
     stored = memories if feature_map is None else feature_map(memories)
@@ -164,7 +164,7 @@ def association(
 
     Arguments and errors as in `retrieve`.
     """
-    check_tensors(queries=queries, memories=memories)
+    queries, memories = as_floats(queries=queries, memories=memories)
     features = _features(feature_map, similarity)
     queries, memories = features(queries), features(memories)
     return association_of(queries, memories, beta, alpha, similarity, degree, mask).to(queries.dtype)
@@ -236,7 +236,7 @@ def retrieve(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    check_tensors(queries=queries, memories=memories)
+    queries, memories = as_floats(queries=queries, memories=memories)
     features = _features(feature_map, similarity)
     stored = features(memories)
     for _ in range(steps):

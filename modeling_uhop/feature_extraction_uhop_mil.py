@@ -101,13 +101,16 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
     def fit(self, bags: Sequence[Any]) -> "UHopMILFeatureExtractor":
         """Measure the training bags; the extractor itself.
 
+        Bags of vectors that were all saved as (1, instances, features) are read as such if their numbers of instances differ. Otherwise
+        they could be images.
+
         Raises:
             ValueError: For bags that differ in their features, entries that are not finite, or no instance at all; naming the bag.
         """
+        bags = bags if hasattr(bags, "columns") or getattr(bags, "ndim", 1) != 1 else _without_leading_axis(list(bags))
         if is_one_bag(bags):
             raise ValueError(
-                "fit takes a list of bags, arrays (instances, features) or (instances, channels, height, width); "
-                "got a single bag, or bags of what is no array, or vectors saved as (1, instances, features), of which it takes bag[0]"
+                "fit takes a list of bags, arrays (instances, features) or (instances, channels, height, width); got " + _one_bag(bags)
             )
         bags = list(bags)
         columns = next((bag.columns for bag in bags if hasattr(bag, "columns")), None)
@@ -172,18 +175,24 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         """Bags as float32 or float64 arrays that are not yet transformed; raises what `transform` does."""
         if self.mean is None:
             raise ValueError("the extractor knows no mean and scale yet: call fit on the training bags")
-        return as_arrays(
+        arrays = as_arrays(
             bags,
             num_features=len(self.mean),
             feature_names=self.feature_names,
             empty_shape=(len(self.mean), *(self.image_size or ())),
             arrange=self._arranged,
         )
+        size = self.image_size
+        for index, array in enumerate(arrays):
+            if size is not None and array.ndim != 2 + len(size):
+                given, fitted = ("images", "vectors") if self.takes_vectors else ("vectors", "images")
+                raise ValueError(f"bag {index} has {given}, and the extractor was fitted on {fitted}; its shape is {array.shape}")
+        return arrays
 
     def _arranged(self, array: np.ndarray) -> np.ndarray:
         if self.takes_vectors and array.ndim == 3 and len(array) == 1 and array.shape[2] == self.num_features:
             return array[0]
-        last = array.ndim == 4 and array.shape[1] != self.num_features == array.shape[3]
+        last = array.ndim == 4 and not self.takes_vectors and array.shape[1] != self.num_features == array.shape[3]
         return np.moveaxis(array, 3, 1) if last else array
 
     def transform(self, bags: Sequence[Any]) -> list[np.ndarray]:
@@ -256,12 +265,36 @@ def _mean_and_scale(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return mean.reshape(-1), np.where(highest > lowest, np.sqrt(variance), 0.0)
 
 
+def _without_leading_axis(bags: list[Any]) -> list[Any]:
+    """Vectors that were all saved as (1, instances, features) without that axis. No images (channels, height, width) of a bag differ in
+    their size."""
+    saved = all(getattr(bag, "ndim", 0) == 3 and bag.shape[0] == 1 for bag in bags)
+    return [bag[0] for bag in bags] if saved and len({bag.shape[1] for bag in bags}) > 1 else bags
+
+
+def _one_bag(bags: Any) -> str:
+    """What was given instead of bags, and what to pass."""
+    if hasattr(bags, "columns"):
+        return "one DataFrame, which is a single bag: pass [bag]"
+    first = np.shape(bags[0])
+    if len(first) == 3 and first[0] == 1:
+        return (
+            f"entries of one shape {first}: of vectors saved as (1, instances, features) pass [bag[0] for bag in bags], "
+            "and of one bag of images with one channel pass [bag]"
+        )
+    kind = "vectors" if len(first) == 1 else "images"
+    return f"{kind} of shape {first}, which make a single bag: pass [bag]"
+
+
 def _as_labels(labels: list[Any]) -> torch.Tensor:
     """One label of each bag, (B,), as integers if all are, else as floats; or several of each, floats (B, num_labels)."""
     stacked: list[torch.Tensor] = []
     for index, label in enumerate(labels):
         try:
-            tensor = label.detach().cpu() if isinstance(label, torch.Tensor) else torch.tensor(np.asarray(label))
+            # An array of objects may hold numbers.
+            array = label if isinstance(label, torch.Tensor) else np.asarray(label)
+            array = np.asarray(array.tolist()) if array.dtype == object else array
+            tensor = array.detach().cpu().to_dense() if isinstance(array, torch.Tensor) else torch.tensor(array)
         except (TypeError, ValueError):
             tensor = None
         if tensor is not None and tensor.shape == (1,):
@@ -301,6 +334,9 @@ def _copy(index: int, array: np.ndarray, out: np.ndarray) -> None:
 @dataclass
 class DataCollatorForBags:
     """Makes a batch of a model's inputs from examples `{"instances": bag, "label": class}`; other columns are left out.
+
+    Whole floats stay floats, as a batch does not tell classes from numbers of a regression. The models take them for classes. The Trainer's
+    `label_smoothing_factor`, which computes the loss without the model, needs integers.
 
     Args:
         feature_extractor: A fitted `UHopMILFeatureExtractor`, or `None` for bags that went through its `transform`, which are padded only.

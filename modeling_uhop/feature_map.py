@@ -5,6 +5,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .simplex import at_least_fp32
+from .validation import check_tensors
 
 
 class FeatureMap(nn.Module):
@@ -59,7 +60,10 @@ class FeatureMap(nn.Module):
         self.weight.copy_(unit_norm(self.weight))
 
     def forward(self, patterns: torch.Tensor) -> torch.Tensor:
-        """Features (..., feature_dim) of patterns (..., pattern_dim)."""
+        """Features (..., feature_dim) of patterns (..., pattern_dim), of which integers become W's dtype; a `TypeError` for no tensor."""
+        check_tensors(patterns=patterns)
+        if not patterns.is_floating_point():
+            patterns = patterns.to(self.weight.dtype)
         if self.normalize:
             # The direction of W u is that of W (u / s), which neither overflows nor vanishes.
             return unit_norm(nn.functional.linear(patterns / magnitude(patterns), self.weight))

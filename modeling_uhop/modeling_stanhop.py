@@ -22,7 +22,7 @@ from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap, magnitude, unit_norm
 from .hopfield import FoldableModel, HopfieldAttention, MemorySet
 from .simplex import at_least_fp32, simplex_map
-from .validation import check_tensor, check_tensors, is_finite, is_readable
+from .validation import as_mask, check_tensor, check_tensors, is_finite, is_readable
 
 
 @dataclass
@@ -462,7 +462,7 @@ class STanHopModel(STanHopPreTrainedModel):
             if mask.shape != past_values.shape:
                 shapes = f"{tuple(past_values.shape)}, got {tuple(mask.shape)}"
                 raise ValueError(f"past_observed_mask must have the shape of past_values, {shapes}")
-            observed = observed & mask.bool()
+            observed = observed & as_mask(mask, "past_observed_mask", "observed values", "others")
         wide = torch.promote_types(torch.promote_types(self.dtype, torch.float32), past_values.dtype)
         values = past_values.to(wide).masked_fill(~observed, 0.0)
         if is_readable(values) and not is_finite(values):
@@ -638,7 +638,9 @@ class STanHopForPrediction(STanHopPreTrainedModel):
             if tensor is not None and tensor.shape != prediction.shape:
                 expected = f"(B, prediction_length, num_input_channels) = {tuple(prediction.shape)}"
                 raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
-        observed = ~future.isnan() if mask is None else ~future.isnan() & mask.bool()
+        observed = ~future.isnan()
+        if mask is not None:
+            observed = observed & as_mask(mask, "future_observed_mask", "observed values", "others")
         future = future.to(prediction.device, prediction.dtype).masked_fill(~observed, 0.0)
         if is_readable(future) and not is_finite(future):
             raise ValueError(f"observed future_values must be finite, got {int((~future.isfinite()).sum())} values that are not")

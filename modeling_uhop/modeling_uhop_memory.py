@@ -25,7 +25,7 @@ from .corruption import Corruption, mask_patterns
 from .energy import association_of, energy, inner_products, mixed
 from .feature_map import FeatureMap, norms, unit_norm
 from .modeling_hopfield import HopfieldPreTrainedModel
-from .search import Candidates, brute_force, faiss_index, mixture, sparse_association, trained_index
+from .search import Candidates, brute_force, faiss_index, mark_in_step, mixture, sparse_association, trained_index
 from .separation import maximize_separation
 from .simplex import at_least_fp32
 from .spherical import are_independent, separate_optimally
@@ -337,7 +337,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         update_steps: int | None = None,
         *,
         top_k: int = 64,
-        candidates: Candidates | None = None,
+        candidates: Candidates | Any | None = None,
     ) -> UHopMemorySearchOutput:
         """Retrieve (Stage II) from many memories, without forming the weights of those that have none; see `sparse_association`.
 
@@ -349,8 +349,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             queries: (Q, pattern_dim), or one (pattern_dim,).
             update_steps: Updates to do, at least 1; `None` for `config.update_steps`.
             top_k: Candidates to begin with; queries that spread over more memories are asked again.
-            candidates: What finds the memories whose features are most like a query's; `None` for what `index` has chosen. Weights are
-                made of the exact inner products of what is found, whatever scores it has.
+            candidates: What finds the memories whose features are most like a query's: a function, or an index of faiss; see
+                `faiss_index`. `None` for what `index` has chosen. Weights are made of the exact inner products of what is found, whatever
+                scores it has.
 
         Raises:
             ValueError: As `forward`, if the similarity is not an inner product, and for candidates that are out of step with the memory.
@@ -413,7 +414,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         # Tensors of inference mode have no version.
         version = -1 if features.is_inference() else features._version
         if held.candidates is None or held.features is not features or held.version != version or version < 0:
-            candidates = faiss_index(trained_index(held.factory, held.parameters, features))
+            index = trained_index(held.factory, held.parameters, features)
+            mark_in_step(index, features)
+            candidates = faiss_index(index)
             held = _INDEXES[self] = Indexed(held.factory, held.parameters, features, version, candidates)
         assert held.candidates is not None
         return held.candidates

@@ -18,7 +18,7 @@ from .configuration_uhop_mil import UHopMILConfig
 from .feature_map import FeatureMap
 from .hopfield import FoldableModel, HopfieldAttention, HopfieldPooling, MemorySet
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
-from .validation import LARGE, MAX_STATE, check_no_overflow, check_tensor, is_readable, label_loss, largest
+from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, largest
 
 
 @dataclass
@@ -265,9 +265,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
             return torch.ones(instances.shape[:2], dtype=torch.bool, device=instances.device)
         if attention_mask.shape != instances.shape[:2]:
             raise ValueError(f"attention_mask must have shape {tuple(instances.shape[:2])}, got {tuple(attention_mask.shape)}")
-        if is_readable(attention_mask) and not ((attention_mask == 0) | (attention_mask == 1)).all():
-            raise ValueError("attention_mask must be 1 for instances and 0 for padding, and has other values")
-        return attention_mask.bool()
+        return as_mask(attention_mask, "attention_mask", "instances", "padding")
 
 
 class UHopMILForBagClassification(UHopMILPreTrainedModel):

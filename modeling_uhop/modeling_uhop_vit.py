@@ -20,7 +20,7 @@ from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
 from .hopfield import FoldableModel, HopfieldAttention, MemorySet
-from .validation import LARGE, MAX_STATE, check_no_overflow, check_tensor, label_loss, largest
+from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, largest
 
 
 class UHopViTPatchEmbeddings(nn.Module):
@@ -87,7 +87,8 @@ class UHopViTEmbeddings(nn.Module):
                 raise ValueError("bool_masked_pos needs a model built with use_mask_token=True")
             if bool_masked_pos.shape != tokens.shape[:2]:
                 raise ValueError(f"bool_masked_pos must have shape {tuple(tokens.shape[:2])}, got {tuple(bool_masked_pos.shape)}")
-            tokens = torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
+            masked = as_mask(bool_masked_pos, "bool_masked_pos", "patches that the mask token replaces", "others")
+            tokens = torch.where(masked.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         prefix = [token.expand(tokens.shape[0], -1, -1) for token in (self.cls_token, self.distillation_token) if token is not None]
         tokens = torch.cat((*prefix, tokens), dim=1)
         return self.dropout(tokens + self.interpolate_pos_encoding(height, width))
@@ -349,6 +350,8 @@ class UHopViTModel(UHopViTPreTrainedModel):
                 f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, an entry for each patch and token before them, "
                 f"got {tuple(attention_mask.shape)}"
             )
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = as_mask(attention_mask, "attention_mask", "tokens that may be retrieved from", "others")
         return create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
 
 

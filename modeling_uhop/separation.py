@@ -13,7 +13,7 @@ from .corruption import Corruption, mask_patterns
 from .feature_map import FeatureMap, unit_norm
 from .separation_blocks import blocked_separation_loss
 from .simplex import at_least_fp32
-from .validation import check_tensor, check_tensors, is_finite, is_readable
+from .validation import as_floats, check_tensor, check_tensors, is_finite, is_readable
 
 
 SEPARATION_KINDS = ("average", "squared", "nearest", "per_memory")
@@ -64,7 +64,7 @@ def separation_loss(
     >>> (separation_loss(torch.eye(4)) < separation_loss(crowded)).item()
     True
     """
-    check_tensors(features=features)
+    (features,) = as_floats(features=features)
     check_tensor(mask, "mask")
     if kind not in SEPARATION_KINDS:
         raise ValueError(f"kind must be one of {SEPARATION_KINDS}, got {kind!r}")
@@ -166,7 +166,7 @@ def denoising_loss(
         ValueError: For a temperature that is not positive.
         TypeError: For what is no tensor.
     """
-    check_tensors(corrupted_features=corrupted_features, features=features)
+    corrupted_features, features = as_floats(corrupted_features=corrupted_features, features=features)
     check_tensor(mask, "mask")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
@@ -237,6 +237,7 @@ def maximize_separation(
     True
     """
     check_tensors(memories=memories)
+    memories = memories if memories.is_floating_point() else memories.to(feature_map.weight.dtype)
     check_tensor(mask, "mask")
     if method not in ("uhop", "uhop+", "denoising"):
         raise ValueError(f"method must be 'uhop', 'uhop+' or 'denoising', got {method!r}")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from .validation import is_readable, is_traced
+from .validation import as_floats, is_readable, is_traced
 
 
 # Below this a score is so far from the largest that its weight is zero for every alpha; finite, so 0 * it is not NaN.
@@ -42,7 +42,7 @@ def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: in
     """Distribution `p*(scores)` along `dim`: softmax, alpha-entmax or sparsemax (U-Hop equation 2.3, `Sep_alpha`).
 
     Args:
-        scores: Scores of any shape and floating dtype. `-inf` marks an absent item. Half-precision scores are mapped in fp32.
+        scores: Scores of any shape. `-inf` marks an absent item. Half-precision scores are mapped in fp32, and integers are floats.
         alpha: Tsallis exponent in [1, 2]: 1 softmax, 1.5 entmax, 2 sparsemax. A tensor must broadcast against `scores` with size 1
             along `dim`; it receives its exact gradient (also at 1), which is what a learnable alpha needs.
         dim: The axis that becomes a distribution.
@@ -54,6 +54,7 @@ def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: in
 
     Raises:
         ValueError: If `alpha` is outside [1, 2] (or, as a tensor, not a single value along `dim`).
+        TypeError: For scores that are no tensor.
 
     >>> from modeling_uhop import simplex_map
 
@@ -63,6 +64,7 @@ def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: in
     >>> simplex_map(scores, alpha=2.0).tolist()
     [0.75, 0.25, 0.0]
     """
+    (scores,) = as_floats(scores=scores)
     _check_alpha(alpha, scores, dim)
     if scores.numel() == 0:
         return scores
@@ -96,6 +98,7 @@ def simplex_conjugate(
     >>> torch.isclose(simplex_conjugate(scores, alpha=1.0), scores.logsumexp(-1)).item()
     True
     """
+    (scores,) = as_floats(scores=scores)
     _check_alpha(alpha, scores, dim)
     if scores.numel() == 0:
         return at_least_fp32(scores).sum(dim)

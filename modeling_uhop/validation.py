@@ -1,6 +1,7 @@
 """Checks that several models share, and the loss on checked labels."""
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -75,6 +76,25 @@ def check_tensors(**inputs) -> None:
         if value is None:
             raise TypeError(f"{name} must be a torch.Tensor, got None")
         check_tensor(value, name)
+
+
+def as_floats(**inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors as they are, but integers as floats, of the dtype of the others or the default one; a `TypeError` for what is no tensor."""
+    check_tensors(**inputs)
+    if all(tensor.is_floating_point() for tensor in inputs.values()):
+        return tuple(inputs.values())
+    floats = [tensor.dtype for tensor in inputs.values() if tensor.is_floating_point()]
+    dtype = functools.reduce(torch.promote_types, floats or [torch.get_default_dtype()])
+    return tuple(tensor if tensor.is_floating_point() else tensor.to(dtype) for tensor in inputs.values())
+
+
+def as_mask(mask: torch.Tensor, name: str, one: str, zero: str) -> torch.Tensor:
+    """A mask as booleans; a `ValueError` (on CPU) for values other than 1, which `name` has for `one`, and 0, which it has for `zero`."""
+    if mask.dtype != torch.bool and is_readable(mask):
+        other = mask[(mask != 0) & (mask != 1)]
+        if len(other) > 0:
+            raise ValueError(f"{name} must be 1 for {one} and 0 for {zero}, and has other values, such as {other[0].item()}")
+    return mask.bool()
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

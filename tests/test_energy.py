@@ -8,7 +8,20 @@ from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_uhop import FeatureMap, association, energy, retrieve, similarity_scores
+from modeling_uhop import (
+    FeatureMap,
+    add_noise,
+    association,
+    denoising_loss,
+    energy,
+    mask_patterns,
+    maximize_separation,
+    retrieve,
+    separation_loss,
+    similarity_scores,
+    simplex_map,
+)
+from modeling_uhop.simplex import simplex_conjugate
 
 
 ALPHAS = [1.0, 1.25, 1.5, 2.0]
@@ -176,3 +189,40 @@ def test_functions_that_torch_transforms_are_those_of_a_loop():
     # grad E = W^T W (x - T(x)), with W = I.
     gradient = torch.func.grad(lambda x: energy(x, memories, beta=2.0).sum())(queries[0])
     assert_close(gradient, queries[0] - retrieve(queries[0], memories, beta=2.0))
+
+
+def _separated(patterns):
+    phi = FeatureMap(5, start="identity")
+    maximize_separation(phi, patterns, steps=3, method="denoising", corruption=lambda x: 0.5 * x)
+    return phi.weight.detach()
+
+
+# What each makes of patterns, a tensor (6, 5).
+_FUNCTIONS = {
+    "similarity_scores": lambda x: similarity_scores(x, 0.1 * torch.ones(2, 5)),
+    "energy": lambda x: energy(x, x, beta=0.1, alpha=1.5),
+    "association": lambda x: association(x, x, beta=0.1, alpha=1.5),
+    "retrieve": lambda x: retrieve(x, x, beta=0.1, alpha=1.5),
+    "retrieve, masked": lambda x: retrieve(x, x, beta=0.1, mask=torch.arange(6) < 4),
+    "retrieve from fp64": lambda x: retrieve(x, torch.eye(5).double(), beta=0.1).float(),
+    "simplex_map": lambda x: simplex_map(x, 1.2),
+    "softmax": lambda x: simplex_map(x, mask=torch.arange(5) < 4),
+    "simplex_conjugate": lambda x: simplex_conjugate(x, 1.5),
+    "separation_loss": separation_loss,
+    "denoising_loss": lambda x: denoising_loss(x, x),
+    "maximize_separation": _separated,
+    "mask_patterns": lambda x: mask_patterns(x, generator=torch.Generator().manual_seed(0)),
+    "add_noise": lambda x: add_noise(x, generator=torch.Generator().manual_seed(0)),
+    "FeatureMap": FeatureMap(5, start="identity", normalize=True),
+}
+
+
+@pytest.mark.parametrize("name", _FUNCTIONS)
+def test_integers_are_floats_and_arrays_are_refused(name):
+    patterns = torch.randint(-4, 5, (6, 5), generator=torch.Generator().manual_seed(0))
+    expected = _FUNCTIONS[name](patterns.double() if "fp64" in name else patterns.float())
+    for integers in (patterns, patterns.to(torch.int8)):
+        assert_close(_FUNCTIONS[name](integers), expected.detach(), dtype=torch.float32)
+    for wrong in (patterns.numpy(), patterns.tolist()):
+        with pytest.raises(TypeError, match=r"must be a torch.Tensor, got (numpy.ndarray|builtins.list); torch.as_tensor converts"):
+            _FUNCTIONS[name](wrong)

@@ -292,8 +292,17 @@ def test_a_bad_bag_is_named_at_every_door(bags, given, message, limit):
 
 
 def test_vectors_with_a_leading_axis_are_not_fitted_on(bags):
-    for given, shape in (([bags[0][None], bags[2][None]], "a single bag"), ([bags[0], bags[2][None]], r"got \(1, 9, 5\)")):
-        with pytest.raises(ValueError, match=shape):
+    saved = [bags[0][None]] * 2
+    for given, message in (
+        (saved, r"got entries of one shape \(1, 4, 5\): of vectors saved as .* pass \[bag\[0\] for bag in bags\]"),
+        (np.stack(saved), r"got entries of one shape \(1, 4, 5\)"),
+        ([bags[0], bags[2][None]], r"bag 1 .* got \(1, 9, 5\)"),
+        (bags[0], r"got vectors of shape \(5,\), which make a single bag: pass \[bag\]"),
+        (bags[0].tolist(), r"got vectors of shape \(5,\), which make a single bag"),
+        (np.zeros((4, 3, 8, 8)), r"got images of shape \(3, 8, 8\), which make a single bag"),
+        (pd.DataFrame(bags[0]), "got one DataFrame, which is a single bag"),
+    ):
+        with pytest.raises(ValueError, match=message):
             UHopMILFeatureExtractor().fit(given)
     extractor = UHopMILFeatureExtractor().fit(bags)
     expected = extractor([bags[0], bags[2]])["instances"]
@@ -301,6 +310,25 @@ def test_vectors_with_a_leading_axis_are_not_fitted_on(bags):
     np.testing.assert_array_equal(extractor(np.stack([bags[0][None]] * 2))["instances"][1], expected[0, :4])
     with pytest.raises(ValueError, match=r"bag 0 must have shape .* got \(1, 4, 4\)"):
         UHopMILFeatureExtractor().fit([np.random.default_rng(0).normal(size=(3, 1, 4, 4))]).transform([np.ones((1, 4, 4))])
+
+
+def test_vectors_that_were_all_saved_with_a_leading_axis_are_fitted_on(bags):
+    expected = UHopMILFeatureExtractor().fit(bags)
+    for saved in ([bag[None] for bag in bags], [torch.from_numpy(bag)[None] for bag in bags], pd.Series([bag[None] for bag in bags])):
+        fitted = UHopMILFeatureExtractor().fit(saved)
+        assert fitted.takes_vectors
+        np.testing.assert_array_equal(fitted.mean, expected.mean)
+        np.testing.assert_array_equal(fitted(list(saved))["instances"], expected(bags)["instances"])
+
+
+def test_images_for_an_extractor_of_vectors_are_refused_and_the_other_way_round(bags):
+    vectors = UHopMILFeatureExtractor().fit(bags)
+    for shape in ((1, 1, 6, 5), (2, 5, 3, 3)):
+        with pytest.raises(ValueError, match=r"bag 0 has (1 features|images), and the extractor was fitted on "):
+            vectors([np.zeros(shape)])
+    images = UHopMILFeatureExtractor().fit([np.random.default_rng(0).normal(size=(2, 5, 4, 4))])
+    with pytest.raises(ValueError, match=r"bag 0 has vectors, and the extractor was fitted on images; its shape is \(4, 5\)"):
+        images([bags[0]])
 
 
 def test_bags_in_a_series_keep_their_order(bags):

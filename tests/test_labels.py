@@ -160,7 +160,13 @@ def test_a_loss_compiles_in_one_graph(family):
         torch.compiler.reset()
 
 
-@pytest.mark.parametrize("label", [torch.tensor([1]), np.array([1]), [1], np.int64(1), True, 1, pd.Series([1], index=[7])])
+@pytest.mark.parametrize(
+    "label",
+    [
+        *(torch.tensor([1]), np.array([1]), [1], np.int64(1), True, 1, pd.Series([1], index=[7])),
+        *(np.array(1, dtype=object), np.array([1], dtype=object), torch.tensor([1]).to_sparse()),
+    ],
+)
 def test_a_collated_label_is_a_class_index(label):
     batch = DataCollatorForBags()([{"instances": torch.randn(2, 4), "label": label}, {"instances": torch.randn(3, 4), "label": 0}])
     assert batch["labels"].dtype == torch.long
@@ -174,6 +180,7 @@ def test_a_collated_label_is_a_class_index(label):
         ([1.0, 0.0], torch.tensor([1.0, 0.0])),
         ([1, 0.5], torch.tensor([1.0, 0.5])),
         ([[1, 0, 1], [0, 0, 0]], torch.tensor([[1.0, 0, 1], [0, 0, 0]])),
+        ([torch.tensor([1.0, 0.0]).to_sparse(), np.array([0, 1], dtype=object)], torch.tensor([[1.0, 0.0], [0.0, 1.0]])),
         ([torch.tensor([1.5], dtype=torch.bfloat16, requires_grad=True), np.float64(2)], torch.tensor([1.5, 2.0])),
     ],
 )
@@ -196,6 +203,8 @@ def test_collated_labels(key, labels, expected):
         ([[1, 0], [1]], r"bag 1 of the batch has a label that is no number, or not shaped like the first one's: \[1\]"),
         ([[[1]], [[0]]], "bag 0 of the batch has a label that is no number"),
         ([0, [1, [0]]], "bag 1 of the batch has a label that is no number"),
+        ([0, np.array(["1"], dtype=object)], "bag 1 of the batch has a label that is no number"),
+        ([0, np.array([None], dtype=object)], "bag 1 of the batch has a label that is no number"),
         ([0, 1j], "bag 1 of the batch has a label that is no number"),
     ],
 )

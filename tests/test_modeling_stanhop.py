@@ -527,6 +527,22 @@ def test_bad_calls_are_refused(arguments, message):
         _model()(**arguments)
 
 
+@pytest.mark.parametrize("name", ["past_observed_mask", "future_observed_mask"])
+def test_masks_of_other_values_than_0_and_1_are_refused(name):
+    model, inputs = _model(), {"past_values": torch.randn(2, 20, 3), "future_values": torch.randn(2, 10, 3)}
+    shape = (2, 20, 3) if name == "past_observed_mask" else (2, 10, 3)
+    mask = torch.rand(shape) < 0.7
+    expected = model(**inputs, **{name: mask}).loss
+    assert expected != model(**inputs).loss
+    for right in (mask.long(), mask.float(), mask.half()):
+        assert torch.equal(model(**inputs, **{name: right}).loss, expected)
+    for value in (0.5, 2.0, -1.0, torch.nan):
+        wrong = torch.ones(shape)
+        wrong[1, 2, 0] = value
+        with pytest.raises(ValueError, match=f"{name} must be 1 for observed values and 0 for others, .* such as {value}"):
+            model(**inputs, **{name: wrong})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_what_varies_far_from_zero(dtype):
     model = _model(init_std=0.02, use_linear_skip=True)

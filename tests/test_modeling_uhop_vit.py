@@ -353,6 +353,20 @@ def test_bad_images_are_refused(pixel_values, message):
         _model()(pixel_values)
 
 
+@pytest.mark.parametrize(("name", "count"), [("attention_mask", 10), ("bool_masked_pos", 9)])
+def test_masks_of_other_values_than_0_and_1_are_refused(name, count):
+    model, images = UHopViTModel(UHopViTConfig(**SMALL), use_mask_token=True).eval(), _images()
+    with torch.no_grad():
+        model.embeddings.mask_token.fill_(1.0)
+    mask = torch.arange(count).expand(3, -1) % 3 > 0
+    expected = model(images, **{name: mask}).last_hidden_state
+    assert not torch.equal(expected, model(images).last_hidden_state)
+    assert torch.equal(model(images, **{name: mask.float()}).last_hidden_state, expected)
+    for value in (0.5, 2.0, -1.0, torch.nan):
+        with pytest.raises(ValueError, match=f"{name} must be 1 for .* and 0 for others, and has other values, such as {value}"):
+            model(images, **{name: torch.full((3, count), value)})
+
+
 @pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist], ids=["array", "list"])
 @pytest.mark.parametrize("name", ["pixel_values", "attention_mask", "bool_masked_pos"])
 def test_inputs_that_are_no_tensors_are_refused(name, convert):

@@ -76,13 +76,21 @@ def test_an_index_of_faiss_gives_the_same():
 
 
 def test_what_an_index_does_not_find_has_no_weight():
+    memory = _memory(dtype=torch.float32)
+    features = memory.stored_features().detach().numpy()
+
     class Blind:
         def search(self, queries, count):
             scores, indices = np.full((len(queries), count), -3.4e38, np.float32), np.full((len(queries), count), -1)
             scores[:, 0], indices[:, 0] = 1.0, 2
             return scores, indices
 
-    memory = _memory(dtype=torch.float32)
+        def reconstruct(self, place):
+            return features[place]
+
+        def reconstruct_n(self, start, count, out):
+            return features[start : start + count]
+
     found = memory.search(torch.randn(3, 12), candidates=faiss_index(Blind()))
     assert_close(found.retrieved, memory.memories[[2, 2, 2]])
 
@@ -250,6 +258,33 @@ def _moved_phi(memory):
     return index
 
 
+def _forgotten_and_stored(memory):
+    index = _faiss(memory)
+    memory.delete(299)
+    memory.append(torch.randn(12))
+    return index
+
+
+def _edited(memory):
+    index = _faiss(memory)
+    memory.memories[5] = torch.randn(12)
+    return index
+
+
+def _shards(memory):
+    index = faiss.IndexShards(12, True, True)
+    index.add_shard(faiss.IndexFlatIP(12))
+    index.add(memory.stored_features().detach().numpy())
+    return index
+
+
+class _WithoutVectors:
+    """An index that can only be searched."""
+
+    def __init__(self, memory):
+        self.search = _faiss(memory).search
+
+
 @needs_faiss
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -260,8 +295,12 @@ def _moved_phi(memory):
         (lambda m: faiss.index_factory(12, "IVF4,Flat", faiss.METRIC_INNER_PRODUCT), "must be trained before a search"),
         (lambda m: (_faiss(m), m.append(torch.randn(2, 12)))[0], "holds 300 and the memory 302"),
         (lambda m: (_faiss(m), m.delete([3, 4]))[0], "holds 300 and the memory 298"),
-        (_other_memories, "are those of other vectors"),
-        (_moved_phi, "are those of other vectors"),
+        (_other_memories, "IndexFlatIP holds for memory 0 is another vector"),
+        (_moved_phi, "IndexFlatIP holds for memory 0 is another vector"),
+        (_forgotten_and_stored, "IndexFlatIP holds for memory 299 is another vector"),
+        (_edited, "IndexFlatIP holds for memory 5 is another vector"),
+        (_shards, r"give back .* but IndexShards does not \(reconstruct not implemented for this type of index\)"),
+        (_WithoutVectors, "give back .* but _WithoutVectors does not"),
     ],
 )
 def test_an_index_that_does_not_fit_is_refused(make, message):
@@ -269,6 +308,95 @@ def test_an_index_that_does_not_fit_is_refused(make, message):
     candidates = faiss_index(make(memory))
     with pytest.raises(ValueError, match=message):
         memory.search(torch.randn(4, 12), candidates=candidates)
+
+
+_FACTORIES = [
+    *("Flat", "HNSW32", "HNSW32_SQ8", "IVF4,Flat", "IVF4,SQ8", "PQ4x4", "IVF4,PQ4x4fs", "SQ8", "SQfp16", "SQ8,RFlat"),
+    *("PCA12,Flat", "RR12,IVF4,Flat", "PCA8,IVF4,SQ8", "IDMap,Flat", "IDMap2,HNSW32"),
+]
+
+
+def _made(factory, vectors, ids=None):
+    index = faiss.index_factory(12, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    if "IDMap" in factory:
+        index.add_with_ids(vectors, np.arange(len(vectors)) if ids is None else ids)
+    else:
+        index.add(vectors)
+    return index
+
+
+@needs_faiss
+@pytest.mark.parametrize("factory", _FACTORIES)
+def test_the_vectors_of_an_index_are_compared_with_the_features(factory):
+    memory = _memory(count=1200, dtype=torch.float32, normalize_features=False, alpha=2.0, beta=5.0)
+    features = memory.stored_features().detach().numpy()
+    queries = memory.memories[:4] + 0.1 * torch.randn(4, 12)
+    right = _made(factory, features)
+    found = memory.search(queries, candidates=right, top_k=1200)
+    exact = (5.0 * memory.feature_map(queries) @ memory.feature_map(memory.memories).mT).detach().gather(1, found.indices)
+    # Weights of the exact scores of what was found.
+    assert_close(found.weights, simplex_map(exact, 2.0) * (found.weights > 0), scale=30)
+    for change in ("order", "one", "scale"):
+        other = features.copy()
+        if change == "order":
+            other = other[::-1].copy()
+        elif change == "one":
+            other[1100] = -other[1100]
+        else:
+            other *= 1.5
+        wrong = 1100 if change == "one" else "[0-9]+"
+        with pytest.raises(ValueError, match=f"holds for memory {wrong} is another vector"):
+            memory.search(queries, candidates=_made(factory, other))
+
+
+@needs_faiss
+@pytest.mark.parametrize("factory", ["IDMap,Flat", "IDMap2,Flat"])
+def test_ids_of_an_index_are_those_of_memories(factory):
+    memory = _memory(dtype=torch.float32)
+    features, queries = memory.stored_features().detach().numpy(), torch.randn(4, 12)
+    ids = np.random.default_rng(0).permutation(300)
+    found = memory.search(queries, candidates=_made(factory, features[ids], ids))
+    assert_close(found.retrieved, memory.search(queries).retrieved, scale=3)
+    for strange in (ids, np.arange(300) + 5, np.zeros(300, dtype=np.int64)):
+        with pytest.raises(ValueError, match="is another vector"):
+            memory.search(queries, candidates=_made(factory, features, strange))
+
+
+@needs_faiss
+def test_vectors_are_compared_once_for_an_index_and_a_state_of_the_memory(monkeypatch):
+    memory = _memory(dtype=torch.float32)
+    index, queries, compared = _faiss(memory), torch.randn(4, 12), []
+    first_difference = search_module.first_difference
+
+    def counted(*given):
+        compared.append(given)
+        return first_difference(*given)
+
+    monkeypatch.setattr(search_module, "first_difference", counted)
+    for _ in range(3):
+        memory.search(queries, 2, candidates=index)
+        memory.search(queries, candidates=faiss_index(index))
+    assert len(compared) == 1
+    memory.append(torch.randn(12))
+    index.add(memory.stored_features().detach().numpy()[-1:])
+    memory.search(queries, candidates=index)
+    assert len(compared) == 2
+    # One of its own is made of the features.
+    memory.index("PQ4x4")
+    memory.search(queries)
+    assert len(compared) == 2
+
+
+@pytest.mark.parametrize("given", [None, 5, lambda queries, count: None])
+def test_what_is_no_index_is_refused(given):
+    with pytest.raises(TypeError, match=f"faiss_index needs an index of the faiss library.* got {type(given).__name__}"):
+        faiss_index(given)
+
+
+def test_candidates_that_are_no_function_are_refused():
+    with pytest.raises(TypeError, match=r"candidates must be a function .* or an index of faiss, got int"):
+        _memory(dtype=torch.float32).search(torch.randn(4, 12), candidates=5)
 
 
 @pytest.mark.parametrize(
@@ -281,6 +409,8 @@ def test_an_index_that_does_not_fit_is_refused(make, message):
         (lambda q, k: (torch.zeros(len(q), k), torch.zeros(len(q), k, dtype=torch.long)), ValueError, "at most once for a query"),
         (lambda q, k: (torch.zeros(len(q), k), torch.zeros(len(q), k)), TypeError, "indices of dtype torch.int64, got torch.float32"),
         (lambda q, k: (np.zeros((len(q), k)), np.zeros((len(q), k))), TypeError, "scores of ndarray"),
+        (lambda q, k: None, TypeError, "two tensors, scores and indices, got NoneType"),
+        (lambda q, k: torch.zeros(len(q), k), TypeError, "two tensors, scores and indices, got Tensor"),
     ],
 )
 def test_candidates_that_no_search_can_find_are_refused(answer, error, message):
@@ -352,7 +482,7 @@ def test_an_index_that_cannot_be_is_refused(monkeypatch):
         with pytest.raises(ValueError, match=f"faiss refuses an index of '{factory}'"):
             memory.index(factory, parameters)
     memory.index("IVF500,Flat")
-    with pytest.raises(ValueError, match=r"for 300 memories: .*training points"):
+    with pytest.raises(ValueError, match=r"for 300 memories: '[^/]*training points"):
         memory.search(torch.randn(1, 12))
     with pytest.raises(ValueError, match="'kernel' or 'dot', got 'l2'"):
         _memory(similarity="l2").index("Flat")
