@@ -1,5 +1,8 @@
 """Pictures of any PIL mode as 8-bit RGB."""
 
+import struct
+import warnings
+
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -15,12 +18,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
     - "I": values of [0, 255] stay; if the largest lies in [256, 65535], or the file is a PNG or a PPM, which have 16 bits here, v // 257;
     - "F": values of [0, 1] times 255; if the largest lies in (1, 255], they stay. Both are rounded.
 
-    The orientation that EXIF gives is applied first. An image of several frames gives the one that it stands at.
+    The orientation that EXIF gives is applied first; where EXIF cannot be read, the picture is taken as it is stored, with a warning. An
+    image of several frames gives the one that it stands at.
 
     Raises:
         ValueError: For values outside these ranges or not finite; naming the mode.
     """
-    upright = ImageOps.exif_transpose(image)
+    upright = _upright(image)
     if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
         # The transposed copy no longer knows its file's format.
         return Image.fromarray(_in_8_bits(np.asarray(upright), upright.mode, image.format)).convert("RGB")
@@ -30,6 +34,20 @@ def as_rgb(image: Image.Image) -> Image.Image:
         coloured = upright.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", coloured.size, "white"), coloured).convert("RGB")
     return upright.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A copy that is turned as EXIF says, and that says nothing more of its orientation."""
+    # What fails after this is EXIF.
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except (ArithmeticError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error) as error:
+        warnings.warn(f"the EXIF data of the image cannot be read ({error}); the image is taken as it is stored", stacklevel=3)
+    stored = image.copy()
+    for name in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+        stored.info.pop(name, None)
+    return stored
 
 
 def is_grey(image: Image.Image) -> bool:

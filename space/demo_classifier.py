@@ -48,7 +48,11 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as opened:
             return as_rgb(opened)
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError, SyntaxError) as error:
-        raise DemoError(f"“{Path(path).name}” cannot be read as an image. Choose a photo or drawing, such as a PNG or JPEG.") from error
+        # Of values out of range, the reason says which are taken.
+        reason = f": {error}" if isinstance(error, ValueError) else ""
+        raise DemoError(
+            f"“{Path(path).name}” cannot be read as an image{reason}. Choose a photo or drawing, such as a PNG or JPEG."
+        ) from error
 
 
 def reads_digits(classifier: Classifier) -> bool:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import train_stanhop
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
 from conftest import TOLERANCE, assert_close
 from recipe import SeriesDataRecipe, STanHopRecipe
 
@@ -26,9 +28,12 @@ TRAINING = TESTS.parent / "training"
 
 
 def _run(processes: int, *worker: str) -> str:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return _started("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *worker)
+
+
+def _started(module: str, *arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TRAINING, TESTS.parent)))}
-    finished = subprocess.run([sys.executable, *launcher, *worker], env=environment, capture_output=True, text=True)
+    finished = subprocess.run([sys.executable, "-m", module, *arguments], env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     if finished.returncode != 0:
         pytest.fail(finished.stderr[-5000:])
     return finished.stdout
@@ -109,15 +114,20 @@ def test_a_forecasting_recipe_in_two_processes_is_that_in_one(tmp_path):
             "save_strategy": "steps",
             "save_steps": 3,
             "per_device_eval_batch_size": 28,
-            "use_cpu": True,
         },
         "anchor_lengths": [],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**content, "training": {**content["training"], "per_device_train_batch_size": 4}}))
-    printed = _run(2, str(TRAINING / "train_stanhop.py"), str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "two"))
+    # The documented command itself, with this recipe.
+    launcher, *words = re.search(r"^torchrun .*$", train_stanhop.__doc__, re.MULTILINE)[0].split()
+    assert words[4].startswith("configs/")
+    assert words[5:7] == ["--dataset", "WTH.csv"]
+    assert distribution("torch").entry_points[launcher].value == "torch.distributed.run:main"
+    words[4:7] = [str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "two")]
+    printed = _started("torch.distributed.run", *words)
     assert printed.count("small: ") == printed.count("answers agree") == 1
     recipe = STanHopRecipe(**{**content, "data": SeriesDataRecipe(**content["data"])})
-    recipe.training["per_device_train_batch_size"] = 8
+    recipe.training.update(per_device_train_batch_size=8, use_cpu=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train_stanhop.check_reload", lambda *args: None)
         one = train_stanhop.run(recipe, tmp_path / "one")
@@ -163,6 +173,8 @@ def test_scripts_for_one_process_refuse_more_in_one_line(script, arguments, reme
 def test_configurations_are_ones_that_accelerate_knows(path):
     config = load_config_from_file(str(path))
     assert config.num_processes >= 2
+    # `accelerate launch` starts one process for any other kind.
+    assert config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP, DistributedType.DEEPSPEED)
     known = {action.dest for action in launch_command_parser()._actions}
     for group in ("fsdp_config", "deepspeed_config"):
         given = getattr(config, group, None) or {}

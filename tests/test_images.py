@@ -109,7 +109,7 @@ def test_values_without_a_meaning_are_refused(image, message, tmp_path):
     batch = {"image": [{"path": str(tmp_path / "a.tiff"), "bytes": None}], "row": ["row 7 of train"], "label": [0]}
     with pytest.raises(RecipeError, match=f"the image in row 7 of train .*a.tiff.* cannot be read: .*{message}"):
         transform(batch)
-    with pytest.raises(demo_classifier.DemoError, match=r"a\.tiff.* cannot be read"):
+    with pytest.raises(demo_classifier.DemoError, match=rf"a\.tiff.* cannot be read as an image: .*{message}"):
         demo_classifier.read_image(tmp_path / "a.tiff")
 
 
@@ -189,6 +189,27 @@ def test_orientation_is_applied_once(mode, tmp_path, classifiers):
     _equal(data._decoded(encoded, "row 0"), upright)
     seen = classifiers["ours"].preprocess(str(tmp_path / "turned.png"))["pixel_values"][0]
     np.testing.assert_allclose((seen.permute(1, 2, 0) + 1) / 2 * 255, upright, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "I;16", "RGBA"])
+def test_a_picture_of_broken_exif_is_as_it_is_stored(mode, tmp_path, classifiers):
+    image, expected = PICTURES[mode]
+    image.save(tmp_path / "broken.png", exif=b"Exif\0\0garbage")
+    for given in (Image.open(tmp_path / "broken.png"), str(tmp_path / "broken.png")):
+        with pytest.warns(UserWarning, match="the EXIF data of the image cannot be read .*; the image is taken as it is stored"):
+            seen = classifiers["ours"].preprocess(given)["pixel_values"][0]
+        np.testing.assert_allclose((seen.permute(1, 2, 0) + 1) / 2 * 255, expected, atol=1.001)
+    with pytest.warns(UserWarning, match="EXIF"):
+        _equal(demo_classifier.read_image(tmp_path / "broken.png"), expected)
+    encoded = ImageFeature().encode_example(str(tmp_path / "broken.png"))
+    with pytest.raises(RecipeError, match=r"the image in row 0 \(.*broken.png\) cannot be read: not a TIFF file"):
+        data._decoded(encoded, "row 0")
+
+
+def test_a_truncated_picture_is_not_taken_for_one_of_broken_exif(tmp_path):
+    whole = _file(Image.fromarray(RANDOM.integers(0, 256, (64, 64, 3)).astype(np.uint8)))
+    with pytest.raises(OSError, match="truncated"):
+        as_rgb(Image.open(io.BytesIO(whole[: len(whole) // 2])))
 
 
 def test_patterns_of_a_memory_have_a_channel_for_grey_and_three_for_colour():

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -28,10 +27,26 @@ from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
 from tables import bags_table
-from train_mil import _seed, bag_to_show, check, cross_validate, cross_validate_fold, fit, instance_auc, predict, run, splits, summarize
+from train_mil import (
+    _seed,
+    bag_to_show,
+    check,
+    cross_validate,
+    cross_validate_fold,
+    describe,
+    fit,
+    instance_auc,
+    predict,
+    run,
+    splits,
+    summarize,
+)
 
 from modeling_uhop import SeparationCallback, UHopMILFeatureExtractor, UHopMILForBagClassification
+<<<<<<< HEAD
 from modeling_uhop.bag_arrays import as_arrays
+=======
+>>>>>>> wt-training
 
 
 ROOT = Path(__file__).parent.parent
@@ -657,21 +672,44 @@ def test_bags_that_are_none_are_refused_by_number(tmp_path, change, message):
         load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
 
 
-def test_bags_with_a_leading_axis_are_bags_or_refused_by_number(tmp_path):
+def test_bags_with_a_leading_axis_are_their_vectors(tmp_path):
     bags = _bags()
-    pd.DataFrame({"instances": [[bag.tolist()] for bag in bags.instances], "label": bags.labels}).to_parquet(tmp_path / "bags.parquet")
-    # Whatever the feature extractor takes, recipes take.
-    refused = pytest.raises(RecipeError, match=r"bag 0 .*\(1, 5, 3\)") if not is_taken(bags.instances[0][None]) else nullcontext()
-    with refused:
-        loaded = load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
-        assert all(np.array_equal(one, other) for one, other in zip(loaded.instances, bags.instances, strict=True))
+    wrapped = [[bag.tolist()] for bag in bags.instances]
+    path = tmp_path / "bags.parquet"
+    pd.DataFrame({"instances": wrapped, "label": bags.labels}).to_parquet(path)
+    loaded = load_bags(BagDataRecipe(str(path)))
+    assert all(np.array_equal(one, other) for one, other in zip(loaded.instances, bags.instances, strict=True))
+    emptied = [[] if index == 3 else bag for index, bag in enumerate(wrapped)]
+    pd.DataFrame({"instances": emptied, "label": bags.labels}).to_parquet(path)
+    assert [bag.shape for bag in load_bags(BagDataRecipe(str(path))).instances[2:4]] == [bags.instances[2].shape, (0, 3)]
 
 
-def is_taken(bag: np.ndarray) -> bool:
-    try:
-        return len(as_arrays([bag])) == 1
-    except ValueError:
-        return False
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 5, 3), (1, 5, 3)], r"bag 0 has shape \(1, 5, 3\), as all others, so that each may be 5 vectors or one picture"),
+        ([(1, 5, 3), (1, 4, 2)], r"bag 1 has instances of shape \(2,\), and bag 0 of \(3,\)"),
+        ([(2, 5, 3), (1, 5, 3)], r"bag 0 must have shape .*, got \(2, 5, 3\)"),
+    ],
+)
+def test_bags_with_a_leading_axis_of_two_meanings_are_refused(tmp_path, shapes, message):
+    content = {"instances": [np.ones(shape).tolist() for shape in shapes], "label": [0, 1]}
+    pd.DataFrame(content).to_parquet(tmp_path / "bags.parquet")
+    with pytest.raises(RecipeError, match=rf"bags.parquet: {message}"):
+        load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_pictures_come_channels_first(tmp_path, channels):
+    random = np.random.default_rng(0)
+    pictures = [random.random((count, channels, 10, 12), dtype=np.float32) for count in (2, 3)]
+    for name, given in (("first", pictures), ("last", [np.moveaxis(bag, 1, 3) for bag in pictures])):
+        path = tmp_path / f"{name}.parquet"
+        pd.DataFrame({"instances": [bag.tolist() for bag in given], "label": [0, 1]}).to_parquet(path)
+        bags = load_bags(BagDataRecipe(str(path)))
+        for index, bag in enumerate(pictures):
+            np.testing.assert_array_equal(bags.pictures(index), bag)
+        assert f"2 to 3 instances, {channels} channels of 10 x 12 pixels;" in describe(_recipe(), bags, {"cross_validation_seconds": 0})
 
 
 def test_bags_that_are_all_empty_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,7 +139,10 @@ def test_bad_files_are_refused(tmp_path):
     path = tmp_path / "a.csv"
     for change, message in (
         (lambda f: f.iloc[[0, 1, 3, 2, *range(4, 300)]], "row 3 of .* does not come after the row before it"),
-        (lambda f: f.rename(columns={"date": "when"}), "column 'when' of .* is not numbers; if it has time stamps, set data.date_column"),
+        (
+            lambda f: f.rename(columns={"date": "when"}),
+            "column 'when' of .* is not numbers; it has '2024-01-01 00:00:00' in row 0; if it has time stamps",
+        ),
         (lambda f: f.assign(date=f["date"].where(f.index != 7)), "row 7 of .* has no time stamp"),
         (lambda f: f.assign(series_1=f["series_1"].where(f.index != 9, np.inf)), "column 'series_1' of .* is infinite in row 9"),
         (lambda f: f.assign(series_2=f["series_2"].where(f.index > 250)), "column 'series_2' of .* has no value in the 210 training rows"),
@@ -151,6 +155,42 @@ def test_bad_files_are_refused(tmp_path):
         load_series(SeriesDataRecipe(str(tmp_path / "none.csv")))
     with pytest.raises(RecipeError, match=r"ETTh1 is to be given as a CSV or parquet file, or as the id .*: --dataset FILE"):
         load_series(SeriesDataRecipe("ETTh1"))
+
+
+def _of_one_column(folder: Path, *parts: Any) -> str:
+    """A file of 100 rows, of which 70 are for training, with one series `a`."""
+    frame = pd.DataFrame({"date": pd.date_range("2024-01-01", periods=100, freq="h"), "a": np.concatenate(parts)})
+    frame.to_parquet(folder / "a.parquet")
+    return str(folder / "a.parquet")
+
+
+@pytest.mark.parametrize("scale", [1e-150, 1e200, 5e307])
+def test_values_whose_squares_leave_float64_are_scaled(tmp_path, scale):
+    values = np.random.default_rng(0).uniform(-1.0, 1.0, 100)
+    series = load_series(SeriesDataRecipe(_of_one_column(tmp_path, values * scale)))
+    np.testing.assert_allclose(series.values[:, 0], (values - values[:70].mean()) / values[:70].std(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose((series.mean[0], series.std[0]), (values[:70].mean() * scale, values[:70].std() * scale), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ((np.zeros(80), np.full(20, 1e39)), "column 'a' of .*a.parquet has 1e\\+39 in row 80, more than 1e\\+15 standard deviations"),
+        ((np.arange(70) * 1e-300, np.full(30, -1e10)), "has -1e\\+10 in row 70, more than"),
+        ((np.full(70, 1.5e308), np.full(30, -1.5e308)), "has -1.5e\\+308 in row 70, more than"),
+        ((np.arange(100) * 1e-310,), "column 'a' of .*a.parquet has values in the training rows that are too small"),
+    ],
+)
+def test_values_that_no_scale_holds_are_refused(tmp_path, parts, message):
+    with pytest.raises(RecipeError, match=message):
+        load_series(SeriesDataRecipe(_of_one_column(tmp_path, *parts)))
+
+
+def test_a_series_that_scaling_makes_constant_has_a_warning(tmp_path):
+    path = _of_one_column(tmp_path, [1e200, *np.arange(69.0)], np.arange(10.0) * 1e200, np.arange(20.0))
+    with pytest.warns(UserWarning, match="column 'a' of .*a.parquet varies in the test rows, 80 to 99, by less than") as caught:
+        load_series(SeriesDataRecipe(path))
+    assert len(caught) == 1
 
 
 # The CSV reader of datasets leaves its file to the garbage collector.
@@ -488,6 +528,14 @@ SPRING, AUTUMN = _hours("2024-03-30 23:00", "Europe/Berlin"), _hours("2024-10-26
         (DAYS.strftime("%Y/%m/%d %H:%M"), DAYS),
         (DAYS.strftime("%d %b %Y"), DAYS),
         (DAYS.strftime("%Y%m%d").astype(int), DAYS),
+        (DAYS.strftime("%Y%m%d%H").astype(int), DAYS),
+        (SPRING.tz_convert("UTC").strftime("%Y%m%d%H%M").astype(int), SPRING.tz_convert("UTC").tz_localize(None)),
+        (pd.date_range("2024-11-01", periods=4, freq="MS").strftime("%Y%m").astype(int), pd.date_range("2024-11-01", periods=4, freq="MS")),
+        (pd.period_range("2024-01-01", periods=3, freq="W").map(str), pd.DatetimeIndex(["2024-01-01", "2024-01-08", "2024-01-15"])),
+        (["30-03-2024", "30-03-2024 12:00", "31-03-2024"], pd.DatetimeIndex(["2024-03-30", "2024-03-30 12:00", "2024-03-31"])),
+        (SPRING.map(lambda stamp: str(stamp)[:-3]), SPRING.tz_convert("UTC")),
+        (AUTUMN.strftime("%d-%m-%Y %H:%M %z"), AUTUMN.tz_convert("UTC")),
+        (AUTUMN.strftime("%m/%d/%Y %I:%M %p%z"), AUTUMN.tz_convert("UTC")),
         (["01/01/2024", "02/02/2024"], pd.DatetimeIndex(["2024-01-01", "2024-02-02"])),
         (SPRING.map(str), SPRING.tz_convert("UTC")),
         (AUTUMN.map(str), AUTUMN.tz_convert("UTC")),
@@ -531,7 +579,16 @@ def test_time_stamps_are_read_as_they_are_meant(given, expected, place):
         ([1704067200.0, np.nan], "row 1 of FILE has no time stamp in column 'date'"),
         ([1704067200.0, np.inf], "row 1 has no finite time stamp in column 'date'"),
         ([True, False], "column 'date' of FILE has true and false"),
-        (["2024-01-01", "2024-01-01"], "row 1 of FILE does not come after .* has 2024-01-01 and then 2024-01-01; sort"),
+        (
+            SPRING.strftime("%a %b %d %Y %H:%M:%S GMT%z (%Z)"),
+            "column 'date' of FILE has several time zones .* write them as 2024-01-31 12:00",
+        ),
+        (
+            ["2024-01-01", "2024-01-01"],
+            "row 1 of FILE does not come after .* has 2024-01-01 and then 2024-01-01; if the time of day stands in another column",
+        ),
+        (["2024-01-01 05:00", "2024-01-01 05:00"], "row 1 of FILE .* then 2024-01-01 05:00; sort"),
+        (["2024-01-02", "2024-01-01"], "row 1 of FILE .* then 2024-01-01; sort"),
         (list(AUTUMN.tz_localize(None)) + list(pd.date_range("2024-10-27 07:00", periods=8, freq="h")), "row 4 .* daylight saving time"),
     ],
 )
@@ -582,9 +639,43 @@ def test_what_is_no_plain_column_of_stamps_is_refused():
     with pytest.raises(RecipeError, match=r"column 'timestamp' of FILE looks like time stamps; set data.date_column=timestamp"):
         take_time_stamps(seconds, "date", "FILE")
     assert list(take_time_stamps(seconds, "timestamp", "FILE").columns) == ["a"]
+    for name in ("timestamp", "Unix", "open_time", "unix timestamp", "time_ms", "Date"):
+        for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 0, 3, 2]):
+            clock = values.assign(**{name: seconds["timestamp"].to_numpy()[order]})
+            with pytest.raises(
+                RecipeError, match=rf"column '{name}' of FILE looks like time stamps; set data.date_column={name}, or rename"
+            ):
+                take_time_stamps(clock, "date", "FILE")
+            with pytest.raises(RecipeError, match=rf"column '{name}' of FILE looks like time stamps; leave it out, or rename"):
+                take_time_stamps(clock.assign(date=pd.date_range("2024-01-01", periods=4)), "date", "FILE")
     both = values.assign(date=pd.date_range("2024-01-01", periods=4)).set_index(pd.date_range("2024-01-04", periods=4)[::-1])
     with pytest.raises(RecipeError, match=r"row 1 of FILE .*the index of FILE has"):
         take_time_stamps(both, "date", "FILE")
     # Row numbers are no second clock beside a column of stamps.
     numbered = values.assign(date=pd.date_range("2024-01-01", periods=4)).set_axis([0, 1, 0, 1])
     assert list(take_time_stamps(numbered, "date", "FILE").columns) == ["a"]
+
+
+@pytest.mark.parametrize("stamped", [True, False])
+def test_saved_row_numbers_are_no_series(tmp_path, stamped):
+    frame = synthetic_series(300)
+    frame = frame if stamped else frame.drop(columns="date")
+    frame.to_csv(tmp_path / "a.csv")
+    pd.read_csv(tmp_path / "a.csv").to_csv(tmp_path / "twice.csv")
+    frame.reset_index().to_csv(tmp_path / "reset.csv", index=False)
+    expected = load_series(SeriesDataRecipe(str(tmp_path / "a.csv")))
+    for file, name in (("twice", "Unnamed: 0.1"), ("reset", "index")):
+        path = tmp_path / f"{file}.csv"
+        with pytest.warns(UserWarning, match=rf"column '{name}' of .*{file}.csv has row numbers and is left out"):
+            series = load_series(SeriesDataRecipe(str(path)))
+        assert series.names == expected.names
+        assert torch.equal(series.values, expected.values)
+        again = pd.read_csv(path)
+        again.assign(**{name: again[name].to_numpy()[::-1]}).to_csv(path, index=False)
+        with pytest.raises(RecipeError, match=rf"column '{name}' of .* looks like row numbers that do not increase"):
+            load_series(SeriesDataRecipe(str(path)))
+
+
+def test_a_series_may_have_the_name_of_row_numbers():
+    for prices in ([1.5, 2.5, 3.5], [7, 7, 8], [7.0, np.nan, 8.0]):
+        assert list(take_time_stamps(pd.DataFrame({"index": prices}), "date", "FILE").columns) == ["index"]

@@ -1,7 +1,9 @@
 """Bags for multiple-instance learning: a data set's bags, checked."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Before the others: it says what to install where they are absent.
 from recipe import BagDataRecipe, RecipeError
@@ -14,7 +16,11 @@ from datasets import ClassLabel, load_dataset
 from labels import as_classes
 from sklearn.datasets import load_digits
 
+<<<<<<< HEAD
 from modeling_uhop.bag_arrays import as_arrays
+=======
+from modeling_uhop.feature_extraction_uhop_mil import _channels_first, as_arrays
+>>>>>>> wt-training
 
 
 # Of `datasets`, by a file's suffix.
@@ -26,7 +32,7 @@ class Bags:
     """Bags with their classes.
 
     Attributes:
-        instances: An array (instances, features) a bag.
+        instances: An array a bag: (instances, features), or (instances, channels, height, width).
         labels: Class of each bag, from 0.
         names: Names of the classes.
         instance_labels: Which instances make a bag positive, where that is known.
@@ -51,6 +57,9 @@ class Bags:
 
 def load_bags(data: BagDataRecipe) -> Bags:
     """The bags of a recipe.
+
+    Pictures come channels first, as the feature extractor arranges them. Where every bag is saved as (1, instances, features), it is
+    read as its vectors, if the bags differ in their number of instances; else each may be one picture.
 
     Raises:
         RecipeError: If the data set, a column or a label is missing, a label is no class, or bags are no numbers of one shape, differ in
@@ -80,7 +89,7 @@ def load_bags(data: BagDataRecipe) -> Bags:
     if named and values[0] < 0:
         raise RecipeError(f"bag {classes.index(values[0])} of {data.dataset} has the label {values[0]}, which means none; leave it out")
     try:
-        instances = as_arrays(loaded[data.instances_column])
+        instances = _as_instances(loaded[data.instances_column])
     except ValueError as error:
         raise RecipeError(f"{data.dataset}: {error}") from error
     if not any(len(bag) > 0 for bag in instances):
@@ -90,6 +99,26 @@ def load_bags(data: BagDataRecipe) -> Bags:
         labels=np.array([values.index(label) for label in classes]),
         names=[feature.int2str(value) if named else str(value) for value in values],
     )
+
+
+def _as_instances(bags: Sequence[Any]) -> list[np.ndarray]:
+    """`as_arrays` of a column, arranged; see `load_bags`."""
+    shapes: list[tuple[int, ...]] = []
+
+    def arranged(array: np.ndarray) -> np.ndarray:
+        shapes.append(array.shape)
+        return array[0] if array.ndim == 3 and len(array) == 1 else _channels_first(array)
+
+    instances = as_arrays(bags, arrange=arranged)
+    # A column has one depth, so that either all bags that are not empty have the axis or none has.
+    wrapped = [index for index, shape in enumerate(shapes) if len(shape) == 3]
+    if wrapped and len({shapes[index][1] for index in wrapped}) == 1:
+        shape = shapes[wrapped[0]]
+        raise ValueError(
+            f"bag {wrapped[0]} has shape {shape}, as all others, so that each may be {shape[1]} vectors or one picture; "
+            "save vectors as (instances, features), pictures as (instances, channels, height, width)"
+        )
+    return instances
 
 
 def digit_bags(target: int = 9, num_bags: int = 300, smallest: int = 6, largest: int = 14, num_groups: int = 20, seed: int = 0) -> Bags:

@@ -1,6 +1,7 @@
 """Multivariate series for forecasting: reading, splits, scaling, and windows that are views of one array."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,10 @@ import torch
 from datasets import load_dataset
 from time_stamps import take_time_stamps
 from torch.utils.data import Dataset
+
+
+# From the mean of the training rows, in standard deviations. Sums of squares of larger values overflow in float32.
+FARTHEST = 1e15
 
 
 class Windows(Dataset):
@@ -77,14 +82,17 @@ def load_series(data: SeriesDataRecipe) -> Series:
 
     Raises:
         RecipeError: If the data set is missing, its time stamps cannot be read or do not increase (see `take_time_stamps`), a column is
-            not numbers, infinite somewhere or missing from all training rows, or the splits do not fit or hold no value.
+            not numbers, infinite somewhere, missing from all training rows, too small there to have a standard deviation, or beyond
+            `FARTHEST` somewhere, or the splits do not fit or hold no value.
     """
     frame = synthetic_series() if data.dataset == "synthetic" else _read(data)
     frame = take_time_stamps(frame, data.date_column, data.dataset)
     for name in frame.columns:
         if not pandas.api.types.is_numeric_dtype(frame[name]):
+            row = int((frame[name].notna() & pandas.to_numeric(frame[name], errors="coerce").isna()).to_numpy().argmax())
             raise RecipeError(
-                f"column {name!r} of {data.dataset} is not numbers; if it has time stamps, set data.date_column; or leave it out"
+                f"column {name!r} of {data.dataset} is not numbers; it has {str(frame[name].iloc[row])!r} in row {row}; "
+                "if it has time stamps, set data.date_column; if it has numbers, write them with a decimal point; or leave it out"
             )
     values = frame.to_numpy(dtype=np.float64)
     rows = split_rows(len(values), data.split)
@@ -97,11 +105,44 @@ def load_series(data: SeriesDataRecipe) -> Series:
     for split, (first, last) in rows.items():
         if np.isnan(values[first:last]).all():
             raise RecipeError(f"no series of {data.dataset} has a value in the {split} rows, {first} to {last - 1}")
+    scaled, mean, std = _scaled(values, train)
+    for index, name in enumerate(frame.columns):
+        where = f"column {str(name)!r} of {data.dataset}"
+        if std[index] < np.finfo(np.float64).tiny:
+            raise RecipeError(f"{where} has values in the training rows that are too small for a standard deviation; use a larger unit")
+        far = ~(np.abs(scaled[:, index]) <= FARTHEST) & ~np.isnan(values[:, index])
+        if far.any():
+            row = int(far.argmax())
+            raise RecipeError(
+                f"{where} has {values[row, index]:g} in row {row}, more than {FARTHEST:g} standard deviations from the training rows "
+                f"(mean {mean[index]:g}, standard deviation {std[index]:g}); mend the value, or leave the column out"
+            )
+        for split, (first, last) in rows.items():
+            if _varies(values[first:last, index]) and not _varies(scaled[first:last, index]):
+                warnings.warn(
+                    f"{where} varies in the {split} rows, {first} to {last - 1}, by less than float32 has beside its standard deviation "
+                    f"of the training rows, {std[index]:g}, so that it is constant there",
+                    stacklevel=2,
+                )
+    return Series(torch.from_numpy(scaled), [str(name) for name in frame.columns], mean, std, rows)
+
+
+def _scaled(values: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values z-scored by the training rows, in float32, and the mean and standard deviation; infinite or nan where that overflows."""
     constant = np.nanmax(train, 0) == np.nanmin(train, 0)
-    mean = np.where(constant, np.nanmax(train, 0), np.nanmean(train, 0))
-    std = np.where(constant, 1.0, np.nanstd(train, 0))
-    scaled = (values - mean) / std
-    return Series(torch.from_numpy(scaled.astype(np.float32)), [str(name) for name in frame.columns], mean, std, rows)
+    # Multiplied by powers of two, which round nothing, training rows lie in [-1, 1], whose squares do not overflow.
+    exponent = np.where(constant, 0, np.frexp(np.nanmax(np.abs(train), 0))[1])
+    train = np.ldexp(train, -exponent)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean = np.where(constant, np.nanmax(train, 0), np.nanmean(train, 0))
+        std = np.where(constant, 1.0, np.nanstd(train, 0))
+        scaled = ((np.ldexp(values, -exponent) - mean) / std).astype(np.float32)
+    return scaled, np.ldexp(mean, exponent), np.ldexp(std, exponent)
+
+
+def _varies(values: np.ndarray) -> bool:
+    known = values[~np.isnan(values)]
+    return len(known) > 0 and bool(known.max() > known.min())
 
 
 def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:

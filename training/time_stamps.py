@@ -1,5 +1,6 @@
 """Time stamps of a series, in a column or in the index: read without a guess, and refused where they do not increase."""
 
+import re
 import warnings
 
 import numpy as np
@@ -7,9 +8,15 @@ import pandas
 from recipe import RecipeError
 
 
-# A column of numbers with such a name is time, and no series.
-NAMES = ("date", "datetime", "ds", "epoch", "time", "timestamp", "unix")
-OFFSET = r"\d(?:\s?(?:Z|UTC|GMT)|\s?[+-]\d{2}:?\d{2})$"
+# A column of numbers with such a name is time, and no series; separators within it and its case do not matter.
+TIME = r"(?:unix|epoch|open|close|utc|local)?(?:date|time|datetime|timestamp|ds|epoch|unix)(?:s|ms|us|ns|utc)?"
+# Of columns in which pandas saves row numbers.
+COUNTER = r"unnamed: \d+(?:\.\d+)?|index|level_0|__index_level_0__"
+# Hours alone, or without a colon, only after a time: 30-03-2024 ends in a year.
+OFFSET = r"(?i)\d(?:\s?(?:Z|UTC|GMT)|\s?[+-]\d{2}:\d{2})$|(?::\d{2}(?:\.\d+)?(?:\s?[AP]M)?|T\d{2,6}(?:\.\d+)?)\s?[+-]\d{2}(?:\d{2})?$"
+# As pandas writes the first and the last day of a week.
+INTERVAL = r"^(\d{4}-\d{2}-\d{2}[^/]*)/\d{4}-\d{2}-\d{2}[^/]*$"
+DIGITS = {6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
 YEAR_FIRST, YEAR_LAST, IN_WORDS = r"^\d{4}[-/.]?\d", r"^(\d{1,2})[-/.](\d{1,2})[-/.]\d{4}(?!\d)", r"[A-Za-z]{3}"
 
 
@@ -19,6 +26,7 @@ def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str) -> pa
     Accepted are dates, periods, durations, and numbers such as Unix seconds or milliseconds, of which only the order and the distances
     matter. Text is read by these rules:
 
+    - An interval such as a week, 2024-01-01/2024-01-07, is its beginning.
     - The year has four digits and stands first (2024-01-13) or last (13/01/2024), or the month is a word. All rows have one form.
     - Of dates with the year last, the whole column says whether the day or the month comes first: one of them exceeds 12 somewhere, or
       only one reading increases. If both readings are possible, the column is refused.
@@ -28,7 +36,8 @@ def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str) -> pa
 
     Raises:
         RecipeError: For a stamp that is missing, cannot be read, or is not after the one before it, naming file, column and row; for a
-            MultiIndex; and if there is no `date_column`, unless it is "date", which a file may lack.
+            MultiIndex; if there is no `date_column`, unless it is "date", which a file may lack; and for another column of numbers that
+            its name says is time, or row numbers that do not increase.
     """
     if isinstance(frame.index, pandas.MultiIndex):
         raise RecipeError(
@@ -44,16 +53,25 @@ def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str) -> pa
         frame = frame.drop(columns=date_column)
     elif date_column not in ("date", frame.index.name):
         raise RecipeError(f"{name} has no column {date_column!r}; it has {list(frame.columns)}")
-    if not (in_column or in_index):
-        for column in frame.columns:
-            if (
-                str(column).casefold() in NAMES
-                and pandas.api.types.is_numeric_dtype(frame[column])
-                and frame[column].is_monotonic_increasing
-            ):
+    return _without_time(frame, name, stamped=in_column or in_index)
+
+
+def _without_time(frame: pandas.DataFrame, name: str, stamped: bool) -> pandas.DataFrame:
+    """The columns that are series: row numbers are left out with a warning, and what the name says is time is refused."""
+    for column in frame.columns:
+        if not pandas.api.types.is_numeric_dtype(frame[column]):
+            continue
+        if re.fullmatch(TIME, re.sub(r"[\W_]", "", str(column)).casefold()):
+            remedy = "leave it out" if stamped else f"set data.date_column={column}"
+            raise RecipeError(f"column {column!r} of {name} looks like time stamps; {remedy}, or rename the column if it is a series")
+        if re.fullmatch(COUNTER, str(column).casefold()) and frame[column].is_unique and (frame[column] % 1 == 0).fillna(False).all():
+            if not frame[column].is_monotonic_increasing:
                 raise RecipeError(
-                    f"column {column!r} of {name} looks like time stamps; set data.date_column={column}, or rename the column"
+                    f"column {column!r} of {name} looks like row numbers that do not increase; sort the rows and leave it out, "
+                    "or rename the column if it is a series"
                 )
+            warnings.warn(f"column {column!r} of {name} has row numbers and is left out; rename it if it is a series", stacklevel=4)
+            frame = frame.drop(columns=column)
     return frame
 
 
@@ -81,6 +99,8 @@ def _check(values: pandas.Series, where: str, name: str) -> None:
 def _hint(stamps: pandas.Series, steps: np.ndarray) -> str:
     backwards = steps[steps <= 0]
     naive = stamps.dtype.kind == "M" and getattr(stamps.dtype, "tz", None) is None
+    if naive and backwards.min() == 0 and (stamps == stamps.dt.normalize()).all():
+        return "; if the time of day stands in another column, write both in one; if not, keep one row for each time"
     # A reversed or shuffled file goes back more often than twice a year.
     if naive and backwards.min() >= -3600 and len(backwards) < 0.1 * len(steps):
         return "; if daylight saving time repeats an hour here, write the stamps in UTC or with their offsets"
@@ -113,15 +133,19 @@ def _read_numbers(values: pandas.Series, where: str) -> pandas.Series:
     infinite = np.isinf(values.astype(float).to_numpy())
     if infinite.any():
         raise RecipeError(f"row {int(infinite.argmax())} has no finite time stamp in {where}")
-    if values.between(19000101, 21001231).all():
-        days = pandas.to_datetime(values.astype(np.int64).astype(str), format="%Y%m%d", errors="coerce")
-        if days.notna().all() and (values == values.astype(np.int64)).all():
-            return days
+    if values.between(190001, 21001231235959).all() and (values % 1 == 0).all():
+        text = values.astype(np.int64).astype(str)
+        form = DIGITS.get(len(text.iloc[0])) if text.str.match("19|20|2100").all() else None
+        dates = pandas.to_datetime(text, format=form, errors="coerce") if form and text.str.len().nunique() == 1 else None
+        if dates is not None and dates.notna().all():
+            return dates
     # Differences of unsigned numbers would wrap around.
     return values.astype(np.int64) if values.dtype.kind == "u" else values
 
 
 def _read_text(text: pandas.Series, where: str) -> pandas.Series:
+    begin = text.str.extract(INTERVAL)[0]
+    text = text if begin.isna().any() else begin.str.strip()
     forms = np.select([text.str.match(YEAR_FIRST), text.str.match(YEAR_LAST), text.str.contains(IN_WORDS)], [1, 2, 3], 0)
     _refuse_first(forms == 0, text, where, "is no date with a year of four digits, such as 2024-01-31 or 2024-01-31 12:00:00+01:00")
     _refuse_first(forms != forms[0], text, where, f"is not written like {text[0]!r} in row 0")
@@ -130,7 +154,7 @@ def _read_text(text: pandas.Series, where: str) -> pandas.Series:
         with_offset != with_offset[0], text, where, f"and {text[0]!r} in row 0 do not both have an offset from UTC; give it to all or none"
     )
     day_first = forms[0] == 2 and _is_day_first(text, where)
-    stamps = _parsed(text, day_first, bool(with_offset[0]))
+    stamps = _parsed(text, day_first, bool(with_offset[0]), where)
     _refuse_first(
         stamps.isna().to_numpy(),
         text,
@@ -150,22 +174,27 @@ def _is_day_first(text: pandas.Series, where: str) -> bool:
     if first_is_day or second_is_day:
         return bool(first_is_day)
     offsets = bool(text.str.contains(OFFSET).iloc[0])
-    readings = [_parsed(text, day_first, offsets) for day_first in (False, True)]
+    readings = [_parsed(text, day_first, offsets, where) for day_first in (False, True)]
     increasing = [bool((_steps(reading) > 0).all()) for reading in readings]
     if increasing[0] == increasing[1] and not readings[0].equals(readings[1]):
         _refuse_first(first != second, text, where, "may begin with the day or with the month; write it like 2024-01-31")
     return increasing[1]
 
 
-def _parsed(text: pandas.Series, day_first: bool, with_offset: bool) -> pandas.Series:
+def _parsed(text: pandas.Series, day_first: bool, with_offset: bool, where: str) -> pandas.Series:
     """Dates, NaT where there is none."""
     with warnings.catch_warnings():
         # Where rows have one format, this is many times faster than row by row.
         warnings.simplefilter("ignore", UserWarning)
-        alike = pandas.to_datetime(text, dayfirst=day_first, utc=with_offset, errors="coerce")
-    if alike.notna().all():
-        return alike
-    return pandas.to_datetime(text, format="mixed", dayfirst=day_first, utc=with_offset, errors="coerce")
+        try:
+            for form in (None, "mixed"):
+                dates = pandas.to_datetime(text, format=form, dayfirst=day_first, utc=with_offset, errors="coerce")
+                if dates.notna().all():
+                    break
+        except ValueError as error:
+            # Of offsets that are not last, such as "GMT+0100 (CET)".
+            raise RecipeError(f"{where} has several time zones ({text[0]!r} in row 0); write them as 2024-01-31 12:00+01:00") from error
+    return dates
 
 
 def _refuse_first(bad: np.ndarray, text: pandas.Series, where: str, problem: str) -> None:

@@ -292,8 +292,10 @@ def summarize(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
 
 def describe(recipe: MILRecipe, bags: Bags, metrics: dict[str, Any]) -> str:
     sizes = [len(bag) for bag in bags.instances]
+    width, *picture = bags.instances[0].shape[1:]
+    each = f"{width} channels of {picture[0]} x {picture[1]} pixels" if picture else f"{width} features"
     lines = [
-        f"{recipe.name}: {len(sizes)} bags of {min(sizes)} to {max(sizes)} instances, {bags.instances[0].shape[1]} features; "
+        f"{recipe.name}: {len(sizes)} bags of {min(sizes)} to {max(sizes)} instances, {each}; "
         f"{recipe.repeats} x {recipe.folds} folds, scored on {recipe.judge} bags, {metrics['cross_validation_seconds']} s"
     ]
     for name, value in metrics.items():

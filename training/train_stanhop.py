@@ -2,7 +2,10 @@
 
 python training/train_stanhop.py configs/stanhop_synthetic.yaml
 python training/train_stanhop.py configs/stanhop_etth1_96.yaml --dataset path/to/ETTh1.csv
-accelerate launch training/train_stanhop.py configs/stanhop_wth_96.yaml --dataset path/to/WTH.csv
+torchrun --standalone --nproc_per_node 2 training/train_stanhop.py configs/stanhop_wth_96.yaml --dataset WTH.csv --set training.use_cpu=true
+accelerate launch --config_file configs/accelerate/gpus.yaml training/train_stanhop.py configs/stanhop_wth_96.yaml --dataset path/to/WTH.csv
+
+The third command runs in two processes on a CPU, which `accelerate launch` does not start without MPI.
 """
 
 from pathlib import Path

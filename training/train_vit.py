@@ -1,7 +1,10 @@
 """Train a Hopfield vision transformer from a recipe: separation step, training, one evaluation on the test split, model folder, reload.
 
 python training/train_vit.py configs/vit_digits.yaml
-accelerate launch training/train_vit.py configs/vit_cifar10.yaml --dataset path/to/cifar10
+torchrun --standalone --nproc_per_node 2 training/train_vit.py configs/vit_digits.yaml --set training.use_cpu=true
+accelerate launch --config_file configs/accelerate/gpus.yaml training/train_vit.py configs/vit_cifar10.yaml --dataset path/to/cifar10
+
+The second command runs in two processes on a CPU, which `accelerate launch` does not start without MPI.
 """
 
 from pathlib import Path
