@@ -107,6 +107,14 @@ def _numbers(bag: Any) -> np.ndarray:
     return array.astype(np.result_type(array.dtype, np.float32) if array.dtype != np.longdouble else np.float64, copy=False)
 
 
+def channels_first(array: np.ndarray) -> np.ndarray:
+    """Pictures (instances, height, width, channels) with their channels first: a last axis of 1, 3 or 4 after two larger ones, of which
+    the first could be no channels."""
+    if array.ndim != 4 or array.shape[3] not in (1, 3, 4) or array.shape[1] in (1, 3, 4) or min(array.shape[1:3]) <= array.shape[3]:
+        return array
+    return np.moveaxis(array, 3, 1)
+
+
 def blocks(array: np.ndarray) -> list[slice]:
     """Slices of a bag's rows, of about `_BLOCK` entries each."""
     size = max(1, _BLOCK // max(1, math.prod(array.shape[1:])))
@@ -121,4 +129,4 @@ def check_finite(index: int, array: np.ndarray, when: str = "") -> None:
             raise ValueError(f"bag {index} has entries that are not finite{when}, first in its instance {rows.start + bad[0]}")
 
 
-__all__ = ["as_arrays", "blocks", "check_finite", "is_one_bag"]
+__all__ = ["as_arrays", "blocks", "channels_first", "check_finite", "is_one_bag"]

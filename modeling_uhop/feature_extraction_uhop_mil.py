@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import BatchFeature, FeatureExtractionMixin
 
-from .bag_arrays import as_arrays, blocks, check_finite, is_one_bag
+from .bag_arrays import as_arrays, blocks, channels_first, check_finite, is_one_bag
 
 
 try:
@@ -115,7 +115,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         bags = list(bags)
         columns = next((bag.columns for bag in bags if hasattr(bag, "columns")), None)
         names = None if columns is None else [str(name) for name in columns]
-        arrays = as_arrays(bags, feature_names=names, arrange=_channels_first)
+        arrays = as_arrays(bags, feature_names=names, arrange=channels_first)
         count, shape = sum(map(len, arrays)), arrays[0].shape[1:]
         if count == 0:
             raise ValueError("there is no instance to fit on")
@@ -232,14 +232,6 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
             transformed = self.transform(bags)
             return BatchFeature({"instances": transformed, "attention_mask": [np.ones(len(bag), dtype=np.int64) for bag in transformed]})
         return BatchFeature(self.padded(self.arrays(bags)), tensor_type=return_tensors)
-
-
-def _channels_first(array: np.ndarray) -> np.ndarray:
-    """Pictures (instances, height, width, channels) with their channels first: a last axis of 1, 3 or 4 after two larger ones, of which
-    the first could be no channels."""
-    if array.ndim != 4 or array.shape[3] not in (1, 3, 4) or array.shape[1] in (1, 3, 4) or min(array.shape[1:3]) <= array.shape[3]:
-        return array
-    return np.moveaxis(array, 3, 1)
 
 
 def _overflow(arrays: list[np.ndarray]) -> ValueError:

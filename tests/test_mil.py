@@ -43,10 +43,6 @@ from train_mil import (
 )
 
 from modeling_uhop import SeparationCallback, UHopMILFeatureExtractor, UHopMILForBagClassification
-<<<<<<< HEAD
-from modeling_uhop.bag_arrays import as_arrays
-=======
->>>>>>> wt-training
 
 
 ROOT = Path(__file__).parent.parent

@@ -16,11 +16,7 @@ from datasets import ClassLabel, load_dataset
 from labels import as_classes
 from sklearn.datasets import load_digits
 
-<<<<<<< HEAD
-from modeling_uhop.bag_arrays import as_arrays
-=======
-from modeling_uhop.feature_extraction_uhop_mil import _channels_first, as_arrays
->>>>>>> wt-training
+from modeling_uhop.bag_arrays import as_arrays, channels_first
 
 
 # Of `datasets`, by a file's suffix.
@@ -107,7 +103,7 @@ def _as_instances(bags: Sequence[Any]) -> list[np.ndarray]:
 
     def arranged(array: np.ndarray) -> np.ndarray:
         shapes.append(array.shape)
-        return array[0] if array.ndim == 3 and len(array) == 1 else _channels_first(array)
+        return array[0] if array.ndim == 3 and len(array) == 1 else channels_first(array)
 
     instances = as_arrays(bags, arrange=arranged)
     # A column has one depth, so that either all bags that are not empty have the axis or none has.
