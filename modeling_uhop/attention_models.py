@@ -27,14 +27,15 @@ def use_hopfield_attention(model: Model, alpha: float | None = None, *, learnabl
     The weights stay as they are. At alpha = 1 the outputs do too; the further alpha is from 1, the more weights are exactly 0, and the
     more the model has to be fine-tuned. Masks, caches, grouped queries, biases of the scores, soft caps and sinks are kept.
 
-    alpha is `model.config.hopfield_alpha`, and an edit of it takes effect at the next call. `save_pretrained` writes it, and
-    `from_pretrained(folder, attn_implementation="hopfield")` gives the same model again, in a process that has imported `modeling_uhop`.
-    As everywhere in transformers, a folder does not say which attention to use: without that argument softmax runs, with a warning.
+    alpha is `model.config.hopfield_alpha` (sub-configurations get a copy), and an edit of it takes effect at the next call.
+    `save_pretrained` writes it, and `from_pretrained(folder, attn_implementation="hopfield")` gives the same model again, in a process
+    that has imported `modeling_uhop`. As everywhere in transformers, a folder does not say which attention to use: without that argument
+    softmax runs, with a warning.
 
     Args:
         model: A `PreTrainedModel`, or a module with some inside, such as a model of PEFT. Changed in place; so are other models that share
             its configuration. Of a part, such as one tower of two, alpha is kept in the part's configuration, which must be one that the
-            whole model's configuration holds: copies, as in the stacks of T5, are not saved.
+            whole model's configuration holds: copies, as in the stacks of T5, are not saved. Parts may differ, if the whole has no alpha.
         alpha: Tsallis exponent in [1, 2]: 1 softmax, 1.5 entmax, 2 sparsemax. `None` for what the configuration has, or 1.5.
         learnable: Whether every head of every layer learns its own exponent in (1, 2), beginning at `alpha`, as the parameter
             `hopfield_alpha_logit`, which is saved and loaded with the weights. Make the optimizer after this call. Weight decay pulls an
@@ -47,8 +48,8 @@ def use_hopfield_attention(model: Model, alpha: float | None = None, *, learnabl
     Raises:
         TypeError: For what is no model of transformers.
         ValueError: For an alpha or a kernel outside its range; for a learnable alpha of a model of PEFT, whose adapter files have no place
-            for it; and for a model with attention that does not go through transformers' attention interface, which would stay at softmax.
-            The message names the modules. Then nothing has changed.
+            for it; for a part of a model that has one alpha for all; and for a model with attention that does not go through
+            transformers' attention interface, which would stay at softmax. The message names the modules. Then nothing has changed.
 
     >>> from transformers import BertConfig, BertModel
     >>> from modeling_uhop import use_hopfield_attention
@@ -81,9 +82,15 @@ def use_hopfield_attention(model: Model, alpha: float | None = None, *, learnabl
     if kernel not in KERNELS:
         raise ValueError(f"kernel must be one of {tuple(KERNELS)}, got {kernel!r}")
     layers = _attention_layers(model)
-    if learnable:
-        for layer in layers:
+    inside = {id(part.config) for part in models}
+    for layer in layers:
+        if learnable:
             _num_heads(layer)  # refused before anything has changed
+        if id(getattr(layer, "hopfield_config", owner)) not in inside:
+            raise ValueError(
+                f"{type(model).__name__} is a part of a model that has one hopfield_alpha for all of its parts; give the whole model, or "
+                "the parts of a new one"
+            )
     owner.hopfield_alpha, owner.hopfield_learnable_alpha = alpha, learnable
     for part in (*models, *layers):
         part.config._attn_implementation = kernel
@@ -95,8 +102,12 @@ def use_hopfield_attention(model: Model, alpha: float | None = None, *, learnabl
 
 
 def _belong(layer: Any, owner: Any) -> None:
-    """Let an attention layer read alpha from this configuration, that of its outermost model, and have the parameter it asks for."""
+    """Let an attention layer read alpha from this configuration, that of its outermost model, and have the parameter it asks for.
+
+    The layer's own configuration gets a copy, for a part that is loaded alone from the folder of the whole.
+    """
     layer.hopfield_config = owner
+    layer.config.hopfield_alpha, layer.config.hopfield_learnable_alpha = owner.hopfield_alpha, owner.hopfield_learnable_alpha
     if owner.hopfield_learnable_alpha and not hasattr(layer, "hopfield_alpha_logit"):
         alpha = owner.hopfield_alpha
         device = next((parameter.device for parameter in layer.parameters()), None)

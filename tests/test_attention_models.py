@@ -253,6 +253,7 @@ def test_one_tower_of_two(tmp_path):
     model, inputs = _model(*OTHERS[9][:2]), OTHERS[9][2]()
     use_hopfield_attention(model.vision_model, 2.0)
     assert not hasattr(model.config, "hopfield_alpha")
+    assert model.config.vision_config.hopfield_alpha == 2.0
     text = model.get_text_features(**{name: inputs[name] for name in ("input_ids", "attention_mask")})
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="hopfield").eval()
@@ -261,6 +262,28 @@ def test_one_tower_of_two(tmp_path):
     again = model.get_text_features(**{name: inputs[name] for name in ("input_ids", "attention_mask")})
     for first, second in zip(text[:1], again[:1], strict=True):
         assert_close(first, second, scale=20)
+
+
+@torch.no_grad()
+def test_towers_may_differ_or_share_one_alpha(tmp_path):
+    model, inputs = _model(*OTHERS[9][:2]), OTHERS[9][2]()
+    use_hopfield_attention(model.vision_model, 2.0)
+    use_hopfield_attention(model.text_model, 1.3)
+    model.save_pretrained(tmp_path / "two")
+    loaded = type(model).from_pretrained(tmp_path / "two", attn_implementation="hopfield").eval()
+    assert_close(_answer(loaded, inputs), _answer(model, inputs))
+    use_hopfield_attention(model, 1.6)
+    assert model.config.text_config.hopfield_alpha == model.config.vision_config.hopfield_alpha == model.config.hopfield_alpha == 1.6
+    with pytest.raises(ValueError, match="is a part of a model that has one hopfield_alpha for all"):
+        use_hopfield_attention(model.vision_model, 2.0)
+    model.save_pretrained(tmp_path / "one")
+    tower = type(model.vision_model).from_pretrained(tmp_path / "one", attn_implementation="hopfield").eval()
+    assert_close(tower(inputs["pixel_values"])[0], model.vision_model(inputs["pixel_values"])[0])
+    translator = _model(*OTHERS[0][:2])
+    use_hopfield_attention(translator.encoder, 2.0)
+    use_hopfield_attention(translator, 1.5)
+    with pytest.raises(ValueError, match="T5Stack is a part of a model"):
+        use_hopfield_attention(translator.encoder, 2.0)
 
 
 @pytest.mark.parametrize(("name", "fields", "make"), [ENCODERS[0], DECODERS[2], OTHERS[0], OTHERS[3]], ids=["Bert", "Qwen3", "T5", "ViT"])
