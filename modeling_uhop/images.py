@@ -14,7 +14,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
     - "RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "LAB": as PIL converts them;
     - "RGBA", "LA", "PA", "RGBa", "La", and "RGB", "L", "1" or "P" with a transparent colour: laid over white;
-    - "I;16", "I;16L", "I;16B", "I;16N": 16-bit values v become v // 257;
+    - "I;16", "I;16L", "I;16B", "I;16N": 16-bit values v become v // 257, with a warning where the largest is at most 256, so that the
+      picture becomes black;
     - "I": values of [0, 255] stay; if the largest lies in [256, 65535], or the file is a PNG or a PPM, which have 16 bits here, v // 257;
     - "F": values of [0, 1] times 255; if the largest lies in (1, 255], they stay. Both are rounded.
 
@@ -60,6 +61,8 @@ def _in_8_bits(values: np.ndarray, mode: str, file_format: str | None) -> np.nda
         return values.astype(np.uint8)
     low, high = values.min(), values.max()
     if mode.startswith("I;16"):
+        if 0 < high < 257:
+            warnings.warn(f"an image of mode {mode!r} becomes black: its largest value is {high} of 65535; scale it", stacklevel=3)
         return (values // 257).astype(np.uint8)
     # Not finite values fail every comparison.
     if mode == "I" and low >= 0 and high <= 65535:

@@ -226,3 +226,10 @@ def test_the_package_is_imported_without_pillow(monkeypatch):
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     with pytest.raises(ImportError):
         importlib.import_module("PIL")
+
+
+def test_a_sixteen_bit_picture_that_becomes_black_is_named():
+    dark = Image.fromarray(np.full((4, 4), 200, dtype=np.uint16))
+    with pytest.warns(UserWarning, match="mode 'I;16' becomes black: its largest value is 200 of 65535"):
+        assert np.asarray(as_rgb(dark)).max() == 0
+    assert np.asarray(as_rgb(Image.fromarray(np.full((4, 4), 257, dtype=np.uint16)))).max() == 1
