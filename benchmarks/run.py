@@ -62,7 +62,7 @@ VIT: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 3, "num_attentio
 TEN = {label: str(label) for label in range(10)}
 
 # Most that attention forward at 197 tokens may cost beside softmax, by kind of processor: 1.5 was measured on an EPYC with AVX-512, 1.8 on
-# one with AVX2, and 1.7 and 2.2 on two Xeons, the second with matrix instructions (AMX).
+# one with AVX2 and 1.7 on a Xeon (files in results/). For matrix instructions (AMX) 2.2 was reported, and there is no file.
 FORWARD_197 = {"AMX": 2.4, "AVX512": 1.7, "other": 1.9}
 
 Work = Callable[[], Any]

@@ -95,7 +95,7 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     load_weights(model, folder, trained, checkpoint)
     if recipe.skip_start == "ridge" and not resume:
         begin_as_linear_map(model, linear_map(series, *lengths, last_value=False))
-    # Every process has looked at the folder before one of them changes it.
+    # Every process checks the folder before one of them changes it.
     PartialState().wait_for_everyone()
     trainer = Trainer(
         model=model,

@@ -107,7 +107,7 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     load_weights(model, folder, trained, checkpoint)
     processor = make_image_processor(recipe.data, model.config.image_size)
     separation = None if recipe.separation is None else SeparationCallback(**recipe.separation)
-    # Every process has looked at the folder before one of them changes it.
+    # Every process checks the folder before one of them changes it.
     PartialState().wait_for_everyone()
     trainer = build_trainer(recipe, folder, model, processor, images, separation)
     is_main = trainer.is_world_process_zero()
