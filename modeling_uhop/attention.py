@@ -95,9 +95,9 @@ class _ChunkedAttention(torch.autograd.Function):
         thresholds, shifts = query.new_zeros(*query.shape[:2], 1), None
         seed = int(torch.randint(2**62, ())) if dropout > 0.0 else 0
         kept = _dropout_factors(seed, dropout)
-        room = _room(query, key, 1)
+        buffers = _buffers(query, key, 1)
         for piece, (q, out, threshold), (k, v) in _pieces((query, output, thresholds), (key, value)):
-            (scores,) = room(q, k)
+            (scores,) = buffers(q, k)
             scores.baddbmm_(q, k.mT, beta=0.0, alpha=scaling * scale)
             absent = _mask(scores, mask, piece, scale)
             weights, found, shift = entmax_solve(scores, _of(eps, piece))
@@ -129,10 +129,10 @@ class _ChunkedAttention(torch.autograd.Function):
         grad_query, grad_key, grad_value = (start(x) for x in (query, key, value))
         grad_eps = torch.zeros_like(thresholds) if ctx.needs_input_grad[3] else None
         kept = _dropout_factors(ctx.seed, ctx.dropout)
-        room = _room(query, key, 2)
+        buffers = _buffers(query, key, 2)
         rows = (query, grad, thresholds, grad_query)
         for piece, (q, g, threshold, grad_q), (k, v, grad_k, grad_v) in _pieces(rows, (key, value, grad_key, grad_value)):
-            scores, other = room(q, k)
+            scores, other = buffers(q, k)
             scores.baddbmm_(q, k.mT, beta=0.0, alpha=scaling * scale)
             absent = _mask(scores, mask, piece, scale)
             if shifts is not None:
@@ -189,15 +189,15 @@ def _of(eps: float | torch.Tensor, piece: Piece) -> float | torch.Tensor:
     return eps[piece] if isinstance(eps, torch.Tensor) else eps
 
 
-def _room(query: torch.Tensor, key: torch.Tensor, count: int) -> Callable[[torch.Tensor, torch.Tensor], Iterator[torch.Tensor]]:
-    """A function that gives room for the scores of a piece, `count` times, the same for every piece."""
+def _buffers(query: torch.Tensor, key: torch.Tensor, count: int) -> Callable[[torch.Tensor, torch.Tensor], Iterator[torch.Tensor]]:
+    """A function that returns `count` buffers of the shape of a piece's scores; all pieces share the memory."""
     work = query.new_empty(count, min(max(_PIECE, key.shape[1]), query.shape[0] * query.shape[1] * key.shape[1]))
 
-    def room(q: torch.Tensor, k: torch.Tensor) -> Iterator[torch.Tensor]:
+    def buffers(q: torch.Tensor, k: torch.Tensor) -> Iterator[torch.Tensor]:
         shape = (*q.shape[:2], k.shape[1])
         return (part[: math.prod(shape)].view(shape) for part in work)
 
-    return room
+    return buffers
 
 
 def _mask(scores: torch.Tensor, mask: torch.Tensor | None, piece: Piece, scale: float) -> torch.Tensor | None:

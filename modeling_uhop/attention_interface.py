@@ -168,9 +168,9 @@ def _check(
 
 def _suits_softmax_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `scaled_dot_product_attention` takes these tensors without broadcasting or casting, and there is a key."""
-    alike = query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1:3] == value.shape[1:3]
+    same_kind = query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1:3] == value.shape[1:3]
     filled = is_traced() or min(*query.shape, *key.shape, *value.shape) > 0
-    return alike and filled and query.dtype == key.dtype == value.dtype and query.shape[1] % key.shape[1] == 0
+    return same_kind and filled and query.dtype == key.dtype == value.dtype and query.shape[1] % key.shape[1] == 0
 
 
 def _softmax_attention(
@@ -280,7 +280,7 @@ def triton_attention_forward(
     settings = _settings(module, query, key, attention_mask, **kwargs)
     alpha, mask = settings["alpha"], settings["attention_mask"]
     query, key, value = cast_by_autocast(query, key, value)
-    of_keys = mask is None or (
+    masks_only_keys = mask is None or (
         mask.dtype == torch.bool
         and mask.dim() == 4
         and mask.shape[0] in (1, len(key))
@@ -290,11 +290,11 @@ def triton_attention_forward(
     batch_size, heads, queries = query.shape[:3]
     shared = heads > key.shape[1] > 0 and heads % key.shape[1] == 0
     rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3) if shared else query
-    alike = rows.shape[:2] == key.shape[:2] and key.shape == value.shape and query.dtype == key.dtype == value.dtype
-    fits = alike and query.shape[-1] <= MAX_WIDTH.get(query.dtype, 0)
+    same_kind = rows.shape[:2] == key.shape[:2] and key.shape == value.shape and query.dtype == key.dtype == value.dtype
+    fits = same_kind and query.shape[-1] <= MAX_WIDTH.get(query.dtype, 0)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or query.is_meta
     other = settings["dropout"] > 0.0 or output_attentions or traced or settings["softcap"] is not None or settings["sinks"] is not None
-    if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA or other or not fits or not of_keys:
+    if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA or other or not fits or not masks_only_keys:
         return hopfield_attention_forward(module, query, key, value, attention_mask, output_attentions=output_attentions, **kwargs)
     key_mask = None if mask is None else mask[:, 0, 0].expand(len(key), key.shape[2])
     output = triton_hopfield_attention(rows, key, value, alpha=alpha, scaling=settings["scaling"], key_mask=key_mask)

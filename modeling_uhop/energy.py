@@ -23,7 +23,7 @@ def similarity_scores(
     similarity: str = "kernel",
     degree: int = 10,
 ) -> torch.Tensor:
-    """Scores (..., Q, M) of queries (..., Q, d) against memories (..., M, d), larger where they are more alike.
+    """Scores (..., Q, M) of queries (..., Q, d) against memories (..., M, d), larger where they are more similar.
 
     - "kernel": `<Phi(x), Phi(xi)>` (U-Hop equation 2.1), the inner product where `feature_map` is `None`. The others compare raw patterns:
     - "dot": `<x, xi>` (Ramsauer et al. 2020).

@@ -14,41 +14,41 @@ class FeatureMap(nn.Module):
     Args:
         pattern_dim: Width d of a pattern, at least 1.
         feature_dim: Width D of a feature (the papers' D_Phi), at least 1; `None` for `pattern_dim`.
-        start: How W begins. "identity": the first min(D, d) coordinates. "orthogonal": orthonormal columns (rows where D < d), so
-            that the kernel is the plain inner product where D >= d. "normal": independent entries of variance 1 / d.
+        feature_init: Initial value of W. "identity": the first min(D, d) coordinates. "orthogonal": orthonormal columns (rows if D < d),
+            so that the kernel is the plain inner product if D >= d. "normal": independent entries of variance 1 / d.
         normalize: Whether features are scaled to unit norm, `Phi(u) = W u / |W u|` (section D.2); a zero vector stays zero.
 
     Raises:
-        ValueError: If a width is below 1 or `start` is unknown.
+        ValueError: If a width is below 1 or `feature_init` is unknown.
 
     With "identity" and D > d the added rows are zero, and no separation loss can move them: prefer "orthogonal" there.
 
     >>> from modeling_uhop import FeatureMap
 
-    >>> phi = FeatureMap(3, 5, start="orthogonal")
+    >>> phi = FeatureMap(3, 5, feature_init="orthogonal")
     >>> u, v = torch.randn(2, 3)
     >>> torch.allclose(phi(u) @ phi(v), u @ v, atol=1e-5)
     True
     """
 
-    def __init__(self, pattern_dim: int, feature_dim: int | None = None, *, start: str = "orthogonal", normalize: bool = False):
+    def __init__(self, pattern_dim: int, feature_dim: int | None = None, *, feature_init: str = "orthogonal", normalize: bool = False):
         super().__init__()
         feature_dim = pattern_dim if feature_dim is None else feature_dim
         if pattern_dim < 1 or feature_dim < 1:
             raise ValueError(f"pattern_dim and feature_dim must be at least 1, got {pattern_dim} and {feature_dim}")
-        if start not in ("identity", "orthogonal", "normal"):
-            raise ValueError(f"start must be one of 'identity', 'orthogonal', 'normal', got {start!r}")
-        self.start = start
+        if feature_init not in ("identity", "orthogonal", "normal"):
+            raise ValueError(f"feature_init must be one of 'identity', 'orthogonal', 'normal', got {feature_init!r}")
+        self.feature_init = feature_init
         self.normalize = normalize
         self.weight = nn.Parameter(torch.empty(feature_dim, pattern_dim))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start W anew, as `start` says."""
-        if self.start == "identity":
+        """Set W to a new initial value, as `feature_init` says."""
+        if self.feature_init == "identity":
             init.eye_(self.weight)
-        elif self.start == "normal":
+        elif self.feature_init == "normal":
             init.normal_(self.weight, mean=0.0, std=self.weight.shape[1] ** -0.5)
         else:  # through fp32: there is no half-precision QR
             weight = torch.empty_like(self.weight, dtype=torch.float32)
@@ -71,7 +71,7 @@ class FeatureMap(nn.Module):
 
     def extra_repr(self) -> str:
         feature_dim, pattern_dim = self.weight.shape
-        return f"{pattern_dim} -> {feature_dim}, start={self.start!r}, normalize={self.normalize}"
+        return f"{pattern_dim} -> {feature_dim}, feature_init={self.feature_init!r}, normalize={self.normalize}"
 
 
 def magnitude(vectors: torch.Tensor, dim: int = -1) -> torch.Tensor:

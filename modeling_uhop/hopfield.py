@@ -54,7 +54,7 @@ class HopfieldAttention(nn.Module):
         self.is_causal = False
 
         feature_dim = config.feature_dim or config.hidden_size
-        self.feature_map = FeatureMap(config.hidden_size, feature_dim, start=config.feature_init) if config.use_feature_map else None
+        self.feature_map = FeatureMap(config.hidden_size, feature_dim, feature_init=config.feature_init) if config.use_feature_map else None
         in_dim = feature_dim if config.use_feature_map else config.hidden_size
         inner_dim = self.num_attention_heads * self.head_dim
         value_dim = inner_dim if config.value_source == "projected_memory" else config.hidden_size

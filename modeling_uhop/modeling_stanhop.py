@@ -393,7 +393,7 @@ class STanHopModel(STanHopPreTrainedModel):
         loc, scale = self.scaler(values, observed)
         # Differences of the largest values overflow, those of what is left do not.
         size = magnitude(values, dim=1)
-        return self._narrowed((values / size - loc / size) / (scale / size) * observed, "past_values"), loc, scale
+        return self._cast((values / size - loc / size) / (scale / size) * observed, "past_values"), loc, scale
 
     @torch.no_grad()
     def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
@@ -426,7 +426,7 @@ class STanHopModel(STanHopPreTrainedModel):
             )
         silent = ~varies.unsqueeze(1)
         futures = (future_values.to(self.device, loc.dtype) - loc) / scale
-        futures = self._narrowed(futures.masked_fill(futures.isnan() | silent, 0.0), "future_values")
+        futures = self._cast(futures.masked_fill(futures.isnan() | silent, 0.0), "future_values")
         pasts = scaled.masked_fill(silent, 0.0)
         self.memory.pasts, self.memory.futures = pasts.permute(2, 0, 1).contiguous(), futures.permute(2, 0, 1).contiguous()
         self.config.num_memories = len(past_values)
@@ -470,7 +470,7 @@ class STanHopModel(STanHopPreTrainedModel):
             raise ValueError(f"observed past_values must be finite in {values.dtype}, but series {channel} of window {row} is not")
         return values, observed.to(values.dtype)
 
-    def _narrowed(self, scaled: torch.Tensor, name: str) -> torch.Tensor:
+    def _cast(self, scaled: torch.Tensor, name: str) -> torch.Tensor:
         narrow = scaled.to(self.dtype)
         if is_readable(narrow) and not is_finite(narrow):
             raise ValueError(f"{name} must be finite in {self.dtype} once they are scaled, got some as large as {scaled.abs().max():.4g}")

@@ -35,7 +35,7 @@ from .validation import check_tensors, is_finite, is_plain, is_traced
 _SEARCHED_CODES, _MEMORIES_IN_A_STEP = 1000, 4096
 
 
-class Kept(NamedTuple):
+class CachedFeatures(NamedTuple):
     """Features of what a memory model stores, and what they were computed from."""
 
     memories: torch.Tensor
@@ -55,7 +55,7 @@ class Indexed(NamedTuple):
 
 
 # Apart from the models, so that a copy of one has no part in them.
-_FEATURES: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
+_FEATURES: WeakKeyDictionary[nn.Module, CachedFeatures] = WeakKeyDictionary()
 _INDEXES: WeakKeyDictionary[nn.Module, Indexed] = WeakKeyDictionary()
 
 
@@ -128,7 +128,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         # A copy: `store` keeps num_memories up to date, and two memories may be built from one configuration.
         super().__init__(copy.deepcopy(config))
         self.feature_map = (
-            FeatureMap(config.pattern_dim, config.feature_dim, start=config.feature_init, normalize=config.normalize_features)
+            FeatureMap(config.pattern_dim, config.feature_dim, feature_init=config.feature_init, normalize=config.normalize_features)
             if config.similarity == "kernel"
             else None
         )
@@ -153,9 +153,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         a NumPy view or a collective, which PyTorch does not count), where a gradient has to pass, Phi is offloaded, hooked or in an
         adapter, under autocast and inference mode, and in a traced graph.
         """
-        return self.memories if self.feature_map is None else self._kept_features().clone()
+        return self.memories if self.feature_map is None else self._cached_features().clone()
 
-    def _kept_features(self) -> torch.Tensor:
+    def _cached_features(self) -> torch.Tensor:
         """`stored_features`, not to be written to."""
         self.check_configuration()
         if self.feature_map is None:
@@ -166,12 +166,12 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         passing = torch.is_grad_enabled() and (weight.requires_grad or memories.requires_grad)
         if passing or torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or memories.is_inference():
             return self._features(memories, "memories")
-        kept = _FEATURES.get(self)
+        cached = _FEATURES.get(self)
         state = (memories._version, weight.dtype, self.feature_map.normalize)
         # The weight's own version tells nothing of fused optimizers and collectives.
-        if kept is None or kept.memories is not memories or kept.state != state or not torch.equal(kept.weight, weight):
-            kept = _FEATURES[self] = Kept(memories, state, weight.detach().clone(), self._features(memories, "memories"))
-        return kept.features
+        if cached is None or cached.memories is not memories or cached.state != state or not torch.equal(cached.weight, weight):
+            cached = _FEATURES[self] = CachedFeatures(memories, state, weight.detach().clone(), self._features(memories, "memories"))
+        return cached.features
 
     def __len__(self) -> int:
         return len(self.memories)
@@ -305,7 +305,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         states = torch.atleast_2d(self._checked(queries, "queries"))
         settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha}
         similarity: dict[str, Any] = {"similarity": self.config.similarity, "degree": self.config.degree}
-        features = self._kept_features()
+        features = self._cached_features()
         moving = torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
         taken = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
         weights = association_of(self._features(states), features, **settings, **similarity)
@@ -362,7 +362,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"search needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
         states = torch.atleast_2d(self._checked(queries, "queries"))
-        features = self._kept_features()
+        features = self._cached_features()
         own = candidates is None and self not in _INDEXES
         if candidates is None:
             candidates = brute_force(features) if own else self._indexed(features)
@@ -452,7 +452,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         """
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"a report needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
-        features = self._kept_features()
+        features = self._cached_features()
         output = self(self.memories, update_steps=1, return_dict=True)
         kernel = inner_products(features, features)
         # In fp64 where scores overflow fp32.
@@ -491,7 +491,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         return {"num_memories": len(self.memories)} if "memories" in self._buffers else {}
 
     def _unit_kernel(self) -> torch.Tensor:
-        features = unit_norm(at_least_fp32(self._kept_features()))
+        features = unit_norm(at_least_fp32(self._cached_features()))
         return features @ features.transpose(-1, -2)
 
     def _checked(self, patterns: torch.Tensor, name: str) -> torch.Tensor:

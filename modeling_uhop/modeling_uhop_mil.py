@@ -197,7 +197,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
         """
         hidden_states, mask = self._embed(instances, attention_mask)
         if self.training and self.config.bag_dropout_prob > 0:
-            mask = _thinned(mask, self.config.bag_dropout_prob)
+            mask = _instance_dropout(mask, self.config.bag_dropout_prob)
         pooled, weights = self.pooling(hidden_states[-1], mask)
         check_no_overflow(pooled, "bag")
         attentions = (weights,) if self.config.pooling == "hopfield" else ()
@@ -227,7 +227,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
         check_tensor(instances, "instances")
         check_tensor(attention_mask, "attention_mask")
         mask = self._checked_mask(instances, attention_mask)
-        instances = instances.to(self.dtype).masked_fill(~_widened(mask, instances), 0.0)
+        instances = instances.to(self.dtype).masked_fill(~_broadcast_mask(mask, instances), 0.0)
         size = largest(instances)
         if not size < math.inf:
             bag, instance = (~instances.flatten(2).isfinite()).any(-1).nonzero()[0].tolist()
@@ -328,11 +328,11 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
         return self.mil.memory_sets(instances, attention_mask, **kwargs)
 
 
-def _widened(mask: torch.Tensor, instances: torch.Tensor) -> torch.Tensor:
+def _broadcast_mask(mask: torch.Tensor, instances: torch.Tensor) -> torch.Tensor:
     return mask.reshape(*mask.shape, *(1,) * (instances.dim() - 2))
 
 
-def _thinned(mask: torch.Tensor, probability: float) -> torch.Tensor:
+def _instance_dropout(mask: torch.Tensor, probability: float) -> torch.Tensor:
     """The mask with each instance left out at this probability; a bag keeps the last one standing."""
     chance = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
     kept = (chance >= probability) | (chance == chance.amax(-1, keepdim=True))

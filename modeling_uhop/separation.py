@@ -79,7 +79,7 @@ def separation_loss(
             f"{tuple(features.shape)}, got shape {tuple(mask.shape)}"
         )
     count = features.shape[-2]
-    features, mask = _drawn(features, mask, sample)
+    features, mask = _subsample(features, mask, sample)
     features = at_least_fp32(features)
     if mask is not None and mask.dim() == features.dim():
         loss = _loss_of_counted_pairs(features, kind, temperature, mask)
@@ -265,7 +265,7 @@ def maximize_separation(
 
     def loss_at(step: int) -> torch.Tensor:
         tau = annealed(temperature, final_temperature, max(0, min(step, steps - 1)), steps)
-        seen, seen_mask = _drawn(memories, mask, batch_size)
+        seen, seen_mask = _subsample(memories, mask, batch_size)
         if method == "denoising":
             return denoising_loss(moving(corruption(seen)), moving(seen), temperature=tau)
         return separation_loss(moving(seen), kind=kind, temperature=tau, mask=seen_mask)
@@ -294,7 +294,7 @@ def maximize_separation(
     return history
 
 
-def _drawn(memories: torch.Tensor, mask: torch.Tensor | None, batch_size: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _subsample(memories: torch.Tensor, mask: torch.Tensor | None, batch_size: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A random part of the memories (..., M, d), with its part of the mask."""
     count = memories.shape[-2]
     if batch_size is None or batch_size >= count:

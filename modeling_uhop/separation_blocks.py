@@ -76,14 +76,14 @@ def _blocks(features: torch.Tensor, members: torch.Tensor | None, scale: float =
     """Blocks of pairs mu < nu, their similarities times `scale`, each in the place of the one before."""
     ranges = [slice(start, start + _BLOCK) for start in range(0, features.shape[1], _BLOCK)]
     size = min(_BLOCK, features.shape[1])
-    room = features.new_empty(len(features) * size**2)
+    buffer = features.new_empty(len(features) * size**2)
     on_and_below = features.new_full((size, size), -torch.inf).tril_()
     for index, rows in enumerate(ranges):
         scaled = features[:, rows] * scale
         for columns in ranges[index:]:
             others = features[:, columns].mT
             shape = (len(features), scaled.shape[1], others.shape[2])
-            similarity = torch.bmm(scaled, others, out=room[: math.prod(shape)].view(shape))
+            similarity = torch.bmm(scaled, others, out=buffer[: math.prod(shape)].view(shape))
             if members is not None:
                 similarity.masked_fill_(~members[:, rows, None] | ~members[:, None, columns], -torch.inf)
             if rows == columns:

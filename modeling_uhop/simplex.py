@@ -237,7 +237,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
             risen += total * excess * _expm1_ratio(-eps * excess) / slopes.sum(dim, keepdim=True)
             if readable and step >= _UNCHECKED_STEPS and not excess.abs().amax().item() > 16.0 * precision:
                 break
-        return Solution(_settled(*_q_exponential(scores.sub_(risen), eps), dim), largest.add_(risen), shift)
+        return Solution(_newton_correction(*_q_exponential(scores.sub_(risen), eps), dim), largest.add_(risen), shift)
 
     # Of n items, the next norm at alpha = 1.5 is off 1 by n / 2 times the square of a fall at most.
     enough = (64.0 * precision / scores.shape[dim]) ** 0.5 if eps == 0.5 else 4.0 * precision
@@ -259,7 +259,7 @@ def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1)
                 scores.masked_fill_(risen.isnan(), torch.nan)  # which truncation drops
             if not lowest < -enough:
                 break
-    return Solution(scores.mul_(scores) if eps == 0.5 else _settled(scores, scores.sign(), dim), origin.add_(risen), shift)
+    return Solution(scores.mul_(scores) if eps == 0.5 else _newton_correction(scores, scores.sign(), dim), origin.add_(risen), shift)
 
 
 def _zeros(numbers: torch.Tensor) -> torch.Tensor:
@@ -295,7 +295,7 @@ def _fall(root: torch.Tensor, eps: float | torch.Tensor, dim: int) -> torch.Tens
     return (1.0 - total).div_(root.sign().sum(dim, keepdim=True))
 
 
-def _settled(weights: torch.Tensor, escort: torch.Tensor, dim: int) -> torch.Tensor:
+def _newton_correction(weights: torch.Tensor, escort: torch.Tensor, dim: int) -> torch.Tensor:
     """Weights, in place, less what rounding the threshold added to their sum: a last step of Newton's method, from near the root."""
     remainder = (weights.sum(dim, keepdim=True) - 1.0) / escort.sum(dim, keepdim=True)
     return weights.addcmul_(escort, remainder, value=-1.0).relu_()

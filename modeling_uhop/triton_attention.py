@@ -73,8 +73,8 @@ def triton_hopfield_attention(
     if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA:
         raise ValueError(f"alpha must be one number from {MIN_ALPHA} to 2 for the Triton kernels, got {alpha}")
     query, key, value = cast_by_autocast(query, key, value)
-    alike = query.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3:] == key.shape[3:]
-    if not alike or key.shape != value.shape:
+    same_shape = query.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3:] == key.shape[3:]
+    if not same_shape or key.shape != value.shape:
         raise ValueError(f"query, key and value do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
     if not query.dtype == key.dtype == value.dtype or query.dtype not in MAX_WIDTH:
         raise ValueError(f"query, key and value must be of one dtype, fp32, bf16 or fp16, got {query.dtype}, {key.dtype}, {value.dtype}")

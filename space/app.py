@@ -41,7 +41,7 @@ element.addEventListener("click", (event) => {
 
 
 @contextmanager
-def in_words() -> Iterator[None]:
+def errors_as_messages() -> Iterator[None]:
     """Shows the visitor what cannot be done, as a message."""
     try:
         yield
@@ -124,12 +124,12 @@ def memory_tab() -> None:
 
     def show(digit, *values) -> tuple[str, str, str]:
         settings = settings_of(*values)
-        with in_words():
+        with errors_as_messages():
             place = min(max(int(digit), 1), max(1, settings.count)) - 1
             return headline(settings, place), side_view(settings, "without", place), side_view(settings, "with", place)
 
     def find_confused(digit, *values) -> int:
-        with in_words():
+        with errors_as_messages():
             found = next_confused(settings_of(*values), int(digit) - 1)
         if found is None:
             gr.Info("No digit is confused without separation. Hide more, or store more digits.")
@@ -172,16 +172,16 @@ def landscape_tab() -> None:
     controls = [alpha, beta, steps, view]
 
     def draw(state, alpha, beta, steps, view) -> dict[str, Any]:
-        with in_words():
+        with errors_as_messages():
             return demo_landscape.scene(state, alpha, beta, int(steps), view)
 
     def drag(alpha, beta, steps, view, event: gr.EventData) -> tuple[dict[str, Any], dict[str, Any]]:
-        with in_words():
+        with errors_as_messages():
             dragged = demo_landscape.moved(event.points, event.query, event.stamp)
         return dragged, draw(dragged, alpha, beta, steps, view)
 
     def change(make, state, *values) -> tuple[dict[str, Any], dict[str, Any]]:
-        with in_words():
+        with errors_as_messages():
             changed = make(state)
         return changed, draw(changed, *values)
 
@@ -225,7 +225,7 @@ def classifier_tab(classifier: Once[Classifier]) -> None:
                 answer = card("", elem_id="answer", min_height=260)
 
     def show(place: int, progress: gr.Progress) -> str:
-        with in_words():
+        with errors_as_messages():
             image = digit_image(demo_digits.load().images[demo_digits.examples()[place]])
             known = classifier(report_to(progress))
             return demo_classifier.answer_view(known, image, demo_classifier.classify(known, image))
@@ -238,7 +238,7 @@ def classifier_tab(classifier: Once[Classifier]) -> None:
         return event.index, choices_view(event.index), show(event.index, progress)
 
     def uploaded(file: str, progress=gr.Progress()) -> tuple[str, str]:  # noqa: B008
-        with in_words():
+        with errors_as_messages():
             image = demo_classifier.read_image(file)
             known = classifier(report_to(progress))
             if demo_classifier.reads_digits(known):
@@ -270,7 +270,7 @@ def bags_tab(classifier: Once[BagClassifier]) -> None:
                 view = card("", js_on_load=CLICKED_BUTTON, elem_id="bag", min_height=220)
 
     def show(bag: list[int], progress: gr.Progress) -> str:
-        with in_words():
+        with errors_as_messages():
             known = classifier(report_to(progress))
             if not bag:
                 gr.Warning("The bag is empty, so there is nothing to weigh. Add a digit, or draw a new bag.")
@@ -285,7 +285,7 @@ def bags_tab(classifier: Once[BagClassifier]) -> None:
         return drawn + 1, bag, show(bag, progress)
 
     def added(bag, digit, drawn, progress=gr.Progress()) -> tuple[list[int], str]:  # noqa: B008
-        with in_words():
+        with errors_as_messages():
             bag = with_digit(bag, int(digit), drawn + len(bag))
         return bag, show(bag, progress)
 

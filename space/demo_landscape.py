@@ -44,7 +44,7 @@ def starting_points() -> dict[str, Any]:
 
 def separated_map(points: torch.Tensor, steps: int) -> FeatureMap:
     """The linear map of the plane after `steps` of U-Hop+ from the identity."""
-    phi = FeatureMap(2, start="identity").to(points.dtype)
+    phi = FeatureMap(2, feature_init="identity").to(points.dtype)
     if len(points) > 1 and steps > 0:
         maximize_separation(phi, points, method="uhop+", steps=steps, temperature=0.05, final_temperature=0.05, lr=0.03, optimizer="sgd")
     return phi.requires_grad_(False)

@@ -115,7 +115,7 @@ def test_a_forecasting_recipe_in_two_processes_is_that_in_one(tmp_path):
             "save_steps": 3,
             "per_device_eval_batch_size": 28,
         },
-        "anchor_lengths": [],
+        "baseline_lengths": [],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**content, "training": {**content["training"], "per_device_train_batch_size": 4}}))
     # The documented command itself, with this recipe.

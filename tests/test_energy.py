@@ -29,7 +29,7 @@ ALPHAS = [1.0, 1.25, 1.5, 2.0]
 
 def _problem(seed=0, memories=7, width=5, feature_dim=6, queries=4):
     generator = torch.Generator().manual_seed(seed)
-    phi = FeatureMap(width, feature_dim, start="normal").double()
+    phi = FeatureMap(width, feature_dim, feature_init="normal").double()
     with torch.no_grad():
         phi.weight.copy_(torch.randn(feature_dim, width, generator=generator, dtype=torch.float64) / width**0.5)
     stored = torch.randn(memories, width, generator=generator, dtype=torch.float64)
@@ -192,7 +192,7 @@ def test_functions_that_torch_transforms_are_those_of_a_loop():
 
 
 def _separated(patterns):
-    phi = FeatureMap(5, start="identity")
+    phi = FeatureMap(5, feature_init="identity")
     maximize_separation(phi, patterns, steps=3, method="denoising", corruption=lambda x: 0.5 * x)
     return phi.weight.detach()
 
@@ -213,7 +213,7 @@ _FUNCTIONS = {
     "maximize_separation": _separated,
     "mask_patterns": lambda x: mask_patterns(x, generator=torch.Generator().manual_seed(0)),
     "add_noise": lambda x: add_noise(x, generator=torch.Generator().manual_seed(0)),
-    "FeatureMap": FeatureMap(5, start="identity", normalize=True),
+    "FeatureMap": FeatureMap(5, feature_init="identity", normalize=True),
 }
 
 

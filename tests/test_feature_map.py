@@ -10,12 +10,12 @@ from modeling_uhop.feature_map import unit_norm
 
 @pytest.mark.parametrize(("pattern_dim", "feature_dim"), [(7, 7), (7, 11), (7, 3)])
 def test_starts(pattern_dim, feature_dim):
-    identity = FeatureMap(pattern_dim, feature_dim, start="identity")
+    identity = FeatureMap(pattern_dim, feature_dim, feature_init="identity")
     assert torch.equal(identity.weight, torch.eye(feature_dim, pattern_dim))
-    weight = FeatureMap(pattern_dim, feature_dim, start="orthogonal").weight
+    weight = FeatureMap(pattern_dim, feature_dim, feature_init="orthogonal").weight
     gram = weight.mT @ weight if feature_dim >= pattern_dim else weight @ weight.mT
     assert_close(gram, torch.eye(min(pattern_dim, feature_dim)))
-    normal = FeatureMap(400, 500, start="normal").weight
+    normal = FeatureMap(400, 500, feature_init="normal").weight
     assert abs(normal.std().item() * 400**0.5 - 1.0) < 0.02
 
 
@@ -27,7 +27,7 @@ def test_an_orthogonal_start_keeps_the_inner_product():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_features(dtype):
-    phi = FeatureMap(6, 4, start="normal").to(dtype)
+    phi = FeatureMap(6, 4, feature_init="normal").to(dtype)
     patterns = torch.randn(2, 3, 6).to(dtype)
     expected = patterns.double() @ phi.weight.double().mT
     assert_close(phi(patterns), expected)
@@ -36,7 +36,7 @@ def test_features(dtype):
 
 
 def test_normalize_rows_keeps_a_zero_row():
-    phi = FeatureMap(3, 4, start="identity")
+    phi = FeatureMap(3, 4, feature_init="identity")
     with torch.no_grad():
         phi.weight[0] *= 5
     phi.normalize_rows()
@@ -50,7 +50,7 @@ def test_unit_norm_of_a_zero_vector_has_a_finite_gradient():
     assert torch.equal(vectors.grad, torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("arguments", [{"feature_dim": 0}, {"pattern_dim": 0}, {"start": "zeros"}])
+@pytest.mark.parametrize("arguments", [{"feature_dim": 0}, {"pattern_dim": 0}, {"feature_init": "zeros"}])
 def test_bad_arguments_are_refused(arguments):
     with pytest.raises(ValueError, match="must be"):
         FeatureMap(**{"pattern_dim": 3, **arguments})

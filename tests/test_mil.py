@@ -155,15 +155,15 @@ def test_bad_files_are_named(tmp_path):
         load_bags(BagDataRecipe(str(path)))
 
 
-@pytest.mark.parametrize("judge", ["test", "validation"])
-def test_folds_cover_all_bags_once(judge):
-    bags, recipe = _bags(30), _recipe(judge=judge, folds=5)
+@pytest.mark.parametrize("evaluate_on", ["test", "validation"])
+def test_folds_cover_all_bags_once(evaluate_on):
+    bags, recipe = _bags(30), _recipe(evaluate_on=evaluate_on, folds=5)
     parts = splits(recipe, bags, 0)
     for train, scored in parts:
         assert not set(train) & set(scored)
         assert abs(bags.labels[scored].mean() - 0.5) < 0.2
     everything = np.sort(np.concatenate([scored for _, scored in parts]))
-    if judge == "test":
+    if evaluate_on == "test":
         assert everything.tolist() == list(range(30))
     else:
         outer = splits(_recipe(folds=5), bags, 0)
@@ -173,8 +173,8 @@ def test_folds_cover_all_bags_once(judge):
 
 def test_groups_are_kept_together():
     bags = digit_bags()
-    for judge in ("test", "validation"):
-        for train, scored in splits(_recipe(judge=judge, folds=10), bags, 0):
+    for evaluate_on in ("test", "validation"):
+        for train, scored in splits(_recipe(evaluate_on=evaluate_on, folds=10), bags, 0):
             assert not set(bags.groups[train]) & set(bags.groups[scored])
 
 
@@ -269,7 +269,7 @@ def test_folds_without_a_class_are_refused():
     instances = [random.normal(size=(2, 3)) for _ in range(23)]
     labels = np.array([0] * 20 + [1] * 3)
     with pytest.raises(RecipeError, match=r"fold . has no validation bag of class 'yes'"):
-        splits(_recipe(judge="validation"), Bags(instances, labels, ["no", "yes"]), 0)
+        splits(_recipe(evaluate_on="validation"), Bags(instances, labels, ["no", "yes"]), 0)
     with pytest.raises(RecipeError, match="every bag is of class 'no'"):
         splits(_recipe(), Bags(instances, labels * 0, ["no"]), 0)
     grouped = Bags(instances, labels, ["no", "yes"], groups=np.where(labels == 1, 99, np.arange(23)))
@@ -410,7 +410,7 @@ def test_a_comparison_is_resumed(tmp_path, monkeypatch):
         ({"folds": 1}, "folds must be at least 2, got 1"),
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"ensemble": 0}, "ensemble must be at least 1, got 0"),
-        ({"judge": "train"}, "judge must be 'test' or 'validation', got 'train'"),
+        ({"evaluate_on": "train"}, "evaluate_on must be 'test' or 'validation', got 'train'"),
     ],
 )
 def test_bad_recipes_are_refused(fields, message):

@@ -18,7 +18,7 @@ PATHS = sorted(path for path in CARDS.glob("*.md") if path != TEMPLATE)
 METRICS: dict[str, dict[str, Any]] = {
     "vit": {"test_accuracy": 0.93, "train_seconds": 12.4},
     "mil": {"auc": {"mean": 0.9, "std_repeats": 0.01}, "accuracy": {"mean": 0.8, "std_repeats": 0.02}, "cross_validation_seconds": 3.0},
-    "stanhop": {"test_mse": 0.41, "test_mae": 0.42, "train_seconds": 200.0, "anchors": {}},
+    "stanhop": {"test_mse": 0.41, "test_mae": 0.42, "train_seconds": 200.0, "baselines": {}},
 }
 DATA = {
     "vit": {"dataset": "owner/pictures", "image_column": "image", "test_split": "held_out"},

@@ -1,5 +1,6 @@
 """Recipes, their data and the training script: what runs, what is refused, what is left behind."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -19,8 +20,21 @@ from huggingface_hub import ModelCard
 from labels import as_classes
 from metrics import classification_metrics
 from PIL import Image as PILImage
-from recipe import DataRecipe, RecipeError, check_output_dir, clear_output_dir, commit, load_recipe, write_recipe, write_results
-from train_vit import build_model, looked_at, run
+from recipe import (
+    BagDataRecipe,
+    DataRecipe,
+    MILRecipe,
+    RecipeError,
+    STanHopRecipe,
+    check_output_dir,
+    check_same_recipe,
+    clear_output_dir,
+    commit,
+    load_recipe,
+    write_recipe,
+    write_results,
+)
+from train_vit import build_model, evaluated_part, run
 from transformers import EvalPrediction, ViTForImageClassification
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
@@ -118,6 +132,27 @@ def test_a_wrong_recipe_is_refused(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(RecipeError, match=message):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("recipe_class", "old", "new"),
+    [(MILRecipe, "judge", "evaluate_on"), (STanHopRecipe, "judge", "evaluate_on"), (STanHopRecipe, "anchor_lengths", "baseline_lengths")],
+)
+def test_an_earlier_name_of_a_field_is_refused_with_the_name_of_today(tmp_path, recipe_class, old, new):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"data: {{dataset: digits}}\n{old}: test\n")
+    with pytest.raises(RecipeError, match=f"'{old}' in recipe is now called '{new}'"):
+        load_recipe(path, recipe_class=recipe_class)
+
+
+def test_a_run_with_an_earlier_name_of_a_field_can_be_resumed(tmp_path):
+    recipe = MILRecipe("bags", BagDataRecipe("digits"), evaluate_on="validation")
+    write_recipe(recipe, tmp_path)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(path.read_text().replace("evaluate_on:", "judge:"))
+    check_same_recipe(recipe, tmp_path)
+    with pytest.raises(RecipeError, match="was begun with evaluate_on=validation"):
+        check_same_recipe(dataclasses.replace(recipe, evaluate_on="test"), tmp_path)
 
 
 def test_a_missing_recipe_and_a_bad_override_are_refused(tmp_path):
@@ -414,8 +449,8 @@ def test_the_epoch_of_the_best_validation_accuracy_is_kept(tmp_path):
 def test_as_many_training_as_validation_images_are_looked_at(most, expected):
     recipe = _recipe(f"data.max_eval_samples={'null' if most is None else most}")
     images = load_images(recipe.data)
-    assert [len(looked_at(images, split, recipe.data)) for split in ("validation", "train")] == [expected, expected]
-    assert looked_at(images, "train", recipe.data)[3] == images["train"][3]
+    assert [len(evaluated_part(images, split, recipe.data)) for split in ("validation", "train")] == [expected, expected]
+    assert evaluated_part(images, "train", recipe.data)[3] == images["train"][3]
 
 
 def test_the_peer_is_transformers_own_of_equal_size(tmp_path):

@@ -164,7 +164,7 @@ def test_maximize_separation_lowers_the_loss_and_moves_the_map_alone(method, opt
 
 def test_the_first_sgd_step_is_the_gradient():
     memories = torch.randn(5, 4, dtype=torch.float64)
-    phi = FeatureMap(4, start="normal").double()
+    phi = FeatureMap(4, feature_init="normal").double()
     (gradient,) = torch.autograd.grad(separation_loss(phi(memories)), phi.weight)
     expected = phi.weight - 0.3 * gradient
     history = maximize_separation(phi, memories, steps=1, lr=0.3, optimizer="sgd")
@@ -207,7 +207,7 @@ def test_a_single_absent_memory_has_no_influence_even_as_nan(mask):
 @pytest.mark.parametrize("method", ["uhop", "uhop+", "denoising"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_moves_by_way_of_fp32(method, dtype):
-    phi, memories = FeatureMap(8, start="orthogonal").to(dtype), torch.randn(6, 8).to(dtype)
+    phi, memories = FeatureMap(8, feature_init="orthogonal").to(dtype), torch.randn(6, 8).to(dtype)
     wide = FeatureMap(8).float()
     wide.load_state_dict(phi.state_dict())
     histories = []

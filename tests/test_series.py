@@ -1,4 +1,4 @@
-"""Forecasting: series, splits, windows, anchors against loops and scikit-learn, the script."""
+"""Forecasting: series, splits, windows, baselines against loops and scikit-learn, the script."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 import train_stanhop
 import yaml
-from anchors import WindowMemory, anchors, errors_of, forward_filled, linear_map, repeat_last, repeat_season
+from baselines import WindowMemory, baselines, errors_of, forward_filled, linear_map, repeat_last, repeat_season
 from conftest import assert_close
 from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
@@ -240,14 +240,14 @@ def test_the_linear_map_is_ridge_regression(series, last_value):
     offset = rows[:, 29:30] if last_value else 0.0
     past = torch.randn(3, 30, 4)
     windows = torch.cat([series.values[570:800, channel].unfold(0, 35, 1) for channel in range(4)]).numpy()
-    anchor = windows[:, 29:30] if last_value else 0.0
+    baseline = windows[:, 29:30] if last_value else 0.0
     forecasts, errors = [], []
     for penalty in (1e-4, 1e-3, 1e-2, 1e-1):
         ridge = Ridge(penalty * len(rows)).fit(rows[:, :30] - offset, rows[:, 30:] - offset)
         flat = past.permute(0, 2, 1).reshape(12, 30).numpy()
         shift = flat[:, 29:30] if last_value else 0.0
         forecasts.append((ridge.predict(flat - shift) + shift).reshape(3, 4, 5).transpose(0, 2, 1))
-        errors.append(np.square(ridge.predict(windows[:, :30] - anchor) + anchor - windows[:, 30:]).mean())
+        errors.append(np.square(ridge.predict(windows[:, :30] - baseline) + baseline - windows[:, 30:]).mean())
     matches = [np.allclose(forecast(past).numpy(), expected, atol=2e-3) for expected in forecasts]
     assert [index for index, match in enumerate(matches) if match] == [np.argmin(errors)]
 
@@ -315,7 +315,7 @@ def test_weights_of_the_first_block(series):
 
 
 def test_anchors_know_the_season(series):
-    table = anchors(series, 24, 24, [48, 96])
+    table = baselines(series, 24, 24, [48, 96])
     assert len(table) == 7
     assert table["repeat last 24"]["test_mse"] < table["repeat last"]["test_mse"]
     assert table["linear, 96"]["test_mse"] < table["repeat last 24"]["test_mse"]
@@ -328,10 +328,10 @@ def test_anchors_know_the_season(series):
         (
             [180, 100, 100],
             {},
-            {"anchor_lengths": [24, 168]},
-            r"anchor_lengths=\[24, 168\] do not fit the train rows: 12 rows hold no window",
+            {"baseline_lengths": [24, 168]},
+            r"baseline_lengths=\[24, 168\] do not fit the train rows: 12 rows hold no window",
         ),
-        ([400, 20, 180], {}, {"anchor_lengths": [24, 168]}, "do not fit the validation rows: 20 rows hold no window"),
+        ([400, 20, 180], {}, {"baseline_lengths": [24, 168]}, "do not fit the validation rows: 20 rows hold no window"),
         ([180, 100, 100], {}, {"season": 0}, "season must be at least 1, got 0"),
         ([180, 100, 100], {"memory_type": "tune"}, {}, "model.memory_type='tune' is of a model that stores windows"),
     ],
@@ -350,7 +350,7 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
         "model": {"context_length": 48, "prediction_length": 12, "d_model": 16, "ffn_dim": 16},
         "separation": {"schedule": "train_begin", "steps": 2, "batch_size": 4},
         "training": {"num_train_epochs": 1, "per_device_train_batch_size": 64},
-        "anchor_lengths": [24, 48],
+        "baseline_lengths": [24, 48],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
     command = [sys.executable, "training/train_stanhop.py", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")]
@@ -358,7 +358,7 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     assert finished.returncode == 0, finished.stderr
     assert "answers agree" in finished.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    validation = {"validation_loss", "validation_mse", "validation_mae", "train_seconds", "anchors"}
+    validation = {"validation_loss", "validation_mse", "validation_mae", "train_seconds", "baselines"}
     assert validation | {"test_mse", "test_mae"} == set(results["metrics"])
     raw = synthetic_series().drop(columns="date")[:400]
     assert results["series"]["names"] == [f"series_{index}" for index in range(4)]
@@ -366,19 +366,19 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     assert (tmp_path / "out" / "README.md").is_file()
     for name in ("forecast.png", "weights.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
-    again = ["--overwrite", "--set", "judge=validation"]
-    judged = subprocess.run([*command, *again], cwd=ROOT, capture_output=True, text=True)
-    assert judged.returncode == 0, judged.stderr
+    again = ["--overwrite", "--set", "evaluate_on=validation"]
+    evaluated = subprocess.run([*command, *again], cwd=ROOT, capture_output=True, text=True)
+    assert evaluated.returncode == 0, evaluated.stderr
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert set(metrics) == validation
     assert metrics["validation_mse"] == results["metrics"]["validation_mse"]
-    assert set(metrics["anchors"]["repeat last"]) == {"validation_mse", "validation_mae"}
-    assert "Validation errors" in judged.stdout
+    assert set(metrics["baselines"]["repeat last"]) == {"validation_mse", "validation_mae"}
+    assert "Validation errors" in evaluated.stdout
     ridge = [word for each in ("skip_start=ridge", "model.use_linear_skip=true", "model.scaling=null") for word in ("--set", each)]
     started = subprocess.run([*command, *again, *ridge, "--set", "training.learning_rate=0.0"], cwd=ROOT, capture_output=True, text=True)
     assert started.returncode == 0, started.stderr
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
-    assert metrics["validation_mse"] == pytest.approx(metrics["anchors"]["linear, 48"]["validation_mse"], rel=1e-5)
+    assert metrics["validation_mse"] == pytest.approx(metrics["baselines"]["linear, 48"]["validation_mse"], rel=1e-5)
     (tmp_path / "a.csv").write_text(pd.DataFrame({"date": ["2024-01-02", "2024-01-01"], "x": [1.0, 2.0]}).to_csv(index=False))
     refused = subprocess.run([*command, "--dataset", str(tmp_path / "a.csv"), "--overwrite"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode != 0
@@ -397,7 +397,7 @@ def test_anchors_with_missing_values_and_a_season_longer_than_their_past(series)
     values = series.values.clone()
     values[50:60, 1] = float("nan")
     values[-30, 0] = float("nan")
-    table = anchors(dataclasses.replace(series, values=values), 24, 60, [48])
+    table = baselines(dataclasses.replace(series, values=values), 24, 60, [48])
     assert all(np.isfinite(list(errors.values())).all() for errors in table.values())
 
 
@@ -416,8 +416,8 @@ def _early() -> STanHopRecipe:
             "save_steps": 2,
         },
         patience=3,
-        anchor_lengths=[],
-        judge="validation",
+        baseline_lengths=[],
+        evaluate_on="validation",
     )
 
 
@@ -483,7 +483,7 @@ def test_a_file_runs_to_the_end(tmp_path, suffix, monkeypatch):
         "data": {"dataset": str(tmp_path / f"mine.{suffix}"), "split": [180, 60, 60]},
         "model": {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16},
         "training": {"num_train_epochs": 1, "per_device_train_batch_size": 64, "use_cpu": True},
-        "anchor_lengths": [24],
+        "baseline_lengths": [24],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
     reloaded = []

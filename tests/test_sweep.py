@@ -27,7 +27,7 @@ if "fail=true" in sets and seed == 1:
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "calls").open("a").write("r" if "--resume" in arguments else "x")
 error = {0: 0.5, 1: 0.25, 2: 0.375}[seed] - (0.1 * seed if "better=true" in sets else 0.0)
-metrics = {"test_mse": error, "train_seconds": 1.0, "anchors": {"repeat": {"test_mse": 2.0}} if "anchors=true" in sets else {}}
+metrics = {"test_mse": error, "train_seconds": 1.0, "baselines": {"repeat": {"test_mse": 2.0}} if "baselines=true" in sets else {}}
 recipe = {"name": "fake", "data": {"dataset": value("--dataset") if "--dataset" in arguments else "fake"}}
 log = [{"epoch": 1.0, "eval_loss": 1.0 + seed}, {"epoch": 1.0, "loss": 3.0}, {"epoch": 2.0, "eval_loss": 0.5 + seed}]
 content = {"metrics": metrics, "log_history": log, "num_parameters": 1234, "recipe": recipe}
@@ -53,7 +53,7 @@ def write(project, **changes):
         "recipes": ["fake"],
         "seeds": [0, 1, 2],
         "variants": {"plain": [], "better one": ["better=true"]},
-        "once": ["anchors=true"],
+        "once": ["baselines=true"],
         "metrics": ["test_mse"],
         "pairs": [["better one", "plain"]],
         "published": {"fake": {"theirs": {"test_mse": 0.9}}},
@@ -76,7 +76,7 @@ def test_runs_are_gathered_with_spread_and_paired_intervals(project):
     assert pair["difference"] == pytest.approx(-0.1)
     low, high = ttest_1samp([0.0, -0.1, -0.2], 0.0).confidence_interval(0.95)
     assert pair["half_width"] == pytest.approx((high - low) / 2)
-    assert gathered["anchors"] == {"repeat": {"test_mse": 2.0}}
+    assert gathered["baselines"] == {"repeat": {"test_mse": 2.0}}
     assert gathered["commit"] == "abc, abd"
     assert variants_table([gathered]).splitlines() == [
         "|  | parameters | test mse |",

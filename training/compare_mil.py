@@ -72,8 +72,15 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
     plain = load(name, sweep["repeats"], data_dir, shared)
     variants = {variant: load(name, sweep["repeats"], data_dir, [*shared, *overrides]) for variant, overrides in sweep["variants"].items()}
     for variant, recipe in variants.items():
-        if (recipe.folds, recipe.seed, recipe.judge, recipe.data.dataset) != (plain.folds, plain.seed, plain.judge, plain.data.dataset):
-            raise RecipeError(f"variant {variant!r} must not change folds, seed, judge or dataset: put these in the sweep's `overrides`")
+        if (recipe.folds, recipe.seed, recipe.evaluate_on, recipe.data.dataset) != (
+            plain.folds,
+            plain.seed,
+            plain.evaluate_on,
+            plain.data.dataset,
+        ):
+            raise RecipeError(
+                f"variant {variant!r} must not change folds, seed, evaluate_on or dataset: put these in the sweep's `overrides`"
+            )
     unknown = sorted(set(sweep["baselines"]) - set(BASELINES))
     if unknown:
         raise RecipeError(f"baselines must be among {tuple(BASELINES)}, got {unknown[0]!r}")

@@ -48,13 +48,13 @@ def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None
     write_card(folder, model_id=repo_id)
     operations = [CommitOperationAdd(path.name, path) for path in files_of(folder)]
     operations.append(CommitOperationAdd("recipe.yaml", recorded_recipe(folder)))
-    with in_words(repo_id, api.endpoint):
+    with hub_errors_in_one_line(repo_id, api.endpoint):
         api.create_repo(repo_id, private=private, exist_ok=True)
         return api.create_commit(repo_id, operations, commit_message=f"Upload {folder.resolve().name}")
 
 
 @contextmanager
-def in_words(repo_id: str, endpoint: str) -> Iterator[None]:
+def hub_errors_in_one_line(repo_id: str, endpoint: str) -> Iterator[None]:
     """Turn what the client raises into a `RecipeError` that says what to do."""
     try:
         yield

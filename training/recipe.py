@@ -149,8 +149,8 @@ class MILRecipe:
         repeats: Cross-validations with other splits and seeds.
         ensemble: Models of other seeds whose logits are averaged.
         metrics: Names among "auc", "accuracy" and "f1"; the first is the one that matters.
-        judge: "test" scores the test folds. "validation" leaves them alone and scores a fifth of each fold's training bags that is held out
-            of training: for choosing between recipes.
+        evaluate_on: "test" scores the test folds. "validation" never reads them: it holds out a fifth of each fold's training bags and
+            scores these. Use it to choose between recipes.
     """
 
     config_class: ClassVar[type] = UHopMILConfig
@@ -166,7 +166,7 @@ class MILRecipe:
     repeats: int = 5
     ensemble: int = 1
     metrics: list[str] = field(default_factory=lambda: ["auc", "accuracy", "f1"])
-    judge: str = "test"
+    evaluate_on: str = "test"
 
 
 @dataclass
@@ -176,9 +176,9 @@ class STanHopRecipe:
     Attributes:
         patience: Looks at validation windows, one each `training.eval_steps` or epoch, without a lower loss after which training ends; the
             best checkpoint is restored.
-        season: Steps in a season, for the anchor that repeats one.
-        anchor_lengths: Steps that the linear anchors see; the memory sees the fewest of them. Without any there are no anchors.
-        judge: "test" scores the test windows. "validation" leaves them alone: for choosing between recipes.
+        season: Steps in a season, for the baseline that repeats one.
+        baseline_lengths: Steps that the linear baselines see; the memory sees the fewest of them. Without any there are no baselines.
+        evaluate_on: "test" scores the test windows. "validation" leaves them alone: for choosing between recipes.
         skip_start: Where the linear skip begins: "zero", or "ridge", the ridge solution over training windows. The heads of the decoder
             then begin at zero, so that the forecast begins as the linear map's, and STanHop-Net learns what this leaves.
     """
@@ -194,13 +194,16 @@ class STanHopRecipe:
     seed: int = 0
     patience: int = 3
     season: int = 24
-    anchor_lengths: list[int] = field(default_factory=lambda: [168, 336])
-    judge: str = "test"
+    baseline_lengths: list[int] = field(default_factory=lambda: [168, 336])
+    evaluate_on: str = "test"
     skip_start: str = "zero"
 
 
 ROOT = Path(__file__).parent.parent
 Recipe = ViTRecipe | MILRecipe | STanHopRecipe
+
+# Names that recipe fields had in earlier versions, with their names today.
+RENAMED = {"judge": "evaluate_on", "anchor_lengths": "baseline_lengths"}
 
 
 class RecipeError(ValueError):
@@ -303,15 +306,15 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 def build_recipe(content: dict[str, Any], recipe_class: Any) -> Any:
     """A recipe out of a mapping, every key of every section checked."""
-    strictly("recipe", content, recipe_class)
+    with_known_keys("recipe", content, recipe_class)
     data = content.get("data")
     if not isinstance(data, dict) or "dataset" not in data:
         raise RecipeError("a recipe needs data.dataset: 'digits', a Hub id or a local folder")
     sections = {name: content.get(name) or {} for name in ("model", "separation", "training")}
-    strictly("data", data, recipe_class.data_class)
-    strictly("model", sections["model"], recipe_class.config_class)
+    with_known_keys("data", data, recipe_class.data_class)
+    with_known_keys("model", sections["model"], recipe_class.config_class)
     check_keys("separation", sections["separation"], list(inspect.signature(SeparationCallback).parameters))
-    strictly("training", sections["training"], TrainingArguments)
+    with_known_keys("training", sections["training"], TrainingArguments)
     for owned in ("output_dir", "seed"):
         if owned in sections["training"]:
             raise RecipeError(f"training.{owned} is set by the command line or the recipe's own `seed`")
@@ -319,7 +322,7 @@ def build_recipe(content: dict[str, Any], recipe_class: Any) -> Any:
     return recipe_class(**{**content, **sections, "separation": separation, "data": recipe_class.data_class(**data)})
 
 
-def strictly(section: str, given: dict[str, Any], cls: type) -> dict[str, Any]:
+def with_known_keys(section: str, given: dict[str, Any], cls: type) -> dict[str, Any]:
     """The same mapping, if every key of it is a field of the dataclass."""
     check_keys(section, given, _field_names(cls))
     return given
@@ -334,6 +337,8 @@ def check_keys(section: str, given: dict[str, Any], valid: list[str]) -> None:
         raise RecipeError(f"{section} must be a mapping, got {given!r}")
     for key in given:
         if key not in valid:
+            if RENAMED.get(key) in valid:
+                raise RecipeError(f"{key!r} in {section} is now called {RENAMED[key]!r}; rename it")
             nearest = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.0)[0]
             raise RecipeError(f"unknown key {key!r} in {section}; the nearest valid one is {nearest!r}")
 
@@ -370,15 +375,15 @@ def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
         raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, --resume to go on, or another --output_dir")
 
 
-def check_judge(judge: str) -> None:
+def check_evaluate_on(evaluate_on: str) -> None:
     """A `RecipeError` for a split that nothing is scored on."""
-    if judge not in ("test", "validation"):
-        raise RecipeError(f"judge must be 'test' or 'validation', got {judge!r}")
+    if evaluate_on not in ("test", "validation"):
+        raise RecipeError(f"evaluate_on must be 'test' or 'validation', got {evaluate_on!r}")
 
 
 def check_same_recipe(recipe: Recipe, folder: Path, may_change: Sequence[str] = ("training",)) -> None:
     """Refuse to resume a run with another recipe than it began with; only the sections `may_change` may differ."""
-    earlier = yaml.safe_load((folder / "recipe.yaml").read_text())
+    earlier = {RENAMED.get(key, key): value for key, value in yaml.safe_load((folder / "recipe.yaml").read_text()).items()}
     for section, value in dataclasses.asdict(recipe).items():
         if section not in may_change and earlier.get(section) != value:
             raise RecipeError(f"{folder} was begun with {section}={earlier.get(section)}, and cannot be resumed with {section}={value}")

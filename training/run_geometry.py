@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 # Before the others: it says what to install where they are absent.
-from recipe import DataRecipe, RecipeError, as_recorded, errors_in_one_line, provenance, read_yaml, refuse_several_processes, strictly
+from recipe import (
+    DataRecipe,
+    RecipeError,
+    as_recorded,
+    errors_in_one_line,
+    provenance,
+    read_yaml,
+    refuse_several_processes,
+    with_known_keys,
+)
 
 
 # isort: split
@@ -108,9 +117,9 @@ def main() -> None:
 
 def load(path: Path) -> GeometryRecipe:
     """Read a recipe; a `RecipeError` names an unknown key or experiment."""
-    content = strictly("recipe", read_yaml(path), GeometryRecipe)
+    content = with_known_keys("recipe", read_yaml(path), GeometryRecipe)
     if content.get("data") is not None:
-        content["data"] = DataRecipe(**strictly("data", content["data"], DataRecipe))
+        content["data"] = DataRecipe(**with_known_keys("data", content["data"], DataRecipe))
     recipe = GeometryRecipe(**content)
     if recipe.experiment not in EXPERIMENTS:
         raise RecipeError(f"experiment must be among {tuple(EXPERIMENTS)}, got {recipe.experiment!r}")
@@ -122,7 +131,7 @@ def separated_maps(memories: torch.Tensor, recipe: GeometryRecipe, seed: int = 0
     torch.manual_seed(seed)
     same = memories.shape[1] == recipe.feature_dim
     start = "identity" if same else "orthogonal"
-    phi = FeatureMap(memories.shape[1], recipe.feature_dim, start=start, normalize=recipe.normalize).to(memories.dtype)
+    phi = FeatureMap(memories.shape[1], recipe.feature_dim, feature_init=start, normalize=recipe.normalize).to(memories.dtype)
     maps = {}
     for steps in recipe.separation_steps:
         maps[steps] = copy.deepcopy(phi)
@@ -236,7 +245,7 @@ def loss_curve(recipe: GeometryRecipe) -> Result:
     for count in recipe.memories:
         torch.manual_seed(0)
         memories = torch.randn(count, recipe.pattern_dim)
-        phi = FeatureMap(recipe.pattern_dim, recipe.feature_dim, start="normal")
+        phi = FeatureMap(recipe.pattern_dim, recipe.feature_dim, feature_init="normal")
         history = maximize_separation(phi, memories, method="uhop+", steps=max(recipe.separation_steps), **uhop_plus(recipe))
         axis.plot(history, label=f"M = {count}")
         results[f"M={count}"] = {"first": history[0], "last": history[-1], "history": history}

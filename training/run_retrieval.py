@@ -21,7 +21,16 @@ import yaml
 from data import load_images
 from figures import retrieval_figure
 from PIL import Image
-from recipe import DataRecipe, RecipeError, as_recorded, errors_in_one_line, provenance, read_yaml, refuse_several_processes, strictly
+from recipe import (
+    DataRecipe,
+    RecipeError,
+    as_recorded,
+    errors_in_one_line,
+    provenance,
+    read_yaml,
+    refuse_several_processes,
+    with_known_keys,
+)
 from scipy.stats import spearmanr
 from transformers.utils import logging
 
@@ -132,9 +141,9 @@ def earlier_rows(recipe: RetrievalRecipe, path: Path, update: list[str]) -> list
 def load(path: Path) -> RetrievalRecipe:
     """Read a recipe; a `RecipeError` names an unknown key, experiment or model."""
     content = read_yaml(path)
-    strictly("recipe", content, RetrievalRecipe)
-    data = strictly("data", content.get("data", {}), DataRecipe)
-    panels = {title: Panel(**strictly(f"panel {title!r}", panel, Panel)) for title, panel in content.pop("panels", {}).items()}
+    with_known_keys("recipe", content, RetrievalRecipe)
+    data = with_known_keys("data", content.get("data", {}), DataRecipe)
+    panels = {title: Panel(**with_known_keys(f"panel {title!r}", panel, Panel)) for title, panel in content.pop("panels", {}).items()}
     recipe = RetrievalRecipe(**{**content, "data": DataRecipe(**data), **({"panels": panels} if panels else {})})
     for name, value, choices in (
         ("experiment", [recipe.experiment], EXPERIMENTS),

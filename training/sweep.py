@@ -190,7 +190,7 @@ def gather(sweep: dict[str, Any], recipe: str, runs: list[Run]) -> dict[str, Any
         "recipe": results[0]["recipe"],
         "variants": variants,
         "paired": [paired(variants, first, second, metric) for first, second in sweep["pairs"] for metric in sweep["metrics"]],
-        "anchors": results[0]["metrics"].get("anchors", {}),
+        "baselines": results[0]["metrics"].get("baselines", {}),
         "published": sweep["published"].get(recipe, {}),
         **{key: results[0][key] for key in ("versions", "machine")},
         "commit": ", ".join(sorted({result["commit"] for result in results if result["commit"]})) or None,

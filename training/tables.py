@@ -14,7 +14,7 @@ def results_table(results: list[dict[str, Any]]) -> str:
 
 
 def variants_table(gathered: list[dict[str, Any]]) -> str:
-    """A row for each variant, anchor and published figure, columns for each recipe and metric; one seed has no spread."""
+    """A row for each variant, baseline and published figure, columns for each recipe and metric; one seed has no spread."""
     metrics = gathered[0]["sweep"].get("metrics", ["test_accuracy", "validation_accuracy"])
     columns = [(result, metric) for result in gathered for metric in metrics]
     titles = ["" if len(gathered) == 1 else result["recipe"]["name"] + ", " for result, _ in columns]
@@ -25,8 +25,8 @@ def variants_table(gathered: list[dict[str, Any]]) -> str:
         cells = [r["variants"][variant]["metrics"][metric] for r, metric in columns]
         spreads = ["" if len(cell["values"]) == 1 else f" ± {cell['std']:.4f}" for cell in cells]
         rows.append([variant, " / ".join(sizes), *(f"{cell['mean']:.4f}{spread}" for cell, spread in zip(cells, spreads, strict=True))])
-    for anchor in gathered[0].get("anchors", {}):
-        rows.append([anchor, "", *(f"{r['anchors'][anchor][metric]:.4f}" for r, metric in columns)])
+    for baseline in gathered[0].get("baselines", {}):
+        rows.append([baseline, "", *(f"{r['baselines'][baseline][metric]:.4f}" for r, metric in columns)])
     for source in dict.fromkeys(source for result in gathered for source in result.get("published", {})):
         rows.append([f"published: {source}", "", *(str(r["published"].get(source, {}).get(metric, "")) for r, metric in columns)])
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))

@@ -22,7 +22,7 @@ from metrics import BAG_METRICS, bag_metrics
 from recipe import (
     MILRecipe,
     RecipeError,
-    check_judge,
+    check_evaluate_on,
     check_output_dir,
     check_same_recipe,
     clear_output_dir,
@@ -59,7 +59,7 @@ TRAINING_DEFAULTS = {
 def main() -> None:
     parser = command_line(__doc__.splitlines()[0])
     parser.add_argument(
-        "--judge", choices=("test", "validation"), help="score test folds, or parts of the training folds held out to choose by"
+        "--evaluate_on", choices=("test", "validation"), help="score test folds, or parts of the training folds held out to choose by"
     )
     args = parser.parse_args()
     prepare_for_many_runs()
@@ -68,7 +68,7 @@ def main() -> None:
         recipe = load_recipe(args.recipe, args.set, MILRecipe)
         recipe.data.dataset = args.dataset or recipe.data.dataset
         recipe.seed = recipe.seed if args.seed is None else args.seed
-        recipe.judge = args.judge or recipe.judge
+        recipe.evaluate_on = args.evaluate_on or recipe.evaluate_on
         run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite, resume=args.resume)
 
 
@@ -105,7 +105,7 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     shown = bag_to_show(bags)
     title = f"{recipe.name}: bag {shown}, of class {bags.names[bags.labels[shown]]}"
     bag_figure(folder / "bag.png", bags.pictures(shown), np.array(fitted["weights"]), title)
-    if recipe.judge == "test":
+    if recipe.evaluate_on == "test":
         write_card(folder)
     check_reload(folder, "multiple-instance-classification", bags.instances[:NUM_PROBES], np.array(fitted["logits"]))
     return metrics
@@ -148,7 +148,7 @@ def check(recipe: MILRecipe) -> None:
     for name, least in (("folds", 2), ("repeats", 1), ("ensemble", 1)):
         if getattr(recipe, name) < least:
             raise RecipeError(f"{name} must be at least {least}, got {getattr(recipe, name)}")
-    check_judge(recipe.judge)
+    check_evaluate_on(recipe.evaluate_on)
 
 
 def splits(recipe: MILRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -162,10 +162,10 @@ def splits(recipe: MILRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray,
             f"class {bags.names[scarce]!r} has {counts[scarce]} bags, too few for one in each of {recipe.folds} folds; set `folds` lower"
         )
     parts = list(divided(bags, np.arange(len(bags.labels)), recipe.folds, _seed(recipe, repeat)))
-    if recipe.judge == "validation":
+    if recipe.evaluate_on == "validation":
         parts = [next(divided(bags, train, 5, _seed(recipe, repeat, fold))) for fold, (train, _) in enumerate(parts)]
     for fold, part in enumerate(parts):
-        for name, indices in zip(("training", recipe.judge), part, strict=True):
+        for name, indices in zip(("training", recipe.evaluate_on), part, strict=True):
             missing = set(range(len(bags.names))) - set(bags.labels[indices].tolist())
             if missing:
                 raise RecipeError(f"fold {fold} has no {name} bag of class {bags.names[min(missing)]!r}; set `folds` otherwise")
@@ -296,7 +296,7 @@ def describe(recipe: MILRecipe, bags: Bags, metrics: dict[str, Any]) -> str:
     each = f"{width} channels of {picture[0]} x {picture[1]} pixels" if picture else f"{width} features"
     lines = [
         f"{recipe.name}: {len(sizes)} bags of {min(sizes)} to {max(sizes)} instances, {each}; "
-        f"{recipe.repeats} x {recipe.folds} folds, scored on {recipe.judge} bags, {metrics['cross_validation_seconds']} s"
+        f"{recipe.repeats} x {recipe.folds} folds, scored on {recipe.evaluate_on} bags, {metrics['cross_validation_seconds']} s"
     ]
     for name, value in metrics.items():
         if isinstance(value, dict):

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
-from anchors import LinearMap, WindowMemory, anchors, errors_of, linear_map
+from baselines import LinearMap, WindowMemory, baselines, errors_of, linear_map
 from cards import write_card
 from checkpoints import SealingCallback, remove_unfinished
 from figures import forecast_figure, retrieval_weights_figure
 from recipe import (
     RecipeError,
     STanHopRecipe,
-    check_judge,
+    check_evaluate_on,
     clear_output_dir,
     command_line,
     errors_in_one_line,
@@ -80,7 +80,7 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     repeats that alone.
     """
     trained, checkpoint = begin(recipe, folder, overwrite, resume)
-    check_judge(recipe.judge)
+    check_evaluate_on(recipe.evaluate_on)
     series = load_series(recipe.data)
     config = STanHopConfig(**{**recipe.model, "num_input_channels": series.values.shape[1]})
     check_skip_start(recipe.skip_start, config)
@@ -129,26 +129,26 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     # Without what accelerate wrapped around it, such as half precision.
     extract_model_from_parallel(model, keep_fp32_wrapper=False).eval().cpu()
     metrics: dict[str, Any] = {}
-    for split in dict.fromkeys(("validation", recipe.judge)):
+    for split in dict.fromkeys(("validation", recipe.evaluate_on)):
         metrics |= {f"{split}_{name}": error for name, error in errors_of(forecaster(model), series, split, *lengths).items()}
     metrics["validation_loss"] = trainer.state.best_metric
     if trained["seconds"] is not None:
         metrics["train_seconds"] = trained["seconds"]
-    metrics["anchors"] = anchors(series, config.prediction_length, recipe.season, recipe.anchor_lengths, recipe.judge)
+    metrics["baselines"] = baselines(series, config.prediction_length, recipe.season, recipe.baseline_lengths, recipe.evaluate_on)
     scaling = {"names": series.names, "mean": series.mean.tolist(), "std": series.std.tolist()}
     log = trainer.state.log_history
     write_recipe(recipe, folder)
     write_results(folder / "results.json", recipe, metrics, num_parameters=model.num_parameters(), series=scaling, log_history=log)
-    judged = series.windows(recipe.judge, *lengths)
-    examples = [judged[index] for index in range(0, len(judged), 500)]
+    evaluated = series.windows(recipe.evaluate_on, *lengths)
+    examples = [evaluated[index] for index in range(0, len(evaluated), 500)]
     past, future = (torch.stack([example[name] for example in examples]) for name in ("past_values", "future_values"))
     forecasts = forecaster(model)(past)
     memories = WindowMemory(series, *lengths).closest(past[0])
     forecast_figure(folder / "forecast.png", past[0].numpy(), future[0].numpy(), forecasts[0].numpy(), memories.numpy(), series.names)
     retrieval_weights_figure(folder / "weights.png", *weights_of(model, past[:1]), series.names)
-    if recipe.judge == "test":
+    if recipe.evaluate_on == "test":
         write_card(folder)
-    print(describe(metrics, recipe.judge))
+    print(describe(metrics, recipe.evaluate_on))
     check_reload(folder, "time-series-forecasting", list(past.numpy()), forecasts.numpy())
     return metrics
 
@@ -163,15 +163,15 @@ def check_skip_start(start: str, config: STanHopConfig) -> None:
 
 
 def check_anchors(recipe: STanHopRecipe, series: Series, prediction_length: int) -> None:
-    """A `RecipeError` for anchors that would fail once the model is trained."""
+    """A `RecipeError` for baselines that would fail once the model is trained."""
     if recipe.season < 1:
         raise RecipeError(f"season must be at least 1, got {recipe.season}")
-    for length in recipe.anchor_lengths:
-        for split in ("train", "validation", recipe.judge):
+    for length in recipe.baseline_lengths:
+        for split in ("train", "validation", recipe.evaluate_on):
             try:
                 series.windows(split, length, prediction_length)
             except RecipeError as error:
-                raise RecipeError(f"anchor_lengths={recipe.anchor_lengths} do not fit the {split} rows: {error}") from None
+                raise RecipeError(f"baseline_lengths={recipe.baseline_lengths} do not fit the {split} rows: {error}") from None
 
 
 @torch.no_grad()
@@ -203,8 +203,8 @@ def weights_of(model: STanHopForPrediction, past: torch.Tensor) -> tuple[np.ndar
 
 
 def describe(metrics: dict[str, Any], split: str) -> str:
-    """Errors of the model and of every anchor on a split."""
-    rows = {"STanHop": metrics, **metrics["anchors"]}
+    """Errors of the model and of every baseline on a split."""
+    rows = {"STanHop": metrics, **metrics["baselines"]}
     took = f" ({metrics['train_seconds']} s of training)" if "train_seconds" in metrics else ""
     title = f"{split.capitalize()} errors on scaled values{took}:"
     lines = [f"  {name:<28} {errors[f'{split}_mse']:.4f}  {errors[f'{split}_mae']:.4f}" for name, errors in rows.items()]

@@ -216,14 +216,14 @@ def build_trainer(
         model=model,
         args=arguments,
         train_dataset=with_pixels(images["train"], processor, recipe.data),
-        eval_dataset={split: with_pixels(looked_at(images, split, recipe.data), processor) for split in ("validation", "train")},
+        eval_dataset={split: with_pixels(evaluated_part(images, split, recipe.data), processor) for split in ("validation", "train")},
         processing_class=processor,
         compute_metrics=classification_metrics,
         callbacks=[*([] if separation is None else [separation]), SealingCallback()],
     )
 
 
-def looked_at(images: DatasetDict, split: str, data: DataRecipe) -> Dataset:
+def evaluated_part(images: DatasetDict, split: str, data: DataRecipe) -> Dataset:
     """What of a split is looked at after each epoch: of both the same number, at most `max_eval_samples`."""
     sizes = [len(images["validation"]), len(images["train"]), data.max_eval_samples]
     return images[split].select(range(min(size for size in sizes if size is not None)))

@@ -131,10 +131,10 @@ def _loc_and_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.mean(-1, keepdim=True), (values.var(-1, keepdim=True, unbiased=False) + 0.1).sqrt()
 
 
-def anchors(
+def baselines(
     series: Series, prediction_length: int, season: int, context_lengths: list[int], split: str = "test"
 ) -> dict[str, dict[str, float]]:
-    """Errors of every anchor on a split, none where there are no lengths; the memory's beta is chosen on validation windows."""
+    """Errors of every baseline on a split, none where there are no lengths; the memory's beta is chosen on validation windows."""
     if not context_lengths:
         return {}
     longest = max(context_lengths)
