@@ -6,11 +6,10 @@ python training/run_retrieval.py configs/retrieval/memory_size_mnist.yaml --data
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,22 +40,22 @@ from modeling_uhop.images import as_rgb, is_grey
 
 EXPERIMENTS = ("memory_size", "noise_level", "beta", "separation_steps", "separation_loss")
 
-# Fields of the memory's configuration, and arguments of `separate` for those that have a Stage I.
+# Configuration of the memory, and the arguments of `separate` for methods that have a Stage I.
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
-    "modern Hopfield": ({}, None),
-    "1.5-entmax Hopfield": ({"alpha": 1.5}, None),
-    "sparse Hopfield": ({"alpha": 2.0}, None),
-    "polynomial": ({"similarity": "polynomial"}, None),
-    "cosine": ({"similarity": "cosine"}, None),
-    "L2": ({"similarity": "l2"}, None),
-    "Manhattan": ({"similarity": "manhattan"}, None),
+    "no Phi": ({"similarity": "dot"}, None),
     "untrained Phi": ({"similarity": "kernel"}, None),
     "U-Hop": ({"similarity": "kernel"}, {"method": "uhop"}),
     "U-Hop, closest pair": ({"similarity": "kernel"}, {"method": "uhop", "kind": "nearest"}),
     "U-Hop+": ({"similarity": "kernel"}, {"method": "uhop+"}),
     "denoising": ({"similarity": "kernel"}, {"method": "denoising"}),
     "denoising, learned from noise": ({"similarity": "kernel"}, {"method": "denoising", "corruption": add_noise}),
+    "polynomial": ({"similarity": "polynomial"}, None),
+    "cosine": ({"similarity": "cosine"}, None),
+    "L2": ({"similarity": "l2"}, None),
+    "Manhattan": ({"similarity": "manhattan"}, None),
 }
+# Models of the papers' baselines, which have softmax alone. Every other model is evaluated at each alpha of the recipe.
+BASELINES = ("polynomial", "cosine", "L2", "Manhattan")
 
 
 @dataclass
@@ -64,9 +63,9 @@ class Panel:
     """Conditions that all models of a panel share.
 
     Attributes:
-        normalize: Whether similarities, all of them, are of unit-norm patterns and features.
-        beta: Inverse temperature; of "polynomial" too, of degree 10 beta; where beta is fixed its degree stays 10.
-        optimizer, lr: Of Stage I.
+        normalize: Whether patterns and features are scaled to unit norm before they are compared.
+        beta: Inverse temperature. "polynomial" has degree 10, and beta only where the experiment varies it.
+        optimizer, lr: Optimizer and learning rate of Stage I.
     """
 
     normalize: bool = True
@@ -80,27 +79,52 @@ class RetrievalRecipe:
     """A retrieval experiment.
 
     Attributes:
-        experiment: What varies along the axis: "memory_size", "noise_level" (times a pattern's norm), "beta",
-            "separation_steps", or "separation_loss" (random rates and numbers of steps; `values` has the number of runs).
-        data: Images; patterns are drawn from the training split.
+        experiment: What varies along the axis: "memory_size", "noise_level" (times the norm of a pattern), "beta",
+            "separation_steps", or "separation_loss" (random learning rates and numbers of steps; `values` holds the number of runs).
+        data: Images that patterns are drawn from.
         values: The axis.
         models: Names among `MODELS`.
+        alphas: Simplex maps that every model but the baselines is evaluated with; Stage I does not depend on alpha.
         panels: Conditions by title.
-        memories: Number of stored patterns, where it does not vary.
-        steps: Steps of Stage I, where they do not vary.
-        corruption: "mask" (half of the pixels set to zero) or "noise" (of the pattern's norm), where it does not vary.
-        repeats: Seeds: each draws patterns, corruption and the start of Phi.
+        memories: Number of stored patterns, if the experiment does not vary it.
+        steps: Steps of Stage I, if the experiment does not vary them.
+        corruption: "mask" (half of the pixels set to zero) or "noise" (of the norm of the pattern), if the experiment does not vary it.
+        repeats: Number of seeds, from 0. A seed draws patterns, corruption and the initial Phi.
+        split: "train", or "validation" to choose defaults by: part of the training images that no other recipe stores.
     """
 
     experiment: str
     data: DataRecipe
     values: list[float]
     models: list[str]
+    alphas: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0])
     panels: dict[str, Panel] = field(default_factory=lambda: {"unit norm, beta 10": Panel()})
     memories: int = 100
     steps: int = 100
     corruption: str = "mask"
     repeats: int = 5
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A point of an experiment's axis.
+
+    Attributes:
+        value: Its place on the axis; `None` for the separation loss that the run reaches.
+        memories: Number of stored patterns.
+        steps: Steps of Stage I.
+        beta: Inverse temperature; `None` for the panel's.
+        noise: Noise of the queries, times the norm of a pattern; `None` for the recipe's corruption.
+        lr_factor: Factor of the panel's learning rate.
+    """
+
+    value: float | None
+    memories: int
+    steps: int
+    beta: float | None = None
+    noise: float | None = None
+    lr_factor: float = 1.0
 
 
 def main() -> None:
@@ -108,7 +132,9 @@ def main() -> None:
     parser.add_argument("recipe", help="YAML file in configs/retrieval/")
     parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
     parser.add_argument("--output_dir", default="benchmarks/results", help="where the JSON and the figure go")
-    parser.add_argument("--update", nargs="+", metavar="MODEL", choices=MODELS, help="measure these anew and keep the others' results")
+    parser.add_argument(
+        "--update", nargs="+", metavar="MODEL", choices=MODELS, help="measure these again and keep the results of the others"
+    )
     args = parser.parse_args()
     target = Path(args.output_dir) / f"retrieval_{Path(args.recipe).stem}"
     with errors_in_one_line():
@@ -117,15 +143,15 @@ def main() -> None:
         if args.dataset:
             recipe.data.dataset = args.dataset
         kept = earlier_rows(recipe, target.with_suffix(".json"), args.update) if args.update else []
-        patterns = load_patterns(recipe.data)
+        patterns = load_patterns(recipe.data, recipe.split)
         measured = dataclasses.replace(recipe, models=args.update or recipe.models)
         rows = [row for row in kept if row["model"] not in measured.models] + list(run(measured, patterns))
-    rows.sort(key=lambda row: recipe.models.index(row["model"]))
+    rows.sort(key=lambda row: (list(recipe.panels).index(row["panel"]), recipe.models.index(row["model"]), row["alpha"]))
     write(recipe, rows, target)
 
 
 def earlier_rows(recipe: RetrievalRecipe, path: Path, update: list[str]) -> list[dict[str, Any]]:
-    """The rows of an earlier run of this recipe; a `RecipeError` if it was run with other settings, but for its models."""
+    """The rows of an earlier run of this recipe; a `RecipeError` if it was run with other settings. The list of models may differ."""
     if not path.is_file():
         raise RecipeError(f"there is no {path} to update")
     earlier = json.loads(path.read_text())
@@ -149,19 +175,20 @@ def load(path: Path) -> RetrievalRecipe:
         ("experiment", [recipe.experiment], EXPERIMENTS),
         ("models", recipe.models, tuple(MODELS)),
         ("corruption", [recipe.corruption], ("mask", "noise")),
+        ("split", [recipe.split], ("train", "validation")),
     ):
         for unknown in set(value) - set(choices):
             raise RecipeError(f"{name} must be among {choices}, got {unknown!r}")
     return recipe
 
 
-def load_patterns(data: DataRecipe) -> np.ndarray:
-    """Training images as `pixels` has them."""
-    return pixels(load_images(data)["train"].with_format(None)["image"])
+def load_patterns(data: DataRecipe, split: str = "train") -> np.ndarray:
+    """Images of a split as `pixels` has them."""
+    return pixels(load_images(data)[split].with_format(None)["image"])
 
 
 def pixels(images: Iterable[Image.Image]) -> np.ndarray:
-    """Images as rows of 8-bit pixels, of one channel where they are grey and of three where they are not.
+    """Images as rows of 8-bit pixels: one channel if all are grey, three if all are in colour.
 
     Raises:
         RecipeError: If the images are not of one size, or some grey and others in colour.
@@ -173,7 +200,24 @@ def pixels(images: Iterable[Image.Image]) -> np.ndarray:
     return np.stack(rows).reshape(len(rows), -1)
 
 
+def conditions(recipe: RetrievalRecipe, seed: int) -> list[Condition]:
+    """The points of the recipe's axis. For "separation_loss" they are random: 1 to 200 steps, and rates |N(0, 1)| times the panel's."""
+    point = Condition(None, recipe.memories, recipe.steps)
+    if recipe.experiment == "separation_loss":
+        random = np.random.default_rng(seed)
+        draws = [(int(random.integers(1, 201)), abs(random.standard_normal())) for _ in range(int(recipe.values[0]))]
+        return [dataclasses.replace(point, steps=steps, lr_factor=factor) for steps, factor in draws]
+    vary = {
+        "memory_size": lambda value: {"memories": int(value)},
+        "noise_level": lambda value: {"noise": value},
+        "beta": lambda value: {"beta": value},
+        "separation_steps": lambda value: {"steps": int(value)},
+    }[recipe.experiment]
+    return [dataclasses.replace(point, value=value, **vary(value)) for value in recipe.values]
+
+
 def draw(patterns: np.ndarray, count: int, seed: int) -> torch.Tensor:
+    """`count` patterns chosen at random, as rows of numbers in [0, 1]."""
     if count > len(patterns):
         raise RecipeError(f"there are {len(patterns)} images, too few for {count} memories")
     chosen = np.random.default_rng(seed).choice(len(patterns), count, replace=False)
@@ -181,117 +225,105 @@ def draw(patterns: np.ndarray, count: int, seed: int) -> torch.Tensor:
 
 
 def build(name: str, panel: Panel, memories: torch.Tensor, recipe: RetrievalRecipe, steps: int, lr: float | None = None) -> UHopMemoryModel:
-    """One model with its memories, separated if it has a Stage I."""
+    """A model with its memories, separated if it has a Stage I."""
     fields, separation = MODELS[name]
-    beta = 1.0 if name == "polynomial" and recipe.experiment != "beta" else panel.beta
-    config = {"similarity": "dot", "beta": beta, "normalize_features": panel.normalize, **fields}
-    model = UHopMemoryModel(UHopMemoryConfig(pattern_dim=memories.shape[1], **config))
+    config = UHopMemoryConfig(
+        pattern_dim=memories.shape[1], alpha=1.0, beta=beta_of(name, panel, recipe), normalize_features=panel.normalize, **fields
+    )
+    model = UHopMemoryModel(config)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # equal images are stored twice, and say so
+        warnings.simplefilter("ignore")  # because equal images are stored twice, and `store` warns of them
         model.store(memories)
     if separation is not None and steps > 0:
         options: dict[str, Any] = {}
         if separation["method"] != "uhop+":
-            # U-Hop+ ends at an optimal code, or moves by its own optimizer at its own rate.
+            # U-Hop+ reaches an optimal code, or has its own optimizer and rate.
             options = {"optimizer": panel.optimizer, "lr": panel.lr if lr is None else lr}
         if separation["method"] == "denoising":
-            options["corruption"] = corruption_of(recipe, None)
+            options["corruption"] = corruption_of(recipe)
         model.separate(steps=steps, **{**options, **separation})
     return model
 
 
-def corruption_of(recipe: RetrievalRecipe, level: float | None) -> Any:
-    if level is not None:
-        return functools.partial(add_noise, level=level)
+def beta_of(name: str, panel: Panel, recipe: RetrievalRecipe) -> float:
+    return 1.0 if name == "polynomial" and recipe.experiment != "beta" else panel.beta
+
+
+def corruption_of(recipe: RetrievalRecipe) -> Any:
     return mask_patterns if recipe.corruption == "mask" else add_noise
 
 
 @torch.no_grad()
 def error_of(model: UHopMemoryModel, queries: torch.Tensor, panel: Panel) -> float:
-    """Sum of squared pixel differences, averaged over queries; what is mixed are raw memories, however they are compared."""
+    """Sum of squared pixel errors, averaged over queries. Retrieval always mixes the raw memories, however they are compared."""
     memories, config = model.memories, model.config
     if model.feature_map is None and panel.normalize:
         settings: dict[str, Any] = {"similarity": config.similarity, "degree": config.degree, "beta": config.beta, "alpha": config.alpha}
         retrieved = association(unit_norm(queries), unit_norm(memories), **settings) @ memories
     else:
-        retrieved = model(queries).retrieved
+        retrieved = model(queries, output_energies=False).retrieved
     return (retrieved - memories).square().sum(-1).mean().item()
 
 
-def run(recipe: RetrievalRecipe, patterns: np.ndarray):
-    """Yield a row {panel, model, value, repeat, error} for each measurement."""
+def run(recipe: RetrievalRecipe, patterns: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Yield a row {panel, model, alpha, value, repeat, error} for each measurement."""
     logging.set_verbosity_error()
-    jobs = [(title, name, repeat) for repeat in range(recipe.repeats) for title in recipe.panels for name in recipe.models]
-    measure = globals()[f"_{recipe.experiment}"]
-    for title, name, repeat in logging.tqdm(jobs, desc=recipe.experiment):
-        for value, error in measure(recipe, patterns, name, recipe.panels[title], repeat):
-            yield {"panel": title, "model": name, "value": value, "repeat": repeat, "error": error}
+    jobs = [(seed, name, condition) for seed in range(recipe.repeats) for name in recipe.models for condition in conditions(recipe, seed)]
+    # Models by what their Stage I depends on, the latest of each panel: several conditions share one.
+    built: dict[Any, UHopMemoryModel] = {}
+    for seed, name, condition in logging.tqdm(jobs, desc=recipe.experiment):
+        memories = draw(patterns, condition.memories, seed)
+        for measured in _measure(recipe, name, memories, condition, seed, built):
+            yield {"model": name, "repeat": seed, **measured}
 
 
-def _memory_size(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
-    for count in recipe.values:
-        memories = draw(patterns, int(count), repeat)
-        torch.manual_seed(repeat)
-        queries = corruption_of(recipe, None)(memories)
-        yield count, error_of(build(name, panel, memories, recipe, recipe.steps), queries, panel)
-
-
-def _noise_level(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
-    memories = draw(patterns, recipe.memories, repeat)
-    torch.manual_seed(repeat)
-    model = build(name, panel, memories, recipe, recipe.steps)
-    for level in recipe.values:
-        # A seed of its own: the same noise at every level, and none of the numbers that Phi began with.
-        torch.manual_seed(10_000 + repeat)
-        yield level, error_of(model, add_noise(memories, level), panel)
-
-
-def _beta(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
-    memories = draw(patterns, recipe.memories, repeat)
-    for beta in recipe.values:
-        torch.manual_seed(repeat)
-        queries = corruption_of(recipe, None)(memories)
-        yield beta, error_of(build(name, dataclasses.replace(panel, beta=beta), memories, recipe, recipe.steps), queries, panel)
-
-
-def _separation_steps(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
-    memories = draw(patterns, recipe.memories, repeat)
-    for steps in recipe.values:
-        torch.manual_seed(repeat)
-        queries = corruption_of(recipe, None)(memories)
-        yield steps, error_of(build(name, panel, memories, recipe, int(steps)), queries, panel)
-
-
-def _separation_loss(recipe: RetrievalRecipe, patterns: np.ndarray, name: str, panel: Panel, repeat: int):
-    """Random numbers of steps in [1, 200] and rates |N(0, 1)| times the panel's, by the separation loss they end at."""
-    memories = draw(patterns, recipe.memories, repeat)
-    random = np.random.default_rng(repeat)
-    for _ in range(int(recipe.values[0])):
-        torch.manual_seed(repeat)
-        queries = corruption_of(recipe, None)(memories)
-        steps, lr = int(random.integers(1, 201)), panel.lr * abs(random.standard_normal())
-        model = build(name, panel, memories, recipe, steps, lr)
-        with torch.no_grad():
-            features = memories if model.feature_map is None else model.feature_map(memories)
-            yield separation_loss(features).item(), error_of(model, queries, panel)
+def _measure(
+    recipe: RetrievalRecipe, name: str, memories: torch.Tensor, condition: Condition, seed: int, built: dict[Any, UHopMemoryModel]
+) -> Iterator[dict[str, Any]]:
+    for title, given in recipe.panels.items():
+        panel = given if condition.beta is None else dataclasses.replace(given, beta=condition.beta)
+        torch.manual_seed(seed)
+        queries = corruption_of(recipe)(memories) if condition.noise is None else None
+        # U-Hop and U-Hop+ do not depend on beta, and no Stage I depends on alpha.
+        separation = MODELS[name][1]
+        beta = panel.beta if separation is not None and separation["method"] == "denoising" else None
+        key = (seed, name, condition.memories, condition.steps, condition.lr_factor, beta, panel.normalize, panel.optimizer, panel.lr)
+        if key not in built:
+            if len(built) >= len(recipe.panels):
+                del built[next(iter(built))]
+            built[key] = build(name, panel, memories, recipe, condition.steps, panel.lr * condition.lr_factor)
+        model = built[key]
+        if queries is None:
+            assert condition.noise is not None
+            # A seed of its own, so that the noise is the same at every level and independent of the initial Phi.
+            torch.manual_seed(10_000 + seed)
+            queries = add_noise(memories, condition.noise)
+        model.config.beta = beta_of(name, panel, recipe)
+        value = condition.value
+        if value is None:
+            with torch.no_grad():
+                features = memories if model.feature_map is None else model.feature_map(memories)
+                value = separation_loss(features).item()
+        for alpha in recipe.alphas if name not in BASELINES else [1.0]:
+            model.config.alpha = alpha
+            yield {"panel": title, "alpha": alpha, "value": value, "error": error_of(model, queries, panel)}
 
 
 def summarize(recipe: RetrievalRecipe, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """By panel and model: mean and standard deviation over repeats at each value; for "separation_loss" the rank correlation."""
+    """By panel, model and alpha: mean and standard deviation over seeds at each value; for "separation_loss" the rank correlation."""
     summary: dict[str, Any] = {}
-    for title in recipe.panels:
-        for name in recipe.models:
-            mine = [row for row in rows if row["panel"] == title and row["model"] == name]
-            if recipe.experiment == "separation_loss":
-                correlation = spearmanr([row["value"] for row in mine], [row["error"] for row in mine])
-                entry: Any = {"spearman": float(correlation.statistic), "p": float(correlation.pvalue), "runs": len(mine)}
-            else:
-                entry = {}
-                for value in recipe.values:
-                    errors = [row["error"] for row in mine if row["value"] == value]
-                    spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
-                    entry[f"{value:g}"] = {"mean": statistics.mean(errors), "std": spread}
-            summary.setdefault(title, {})[name] = entry
+    for title, name, alpha in dict.fromkeys((row["panel"], row["model"], row["alpha"]) for row in rows):
+        mine = [row for row in rows if (row["panel"], row["model"], row["alpha"]) == (title, name, alpha)]
+        if recipe.experiment == "separation_loss":
+            correlation = spearmanr([row["value"] for row in mine], [row["error"] for row in mine])
+            entry: Any = {"spearman": float(correlation.statistic), "p": float(correlation.pvalue), "runs": len(mine)}
+        else:
+            entry = {}
+            for value in recipe.values:
+                errors = [row["error"] for row in mine if row["value"] == value]
+                spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
+                entry[f"{value:g}"] = {"mean": statistics.mean(errors), "std": spread}
+        summary.setdefault(title, {}).setdefault(name, {})[f"{alpha:g}"] = entry
     return summary
 
 
