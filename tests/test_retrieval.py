@@ -1,5 +1,6 @@
 """Retrieval experiments: recipes, measurements, results files."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from recipe import RecipeError
-from run_retrieval import EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, run, summarize
+from run_retrieval import BASELINES, EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, run, summarize
 
 from modeling_uhop import FeatureMap, association, mask_patterns, maximize_separation, retrieve
 
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "configs" / "retrieval").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs" / "retrieval").glob("**/*.yaml"))
 DIGITS = ROOT / "configs" / "retrieval" / "memory_size_digits.yaml"
 
 
@@ -24,10 +25,11 @@ def patterns() -> np.ndarray:
     return load_patterns(load(DIGITS).data)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_is_read(path):
     recipe = load(path)
     assert path.stem.startswith(recipe.experiment)
+    assert (recipe.split == "validation") == (path.parent.name == "choice")
     assert all(word in path.read_text() for word in ("# Command:", "# Cost:", "# Source:"))
 
 
@@ -37,12 +39,13 @@ def test_every_recipe_is_read(path):
         ("experiment: speed", "experiment must be among .*'speed'"),
         ("experiment: memory_size\nmodels: [U-Hope]", "models must be among .*'U-Hope'"),
         ("experiment: memory_size\ncorruption: dust", "corruption must be among .*'dust'"),
+        ("experiment: memory_size\nsplit: test", "split must be among .*'test'"),
         ("experiment: memory_size\nvalue: [1]", "unknown key 'value' in recipe; the nearest valid one is 'values'"),
         ("experiment: memory_size\npanels: {a: {betta: 1}}", "unknown key 'betta' in panel 'a'"),
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path, content, message):
-    defaults = {"data": "{dataset: digits}", "values": "[10]", "models": "[modern Hopfield]"}
+    defaults = {"data": "{dataset: digits}", "values": "[10]", "models": "[no Phi]"}
     missing = "".join(f"\n{key}: {value}" for key, value in defaults.items() if f"{key}:" not in content)
     (tmp_path / "r.yaml").write_text(content + missing)
     with pytest.raises(RecipeError, match=message):
@@ -68,11 +71,13 @@ def test_models_are_what_their_names_say(patterns):
     normal = torch.nn.functional.normalize
     scores = 10 * normal(queries, dim=-1) @ normal(memories, dim=-1).mT
     expected = (scores.softmax(-1) @ memories - memories).square().sum(-1).mean().item()
-    assert error_of(build("modern Hopfield", unit, memories, recipe, 0), queries, unit) == pytest.approx(expected, rel=1e-5)
-    for name, alpha in (("modern Hopfield", 1.0), ("1.5-entmax Hopfield", 1.5), ("sparse Hopfield", 2.0)):
+    assert error_of(build("no Phi", unit, memories, recipe, 0), queries, unit) == pytest.approx(expected, rel=1e-5)
+    for alpha in (1.0, 1.5, 2.0):
         recalled = retrieve(queries, memories, beta=2.0, alpha=alpha)
         expected = (recalled - memories).square().sum(-1).mean().item()
-        assert error_of(build(name, raw, memories, recipe, 0), queries, raw) == pytest.approx(expected, rel=1e-5)
+        model = build("no Phi", raw, memories, recipe, 0)
+        model.config.alpha = alpha
+        assert error_of(model, queries, raw) == pytest.approx(expected, rel=1e-5)
     for name, similarity in (("L2", "l2"), ("Manhattan", "manhattan")):
         recalled = retrieve(queries, memories, beta=2.0, similarity=similarity)
         expected = (recalled - memories).square().sum(-1).mean().item()
@@ -106,46 +111,66 @@ def test_u_hop_is_separated_as_the_panel_says(patterns):
     assert torch.equal(separated.feature_map.weight, phi.weight)
 
 
+VALUES = {"memory_size": [5, 10], "noise_level": [0.0, 2.0], "beta": [1.0, 50.0], "separation_steps": [0, 5], "separation_loss": [3]}
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_measures_every_model(patterns, experiment):
-    values = {"memory_size": [5, 10], "noise_level": [0.0, 2.0], "beta": [1.0, 50.0], "separation_steps": [0, 5], "separation_loss": [3]}[
-        experiment
-    ]
+def test_every_experiment_measures_every_model_at_every_alpha(patterns, experiment):
+    values = VALUES[experiment]
     recipe = RetrievalRecipe(experiment, load(DIGITS).data, values, list(MODELS), memories=10, steps=5, repeats=2)
     if experiment == "separation_loss":
         recipe.models = ["U-Hop", "denoising"]
     rows = list(run(recipe, patterns))
     count = 3 if experiment == "separation_loss" else 2
-    assert len(rows) == 2 * count * len(recipe.models)
+    pairs = [(name, alpha) for name in recipe.models for alpha in ([1.0] if name in BASELINES else [1.0, 1.5, 2.0])]
+    assert len(rows) == 2 * count * len(pairs)
     assert rows == list(run(recipe, patterns))
     (summary,) = summarize(recipe, rows).values()
-    for name in recipe.models:
-        errors = [row["error"] for row in rows if row["model"] == name]
+    for name, alpha in pairs:
+        mine = [row for row in rows if (row["model"], row["alpha"]) == (name, alpha)]
+        entry = summary[name][f"{alpha:g}"]
         if experiment == "separation_loss":
-            assert summary[name]["runs"] == 6
+            assert entry["runs"] == 6
         else:
-            first = [row["error"] for row in rows if row["model"] == name and row["value"] == values[0]]
-            assert summary[name][f"{values[0]:g}"]["mean"] == pytest.approx(np.mean(first))
-        assert all(np.isfinite(errors))
+            first = [row["error"] for row in mine if row["value"] == values[0]]
+            assert entry[f"{values[0]:g}"]["mean"] == pytest.approx(np.mean(first))
+        assert all(np.isfinite(row["error"]) for row in mine)
     if experiment == "beta":
-        for model in ("modern Hopfield", "polynomial", "U-Hop", "denoising"):
-            assert summary[model]["50"]["mean"] < summary[model]["1"]["mean"]
+        for model in ("no Phi", "polynomial", "U-Hop", "denoising"):
+            assert summary[model]["1"]["50"]["mean"] < summary[model]["1"]["1"]["mean"]
     if experiment == "noise_level":
-        assert all(summary[name]["2"]["mean"] > summary[name]["0"]["mean"] for name in recipe.models)
+        assert all(summary[name][f"{alpha:g}"]["2"]["mean"] > summary[name][f"{alpha:g}"]["0"]["mean"] for name, alpha in pairs)
+
+
+@pytest.mark.parametrize("experiment", ["memory_size", "beta", "noise_level", "separation_steps"])
+def test_panels_that_share_a_separation_measure_what_each_of_them_measures_alone(patterns, experiment):
+    panels = {"raw": Panel(normalize=False, beta=1.0, optimizer="sgd"), "beta 3": Panel(beta=3.0), "beta 10": Panel(beta=10.0)}
+    models = ["no Phi", "U-Hop", "U-Hop+", "denoising", "polynomial"]
+    recipe = RetrievalRecipe(experiment, load(DIGITS).data, VALUES[experiment], models, panels=panels, memories=10, steps=5, repeats=2)
+    together = list(run(recipe, patterns))
+    for title, panel in panels.items():
+        alone = list(run(dataclasses.replace(recipe, panels={title: panel}), patterns))
+        assert alone == [row for row in together if row["panel"] == title]
+
+
+def test_validation_images_are_stored_by_no_other_recipe():
+    data = load(DIGITS).data
+    train, validation = ({row.tobytes() for row in load_patterns(data, split)} for split in ("train", "validation"))
+    assert len(validation) == 144
+    assert not train & validation
 
 
 def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
     recipe = tmp_path / "memory_size_tiny.yaml"
-    recipe.write_text(
-        "experiment: memory_size\ndata: {dataset: digits}\nvalues: [5, 10]\nmodels: [modern Hopfield, U-Hop]\nsteps: 3\nrepeats: 2\n"
-    )
+    recipe.write_text("experiment: memory_size\ndata: {dataset: digits}\nvalues: [5, 10]\nmodels: [no Phi, U-Hop]\nsteps: 3\nrepeats: 2\n")
     script = ["training/run_retrieval.py", str(recipe), "--output_dir", str(tmp_path)]
     finished = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     results = json.loads((tmp_path / "retrieval_memory_size_tiny.json").read_text())
     assert set(results) == {"summary", "recipe", "rows", "versions", "commit", "machine"}
-    assert len(results["rows"]) == 8
-    assert [row["model"] for row in results["rows"]] == ["modern Hopfield"] * 4 + ["U-Hop"] * 4
+    assert [(row["model"], row["alpha"]) for row in results["rows"][::4]] == [
+        (name, alpha) for name in ("no Phi", "U-Hop") for alpha in (1.0, 1.5, 2.0)
+    ]
     assert (tmp_path / "retrieval_memory_size_tiny.png").stat().st_size > 10_000
     updated = subprocess.run([sys.executable, *script, "--update", "U-Hop"], cwd=ROOT, capture_output=True, text=True)
     assert updated.returncode == 0, updated.stderr
