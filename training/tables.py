@@ -1,5 +1,6 @@
 """Results files as Markdown tables."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +75,37 @@ def speed_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta 10", sizes: tuple[str, ...] = ("100", "500")) -> str:
-    """Errors of every model for some numbers of memories, a column for each data set and number."""
-    columns = [(result, size) for result in results for size in sizes]
-    titles = [f"{result['recipe']['data']['dataset'].rpartition('/')[2]}, M = {size}" for result, size in columns]
-    lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(columns)]
-    for model in results[0]["summary"][panel]:
-        errors = [result["summary"][panel].get(model, {}).get(size) for result, size in columns]
-        cells = ["" if error is None else f"{error['mean']:.2f} ± {error['std']:.2f}" for error in errors]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+# Where a retrieval table reads each experiment's axis, and how its columns name the place.
+READ_AT = {
+    "memory_size": ("M = ", ("100", "500")),
+    "noise_level": ("noise ", ("0.5", "1")),
+    "beta": ("beta ", ("3", "30")),
+    "separation_steps": ("steps ", ("20", "100")),
+}
+
+
+def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta 10") -> str:
+    """Retrieval errors: a table for each results file, a row for each model, a column for each place on the axis and each alpha."""
+    return "\n\n".join(
+        _retrieval_table(result, panel if panel in result["summary"] else next(iter(result["summary"]))) for result in results
+    )
+
+
+def _retrieval_table(result: dict[str, Any], panel: str) -> str:
+    prefix, values = READ_AT[result["recipe"]["experiment"]]
+    columns = [(value, f"{alpha:g}") for value in values for alpha in result["recipe"]["alphas"]]
+    data = result["recipe"]["data"]["dataset"].rpartition("/")[2]
+    lines = [
+        f"| {data} | " + " | ".join(f"{prefix}{value}, alpha {alpha}" for value, alpha in columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    for model, by_alpha in result["summary"][panel].items():
+        errors = [by_alpha.get(alpha, {}).get(value) for value, alpha in columns]
+        lines.append(f"| {model} | " + " | ".join("" if error is None else mean_and_deviation(error) for error in errors) + " |")
     return "\n".join(lines)
+
+
+def mean_and_deviation(error: dict[str, float]) -> str:
+    """A mean and its standard deviation, with three significant digits of the mean but at most four decimals."""
+    digits = min(4, max(0, 2 - math.floor(math.log10(max(error["mean"], 1e-9)))))
+    return f"{error['mean']:.{digits}f} ± {error['std']:.{digits}f}"
