@@ -11,6 +11,7 @@ import pytest
 import torch
 from recipe import RecipeError
 from run_retrieval import BASELINES, EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, run, summarize
+from tables import retrieval_table
 
 from modeling_uhop import FeatureMap, association, mask_patterns, maximize_separation, retrieve
 
@@ -190,3 +191,14 @@ def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
         assert refused.stderr.strip().splitlines()[-1].startswith(message)
     wrong = subprocess.run([sys.executable, *script[:1], "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.stderr.strip().splitlines()[-1] == "RecipeError: there is no recipe nowhere.yaml"
+
+
+def test_a_table_has_a_row_for_each_model_and_a_column_for_each_alpha(patterns):
+    recipe = RetrievalRecipe("noise_level", load(DIGITS).data, [0.5, 1.0], ["no Phi", "Manhattan"], memories=10, repeats=2)
+    rows = list(run(recipe, patterns))
+    table = retrieval_table([{"recipe": dataclasses.asdict(recipe), "summary": summarize(recipe, rows)}])
+    header, _, plain, manhattan = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    assert header == ["digits", *(f"noise {value}, alpha {alpha}" for value in ("0.5", "1") for alpha in ("1", "1.5", "2"))]
+    assert [cell != "" for cell in manhattan] == [True, True, False, False, True, False, False]
+    errors = [row["error"] for row in rows if (row["model"], row["alpha"], row["value"]) == ("no Phi", 1.5, 1.0)]
+    assert float(plain[5].partition(" ")[0]) == pytest.approx(np.mean(errors), rel=1e-2)
