@@ -75,7 +75,7 @@ def test_retrieval_equals_the_loops(similarity, alpha, steps):
 
 
 def test_polynomial_weights_are_normalised_powers():
-    memory = _memory(similarity="polynomial", beta=1.0, dtype=torch.float64)
+    memory = _memory(similarity="polynomial", alpha=1.0, beta=1.0, dtype=torch.float64)
     queries = torch.randn(4, 6, dtype=torch.float64)
     powers = (queries @ memory.memories.mT).clamp(min=0) ** 10
     assert_close(memory(queries).association, powers / powers.sum(-1, keepdim=True))
@@ -223,7 +223,7 @@ def test_separation_lowers_its_loss_and_confusion(method):
 def test_denoising_separation_recalls_corrupted_digits():
     patterns = _digits(100)
     torch.manual_seed(0)
-    plain, separated = _memory(patterns, similarity="cosine"), _memory(patterns)
+    plain, separated = (_memory(patterns, similarity=name, alpha=1.0, beta=10.0) for name in ("cosine", "kernel"))
     separated.separate(steps=100, lr=3e-3)
     for corruption in (mask_patterns, add_noise):
         queries = corruption(patterns)

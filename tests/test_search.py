@@ -128,9 +128,9 @@ def test_features_of_memories_are_kept_until_something_changes():
     memory = _memory()
     with torch.no_grad():
         first = memory.stored_features()
-        kept = memory._kept_features()
+        kept = memory._cached_features()
         memory(torch.zeros(1, 12, dtype=torch.float64))
-        assert memory._kept_features() is kept
+        assert memory._cached_features() is kept
 
         memory.feature_map.weight.neg_()
         assert_close(memory.stored_features(), -first)
