@@ -1,6 +1,7 @@
 """Retrieval experiments: recipes, measurements, results files."""
 
 import dataclasses
+import inspect
 import json
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 import torch
 from recipe import RecipeError
 from run_retrieval import BASELINES, EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, run, summarize
-from tables import retrieval_table
+from tables import choice_ranks, choice_table, retrieval_table
 
-from modeling_uhop import FeatureMap, association, mask_patterns, maximize_separation, retrieve
+from modeling_uhop import FeatureMap, UHopMemoryConfig, UHopMemoryModel, association, mask_patterns, maximize_separation, retrieve
 
 
 ROOT = Path(__file__).parent.parent
@@ -202,3 +203,25 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_alpha(patterns):
     assert [cell != "" for cell in manhattan] == [True, True, False, False, True, False, False]
     errors = [row["error"] for row in rows if (row["model"], row["alpha"], row["value"]) == ("no Phi", 1.5, 1.0)]
     assert float(plain[5].partition(" ")[0]) == pytest.approx(np.mean(errors), rel=1e-2)
+
+
+def test_the_memorys_defaults_are_the_best_on_validation_images():
+    paths = sorted((ROOT / "benchmarks" / "results" / "choice").glob("retrieval_*.json"))
+    results = [json.loads(path.read_text()) for path in paths]
+    assert {result["recipe"]["split"] for result in results} == {"validation"}
+    ranks = choice_ranks(results)
+    assert {len(places) for places in ranks.values()} == {12}
+    config, method = UHopMemoryConfig(), inspect.signature(UHopMemoryModel.separate).parameters["method"].default
+    assert next(iter(ranks)) == (method, config.alpha, config.beta)
+    assert choice_table(results).splitlines()[2].startswith(f"| {method} | {config.alpha:g} | {config.beta:g} | ")
+
+
+def test_ranks_are_taken_within_each_condition():
+    panels = {"low": {"beta": 3.0}, "high": {"beta": 30.0}}
+    summary = {
+        "low": {"no Phi": {"1": {"10": {"mean": 4.0}, "20": {"mean": 1.0}}}},
+        "high": {"no Phi": {"1": {"10": {"mean": 2.0}, "20": {"mean": 2.0}}, "1.5": {"10": {"mean": 3.0}, "20": {"mean": 3.0}}}},
+    }
+    ranks = choice_ranks([{"recipe": {"values": [10, 20], "panels": panels}, "summary": summary}])
+    assert ranks == {("no Phi", 1.0, 30.0): [1, 2], ("no Phi", 1.0, 3.0): [3, 1], ("no Phi", 1.5, 30.0): [2, 3]}
+    assert next(iter(ranks)) == ("no Phi", 1.0, 30.0)

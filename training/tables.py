@@ -109,3 +109,32 @@ def mean_and_deviation(error: dict[str, float]) -> str:
     """A mean and its standard deviation, with three significant digits of the mean but at most four decimals."""
     digits = min(4, max(0, 2 - math.floor(math.log10(max(error["mean"], 1e-9)))))
     return f"{error['mean']:.{digits}f} ± {error['std']:.{digits}f}"
+
+
+def choice_table(results: list[dict[str, Any]], most: int = 6) -> str:
+    """The settings of a memory that retrieve best, by their mean rank over all conditions of the results files (rank 1 is the best)."""
+    ranks = choice_ranks(results)
+    conditions, candidates = len(next(iter(ranks.values()))), len(ranks)
+    lines = [
+        f"| method | alpha | beta | mean rank of {candidates}, over {conditions} conditions | worst rank |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for (model, alpha, beta), places in list(ranks.items())[:most]:
+        lines.append(f"| {model} | {alpha:g} | {beta:g} | {sum(places) / len(places):.1f} | {max(places)} |")
+    return "\n".join(lines)
+
+
+def choice_ranks(results: list[dict[str, Any]]) -> dict[tuple[str, float, float], list[int]]:
+    """The rank of every (method, alpha, beta) under each condition: a value of a results file. The best mean rank comes first."""
+    ranks: dict[tuple[str, float, float], list[int]] = {}
+    for result in results:
+        for value in result["recipe"]["values"]:
+            errors = {
+                (model, float(alpha), result["recipe"]["panels"][panel]["beta"]): errors[f"{value:g}"]["mean"]
+                for panel, models in result["summary"].items()
+                for model, by_alpha in models.items()
+                for alpha, errors in by_alpha.items()
+            }
+            for rank, settings in enumerate(sorted(errors, key=lambda settings: errors[settings]), start=1):
+                ranks.setdefault(settings, []).append(rank)
+    return dict(sorted(ranks.items(), key=lambda entry: sum(entry[1])))
