@@ -142,7 +142,7 @@ def test_a_script_for_one_process_leaves_an_earlier_run_alone(tmp_path):
     recipe = str(TESTS.parent / "configs" / "mil_digits.yaml")
     with pytest.raises(pytest.fail.Exception) as failed:
         _run(2, str(TRAINING / "train_mil.py"), recipe, "--output_dir", str(tmp_path), "--overwrite")
-    assert "RecipeError: this script runs in one process, and was started in 2; start it with `python`" in str(failed.value)
+    assert "RecipeError: this script runs in one process, but was started in 2; start it with `python`" in str(failed.value)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("recipe.yaml", "precious")]
 
 
@@ -164,7 +164,7 @@ def test_scripts_for_one_process_refuse_more_in_one_line(script, arguments, reme
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [script, str(TESTS.parent / arguments[0]), *arguments[1:]])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match=rf"RecipeError: this script runs in one process, and was started in 2; .*{remedy}"):
+    with pytest.raises(SystemExit, match=rf"RecipeError: this script runs in one process, but was started in 2; .*{remedy}"):
         module.main()
     assert list(tmp_path.iterdir()) == []
 

@@ -585,7 +585,7 @@ def test_what_a_run_computed_survives_a_stage_that_fails(tmp_path, monkeypatch):
                 run(recipe, folder, resume=broken != "cross_validate_fold")
         assert [len(arguments[1]) for arguments in trained] == sizes, broken
         assert (folder / "results.json").exists() == (broken != "cross_validate_fold")
-    with pytest.raises(RecipeError, match="--resume to go on"):
+    with pytest.raises(RecipeError, match="--resume to continue it"):
         run(recipe, folder)
     resumed = run(recipe, folder, resume=True)
     assert {**resumed, "cross_validation_seconds": 0} == {**expected, "cross_validation_seconds": 0}
@@ -603,7 +603,7 @@ def test_what_a_run_computed_survives_a_stage_that_fails(tmp_path, monkeypatch):
 def test_folds_of_another_recipe_are_not_mixed(tmp_path, fields):
     write_recipe(_recipe(), tmp_path)
     (name,) = fields
-    with pytest.raises(RecipeError, match=f"was begun with {name}=.* and cannot be resumed with {name}="):
+    with pytest.raises(RecipeError, match=f"was started with {name}=.* and cannot be resumed with {name}="):
         run(_recipe(**fields), tmp_path, resume=True)
 
 

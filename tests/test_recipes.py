@@ -120,11 +120,11 @@ def test_yaml_reads_scientific_numbers(tmp_path):
         ("data: {dataset: digits}\nmodel: {alhpa: 1.5}", "unknown key 'alhpa' in model; .* 'alpha'"),
         ("data: {dataset: digits}\nseparation: {shedule: step}", "unknown key 'shedule' in separation; .* 'schedule'"),
         ("data: {dataset: digits}\ntraining: {learning_rat: 1}", "unknown key 'learning_rat' in training; .* 'learning_rate'"),
-        ("data: {dataset: digits}\ntraining: {seed: 1}", "training.seed is set by"),
+        ("data: {dataset: digits}\ntraining: {seed: 1}", "training.seed cannot be set in a recipe; use the top-level `seed`"),
         ("data: {dataset: digits}\nmodel: 3", "model must be a mapping, got 3"),
         ("model: {}", "needs data.dataset"),
         ("- 1", "must be a YAML mapping"),
-        ("data: [", "is not YAML"),
+        ("data: [", "is not valid YAML"),
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path, content, message):
@@ -151,7 +151,7 @@ def test_a_run_with_an_earlier_name_of_a_field_can_be_resumed(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(path.read_text().replace("evaluate_on:", "judge:"))
     check_same_recipe(recipe, tmp_path)
-    with pytest.raises(RecipeError, match="was begun with evaluate_on=validation"):
+    with pytest.raises(RecipeError, match="was started with evaluate_on=validation"):
         check_same_recipe(dataclasses.replace(recipe, evaluate_on="test"), tmp_path)
 
 

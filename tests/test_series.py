@@ -20,7 +20,7 @@ from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
 from time_stamps import read_time_stamps, take_time_stamps
-from train_stanhop import begin_as_linear_map, check_skip_start, run, weights_of
+from train_stanhop import init_as_linear_map, check_skip_start, run, weights_of
 from transformers import Trainer, TrainerCallback
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
@@ -257,7 +257,7 @@ def test_the_skip_may_begin_as_the_ridge_map(series):
     torch.manual_seed(0)
     config = STanHopConfig(num_input_channels=4, context_length=30, prediction_length=5, d_model=16, use_linear_skip=True, scaling=None)
     model = STanHopForPrediction(config).eval()
-    begin_as_linear_map(model, start)
+    init_as_linear_map(model, start)
     past = torch.randn(3, 30, 4)
     forecast = model(past_values=past, future_values=torch.randn(3, 5, 4))
     assert_close(forecast.prediction_outputs, start(past))

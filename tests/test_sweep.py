@@ -9,7 +9,7 @@ import yaml
 from checkpoints import SEAL
 from recipe import ROOT, RecipeError, STanHopRecipe, ViTRecipe, load_recipe, read_yaml
 from scipy.stats import ttest_1samp
-from sweep import alone_in, execute, gather, read_sweep, runs_of
+from sweep import lock_folder, execute, gather, read_sweep, runs_of
 from tables import paired_table, variants_table
 from transformers import TrainingArguments
 
@@ -115,7 +115,7 @@ def test_two_sweeps_of_a_recipe_do_not_share_a_results_file(project, monkeypatch
 def test_a_second_sweep_at_once_is_kept_out_of_the_folder(project, monkeypatch):
     path = write(project, once=[])
     monkeypatch.setattr("sys.argv", ["sweep", str(path), "--runs", str(project / "runs"), "--results", str(project / "results")])
-    with alone_in(project / "runs" / path.stem), pytest.raises(SystemExit, match=r"another sweep is running in .*runs"):
+    with lock_folder(project / "runs" / path.stem), pytest.raises(SystemExit, match=r"another sweep is running in .*runs"):
         sweep_module.main()
     assert not (project / "results").exists()
     sweep_module.main()

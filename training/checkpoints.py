@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from accelerate import PartialState
-from recipe import RecipeError, write_whole
+from recipe import RecipeError, write_atomically
 from safetensors import safe_open
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -32,7 +32,7 @@ def seal(checkpoint: Path) -> None:
     files = {
         str(path.relative_to(checkpoint)): _digest(path) for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL
     }
-    write_whole(checkpoint / SEAL, json.dumps(files, indent=1))
+    write_atomically(checkpoint / SEAL, json.dumps(files, indent=1))
 
 
 def last_checkpoint(folder: Path) -> str:

@@ -29,7 +29,7 @@ from recipe import (
     provenance,
     read_yaml,
     refuse_several_processes,
-    write_whole,
+    write_atomically,
 )
 from scipy.stats import t as student_t
 from sklearn.ensemble import RandomForestClassifier
@@ -103,7 +103,7 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
             started = time.perf_counter()
             outcomes = jobs[job](repeat)
             content = {"settings": settings, "outcomes": outcomes, "seconds": time.perf_counter() - started}
-            write_whole(path, json.dumps(content))
+            write_atomically(path, json.dumps(content))
         results.setdefault(job, []).append(content)
     gathered = {
         "results": {job: gather(content, plain.metrics[0]) for job, content in results.items()},

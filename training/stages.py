@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import SEAL, check_fits, last_checkpoint
-from recipe import Recipe, as_recorded, check_output_dir, check_same_recipe, write_whole
+from recipe import Recipe, as_recorded, check_output_dir, check_same_recipe, write_atomically
 from transformers import PreTrainedModel, Trainer, TrainerState
 
 
@@ -16,17 +16,17 @@ FOLDER, TRAINING = "stages", "training"
 
 
 def read_stage(folder: Path, name: str, recipe: Recipe) -> dict[str, Any] | None:
-    """What `keep_stage` kept of a stage of the same recipe, or `None`."""
+    """What `save_stage` kept of a stage of the same recipe, or `None`."""
     path = _file(folder, name)
     kept = json.loads(path.read_text()) if path.is_file() else {}
     return kept["outcome"] if kept.get("recipe") == _as_read(recipe) else None
 
 
-def keep_stage(folder: Path, name: str, recipe: Recipe, outcome: dict[str, Any]) -> dict[str, Any]:
+def save_stage(folder: Path, name: str, recipe: Recipe, outcome: dict[str, Any]) -> dict[str, Any]:
     """Write the outcome of a finished stage, all of it or nothing; the outcome."""
     path = _file(folder, name)
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, json.dumps({"recipe": as_recorded(recipe), "outcome": outcome}))
+    write_atomically(path, json.dumps({"recipe": as_recorded(recipe), "outcome": outcome}))
     return outcome
 
 
@@ -69,10 +69,10 @@ def train(
     seconds = round(time.perf_counter() - started, 1) if checkpoint is None else None
     trainer.save_model()
     outcome = {"state": dataclasses.asdict(trainer.state), "seconds": seconds, **details()}
-    return keep_stage(folder, TRAINING, recipe, outcome) if trainer.is_world_process_zero() else outcome
+    return save_stage(folder, TRAINING, recipe, outcome) if trainer.is_world_process_zero() else outcome
 
 
-def take_over(trainer: Trainer, trained: dict[str, Any]) -> None:
+def restore_state(trainer: Trainer, trained: dict[str, Any]) -> None:
     """Let a Trainer go on from the state that a finished training ended with."""
     own = {"is_local_process_zero": trainer.is_local_process_zero(), "is_world_process_zero": trainer.is_world_process_zero()}
     trainer.state = TrainerState(**{**trained["state"], **own})

@@ -76,7 +76,7 @@ def main() -> None:
             if recipe not in sweep["recipes"]:
                 raise RecipeError(f"recipes must be among {sweep['recipes']}, got {recipe!r}")
         runs = [run for recipe in chosen for run in runs_of(sweep, recipe, Path(args.runs) / Path(args.sweep).stem, args.data_dir)]
-        with alone_in(Path(args.runs) / Path(args.sweep).stem):
+        with lock_folder(Path(args.runs) / Path(args.sweep).stem):
             execute(runs, args.jobs, args.cores)
         for recipe in chosen:
             own = [run for run in runs if run.recipe == recipe]
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Keep a second sweep out of a folder; a `RecipeError` if this is the second."""
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -36,7 +36,7 @@ from recipe import (
 from reload import check_reload
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from stages import keep_stage, read_stage
+from stages import read_stage, save_stage
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
@@ -95,13 +95,13 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     if not resume:
         clear_output_dir(folder)
         write_recipe(recipe, folder)
-    folds = [kept_fold(recipe, bags, folder, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
+    folds = [load_or_run_fold(recipe, bags, folder, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
     outcomes = [fold["outcome"] for fold in folds]
     metrics = {**summarize(outcomes), "cross_validation_seconds": round(sum(fold["seconds"] for fold in folds), 1)}
     write_results(folder / "results.json", recipe, metrics, outcomes=outcomes)
     print(describe(recipe, bags, metrics))
 
-    fitted = read_stage(folder, "fit", recipe) or keep_stage(folder, "fit", recipe, fit_all(recipe, bags, folder))
+    fitted = read_stage(folder, "fit", recipe) or save_stage(folder, "fit", recipe, fit_on_all_bags(recipe, bags, folder))
     shown = bag_to_show(bags)
     title = f"{recipe.name}: bag {shown}, of class {bags.names[bags.labels[shown]]}"
     bag_figure(folder / "bag.png", bags.pictures(shown), np.array(fitted["weights"]), title)
@@ -111,18 +111,20 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     return metrics
 
 
-def kept_fold(recipe: MILRecipe, bags: Bags, folder: Path, repeat: int, fold: int, train: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
+def load_or_run_fold(
+    recipe: MILRecipe, bags: Bags, folder: Path, repeat: int, fold: int, train: np.ndarray, scored: np.ndarray
+) -> dict[str, Any]:
     """The outcome of a fold and the seconds it took: as an earlier run kept it, or computed now and kept."""
     name = f"repeat_{repeat}_fold_{fold}"
     kept = read_stage(folder, name, recipe)
     if kept is None:
         started = time.perf_counter()
         outcome = cross_validate_fold(recipe, bags, repeat, fold, train, scored)
-        kept = keep_stage(folder, name, recipe, {"outcome": outcome, "seconds": time.perf_counter() - started})
+        kept = save_stage(folder, name, recipe, {"outcome": outcome, "seconds": time.perf_counter() - started})
     return kept
 
 
-def fit_all(recipe: MILRecipe, bags: Bags, folder: Path) -> dict[str, Any]:
+def fit_on_all_bags(recipe: MILRecipe, bags: Bags, folder: Path) -> dict[str, Any]:
     """Train on all bags and save model and extractor; logits of the first bags, and weights of the one that is shown."""
     model, extractor = fit(recipe, bags.instances, bags.labels, bags.names, recipe.seed)
     model.save_pretrained(folder)

@@ -33,7 +33,7 @@ from recipe import (
 )
 from reload import check_reload
 from series import Series, load_series
-from stages import begin, load_weights, take_over, train
+from stages import begin, load_weights, restore_state, train
 from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
@@ -86,7 +86,7 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     check_skip_start(recipe.skip_start, config)
     if config.memory_type is not None:
         raise RecipeError(f"model.memory_type={config.memory_type!r} is of a model that stores windows (`store`); this script stores none")
-    check_anchors(recipe, series, config.prediction_length)
+    check_baselines(recipe, series, config.prediction_length)
     lengths = (config.context_length, config.prediction_length)
     windows, every = series.windows("train", *lengths), series.windows("validation", *lengths)
     validation: Subset = Subset(every, range(0, len(every), recipe.data.validation_stride))
@@ -94,7 +94,7 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     model = STanHopForPrediction(config)
     load_weights(model, folder, trained, checkpoint)
     if recipe.skip_start == "ridge" and not resume:
-        begin_as_linear_map(model, linear_map(series, *lengths, last_value=False))
+        init_as_linear_map(model, linear_map(series, *lengths, last_value=False))
     # Every process checks the folder before one of them changes it.
     PartialState().wait_for_everyone()
     trainer = Trainer(
@@ -123,7 +123,7 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     if trained is None:
         trained = train(trainer, folder, recipe, checkpoint)
     else:
-        take_over(trainer, trained)
+        restore_state(trainer, trained)
     if not is_main:
         return {}
     # Without what accelerate wrapped around it, such as half precision.
@@ -162,7 +162,7 @@ def check_skip_start(start: str, config: STanHopConfig) -> None:
         raise RecipeError(f"skip_start='ridge' needs {needed}, got {config.use_linear_skip} and {config.scaling!r}")
 
 
-def check_anchors(recipe: STanHopRecipe, series: Series, prediction_length: int) -> None:
+def check_baselines(recipe: STanHopRecipe, series: Series, prediction_length: int) -> None:
     """A `RecipeError` for baselines that would fail once the model is trained."""
     if recipe.season < 1:
         raise RecipeError(f"season must be at least 1, got {recipe.season}")
@@ -175,7 +175,7 @@ def check_anchors(recipe: STanHopRecipe, series: Series, prediction_length: int)
 
 
 @torch.no_grad()
-def begin_as_linear_map(model: STanHopForPrediction, start: LinearMap) -> None:
+def init_as_linear_map(model: STanHopForPrediction, start: LinearMap) -> None:
     """Let a model with a linear skip forecast what a linear map does, and nothing else."""
     skip = cast(torch.nn.Linear, model.linear_skip)
     skip.weight.copy_(start.weight)

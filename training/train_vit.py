@@ -33,7 +33,7 @@ from recipe import (
     write_results,
 )
 from reload import check_reload
-from stages import begin, load_weights, take_over, train
+from stages import begin, load_weights, restore_state, train
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -137,7 +137,7 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     if trained is None:
         trained = train(trainer, folder, recipe, checkpoint, details)
     else:
-        take_over(trainer, trained)
+        restore_state(trainer, trained)
     validation = trainer.evaluate(with_pixels(images["validation"], processor), metric_key_prefix="validation")
     test = trainer.evaluate(with_pixels(images["test"], processor), metric_key_prefix="test")
     if not is_main:
@@ -172,12 +172,12 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     shown = [as_rgb(image) for image in images["test"][:NUM_PROBES]["image"]]
     with torch.no_grad():
         pixel_values = processor(shown, return_tensors="pt")["pixel_values"]
-        logits = whole_model(trainer, folder).eval().cpu().float()(pixel_values).logits.numpy()
+        logits = unwrapped_model(trainer, folder).eval().cpu().float()(pixel_values).logits.numpy()
     check_reload(folder, "image-classification", [np.asarray(image) for image in shown], logits)
     return metrics
 
 
-def whole_model(trainer: Trainer, folder: Path) -> PreTrainedModel:
+def unwrapped_model(trainer: Trainer, folder: Path) -> PreTrainedModel:
     """The trained model without what accelerate wrapped around it; as it was saved, where an engine keeps but a part of it here."""
     model = cast(PreTrainedModel, trainer.model)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
