@@ -333,7 +333,7 @@ def test_anchors_know_the_season(series):
         ),
         ([400, 20, 180], {}, {"baseline_lengths": [24, 168]}, "do not fit the validation rows: 20 rows hold no window"),
         ([180, 100, 100], {}, {"season": 0}, "season must be at least 1, got 0"),
-        ([180, 100, 100], {"memory_type": "tune"}, {}, "model.memory_type='tune' is of a model that stores windows"),
+        ([180, 100, 100], {"memory_type": "tune"}, {}, "model.memory_type='tune' needs stored windows"),
     ],
 )
 def test_what_could_only_fail_after_training_is_refused_before_it(tmp_path, split, model, fields, message):
