@@ -279,7 +279,7 @@ def test_folds_without_a_class_are_refused():
 
 def test_another_number_of_classes_is_refused():
     bags = _bags()
-    with pytest.raises(RecipeError, match=r"model.num_labels is 3, and the bags have 2 classes"):
+    with pytest.raises(RecipeError, match=r"model.num_labels is 3, but the bags have 2 classes"):
         fit(_recipe(model={"num_labels": 3}), bags.instances, bags.labels, bags.names, 0)
 
 
