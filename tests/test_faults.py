@@ -56,7 +56,7 @@ def test_what_was_not_written_to_the_end_is_named_and_replaced(runs, moment):
     unfinished = "checkpoint-6" if moment == "before_the_seal" else "checkpoint-4"
     assert unfinished not in statuses[moment][1]
     log = (folder / f"{moment}_resumed.log").read_text()
-    assert f"{unfinished} was not written to the end, and is left out" in log
+    assert f"{unfinished} is incomplete and is not used" in log
     assert all((path / SEAL).is_file() for path in (folder / moment).glob("checkpoint-*"))
 
 
@@ -94,7 +94,7 @@ def test_the_last_whole_checkpoint_is_found_by_its_number(sealed):
     (sealed / "checkpoint-12").mkdir()
     (sealed / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
     (sealed / "checkpoint-last").mkdir()
-    with pytest.warns(UserWarning, match="checkpoint-12 was not written to the end"):
+    with pytest.warns(UserWarning, match="checkpoint-12 is incomplete"):
         assert last_checkpoint(sealed) == str(sealed / "checkpoint-10")
     remove_unfinished(sealed)
     assert sorted(path.name for path in sealed.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-last"]
@@ -104,9 +104,9 @@ def test_the_last_whole_checkpoint_is_found_by_its_number(sealed):
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "model.safetensors is missing"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "model.safetensors is not as it was written"),
-        (lambda path: path.write_bytes(b"\x01" + path.read_bytes()[1:]), "model.safetensors is not as it was written"),
-        (lambda path: path.write_bytes((path.parents[1] / "checkpoint-2" / path.name).read_bytes()), "is not as it was written"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "model.safetensors has changed since it was written"),
+        (lambda path: path.write_bytes(b"\x01" + path.read_bytes()[1:]), "model.safetensors has changed since it was written"),
+        (lambda path: path.write_bytes((path.parents[1] / "checkpoint-2" / path.name).read_bytes()), "has changed since it was written"),
     ],
     ids=["missing", "truncated", "a byte", "another model's"],
 )
@@ -126,8 +126,8 @@ def test_nothing_to_resume_from_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 32}, r"classifier.weight has shape \(2, 32\) in it, and \(2, 16\) here"),
-        ({"num_hidden_layers": 2}, r"vit.layers.1.* has shape \(16, 16\) in it, and none here"),
+        ({"hidden_size": 32}, r"classifier.weight has shape \(2, 32\) in it and \(2, 16\) here"),
+        ({"num_hidden_layers": 2}, r"vit.layers.1.* has shape \(16, 16\) in it and none here"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, fields, message):

@@ -339,7 +339,7 @@ def test_paired_difference():
     expected = stats.t.ppf(0.975, 3) * math.sqrt((1 / 4 + 1 / 3) * difference.var(ddof=1))
     assert outcome["half_width"] == pytest.approx(expected)
     results["second"][0]["outcomes"].reverse()
-    with pytest.raises(ValueError, match="'first' and 'second' were scored on other bags"):
+    with pytest.raises(ValueError, match="'first' and 'second' were evaluated on different bags"):
         paired(results, "first", "second", "auc")
 
 
@@ -640,7 +640,7 @@ def test_lists_of_labels_are_refused_by_bag(tmp_path):
 def test_classes_of_bags_keep_their_names(tmp_path):
     bags = _bags()
     content = {"instances": [bag.tolist() for bag in bags.instances], "label": bags.labels.tolist()}
-    for labels, message in ((content["label"], None), ([-1, *content["label"][1:]], "bag 0 of .* has the label -1, which means none")):
+    for labels, message in ((content["label"], None), ([-1, *content["label"][1:]], "bag 0 of .* has the label -1, which means no label")):
         table = Dataset.from_dict({**content, "label": labels})
         table.cast_column("label", ClassLabel(names=["healthy", "sick"])).to_parquet(tmp_path / "bags.parquet")
         if message is None:
@@ -683,7 +683,7 @@ def test_bags_with_a_leading_axis_are_their_vectors(tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(1, 5, 3), (1, 5, 3)], r"bag 0 has shape \(1, 5, 3\), as all others, so that each may be 5 vectors or one picture"),
+        ([(1, 5, 3), (1, 5, 3)], r"bag 0 and all others have shape \(1, 5, 3\), which may mean 5 vectors or one image"),
         ([(1, 5, 3), (1, 4, 2)], r"bag 1 has instances of shape \(2,\), and bag 0 of \(3,\)"),
         ([(2, 5, 3), (1, 5, 3)], r"bag 0 must have shape .*, got \(2, 5, 3\)"),
     ],

@@ -274,10 +274,10 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(tmp_path):
         Dataset.from_list(table, features=features).to_parquet(tmp_path / f"{split}.parquet")
     images = load_images(DataRecipe(str(tmp_path)))
     processor = make_image_processor(DataRecipe(""), 8)
-    named = r"the image in row (3|30) of train \(picture_(3|30).png\) cannot be read: .*; data.skip_unreadable=true leaves such images out"
+    named = r"the image in row (3|30) of train \(picture_(3|30).png\) cannot be read: .*; set data.skip_unreadable=true to skip such images"
     with pytest.raises(RecipeError, match=named):
         list(with_pixels(images["train"], processor))
-    with pytest.warns(UserWarning, match=r"of t(rain|est) \(picture_\d+.png\) cannot be read: .*, and is left out") as warned:
+    with pytest.warns(UserWarning, match=r"of t(rain|est) \(picture_\d+.png\) cannot be read: .*, and is skipped") as warned:
         images = load_images(DataRecipe(str(tmp_path), skip_unreadable=True))
     assert len(warned) == 3
     assert {name: len(split) for name, split in images.items()} == {"train": 34, "validation": 4, "test": 39}
@@ -639,7 +639,7 @@ def test_an_image_that_is_missing_is_named_or_left_out(tmp_path):
     images = load_images(DataRecipe(str(tmp_path)))
     with pytest.raises(RecipeError, match="the image in row 7 of test is missing"):
         list(with_pixels(images["test"], make_image_processor(DataRecipe(""), 8)))
-    with pytest.warns(UserWarning, match="the image in row 7 of test is missing, and is left out"):
+    with pytest.warns(UserWarning, match="the image in row 7 of test is missing, and is skipped"):
         images = load_images(DataRecipe(str(tmp_path), skip_unreadable=True))
     assert len(images["test"]) == 39
 
