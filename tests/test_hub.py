@@ -160,7 +160,7 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
     assert refused.stderr.strip().splitlines()[-1].startswith("RecipeError: the Hub refused somebody/digits: ")
     for arguments, message in (
         ([str(run), "a/b/c"], "must be named your_name/model_name, got 'a/b/c'"),
-        ([str(tmp_path), "you/nothing"], "is no finished run: it has no config.json, recipe.yaml, results.json, README.md, *.safetensors"),
+        ([str(tmp_path), "you/nothing"], "is not a finished run: it has no config.json, recipe.yaml, results.json, README.md, *.safetensors"),
     ):
         refused = _run(["training/push.py", *arguments], port, tmp_path)
         assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
@@ -178,7 +178,7 @@ def test_without_a_hub_or_a_token_a_push_says_so(port, tmp_path):
     assert "RecipeError: the Hub at http://127.0.0.1:9 cannot be reached" in nowhere.stderr
     nobody = _run(["training/push.py", str(tmp_path), "you/digits"], port, tmp_path, token=None)
     assert nobody.returncode == 1
-    assert "RecipeError: the Hub does not know who asks: pass --token, set HF_TOKEN or run `hf auth login`" in nobody.stderr
+    assert "RecipeError: the Hub needs an access token: pass --token, set HF_TOKEN or run `hf auth login`" in nobody.stderr
     assert "Traceback" not in nowhere.stderr + nobody.stderr
 
 
@@ -197,7 +197,7 @@ def test_what_is_no_finished_run_is_refused_and_what_is_no_result_stays_here(tmp
     (tmp_path / "results.json").write_text('{"recipe": {"data": {"dataset": "pictures"}}}')
     assert yaml.safe_load(recorded_recipe(tmp_path)) == {"data": {"dataset": "pictures"}}
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(RecipeError, match=r"no finished run: it has no \*.safetensors"):
+    with pytest.raises(RecipeError, match=r"not a finished run: it has no \*.safetensors"):
         check_finished(tmp_path)
 
 
