@@ -160,7 +160,10 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
     assert refused.stderr.strip().splitlines()[-1].startswith("RecipeError: the Hub refused somebody/digits: ")
     for arguments, message in (
         ([str(run), "a/b/c"], "must be named your_name/model_name, got 'a/b/c'"),
-        ([str(tmp_path), "you/nothing"], "is not a finished run: it has no config.json, recipe.yaml, results.json, README.md, *.safetensors"),
+        (
+            [str(tmp_path), "you/nothing"],
+            "is not a finished run: it has no config.json, recipe.yaml, results.json, README.md, *.safetensors",
+        ),
     ):
         refused = _run(["training/push.py", *arguments], port, tmp_path)
         assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)

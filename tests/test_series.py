@@ -69,9 +69,9 @@ def test_windows_are_views_of_one_array():
         assert example["past_values"].untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
     with pytest.raises(IndexError):
         windows[5]
-    with pytest.raises(RecipeError, match="the rows before row 4 are fewer than context_length=5"):
+    with pytest.raises(RecipeError, match="only 4 rows precede row 4, fewer than context_length=5"):
         Windows(values, 4, 15, 5, 3)
-    with pytest.raises(RecipeError, match="2 rows hold no window of prediction_length=3"):
+    with pytest.raises(RecipeError, match="2 rows have no window of prediction_length=3"):
         Windows(values, 8, 10, 5, 3)
 
 
@@ -104,8 +104,8 @@ def test_scaling_is_by_training_rows():
         ([0.5, 0.5], "three positive numbers"),
         ([0.9, 0, 0.1], "positive"),
         ([90, 10, 1], "needs 101 rows"),
-        ([0.5, 0.1, 0.1], "fractions that are 1 together"),
-        ([0.7, 0.2, 0.3], "fractions that are 1 together"),
+        ([0.5, 0.1, 0.1], "fractions with the sum 1"),
+        ([0.7, 0.2, 0.3], "fractions with the sum 1"),
         ([0.7, 0.3, 1], "three numbers of rows, or three fractions"),
         ([90.5, 5, 4], "three numbers of rows, or three fractions"),
     ],
@@ -153,7 +153,7 @@ def test_bad_files_are_refused(tmp_path):
             load_series(SeriesDataRecipe(str(path)))
     with pytest.raises(RecipeError, match="there is no file"):
         load_series(SeriesDataRecipe(str(tmp_path / "none.csv")))
-    with pytest.raises(RecipeError, match=r"ETTh1 is to be given as a CSV or parquet file, or as the id .*: --dataset FILE"):
+    with pytest.raises(RecipeError, match=r"ETTh1 must be given as a CSV or parquet file, or as the id .*: --dataset FILE"):
         load_series(SeriesDataRecipe("ETTh1"))
 
 
@@ -188,7 +188,7 @@ def test_values_that_no_scale_holds_are_refused(tmp_path, parts, message):
 
 def test_a_series_that_scaling_makes_constant_has_a_warning(tmp_path):
     path = _of_one_column(tmp_path, [1e200, *np.arange(69.0)], np.arange(10.0) * 1e200, np.arange(20.0))
-    with pytest.warns(UserWarning, match="column 'a' of .*a.parquet varies in the test rows, 80 to 99, by less than") as caught:
+    with pytest.warns(UserWarning, match="column 'a' of .*a.parquet becomes constant in the test rows, 80 to 99") as caught:
         load_series(SeriesDataRecipe(path))
     assert len(caught) == 1
 
@@ -329,9 +329,9 @@ def test_anchors_know_the_season(series):
             [180, 100, 100],
             {},
             {"baseline_lengths": [24, 168]},
-            r"baseline_lengths=\[24, 168\] do not fit the train rows: 12 rows hold no window",
+            r"baseline_lengths=\[24, 168\] do not fit the train rows: 12 rows have no window",
         ),
-        ([400, 20, 180], {}, {"baseline_lengths": [24, 168]}, "do not fit the validation rows: 20 rows hold no window"),
+        ([400, 20, 180], {}, {"baseline_lengths": [24, 168]}, "do not fit the validation rows: 20 rows have no window"),
         ([180, 100, 100], {}, {"season": 0}, "season must be at least 1, got 0"),
         ([180, 100, 100], {"memory_type": "tune"}, {}, "model.memory_type='tune' needs stored windows"),
     ],
