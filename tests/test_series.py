@@ -568,16 +568,16 @@ def test_time_stamps_are_read_as_they_are_meant(given, expected, place):
     [
         (["01/02/2024", "02/02/2024"], "row 0 of column 'date' of FILE: '01/02/2024' may begin with the day or with the month"),
         (["13/01/2024", "01/14/2024"], "row 1 of column 'date' of FILE: '01/14/2024' has the day where other rows have the month"),
-        (["13/01/24", "14/01/24"], "row 0 .*'13/01/24' is no date with a year of four digits"),
+        (["13/01/24", "14/01/24"], "row 0 .*'13/01/24' is not a date with a year of four digits"),
         (["2024-01-01", "13/01/2024"], "row 1 .*'13/01/2024' is not written like '2024-01-01' in row 0"),
-        (["2024-01-01 00:00+01:00", "2024-01-01 05:00"], "row 1 .* do not both have an offset from UTC"),
+        (["2024-01-01 00:00+01:00", "2024-01-01 05:00"], "row 1 .* one has an offset from UTC, the other has none"),
         (["2024-01-01", "2024-02-30"], "row 1 .*'2024-02-30' cannot be read as a date"),
-        (["2024-01-01 00:00 CET", "2024-01-01 01:00 CET"], "row 0 .* cannot be read as a date; .* a time zone as"),
+        (["2024-01-01 00:00 CET", "2024-01-01 01:00 CET"], "row 0 .* cannot be read as a date; .* a time zone like"),
         (["a", "b"], "row 0 .*'a' is no date"),
         (["2024-01-01", None], "row 1 of FILE has no time stamp in column 'date'"),
         (["2024-01-01", " "], "row 1 of FILE has no time stamp in column 'date'"),
         ([1704067200.0, np.nan], "row 1 of FILE has no time stamp in column 'date'"),
-        ([1704067200.0, np.inf], "row 1 has no finite time stamp in column 'date'"),
+        ([1704067200.0, np.inf], "row 1 has an infinite time stamp in column 'date'"),
         ([True, False], "column 'date' of FILE has true and false"),
         (
             SPRING.strftime("%a %b %d %Y %H:%M:%S GMT%z (%Z)"),
@@ -585,7 +585,7 @@ def test_time_stamps_are_read_as_they_are_meant(given, expected, place):
         ),
         (
             ["2024-01-01", "2024-01-01"],
-            "row 1 of FILE does not come after .* has 2024-01-01 and then 2024-01-01; if the time of day stands in another column",
+            "row 1 of FILE does not come after .* has 2024-01-01 and then 2024-01-01; if the time of day is in another column",
         ),
         (["2024-01-01 05:00", "2024-01-01 05:00"], "row 1 of FILE .* then 2024-01-01 05:00; sort"),
         (["2024-01-02", "2024-01-01"], "row 1 of FILE .* then 2024-01-01; sort"),
@@ -646,7 +646,7 @@ def test_what_is_no_plain_column_of_stamps_is_refused():
                 RecipeError, match=rf"column '{name}' of FILE looks like time stamps; set data.date_column={name}, or rename"
             ):
                 take_time_stamps(clock, "date", "FILE")
-            with pytest.raises(RecipeError, match=rf"column '{name}' of FILE looks like time stamps; leave it out, or rename"):
+            with pytest.raises(RecipeError, match=rf"column '{name}' of FILE looks like time stamps; remove it, or rename"):
                 take_time_stamps(clock.assign(date=pd.date_range("2024-01-01", periods=4)), "date", "FILE")
     both = values.assign(date=pd.date_range("2024-01-01", periods=4)).set_index(pd.date_range("2024-01-04", periods=4)[::-1])
     with pytest.raises(RecipeError, match=r"row 1 of FILE .*the index of FILE has"):
@@ -666,7 +666,7 @@ def test_saved_row_numbers_are_no_series(tmp_path, stamped):
     expected = load_series(SeriesDataRecipe(str(tmp_path / "a.csv")))
     for file, name in (("twice", "Unnamed: 0.1"), ("reset", "index")):
         path = tmp_path / f"{file}.csv"
-        with pytest.warns(UserWarning, match=rf"column '{name}' of .*{file}.csv has row numbers and is left out"):
+        with pytest.warns(UserWarning, match=rf"column '{name}' of .*{file}.csv has row numbers and is not used"):
             series = load_series(SeriesDataRecipe(str(path)))
         assert series.names == expected.names
         assert torch.equal(series.values, expected.values)
