@@ -20,7 +20,7 @@ from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
 from time_stamps import read_time_stamps, take_time_stamps
-from train_stanhop import init_as_linear_map, check_skip_start, run, weights_of
+from train_stanhop import check_skip_start, init_as_linear_map, run, weights_of
 from transformers import Trainer, TrainerCallback
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction

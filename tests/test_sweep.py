@@ -9,7 +9,7 @@ import yaml
 from checkpoints import SEAL
 from recipe import ROOT, RecipeError, STanHopRecipe, ViTRecipe, load_recipe, read_yaml
 from scipy.stats import ttest_1samp
-from sweep import lock_folder, execute, gather, read_sweep, runs_of
+from sweep import execute, gather, lock_folder, read_sweep, runs_of
 from tables import paired_table, variants_table
 from transformers import TrainingArguments
 
