@@ -165,7 +165,7 @@ def test_a_model_is_continuous_in_alpha(name: str, fields: dict[str, Any], make:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "fields", "make"), DECODERS[::2], ids=[case[0] for case in DECODERS[::2]])
-def test_decoding_step_by_step_and_padding_on_either_side_change_nothing(name, fields, make):
+def test_step_by_step_decoding_and_padding_do_not_change_outputs(name, fields, make):
     model = use_hopfield_attention(_model(name, fields), 1.5)
     ids = _ids(12)
     whole = model(ids).logits
@@ -249,7 +249,7 @@ def test_an_edit_of_alpha_takes_effect_in_every_part_and_is_saved(name, fields, 
 
 
 @torch.no_grad()
-def test_one_tower_of_two(tmp_path):
+def test_one_of_two_towers_can_be_converted(tmp_path):
     model, inputs = _model(*OTHERS[9][:2]), OTHERS[9][2]()
     use_hopfield_attention(model.vision_model, 2.0)
     assert not hasattr(model.config, "hopfield_alpha")
@@ -334,7 +334,7 @@ def test_the_trainer_trains_it(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("name", "fields", "make"), [ENCODERS[0], DECODERS[4], OTHERS[0], OTHERS[3]], ids=["Bert", "Gemma2", "T5", "ViT"])
-def test_half_precision(name, fields, make, dtype):
+def test_half_precision_is_supported(name, fields, make, dtype):
     model, inputs = use_hopfield_attention(_model(name, fields, grow=0.1), 1.5), make()
     expected = _answer(model, inputs)
     halves = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
@@ -398,7 +398,7 @@ def test_a_bias_a_mask_and_causality_are_applied_together(kernel):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 @pytest.mark.parametrize("attend", [hopfield_attention_forward, entmax_attention_forward])
-def test_what_is_not_applied_is_refused(attend, given, error, message):
+def test_unsupported_arguments_are_refused(attend, given, error, message):
     query, key, value = torch.randn(3, 1, 2, 5, 8)
     with pytest.raises(error, match=message):
         attend(torch.nn.Module().eval(), query, key, value, None, **given)
@@ -454,7 +454,7 @@ class _Classifier(BertPreTrainedModel):
 
 
 @torch.no_grad()
-def test_classes_of_a_user_are_taken_or_refused():
+def test_user_defined_classes_are_converted_or_refused():
     inputs = _tokens()
     model = _Classifier(BertConfig(**TEXT)).eval()
     model.set_attn_implementation("eager")
@@ -475,7 +475,7 @@ def test_classes_of_a_user_are_taken_or_refused():
     assert _relative(_answer(use_hopfield_attention(llama, 2.0), inputs), softmax) > 0.05
 
 
-def test_pooling_that_stays_at_softmax_is_named(warned):
+def test_a_pooling_layer_that_keeps_softmax_is_named(warned):
     model = _model(*OTHERS[10][:2])
     use_hopfield_attention(model, 1.5)
     assert "the pooling of SiglipModel stays at softmax: vision_model.head.attention" in warned.text
@@ -515,7 +515,7 @@ def test_alpha_1_5_is_the_model_that_from_vit_makes():
     assert_close(use_hopfield_attention(vit, 1.5)(**inputs).last_hidden_state, expected, scale=10)
 
 
-def test_weights_are_returned_where_they_are_asked_for():
+def test_weights_are_returned_on_request():
     model = use_hopfield_attention(_model(*DECODERS[2][:2]), 2.0)
     ids = _ids()
     output = model(ids, output_attentions=True)
@@ -532,7 +532,7 @@ def test_a_model_compiles():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft 0.21 reads
-def test_models_of_peft_are_taken():
+def test_peft_models_are_supported():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = peft.get_peft_model(_model(*DECODERS[0][:2]), peft.LoraConfig(target_modules=["q_proj"]))
     ids = _ids()

@@ -120,13 +120,13 @@ MOVED = ["feature_maps", "upstream"]
 @pytest.mark.parametrize("parameters", MOVED)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_with_lr_0_training_is_bitwise_what_it_is_without(tmp_path, schedule, parameters, optimizer):
+def test_with_lr_0_training_is_bitwise_equal_to_training_without_separation(tmp_path, schedule, parameters, optimizer):
     callback = algorithm_2(**schedule, parameters=parameters, optimizer=optimizer, lr=0.0, batch_size=8)
     assert _equal(_train(tmp_path), _train(tmp_path, callback))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
-def test_with_a_rate_it_changes_training_and_is_deterministic(tmp_path, schedule):
+def test_with_a_learning_rate_separation_changes_training_and_is_deterministic(tmp_path, schedule):
     runs = [_train(tmp_path, algorithm_2(**schedule, batch_size=8)) for _ in range(2)]
     assert _equal(*runs)
     assert not _equal(runs[0], _train(tmp_path))
@@ -143,7 +143,7 @@ class Freeze(TrainerCallback):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
-def test_only_what_it_was_told_to_move_moves(tmp_path, schedule):
+def test_separation_changes_only_the_selected_parameters(tmp_path, schedule):
     before = {name: p.detach().clone() for name, p in _model().named_parameters()}
     moved = {}
     for parameters in MOVED:
@@ -159,7 +159,7 @@ def test_only_what_it_was_told_to_move_moves(tmp_path, schedule):
     assert moved["upstream"] <= expected
 
 
-def test_frozen_parameters_stay(tmp_path):
+def test_frozen_parameters_do_not_change(tmp_path):
     model = _model()
     model.vit.embeddings.requires_grad_(False)
     first_map = model.vit.layers[0].attention.feature_map.weight.requires_grad_(False)
@@ -199,7 +199,7 @@ def test_without_phi_the_memories_themselves_are_separated(tmp_path):
     assert callback.history[0]["separation_loss"] == pytest.approx(loss.item() / 2, abs=1e-5)
 
 
-def test_denoising_tells_memories_from_noisy_copies(tmp_path, monkeypatch):
+def test_denoising_loss_separates_memories_from_noisy_copies(tmp_path, monkeypatch):
     model, seen = _model(), []
     memory_sets = model.memory_sets
 
@@ -232,7 +232,7 @@ def test_denoising_bags_ignores_their_padding():
     assert_close(callback._losses(arguments, model, [batch, noisy], 0.1), (sum(each) / 7).unsqueeze(0))
 
 
-def test_no_gradient_is_left_and_modes_come_back(tmp_path):
+def test_no_gradient_remains_and_training_modes_are_restored(tmp_path):
     class Watch(TrainerCallback):
         seen = 0
 
@@ -287,7 +287,7 @@ def test_annealing_covers_all_rounds(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
-def test_rows_can_be_normalised(tmp_path, option):
+def test_rows_of_w_can_be_normalised(tmp_path, option):
     callback = algorithm_2("train_begin", steps=3, batch_size=8, **{option: True})
     after = _train(tmp_path, callback, Freeze())
     rows = [after[name].norm(dim=-1) for name in after if "feature_map" in name]
@@ -296,7 +296,7 @@ def test_rows_can_be_normalised(tmp_path, option):
     assert not torch.allclose(free["vit.layers.0.attention.feature_map.weight"].norm(dim=-1), torch.ones(16), atol=1e-4)
 
 
-def test_gradient_accumulation_gives_one_round_an_optimizer_step(tmp_path):
+def test_with_gradient_accumulation_there_is_one_round_per_optimizer_step(tmp_path):
     callback = algorithm_2(batch_size=8, lr=0.0)
     accumulated = _train(tmp_path, callback, gradient_accumulation_steps=3)
     assert callback._steps_done == 4
@@ -315,7 +315,7 @@ def test_bf16_training(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1e-3), ("adam", 1e-4)])
-def test_half_precision_weights_move_as_far_as_full_ones(tmp_path, dtype, optimizer, lr):
+def test_half_precision_weights_change_as_much_as_fp32_weights(tmp_path, dtype, optimizer, lr):
     moved = []
     for kind in (torch.float32, dtype):
         model = _model().to(kind)
@@ -348,7 +348,7 @@ def test_a_resume_of_two_callbacks_and_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["epoch", "step"])
-def test_a_layer_may_be_frozen_as_training_goes_on(tmp_path, schedule):
+def test_a_layer_can_be_frozen_during_training(tmp_path, schedule):
     class FreezeLater(TrainerCallback):
         def on_epoch_begin(self, args, state, control, model=None, **kwargs):
             if state.epoch >= 1:
@@ -363,7 +363,7 @@ def test_a_layer_may_be_frozen_as_training_goes_on(tmp_path, schedule):
     assert not any(torch.equal(x, y) for x, y in zip(freeze.moving, _map_weights(model), strict=True))
 
 
-def test_a_checkpoint_is_whole_before_it_is_pushed_and_left_alone_after_training(tmp_path, monkeypatch):
+def test_a_checkpoint_is_complete_before_it_is_pushed_and_unchanged_after_training(tmp_path, monkeypatch):
     pushed = []
 
     def upload_folder(folder_path, **settings):
@@ -391,7 +391,7 @@ def test_a_checkpoint_is_whole_before_it_is_pushed_and_left_alone_after_training
     assert state.read_bytes() == before
 
 
-def test_a_stream_that_can_be_read_once_is_refused(tmp_path):
+def test_a_stream_that_can_be_read_only_once_is_refused(tmp_path):
     class Once(IterableDataset):
         def __init__(self):
             self.examples = iter(Stream())
@@ -403,7 +403,7 @@ def test_a_stream_that_can_be_read_once_is_refused(tmp_path):
         _train(tmp_path, SeparationCallback(batch_size=8), dataset=Once(), max_steps=2)
 
 
-def test_whole_numbers_are_denoised(tmp_path):
+def test_integer_inputs_can_be_denoised(tmp_path):
     class Bytes(Images):
         def __getitem__(self, index):
             return {"pixel_values": (40.0 * self.images[index]).clamp(0, 255).to(torch.uint8), "labels": self.labels[index]}
@@ -413,7 +413,7 @@ def test_whole_numbers_are_denoised(tmp_path):
     assert all(np.isfinite(entry["separation_loss"]) for entry in callback.history)
 
 
-def test_a_streamed_data_set_is_read_in_order_round_and_round(tmp_path):
+def test_a_streamed_data_set_is_read_in_order_and_repeatedly(tmp_path):
     callback = algorithm_2(batch_size=16)
     _train(tmp_path, callback, dataset=Stream(), max_steps=5)
     assert callback._steps_done == 5
@@ -423,7 +423,7 @@ def test_a_streamed_data_set_is_read_in_order_round_and_round(tmp_path):
         assert torch.equal(callback._sample(0, index)["pixel_values"], images[start : start + 16])
 
 
-def test_a_data_set_smaller_than_the_batch(tmp_path):
+def test_a_data_set_can_be_smaller_than_the_batch(tmp_path):
     callback = algorithm_2("train_begin", batch_size=64, steps=2)
     _train(tmp_path, callback, dataset=Images(size=10))
     assert len(callback.history) == 2
@@ -458,7 +458,7 @@ class Empty(IterableDataset):
         return iter(())
 
 
-def test_a_stream_with_a_state_is_left_alone(tmp_path):
+def test_separation_does_not_change_the_state_of_a_stream(tmp_path):
     expected = _train(tmp_path, dataset=Counting(), max_steps=12)
     assert _equal(expected, _train(tmp_path, algorithm_2(lr=0.0, batch_size=16), dataset=Counting(), max_steps=12))
 
@@ -476,7 +476,7 @@ def test_only_measured_losses_are_logged(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
-def test_a_frozen_map_keeps_its_rows(tmp_path, option):
+def test_a_frozen_feature_map_keeps_its_rows(tmp_path, option):
     model = _model()
     weight = model.vit.layers[0].attention.feature_map.weight.requires_grad_(False)
     weight.mul_(3.0)
@@ -485,7 +485,7 @@ def test_a_frozen_map_keeps_its_rows(tmp_path, option):
     assert torch.equal(weight, kept)
 
 
-def test_one_process_alone_saves(tmp_path, monkeypatch):
+def test_only_one_process_saves(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "should_save", property(lambda self: False))
     callback = algorithm_2(batch_size=8)
     trainer = _trainer(tmp_path, callback)
@@ -514,7 +514,7 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
     assert resumed._latest == whole._latest
 
 
-def test_a_resume_in_the_process_that_failed_repeats_the_round_it_lost(tmp_path):
+def test_a_resume_in_the_same_process_repeats_the_failed_round(tmp_path):
     settings = {"dataset": Images(augment=False), "save_strategy": "steps", "save_steps": 4}
     expected = _train(tmp_path / "whole", algorithm_2(batch_size=8), **settings)
     trainer = _trainer(tmp_path / "broken", algorithm_2(batch_size=8), **settings)
@@ -533,7 +533,7 @@ def test_a_resume_in_the_process_that_failed_repeats_the_round_it_lost(tmp_path)
     assert _equal(expected, dict(trainer.model.named_parameters()))
 
 
-def test_a_round_that_failed_is_not_taken_for_done(tmp_path, monkeypatch):
+def test_a_failed_round_is_not_counted_as_done(tmp_path, monkeypatch):
     callback = algorithm_2("train_begin", steps=4, batch_size=8)
     step, calls = callback._step, []
 
@@ -553,7 +553,7 @@ def test_a_round_that_failed_is_not_taken_for_done(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("schedule", ["train_begin", "step"])
-def test_a_separation_step_that_runs_out_of_memory_says_so(tmp_path, monkeypatch, schedule):
+def test_an_out_of_memory_error_names_the_separation_step(tmp_path, monkeypatch, schedule):
     def exhausted(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
@@ -571,7 +571,7 @@ def test_a_frozen_backbone_without_phi_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "two of them"])
-def test_a_resume_from_a_checkpoint_elsewhere(tmp_path, kind):
+def test_a_run_can_resume_from_a_checkpoint_in_another_folder(tmp_path, kind):
     schedule = {"schedule": "step", "optimizer": "sgd" if kind == "sgd" else "adam", "lr": 0.01, "batch_size": 8}
 
     def callbacks(**options):
@@ -596,7 +596,7 @@ def test_a_resume_from_a_checkpoint_elsewhere(tmp_path, kind):
             _train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "adam"}), resume=str(moved))
 
 
-def test_a_resume_without_the_callback_leaves_what_it_carried_behind(tmp_path):
+def test_a_run_can_resume_without_the_callback(tmp_path):
     images = Images(augment=False)
     _train(tmp_path, algorithm_2(batch_size=8, optimizer="adam"), dataset=images, save_strategy="steps", save_steps=4)
     trainer = _trainer(tmp_path / "plain", dataset=images)
@@ -605,7 +605,7 @@ def test_a_resume_without_the_callback_leaves_what_it_carried_behind(tmp_path):
 
 
 @pytest.mark.parametrize("save_only_model", [True, False])
-def test_a_resume_from_a_checkpoint_whose_state_lies_in_a_file_alone(tmp_path, save_only_model):
+def test_a_run_can_resume_from_a_checkpoint_with_its_state_in_a_file_only(tmp_path, save_only_model):
     schedule = {"schedule": "step", "optimizer": "adam", "lr": 0.01, "batch_size": 8}
     images = Images(augment=False)
     saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 500, "save_only_model": save_only_model}
@@ -631,7 +631,7 @@ def test_a_resume_from_a_checkpoint_whose_state_lies_in_a_file_alone(tmp_path, s
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
-def test_a_resume_from_a_checkpoint_that_predates_the_callback(tmp_path, schedule):
+def test_a_run_can_resume_from_a_checkpoint_without_separation_state(tmp_path, schedule):
     images = Images(augment=False)
     _train(tmp_path, dataset=images, save_strategy="steps", save_steps=3)
     checkpoint = str(tmp_path / "checkpoint-6")
@@ -686,7 +686,7 @@ def test_a_single_memory_is_refused(tmp_path):
     _train(tmp_path, algorithm_2(include_class_token=True, batch_size=8), model=_model(patch_size=8))
 
 
-def test_seeds_draw_unrelated_batches(tmp_path):
+def test_seeds_sample_independent_batches(tmp_path):
     batches = {}
     for seed in (0, 1):
         callback = algorithm_2("train_begin", batch_size=8, seed=seed)
@@ -742,12 +742,12 @@ def test_bad_arguments_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize(("schedule", "steps"), [("train_begin", 100), ("epoch", 1), ("step", 1)])
-def test_a_round_is_long_where_there_is_but_one(schedule, steps):
+def test_the_default_number_of_steps_is_larger_for_a_single_round(schedule, steps):
     assert SeparationCallback(schedule).steps == steps
     assert SeparationCallback(schedule, steps=7).steps == 7
 
 
-def test_by_default_all_below_the_features_moves_once_before_training(tmp_path):
+def test_by_default_all_upstream_parameters_are_updated_once_before_training(tmp_path):
     def run(callback):
         model = _model(hidden_dropout_prob=0.0)
         return _train(tmp_path, callback, model=model, dataset=Images(augment=False), learning_rate=0.0, num_train_epochs=1)
@@ -783,6 +783,6 @@ def test_pooled_memories_are_one_set(tmp_path, pool_memories):
     assert separation.history[0]["separation_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_model_may_be_evaluated_before_training(tmp_path):
+def test_a_model_can_be_evaluated_before_training(tmp_path):
     trainer = _trainer(tmp_path, SeparationCallback())
     assert trainer.evaluate(Images(8))["eval_loss"] > 0

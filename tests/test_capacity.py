@@ -23,7 +23,7 @@ from modeling_uhop.capacity import (
 from modeling_uhop.spherical import closest_similarity
 
 
-def test_margins():
+def test_margins_equal_the_loops():
     kernel = torch.tensor([[1.0, 0.2, -0.5], [0.2, 2.0, 0.7], [-0.5, 0.7, 0.5]])
     margin, rival = margins(kernel)
     assert_close(margin, [0.8, 1.3, -0.2])
@@ -85,7 +85,7 @@ def test_the_certificate_is_exact_in_both_directions(seed, beta, alpha):
     assert torch.equal(certified[clear], exact[clear])
 
 
-def test_softmax_retrieves_nothing_exactly():
+def test_softmax_retrieves_no_memory_exactly():
     assert not is_exactly_retrieved(10 * torch.eye(3), 5.0, 1.0).any()
     assert is_exactly_retrieved(torch.ones(1, 1), 5.0, 1.0).all()
 

@@ -202,7 +202,7 @@ def test_a_compiled_forecaster_is_one_graph_with_the_same_outputs():
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-def test_a_compiled_memory_is_one_graph_and_leaves_each_query_where_it_stops(alpha):
+def test_a_compiled_memory_is_one_graph_and_stops_each_query_separately(alpha):
     model = make_model("memory", alpha=alpha, beta=0.3)
     queries = torch.cat([model.memories[:2], torch.randn(4, 16)])
     settings = {"update_steps": 6, "tolerance": 0.01}
@@ -253,7 +253,7 @@ def copy_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings(OLD_NAME)
-def test_lora_trains_adapters_alone_and_is_saved_loaded_merged_and_folded(tmp_path, family):
+def test_lora_trains_only_adapters_and_is_saved_loaded_merged_and_folded(tmp_path, family):
     peft = pytest.importorskip("peft")
     fields = {"alpha": 1.5}
     inputs = make_inputs(family)
@@ -330,7 +330,7 @@ def test_a_memory_recalls_through_an_adapter_of_its_feature_map():
 @pytest.mark.parametrize("parameters", ["feature_maps", "upstream"])
 @pytest.mark.parametrize("how", ["adapter", "whole"])
 @pytest.mark.filterwarnings(OLD_NAME)
-def test_separation_moves_what_peft_trains_of_the_feature_maps(tmp_path, how, parameters):
+def test_separation_updates_the_parameters_of_feature_maps_that_peft_trains(tmp_path, how, parameters):
     peft = pytest.importorskip("peft")
     config = {"r": 2, "target_modules": ["q_proj"]}
     config |= {"target_parameters": ["feature_map.weight"]} if how == "adapter" else {"modules_to_save": ["feature_map"]}
@@ -354,7 +354,7 @@ def test_separation_moves_what_peft_trains_of_the_feature_maps(tmp_path, how, pa
 
 
 @pytest.mark.filterwarnings(OLD_NAME)
-def test_separation_says_what_it_needs_of_an_adapter(tmp_path):
+def test_separation_names_the_setting_that_an_adapter_needs(tmp_path):
     peft = pytest.importorskip("peft")
     frozen = peft.get_peft_model(make_model("vit"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"target_parameters=\['feature_map.weight'\]"):
@@ -419,7 +419,7 @@ def test_a_device_map_may_leave_weights_on_the_disk(tmp_path, family):
 
 
 @pytest.mark.parametrize("schedule", ["train_begin", "epoch", "step"])
-def test_tensorboard_behind_the_callback_has_the_separation_loss_beside_the_loss(tmp_path, monkeypatch, schedule):
+def test_tensorboard_after_the_callback_has_the_separation_loss_and_the_loss(tmp_path, monkeypatch, schedule):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     callback = SeparationCallback(schedule=schedule, steps=2, lr=0.5, batch_size=8)
@@ -503,7 +503,7 @@ def test_a_stream_of_ragged_bags_trains_a_bag_classifier_as_the_same_bags_in_a_l
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_loop_of_accelerate_separates_and_trains_as_the_trainer_with_the_callback(tmp_path, family):
+def test_an_accelerate_loop_with_separation_equals_the_trainer_with_the_callback(tmp_path, family):
     examples = Examples(family, size=8)
     callback = SeparationCallback(schedule="step", parameters="feature_maps", lr=0.3, batch_size=8)
     trainer = make_trainer(tmp_path, make_model(family), examples, callback, **PLAIN_STEPS)
@@ -531,7 +531,7 @@ def test_a_loop_of_accelerate_separates_and_trains_as_the_trainer_with_the_callb
         assert_close(model.get_parameter(name), weight, scale=20)
 
 
-def test_maximize_separation_of_a_models_memory_sets_is_a_round_of_the_callback(tmp_path):
+def test_maximize_separation_of_memory_sets_equals_a_round_of_the_callback(tmp_path):
     examples = Examples("vit", size=8)
     algorithm_1 = {"parameters": "feature_maps", "optimizer": "adam", "normalize_rows": True}
     callback = SeparationCallback(steps=10, lr=0.01, batch_size=8, **algorithm_1)
@@ -560,7 +560,7 @@ def test_predictions_of_the_trainer_are_the_outputs_of_the_model_in_order(tmp_pa
     assert metrics["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_predictions_for_ragged_bags_are_those_for_each_bag_alone(tmp_path):
+def test_predictions_for_ragged_bags_equal_those_for_each_bag(tmp_path):
     generator, sizes = np.random.default_rng(0), (1, 5, 3, 0, 9, 2, 4)
     bags = [{"instances": torch.tensor(generator.normal(size=(size, 6)), dtype=torch.float32), "label": size % 2} for size in sizes]
     model = make_model("mil", alpha=1.5)

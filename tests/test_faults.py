@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", [moment.__name__ for moment in MOMENTS])
-def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(runs, moment):
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_run(runs, moment):
     folder, statuses = runs
     assert statuses["whole"] == [0], (folder / "whole.log").read_text()
     interrupted, left, resumed = statuses[moment]
@@ -51,7 +51,7 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(runs, mome
 
 
 @pytest.mark.parametrize("moment", ["in_the_model_file", "before_the_optimizer_is_written", "before_the_seal", "on_a_full_disk"])
-def test_what_was_not_written_to_the_end_is_named_and_replaced(runs, moment):
+def test_an_incomplete_checkpoint_is_named_and_replaced(runs, moment):
     folder, statuses = runs
     unfinished = "checkpoint-6" if moment == "before_the_seal" else "checkpoint-4"
     assert unfinished not in statuses[moment][1]
@@ -61,7 +61,7 @@ def test_what_was_not_written_to_the_end_is_named_and_replaced(runs, moment):
 
 
 @pytest.mark.parametrize("moment", TOLD)
-def test_what_a_run_can_say_is_said_in_one_line(runs, moment):
+def test_errors_that_a_run_can_report_are_one_line(runs, moment):
     folder, _ = runs
     lines = (folder / f"{moment}.log").read_text().strip().splitlines()
     assert any(word in lines[-1] for word in TOLD[moment])
@@ -89,7 +89,7 @@ def sealed(tmp_path):
     return tmp_path
 
 
-def test_the_last_whole_checkpoint_is_found_by_its_number(sealed):
+def test_the_complete_checkpoint_with_the_largest_step_is_used(sealed):
     assert last_checkpoint(sealed) == str(sealed / "checkpoint-10")
     (sealed / "checkpoint-12").mkdir()
     (sealed / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
@@ -110,7 +110,7 @@ def test_the_last_whole_checkpoint_is_found_by_its_number(sealed):
     ],
     ids=["missing", "truncated", "a byte", "another model's"],
 )
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_left(sealed, damage, message):
+def test_a_damaged_checkpoint_is_refused_and_the_previous_one_is_kept(sealed, damage, message):
     damage(sealed / "checkpoint-10" / "model.safetensors")
     with pytest.raises(RecipeError, match=rf"{message}; delete .*checkpoint-10 to resume from the checkpoint before it"):
         last_checkpoint(sealed)
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_left(sealed, d
     assert last_checkpoint(sealed) == str(sealed / "checkpoint-2")
 
 
-def test_nothing_to_resume_from_is_said(tmp_path):
+def test_a_folder_without_a_complete_checkpoint_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="has no checkpoint to resume from; pass --overwrite"):
         last_checkpoint(tmp_path)
 

@@ -27,7 +27,7 @@ def _close_figures():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_read(path):
+def test_every_recipe_loads(path):
     assert path.stem.startswith(load(path).experiment)
     assert all(word in path.read_text() for word in ("# Command:", "# Cost:", "# Source:"))
 
@@ -51,7 +51,7 @@ def test_more_steps_of_uhop_plus_separate_more():
     assert torch.equal(maps[0].weight, torch.eye(2, dtype=torch.float64))
 
 
-def test_maps_that_do_not_normalise_keep_the_scale_of_the_patterns():
+def test_maps_without_normalisation_keep_the_scale_of_the_patterns():
     memories = torch.randn(6, 5)
     for phi in separated_maps(memories, GeometryRecipe("metastable", normalize=False, feature_dim=4)).values():
         assert phi(memories).square().sum().item() == pytest.approx(memories.square().sum().item(), rel=1e-5)

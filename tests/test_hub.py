@@ -86,7 +86,7 @@ def test_a_private_repository_is_for_its_owner(hub, port, tmp_path):
     assert "private repository" in refused.stderr
 
 
-def test_an_upload_that_breaks_off_is_tried_again_or_fails_and_leaves_nothing_half_done(hub, port, tmp_path):
+def test_an_interrupted_upload_is_retried_or_fails_without_a_partial_commit(hub, port, tmp_path):
     hub.create({"name": "interrupted"}, "you")
     hub.broken_uploads = 1000
     failed = _work("interrupted_upload", port, tmp_path)
@@ -100,7 +100,7 @@ def test_an_upload_that_breaks_off_is_tried_again_or_fails_and_leaves_nothing_ha
     assert len(hub.repositories["you/interrupted"].commits) == 2
 
 
-def test_of_two_commits_on_one_parent_one_is_told_of_the_other(hub, port, tmp_path):
+def test_one_of_two_commits_with_the_same_parent_is_refused(hub, port, tmp_path):
     outcomes = json.loads(_succeed("conflicting_commits", port, tmp_path).splitlines()[-1])
     winner, loser = sorted(outcomes, key=lambda name: outcomes[name] != "committed")
     assert outcomes[winner] == "committed"
@@ -109,7 +109,7 @@ def test_of_two_commits_on_one_parent_one_is_told_of_the_other(hub, port, tmp_pa
     assert f"{loser}.txt" not in hub.repositories["you/conflict"].head.files
 
 
-def test_a_commit_whose_card_is_not_yaml_is_refused_whole(hub):
+def test_a_commit_with_an_invalid_card_is_refused_completely(hub):
     hub.create({"name": "card"}, "you")
     lines = [
         {"key": "header", "value": {"summary": "bad"}},
@@ -124,7 +124,7 @@ def test_importing_twice_registers_once(port, tmp_path):
     _succeed("registered_twice", port, tmp_path)
 
 
-def test_the_readmes_example_of_the_hub_runs(hub, port, tmp_path):
+def test_the_hub_example_of_the_readme_runs(hub, port, tmp_path):
     blocks = (ROOT / "README.md").read_text().split("```python\n")
     (example,) = [block.partition("```")[0] for block in blocks if "push_to_hub(" in block.partition("```")[0]]
     (tmp_path / "example.py").write_text(example)
@@ -170,7 +170,7 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
         assert message in refused.stderr
 
 
-def test_without_a_hub_or_a_token_a_push_says_so(port, tmp_path):
+def test_a_push_without_a_hub_or_a_token_is_refused(port, tmp_path):
     for name in ("config.json", "recipe.yaml", "README.md", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     recipe = {"name": "my_vit", "data": {"dataset": "pictures"}, "model": {}, "separation": None, "training": {}}
@@ -185,7 +185,7 @@ def test_without_a_hub_or_a_token_a_push_says_so(port, tmp_path):
     assert "Traceback" not in nowhere.stderr + nobody.stderr
 
 
-def test_what_is_no_finished_run_is_refused_and_what_is_no_result_stays_here(tmp_path):
+def test_an_unfinished_run_is_refused_and_only_results_are_uploaded(tmp_path):
     with pytest.raises(RecipeError, match="there is no folder"):
         check_finished(tmp_path / "nowhere")
     for name in ("config.json", "recipe.yaml", "results.json", "README.md", "model.safetensors", "training_args.bin", "run.log", "a.png"):

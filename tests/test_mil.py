@@ -90,7 +90,7 @@ def test_every_recipe_loads(path):
         ("musk2", 102, 39, 166),
     ],
 )
-def test_the_real_bags(name, count, positive, width):
+def test_the_real_bags_load(name, count, positive, width):
     path = SHARED / "mil" / f"{name}.parquet"
     if not path.is_file():
         pytest.skip(f"{path.name} is not on this machine")
@@ -99,7 +99,7 @@ def test_the_real_bags(name, count, positive, width):
     assert {bag.shape[1] for bag in bags.instances} == {width}
 
 
-def test_digit_bags():
+def test_digit_bags_are_as_described():
     bags = digit_bags()
     assert len(bags.instances) == 300
     assert bags.labels.tolist() == [int(marks.any()) for marks in bags.instance_labels] == [1, 0] * 150
@@ -113,7 +113,7 @@ def test_digit_bags():
     assert all(np.array_equal(a, b) for a, b in zip(bags.instances, again.instances, strict=True))
 
 
-def test_bags_from_a_file(tmp_path):
+def test_bags_are_read_from_a_file(tmp_path):
     bags = _bags()
     loaded = load_bags(BagDataRecipe(str(_write(tmp_path / "bags.parquet", bags))))
     assert all(np.array_equal(a, b) for a, b in zip(loaded.instances, bags.instances, strict=True))
@@ -124,7 +124,7 @@ def test_bags_from_a_file(tmp_path):
     assert named.labels.tolist() == bags.labels.tolist()
 
 
-def test_bad_files_are_named(tmp_path):
+def test_errors_name_bad_files(tmp_path):
     bags = _bags()
     path = _write(tmp_path / "bags.parquet", bags)
     with pytest.raises(RecipeError, match=r"has no column 'x'; it has \['instances', 'label'\]"):
@@ -171,20 +171,20 @@ def test_folds_cover_all_bags_once(evaluate_on):
     assert [scored.tolist() for _, scored in splits(recipe, bags, 1)] != [scored.tolist() for _, scored in parts]
 
 
-def test_groups_are_kept_together():
+def test_groups_are_not_divided():
     bags = digit_bags()
     for evaluate_on in ("test", "validation"):
         for train, scored in splits(_recipe(evaluate_on=evaluate_on, folds=10), bags, 0):
             assert not set(bags.groups[train]) & set(bags.groups[scored])
 
 
-def test_a_class_too_small_for_the_folds():
+def test_a_class_too_small_for_the_folds_is_refused():
     bags = _bags(9)
     with pytest.raises(RecipeError, match="class 'no' has 4 bags, too few for one in each of 5 folds"):
         splits(_recipe(folds=5), bags, 0)
 
 
-def test_metrics_are_those_of_scikit_learn():
+def test_metrics_equal_scikit_learn():
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(20, 2)), random.integers(0, 2, 20)
     metrics = bag_metrics(logits, labels)
@@ -207,7 +207,7 @@ def test_instance_auc():
     assert instance_auc(weights, truth) == pytest.approx((1.0 + 0.5) / 2)
 
 
-def test_cross_validation_is_exact_and_honest():
+def test_cross_validation_is_reproducible_and_does_not_use_evaluated_labels():
     bags, recipe = _bags(), _recipe(ensemble=2, training={**FAST, "num_train_epochs": 20})
     outcomes = cross_validate(recipe, bags)
     assert outcomes == cross_validate(recipe, bags)
@@ -234,7 +234,7 @@ def test_an_ensemble_averages_logits():
     np.testing.assert_allclose(outcome["logits"], sum(members) / 2, atol=1e-4)
 
 
-def test_scored_bags_do_not_influence_each_other_nor_the_model():
+def test_evaluated_bags_do_not_affect_each_other_or_the_model():
     recipe, bags = _recipe(), _bags()
     train, scored = splits(recipe, bags, 0)[0]
     changed = Bags([bag.copy() for bag in bags.instances], bags.labels, bags.names)
@@ -253,7 +253,7 @@ def test_scored_bags_do_not_influence_each_other_nor_the_model():
     np.testing.assert_array_equal(np.concatenate(kept[0][0]), np.concatenate(kept[3][0]))
 
 
-def test_predictions_in_batches():
+def test_predictions_do_not_depend_on_the_batch_size():
     bags = _bags()
     model, extractor = fit(_recipe(), bags.instances[:10], bags.labels[:10], bags.names, 0)
     logits, weights = predict(model, extractor, bags.instances)
@@ -363,7 +363,7 @@ def test_the_set_kernel():
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_baselines_learn(name):
+def test_baselines_learn_the_task(name):
     bags = _bags(60)
     scores = BASELINES[name](bags.instances[:40], bags.labels[:40], bags.instances[40:])
     assert roc_auc_score(bags.labels[40:], scores) > 0.9
@@ -525,7 +525,7 @@ def recorded(function, calls):
     return wrapped
 
 
-def test_csv_and_other_files_are_refused_by_name(tmp_path):
+def test_csv_and_other_unsupported_files_are_refused(tmp_path):
     bags = _bags()
     frame = pd.DataFrame({"instances": [bag.tolist() for bag in bags.instances], "label": bags.labels})
     frame.to_csv(tmp_path / "bags.csv")
@@ -535,7 +535,7 @@ def test_csv_and_other_files_are_refused_by_name(tmp_path):
             load_bags(BagDataRecipe(str(tmp_path / name)))
 
 
-def test_the_figure_of_a_bag_has_its_weights_in_order(tmp_path, monkeypatch):
+def test_the_figure_of_a_bag_shows_its_weights_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", lambda figure: None)
     weights = np.array([0.1, 0.6, 0.3])
     images = np.stack([np.full((2, 4, 4), value) for value in (0.0, 1.0, 2.0)])
@@ -555,14 +555,14 @@ def test_the_figure_of_a_bag_has_its_weights_in_order(tmp_path, monkeypatch):
     assert few.get_xlabel() == "instance, the 5 of 20 with most weight"
 
 
-def test_an_empty_first_bag_is_not_the_one_that_is_shown():
+def test_an_empty_first_bag_is_not_shown():
     labels, names = np.array([0, 1, 1]), ["no", "yes"]
     filled, empty = np.ones((2, 3)), np.zeros((0, 3))
     assert bag_to_show(Bags([filled, empty, filled], labels, names)) == 2
     assert bag_to_show(Bags([empty, empty, empty, filled], np.array([0, 1, 1, 0]), names)) == 3
 
 
-def test_what_a_run_computed_survives_a_stage_that_fails(tmp_path, monkeypatch):
+def test_finished_stages_survive_a_failed_stage(tmp_path, monkeypatch):
     recipe = _recipe(data=BagDataRecipe(str(_as_file(tmp_path, "parquet"))), folds=2)
     whole, folder = tmp_path / "whole", tmp_path / "broken"
     monkeypatch.setattr("train_mil.check_reload", lambda *_: None)
@@ -607,7 +607,7 @@ def test_folds_of_another_recipe_are_not_mixed(tmp_path, fields):
         run(_recipe(**fields), tmp_path, resume=True)
 
 
-def test_half_precision_is_taken_off_before_answers_are_kept():
+def test_half_precision_wrappers_are_removed_before_outputs_are_saved():
     bags = _bags()
     model, extractor = fit(_recipe(training={**FAST, "bf16": True, "use_cpu": True}), bags.instances, bags.labels, bags.names, 0)
     copy = UHopMILForBagClassification(model.config).eval()
@@ -660,7 +660,7 @@ def test_classes_of_bags_keep_their_names(tmp_path):
     ],
     ids=["None", "None inside", "ragged", "narrow"],
 )
-def test_bags_that_are_none_are_refused_by_number(tmp_path, change, message):
+def test_invalid_bags_are_refused_by_number(tmp_path, change, message):
     bags = _bags()
     instances = [change(bag) if index == 3 else bag.tolist() for index, bag in enumerate(bags.instances)]
     pd.DataFrame({"instances": instances, "label": bags.labels}).to_parquet(tmp_path / "bags.parquet")
@@ -668,7 +668,7 @@ def test_bags_that_are_none_are_refused_by_number(tmp_path, change, message):
         load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
 
 
-def test_bags_with_a_leading_axis_are_their_vectors(tmp_path):
+def test_bags_with_a_leading_axis_are_read_as_vectors(tmp_path):
     bags = _bags()
     wrapped = [[bag.tolist()] for bag in bags.instances]
     path = tmp_path / "bags.parquet"
@@ -688,7 +688,7 @@ def test_bags_with_a_leading_axis_are_their_vectors(tmp_path):
         ([(2, 5, 3), (1, 5, 3)], r"bag 0 must have shape .*, got \(2, 5, 3\)"),
     ],
 )
-def test_bags_with_a_leading_axis_of_two_meanings_are_refused(tmp_path, shapes, message):
+def test_bags_with_an_ambiguous_leading_axis_are_refused(tmp_path, shapes, message):
     content = {"instances": [np.ones(shape).tolist() for shape in shapes], "label": [0, 1]}
     pd.DataFrame(content).to_parquet(tmp_path / "bags.parquet")
     with pytest.raises(RecipeError, match=rf"bags.parquet: {message}"):
@@ -696,7 +696,7 @@ def test_bags_with_a_leading_axis_of_two_meanings_are_refused(tmp_path, shapes, 
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_pictures_come_channels_first(tmp_path, channels):
+def test_images_of_bags_are_channels_first(tmp_path, channels):
     random = np.random.default_rng(0)
     pictures = [random.random((count, channels, 10, 12), dtype=np.float32) for count in (2, 3)]
     for name, given in (("first", pictures), ("last", [np.moveaxis(bag, 1, 3) for bag in pictures])):

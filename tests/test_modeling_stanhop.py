@@ -151,7 +151,7 @@ def _retrieval(module, states, memories):
     return np.stack(outputs)
 
 
-def test_a_block_is_the_loops():
+def test_a_block_equals_the_loops():
     block = STanHopBlock(STanHopConfig(**SMALL)).double().eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
@@ -186,7 +186,7 @@ def test_series_and_windows_do_not_leak_over_time():
 
 
 @pytest.mark.parametrize(("patches", "window", "order"), [(4, 2, [0, 1, 2, 3]), (5, 2, [0, 1, 2, 3, 4, 4]), (4, 3, [0, 1, 2, 3, 2, 3])])
-def test_coarse_graining_fills_up_with_the_last_patches(patches, window, order):
+def test_coarse_graining_pads_with_the_last_patches(patches, window, order):
     merge = STanHopCoarseGraining(STanHopConfig(**{**SMALL, "merge_window": window}))
     states = torch.randn(2, 3, patches, 8)
     groups = states[:, :, order].reshape(2, 3, len(order) // window, window * 8)
@@ -203,7 +203,7 @@ def test_a_window_is_continued_to_the_left():
 
 
 @pytest.mark.parametrize("scaling", ["std", "mean", None])
-def test_scaling(scaling):
+def test_scaling_equals_the_formula(scaling):
     scaler = STanHopScaler(STanHopConfig(**{**SMALL, "scaling": scaling}))
     values = _windows(dtype=torch.float64)
     observed = (torch.rand(values.shape) < 0.7).double()
@@ -222,7 +222,7 @@ def test_scaling(scaling):
 
 
 @pytest.mark.parametrize("use_linear_skip", [False, True])
-def test_a_forecast_follows_the_units_of_its_window(use_linear_skip):
+def test_a_forecast_scales_with_the_units_of_its_window(use_linear_skip):
     model = _model(use_linear_skip=use_linear_skip)
     past = _windows()
     first = model(past).prediction_outputs
@@ -243,7 +243,7 @@ def test_the_forecast_is_the_sum_over_scales_and_the_skip():
     assert_close(model(past).prediction_outputs, forecast.transpose(1, 2) * outputs.scale + outputs.loc, scale=10)
 
 
-def test_values_that_were_not_observed_change_nothing():
+def test_unobserved_values_have_no_influence():
     model = _model(use_linear_skip=True)
     past, future = _windows(), _windows(length=10)
     mask, future_mask = torch.rand(past.shape) < 0.7, torch.rand(future.shape) < 0.7
@@ -272,7 +272,7 @@ def test_losses(loss):
         model(past, future_values=future)
 
 
-def test_windows_without_any_value_or_variation():
+def test_windows_without_values_or_variation_have_finite_forecasts():
     model = _model()
     past = _windows()
     past[0, :, 1] = torch.nan
@@ -345,7 +345,7 @@ def test_training_with_stage_one(tmp_path, parameters):
 
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
-def test_only_maps_that_stage_one_separates_get_unit_rows(tmp_path, option):
+def test_only_feature_maps_that_are_separated_get_unit_rows(tmp_path, option):
     # Each series has a single output patch, from which the decoder's blocks retrieve over time.
     model = _model(patch_length=10, num_hidden_layers=1)
     maps = {name: parameter for name, parameter in model.named_parameters() if "feature_map" in name}
@@ -376,7 +376,7 @@ def test_stage_one_of_a_single_series(tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-def test_recalled_futures_by_loops(alpha):
+def test_recalled_futures_equal_the_loops(alpha):
     model = _model(memory_beta=3.0, memory_alpha=alpha, minimum_scale=0.5).double()
     past, future = _windows(7, dtype=torch.float64), _windows(7, 10, dtype=torch.float64)
     past[2, :, 1] = 4.0
@@ -399,7 +399,7 @@ def test_recalled_futures_by_loops(alpha):
 
 
 @pytest.mark.parametrize("silent", [0.3, float("nan")])
-def test_stored_windows_that_say_nothing_are_never_recalled(silent):
+def test_stored_windows_without_information_are_never_recalled(silent):
     model = _model()
     query, past, future = 1000.0 + _windows(3), 1000.0 + _windows(7), 1000.0 + _windows(7, 10)
     model.store(past[1:], future[1:])
@@ -574,7 +574,7 @@ def test_values_in_double_precision_keep_their_differences():
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_softmax_may_be_any_softmax():
+def test_alpha_1_equals_softmax_in_every_form():
     model = _model(alpha=1.0, learnable_alpha=False)
     assert model.config._attn_implementation == "hopfield"
     past = _windows()
@@ -586,7 +586,7 @@ def test_softmax_may_be_any_softmax():
         assert_close(model(past).prediction_outputs, expected.prediction_outputs)
 
 
-def test_what_half_precision_cannot_hold_is_refused():
+def test_values_beyond_half_precision_are_refused():
     model = _model(scaling=None).half()
     past, future = torch.full((2, 20, 3), 70000.0), torch.zeros(2, 10, 3)
     with pytest.raises(ValueError, match=r"past_values must be finite in torch.float16 once they are scaled, got some as large as 7e\+04"):
@@ -621,7 +621,7 @@ def test_differences_of_the_largest_values_do_not_overflow():
     assert_close(scaled[0, :2, 0], [1.9 / 0.19**0.5, -0.1 / 0.19**0.5], scale=3)
 
 
-def test_what_leaves_the_range_of_its_dtype_is_named():
+def test_values_that_leave_the_range_of_the_dtype_are_named():
     model = _model(minimum_scale=1e30)
     torch.nn.init.constant_(model.decoder.layers[0].head.bias, 1e9)
     with pytest.raises(ValueError, match=r"forecasts must be finite in torch.float32, but 60 are not, of windows with values as large as"):
@@ -630,7 +630,7 @@ def test_what_leaves_the_range_of_its_dtype_is_named():
         _model(scaling=None)(1e20 * torch.randn(2, 20, 3))
 
 
-def test_stored_windows_that_vanish_are_named():
+def test_stored_windows_that_become_constant_are_named():
     model = _model(minimum_scale=1.0).half()
     past = torch.randn(3, 20, 3)
     past[1, :, 2] *= 1e-12
@@ -647,7 +647,7 @@ def test_a_large_memory_beta_in_half_precision(memory_alpha):
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((2, 20, 3), np.float32), [[0.0]]])
-def test_what_is_no_tensor_is_named(wrong):
+def test_inputs_that_are_not_tensors_are_named(wrong):
     model, past, future = _model(), _windows(), _windows(length=10)
     for name, call in (
         ("past_values", lambda: model(wrong)),
@@ -688,7 +688,7 @@ def test_a_state_dict_of_another_number_of_windows_loads(options, kind, held, gi
             second.recall(query)
 
 
-def test_a_part_of_a_state_dict_leaves_stored_windows_alone():
+def test_a_partial_state_dict_keeps_stored_windows():
     model = _model()
     model.store(_windows(4), _windows(4, 10))
     model.load_state_dict(_model().decoder.state_dict(prefix="decoder."), strict=False)

@@ -46,7 +46,7 @@ def variant(request):
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("beta", [None, 1.3])
-def test_without_phi_it_is_the_published_layer(alpha, steps, beta):
+def test_without_phi_the_model_equals_the_published_layer(alpha, steps, beta):
     config = UHopMILConfig(**{**SMALL, "num_queries": 2, "use_feature_map": False}, alpha=alpha, update_steps=steps, beta=beta)
     layer = HopfieldPooling(config).double()
     layer.reset_parameters()
@@ -77,7 +77,7 @@ def test_without_phi_it_is_the_published_layer(alpha, steps, beta):
         assert_close(pooled[index], expected)
 
 
-def test_an_orthogonal_phi_is_no_phi():
+def test_an_orthogonal_phi_equals_no_phi():
     with_phi, without = _model(feature_dim=20), _model(use_feature_map=False)
     state = with_phi.state_dict()
     phi = state.pop("mil.pooling.attention.feature_map.weight")
@@ -89,7 +89,7 @@ def test_an_orthogonal_phi_is_no_phi():
     assert_close(with_phi(instances, mask).logits, without(instances, mask).logits)
 
 
-def test_values_in_padding_change_nothing_at_all(variant):
+def test_values_in_padding_have_no_influence_bitwise(variant):
     model = _model(**variant)
     instances, mask = _bags()
     noisy = torch.where(mask.bool().unsqueeze(-1), instances, torch.nan)
@@ -101,7 +101,7 @@ def test_values_in_padding_change_nothing_at_all(variant):
         assert (one is None and other is None) or torch.equal(one, other)
 
 
-def test_more_padding_changes_nothing_beyond_rounding(variant):
+def test_more_padding_has_no_influence_except_rounding(variant):
     model = _model(**variant)
     instances, mask = _bags()
     longer, longer_mask = torch.cat([instances, torch.randn(3, 9, 6)], 1), torch.cat([mask, torch.zeros(3, 9, dtype=torch.long)], 1)
@@ -124,7 +124,7 @@ def test_permuted_instances_have_permuted_weights(seed, alpha):
     assert_close(second.instance_weights, first.instance_weights[:, order])
 
 
-def test_an_empty_bag(variant):
+def test_an_empty_bag_has_finite_outputs_and_gradients(variant):
     model = _model(**variant).train()
     instances, mask = _bags((0, 3, 0), padded_to=4)
     instances.requires_grad_()
@@ -187,7 +187,7 @@ def test_mean_and_max_pooling():
     assert_close(outputs.instance_weights[1], torch.bincount(winners, minlength=3) / 16)
 
 
-def test_bag_dropout_leaves_instances_out_and_keeps_one():
+def test_bag_dropout_drops_instances_and_keeps_at_least_one():
     model = _model(bag_dropout_prob=0.9).train()
     instances, mask = _bags((5, 1, 0), padded_to=6)
     kept = torch.zeros(3, 6)
@@ -370,7 +370,7 @@ def test_bad_calls_are_refused(arguments, message):
 
 @pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist], ids=["array", "list"])
 @pytest.mark.parametrize("name", ["instances", "attention_mask"])
-def test_inputs_that_are_no_tensors_are_refused(name, convert):
+def test_inputs_that_are_not_tensors_are_refused(name, convert):
     inputs = dict(zip(("instances", "attention_mask"), _bags(), strict=True))
     inputs[name] = convert(inputs[name])
     model = _model()
@@ -393,7 +393,7 @@ def test_a_bad_instance_is_named():
 
 
 @pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
-def test_asking_for_more_leaves_the_backbone_as_it_is(asked):
+def test_additional_outputs_do_not_change_the_backbone(asked):
     backbone = Dinov2Config(
         hidden_size=16,
         num_hidden_layers=2,
@@ -410,7 +410,7 @@ def test_asking_for_more_leaves_the_backbone_as_it_is(asked):
     assert_close(model(images).logits, expected)
 
 
-def test_the_configuration_may_ask_for_more():
+def test_the_configuration_can_request_additional_outputs():
     outputs = _model(output_attentions=True, output_hidden_states=True, num_embedding_layers=2)(*_bags())
     assert [states.shape for states in outputs.hidden_states] == [(3, 7, 16)] * 2
     assert [weights.shape for weights in outputs.attentions] == [(3, 2, 1, 7)]
@@ -446,7 +446,7 @@ def test_metrics_are_computed_from_logits(tmp_path, fields):
             assert_close(torch.from_numpy(rest[0][0][index, : len(bag)]), outputs.hidden_states[0][0])
 
 
-def test_a_pooling_takes_masks_of_integers_or_none():
+def test_pooling_accepts_integer_masks_or_no_mask():
     layer = HopfieldPooling(UHopMILConfig(**SMALL)).eval()
     states, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     assert torch.equal(layer(states, mask)[0], layer(states, mask.bool())[0])
@@ -467,7 +467,7 @@ def _inputs(model, size):
 @pytest.mark.parametrize("first", [*SIZES, None], ids=["short", "middle", "long", "empty"])
 @pytest.mark.parametrize("fields", [*TRACED.values(), *IMAGES.values()], ids=[*TRACED, *IMAGES])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_a_traced_model_takes_bags_of_every_size(fields, first):
+def test_a_traced_model_accepts_bags_of_every_size(fields, first):
     """Also if it was traced with long bags, or with empty ones."""
     if first is None and fields is IMAGES["swin"]:
         pytest.skip("transformers' Swin takes no batch without an image")
@@ -506,7 +506,7 @@ LARGE = {torch.float32: (33, 56, 63, 70, 100, 127), torch.bfloat16: (33, 56, 63,
 
 @pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
 @pytest.mark.parametrize("name", ["dense", "entmax", "mean", "cnn", "resnet"])
-def test_large_bags_keep_their_classes_or_are_named(name, dtype, autocast):
+def test_bags_of_large_values_keep_their_classes_or_are_named(name, dtype, autocast):
     """The layer norms of the pooling take away the size of a bag of large values, and nothing else."""
     model = _model(**{**POOLINGS, **IMAGES}[name]).to(torch.float32 if autocast else dtype)
     bags = torch.rand(3, 4, *((6,) if name in POOLINGS else (3, 8, 8))) * 2 - 1

@@ -31,7 +31,7 @@ def _save(folder, bags, **fields):
     return model, extractor
 
 
-def test_answers_are_those_of_the_model(tmp_path, bags):
+def test_pipeline_outputs_equal_the_model(tmp_path, bags):
     model, extractor = _save(tmp_path, bags, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
     classify = pipeline(TASK, model=str(tmp_path))
     outputs = model(**extractor(bags, return_tensors="pt"))
@@ -46,7 +46,7 @@ def test_answers_are_those_of_the_model(tmp_path, bags):
         assert ranked == sorted(ranked, reverse=True)
 
 
-def test_one_bag_in_every_form(tmp_path, bags):
+def test_one_bag_is_accepted_in_every_form(tmp_path, bags):
     _save(tmp_path, bags)
     classify = pipeline(TASK, model=str(tmp_path))
     expected = classify(bags[0])
@@ -73,7 +73,7 @@ def test_one_bag_in_every_form(tmp_path, bags):
         classify(np.zeros((2, 3)))
 
 
-def test_padding_is_no_instance(tmp_path, bags):
+def test_padding_is_not_an_instance(tmp_path, bags):
     _, extractor = _save(tmp_path, bags)
     classify = pipeline(TASK, model=str(tmp_path))
     inputs = extractor(bags, return_tensors="pt")

@@ -93,7 +93,7 @@ def test_every_recipe_reads_the_real_data(path):
 
 # The check of a saved folder runs without the package.
 @pytest.mark.parametrize("script", sorted(name for name, code in MODULES.items() if "__main__" in code and name != "reload"))
-def test_a_script_says_what_to_install_where_the_train_extra_is_absent(script, monkeypatch):
+def test_a_script_says_what_to_install_if_the_train_extra_is_missing(script, monkeypatch):
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("datasets", "evaluate", "filelock", "matplotlib", "pandas", "PIL", "scipy", "sklearn"):
@@ -138,7 +138,7 @@ def test_a_wrong_recipe_is_refused(tmp_path, content, message):
     ("recipe_class", "old", "new"),
     [(MILRecipe, "judge", "evaluate_on"), (STanHopRecipe, "judge", "evaluate_on"), (STanHopRecipe, "anchor_lengths", "baseline_lengths")],
 )
-def test_an_earlier_name_of_a_field_is_refused_with_the_name_of_today(tmp_path, recipe_class, old, new):
+def test_an_earlier_name_of_a_field_is_refused_with_its_new_name(tmp_path, recipe_class, old, new):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"data: {{dataset: digits}}\n{old}: test\n")
     with pytest.raises(RecipeError, match=f"'{old}' in recipe is now called '{new}'"):
@@ -217,7 +217,7 @@ def test_a_local_folder_is_read(tmp_path):
     assert load_images(DataRecipe(str(tmp_path)))["train"].features["label"].names == ["0", "1"]
 
 
-def test_labels_mean_the_same_in_every_split(tmp_path):
+def test_labels_have_the_same_meaning_in_every_split(tmp_path):
     _write_parquet(tmp_path, labels=(5, 9, 7), label_type=Value("int64"), splits=("train",))
     _write_parquet(tmp_path, labels=(9, 7), label_type=Value("int64"), splits=("test",))
     images = load_images(DataRecipe(str(tmp_path)))
@@ -264,7 +264,7 @@ def test_pixels_that_are_not_finite_are_refused():
         transform({"image": [Image().encode_example(PILImage.new("RGB", (8, 8), "red"))], "label": [0], "row": ["row 0"]})
 
 
-def test_an_image_that_cannot_be_read_is_named_or_left_out(tmp_path):
+def test_an_unreadable_image_is_named_or_skipped(tmp_path):
     _write_parquet(tmp_path)
     for split, damaged in (("train", [3, 30]), ("test", [7])):
         table = Dataset.from_parquet(str(tmp_path / f"{split}.parquet")).cast_column("image", Image(decode=False)).to_list()
@@ -291,7 +291,7 @@ def test_accuracy():
     assert metrics == {"accuracy": 0.75}
 
 
-def test_an_output_folder_is_never_mixed_or_lost(tmp_path):
+def test_an_output_folder_is_never_mixed_or_deleted_by_mistake(tmp_path):
     folder = tmp_path / "run"
     check_output_dir(folder, overwrite=False, resume=False)
     with pytest.raises(RecipeError, match="nothing to resume"):
@@ -334,14 +334,14 @@ def test_an_earlier_run_survives_a_wrong_overwrite(tmp_path, override):
 
 
 @pytest.mark.parametrize("override", ["model.alpha=2", "data.validation_fraction=0.3", "separation.steps=5", "seed=5"])
-def test_a_run_is_not_resumed_as_another(tmp_path, override):
+def test_a_run_is_not_resumed_with_another_recipe(tmp_path, override):
     write_recipe(_recipe(), tmp_path)
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(RecipeError, match=f"cannot be resumed with {override.split('.')[0].split('=')[0]}="):
         run(_recipe(override), tmp_path, resume=True)
 
 
-def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
+def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
     folder = tmp_path / "run"
     recipe = _recipe(*TINY)
     recipe.seed = 3
@@ -370,7 +370,7 @@ def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
     assert "test_accuracy" in output
 
 
-def test_looking_at_features_changes_nothing(tmp_path, monkeypatch):
+def test_recording_features_does_not_change_training(tmp_path, monkeypatch):
     """A separation step that moves nothing leaves the run as one without it, dropout included."""
     monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
     still = run(_recipe(*TINY, "model.hidden_dropout_prob=0.3", "separation.lr=0"), tmp_path / "still")
@@ -378,7 +378,7 @@ def test_looking_at_features_changes_nothing(tmp_path, monkeypatch):
     assert still["test_loss"] == without["test_loss"]
 
 
-def test_half_precision_is_taken_off_before_the_reload_is_checked(tmp_path):
+def test_half_precision_wrappers_are_removed_before_the_reload_check(tmp_path):
     run(_recipe(*TINY, "training.bf16=true", "training.use_cpu=true"), tmp_path / "run")
 
 
@@ -446,14 +446,14 @@ def test_the_epoch_of_the_best_validation_accuracy_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(("most", "expected"), [(None, 144), (50, 50)])
-def test_as_many_training_as_validation_images_are_looked_at(most, expected):
+def test_as_many_training_as_validation_images_are_evaluated(most, expected):
     recipe = _recipe(f"data.max_eval_samples={'null' if most is None else most}")
     images = load_images(recipe.data)
     assert [len(evaluated_part(images, split, recipe.data)) for split in ("validation", "train")] == [expected, expected]
     assert evaluated_part(images, "train", recipe.data)[3] == images["train"][3]
 
 
-def test_the_peer_is_transformers_own_of_equal_size(tmp_path):
+def test_the_baseline_is_the_vit_of_transformers_at_equal_size(tmp_path):
     plain = [*TINY[:-1], "model.alpha=1.0", "model.use_feature_map=false", "separation=null"]
     ours, theirs = (build_model(_recipe(*plain, f"architecture={name}"), ["cat", "dog"]) for name in ("uhop_vit", "vit"))
     assert type(theirs) is ViTForImageClassification
@@ -493,7 +493,7 @@ def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
     assert {k: v for k, v in metrics.items() if k != "train_seconds"} == {k: v for k, v in whole.items() if k != "train_seconds"}
 
 
-def test_a_finished_training_survives_what_fails_after_it(tmp_path, monkeypatch):
+def test_a_finished_training_survives_a_later_failure(tmp_path, monkeypatch):
     # Without checkpoints: what is kept is the training itself.
     recipe, whole, folder = _recipe(*TINY, "training.save_strategy='no'"), tmp_path / "whole", tmp_path / "broken"
     drawn = []
@@ -528,7 +528,7 @@ def raising(*arguments, **options):
     raise ValueError("no luck")
 
 
-def test_a_run_without_a_logged_separation_loss(tmp_path):
+def test_a_run_without_a_logged_separation_loss_finishes(tmp_path):
     metrics = run(_recipe(*TINY[:1], *TINY[2:], "training.logging_steps=500", "separation.schedule=step"), tmp_path / "run")
     assert "separation_loss" not in metrics
 
@@ -559,7 +559,7 @@ NAN = float("nan")
         ([np.array(3), np.int8(4)], [3, 4]),
     ],
 )
-def test_labels_are_plain_classes_of_one_kind(labels, expected):
+def test_labels_are_converted_to_plain_classes(labels, expected):
     classes = as_classes(labels, "row {}".format)
     assert classes == expected
     assert [type(label) for label in classes] == [type(label) for label in expected]
@@ -581,7 +581,7 @@ def test_labels_are_plain_classes_of_one_kind(labels, expected):
         ([0, True], "row 1 has the label True, and row 0 has 0"),
     ],
 )
-def test_labels_that_are_no_class_are_refused_by_row(labels, message):
+def test_labels_that_are_not_classes_are_refused_by_row(labels, message):
     with pytest.raises(RecipeError, match=message):
         as_classes(labels, "row {}".format)
 
@@ -629,7 +629,7 @@ def test_lists_of_labels_are_refused_by_row(tmp_path):
         load_images(DataRecipe(str(tmp_path)))
 
 
-def test_an_image_that_is_missing_is_named_or_left_out(tmp_path):
+def test_a_missing_image_is_named_or_skipped(tmp_path):
     _write_parquet(tmp_path)
     table = Dataset.from_parquet(str(tmp_path / "test.parquet")).cast_column("image", Image(decode=False)).to_list()
     table[7]["image"] = None
@@ -644,7 +644,7 @@ def test_an_image_that_is_missing_is_named_or_left_out(tmp_path):
     assert len(images["test"]) == 39
 
 
-def test_a_folder_of_files_runs_to_the_end(tmp_path, monkeypatch):
+def test_a_run_on_a_folder_of_image_files_finishes(tmp_path, monkeypatch):
     """An image folder of PNG files in 16 bits, with a class for each subfolder."""
     random = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 6)):

@@ -180,7 +180,7 @@ AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
     assert "trust_remote_code=True" in finished.stderr
 
 
-def test_public_names():
+def test_public_names_are_exported():
     assert modeling_uhop.__all__ == sorted(modeling_uhop.__all__)
     for name in modeling_uhop.__all__:
         assert getattr(modeling_uhop, name) is not None

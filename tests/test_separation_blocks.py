@@ -58,7 +58,7 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_nothing_of_the_size_of_the_pairs_is_kept():
+def test_no_tensor_of_the_size_of_the_pairs_is_saved():
     features = torch.randn(600, 3, requires_grad=True)
     kept: list[int] = []
 

@@ -46,7 +46,7 @@ def test_every_recipe_loads(path):
 
 
 @pytest.mark.parametrize(("folder", "name", "channels"), [("ett", "ETTh1", 7), ("ett", "ETTh2", 7), ("wth", "WTH", 12)])
-def test_the_real_series(folder, name, channels):
+def test_the_real_series_load(folder, name, channels):
     path = SHARED / folder / f"{name}.csv"
     if not path.is_file():
         pytest.skip(f"{path.name} is not on this machine")
@@ -115,7 +115,7 @@ def test_bad_splits_are_refused(split, message):
         split_rows(100, split)
 
 
-def test_files(tmp_path):
+def test_csv_and_parquet_files_are_read(tmp_path):
     frame = synthetic_series(300)
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame.to_parquet(tmp_path / "a.parquet")
@@ -165,7 +165,7 @@ def _of_one_column(folder: Path, *parts: Any) -> str:
 
 
 @pytest.mark.parametrize("scale", [1e-150, 1e200, 5e307])
-def test_values_whose_squares_leave_float64_are_scaled(tmp_path, scale):
+def test_values_whose_squares_overflow_float64_are_scaled(tmp_path, scale):
     values = np.random.default_rng(0).uniform(-1.0, 1.0, 100)
     series = load_series(SeriesDataRecipe(_of_one_column(tmp_path, values * scale)))
     np.testing.assert_allclose(series.values[:, 0], (values - values[:70].mean()) / values[:70].std(), rtol=1e-5, atol=1e-6)
@@ -181,12 +181,12 @@ def test_values_whose_squares_leave_float64_are_scaled(tmp_path, scale):
         ((np.arange(100) * 1e-310,), "column 'a' of .*a.parquet has values in the training rows that are too small"),
     ],
 )
-def test_values_that_no_scale_holds_are_refused(tmp_path, parts, message):
+def test_values_that_cannot_be_scaled_are_refused(tmp_path, parts, message):
     with pytest.raises(RecipeError, match=message):
         load_series(SeriesDataRecipe(_of_one_column(tmp_path, *parts)))
 
 
-def test_a_series_that_scaling_makes_constant_has_a_warning(tmp_path):
+def test_a_series_that_scaling_makes_constant_gives_a_warning(tmp_path):
     path = _of_one_column(tmp_path, [1e200, *np.arange(69.0)], np.arange(10.0) * 1e200, np.arange(20.0))
     with pytest.warns(UserWarning, match="column 'a' of .*a.parquet becomes constant in the test rows, 80 to 99") as caught:
         load_series(SeriesDataRecipe(path))
@@ -195,7 +195,7 @@ def test_a_series_that_scaling_makes_constant_has_a_warning(tmp_path):
 
 # The CSV reader of datasets leaves its file to the garbage collector.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-def test_a_series_from_the_hub(tmp_path, monkeypatch):
+def test_a_series_is_read_from_the_hub(tmp_path, monkeypatch):
     # A folder stands for a repository: what has one is not looked for elsewhere.
     frame = synthetic_series(300)
     monkeypatch.chdir(tmp_path)
@@ -227,13 +227,13 @@ def test_errors_are_means_over_every_window(series):
     assert np.isfinite(errors_of(lambda past: torch.zeros(len(past), 6, 4), series, "test", 24, 6)["mse"])
 
 
-def test_repeated_seasons():
+def test_the_seasonal_baseline_repeats_the_last_season():
     past = torch.arange(14.0).reshape(1, 7, 2)
     assert repeat_season(7, 3)(past)[0, :, 0].tolist() == [8, 10, 12, 8, 10, 12, 8]
 
 
 @pytest.mark.parametrize("last_value", [False, True])
-def test_the_linear_map_is_ridge_regression(series, last_value):
+def test_the_linear_baseline_is_ridge_regression(series, last_value):
     """It is scikit-learn's, with the penalty that has the least error on validation windows."""
     forecast = linear_map(series, 30, 5, last_value=last_value)
     rows = torch.cat([series.values[:600, channel].unfold(0, 35, 1) for channel in range(4)]).double().numpy()
@@ -252,7 +252,7 @@ def test_the_linear_map_is_ridge_regression(series, last_value):
     assert [index for index, match in enumerate(matches) if match] == [np.argmin(errors)]
 
 
-def test_the_skip_may_begin_as_the_ridge_map(series):
+def test_the_linear_skip_can_be_initialised_as_the_ridge_map(series):
     start = linear_map(series, 30, 5, last_value=False)
     torch.manual_seed(0)
     config = STanHopConfig(num_input_channels=4, context_length=30, prediction_length=5, d_model=16, use_linear_skip=True, scaling=None)
@@ -273,12 +273,12 @@ def test_the_skip_may_begin_as_the_ridge_map(series):
         ({"use_linear_skip": True}, "ridge", "got True and 'std'"),
     ],
 )
-def test_a_start_that_the_model_cannot_have_is_refused(model, start, message):
+def test_an_initial_skip_that_the_model_cannot_have_is_refused(model, start, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         check_skip_start(start, STanHopConfig(**model))
 
 
-def test_the_memory_of_windows_by_loops(series):
+def test_the_memory_baseline_equals_the_loops(series):
     memory = WindowMemory(series, 24, 6, beta=5.0, stride=7)
     past = series.windows("test", 24, 6)[3]["past_values"]
     for channel in range(4):
@@ -298,7 +298,7 @@ def test_the_memory_of_windows_by_loops(series):
         np.testing.assert_allclose(memory(past.unsqueeze(0))[0, :, channel], expected, atol=1e-4)
 
 
-def test_the_closest_windows(series):
+def test_the_memory_baseline_returns_the_closest_windows(series):
     memory = WindowMemory(series, 24, 6, stride=3)
     stored = series.values[30:60]
     closest = memory.closest(stored[:24], count=2)
@@ -314,7 +314,7 @@ def test_weights_of_the_first_block(series):
     np.testing.assert_allclose(over_series.sum(-1), 1.0, atol=1e-5)
 
 
-def test_anchors_know_the_season(series):
+def test_baselines_use_the_season(series):
     table = baselines(series, 24, 24, [48, 96])
     assert len(table) == 7
     assert table["repeat last 24"]["test_mse"] < table["repeat last"]["test_mse"]
@@ -336,7 +336,7 @@ def test_anchors_know_the_season(series):
         ([180, 100, 100], {"memory_type": "tune"}, {}, "model.memory_type='tune' needs stored windows"),
     ],
 )
-def test_what_could_only_fail_after_training_is_refused_before_it(tmp_path, split, model, fields, message):
+def test_errors_after_training_are_found_before_it(tmp_path, split, model, fields, message):
     data = SeriesDataRecipe("synthetic", split=split)
     model = {"context_length": 24, "prediction_length": 24, "d_model": 16, **model}
     with pytest.raises(RecipeError, match=message):
@@ -393,7 +393,7 @@ def test_missing_values_are_filled_from_the_past():
     assert torch.equal(forward_filled(values.expand(2, 4, 2))[1], forward_filled(values))
 
 
-def test_anchors_with_missing_values_and_a_season_longer_than_their_past(series):
+def test_baselines_accept_missing_values_and_a_season_longer_than_the_context(series):
     values = series.values.clone()
     values[50:60, 1] = float("nan")
     values[-30, 0] = float("nan")
@@ -430,7 +430,7 @@ def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
     assert metrics["validation_mse"] == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_a_stopped_run_goes_on_and_a_finished_training_is_kept(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeypatch):
     recipe, whole, folder = _early(), tmp_path / "whole", tmp_path / "broken"
     monkeypatch.setattr("train_stanhop.check_reload", lambda *_: None)
     expected = run(recipe, whole)
@@ -476,7 +476,7 @@ def raising(*arguments, **options):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_file_runs_to_the_end(tmp_path, suffix, monkeypatch):
+def test_a_run_on_a_file_finishes(tmp_path, suffix, monkeypatch):
     frame = synthetic_series(300)
     getattr(frame, f"to_{suffix}")(tmp_path / f"mine.{suffix}", index=False)
     content = {
@@ -551,7 +551,7 @@ SPRING, AUTUMN = _hours("2024-03-30 23:00", "Europe/Berlin"), _hours("2024-10-26
     ids=lambda value: str(value[0]),
 )
 @pytest.mark.parametrize("place", ["column", "index"])
-def test_time_stamps_are_read_as_they_are_meant(given, expected, place):
+def test_time_stamps_are_read_as_intended(given, expected, place):
     stamps = read_time_stamps(pd.Series(given), "column 'date'")
     assert list(stamps) == list(expected)
     values = np.arange(len(given)) * 1.0
@@ -592,12 +592,12 @@ def test_time_stamps_are_read_as_they_are_meant(given, expected, place):
         (list(AUTUMN.tz_localize(None)) + list(pd.date_range("2024-10-27 07:00", periods=8, freq="h")), "row 4 .* daylight saving time"),
     ],
 )
-def test_time_stamps_without_one_meaning_are_refused_by_row(given, message):
+def test_ambiguous_time_stamps_are_refused_by_row(given, message):
     with pytest.raises(RecipeError, match=message):
         take_time_stamps(pd.DataFrame({"date": given, "a": 1.0}), "date", "FILE")
 
 
-def test_a_column_that_increases_in_one_reading_alone_is_read_that_way():
+def test_a_column_that_increases_in_only_one_reading_is_read_that_way():
     dates = pd.Series(["12/01/2024", "11/02/2024", "12/03/2024"])
     assert list(read_time_stamps(dates, "")) == list(pd.to_datetime(["2024-01-12", "2024-02-11", "2024-03-12"]))
     dates = pd.Series(["01/12/2024", "02/11/2024", "03/12/2024"])
@@ -611,7 +611,7 @@ def test_a_skipped_hour_of_wall_clock_time_is_a_gap():
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_an_index_is_checked_and_left_out_of_the_series(tmp_path, suffix):
+def test_an_index_of_time_stamps_is_checked_and_removed(tmp_path, suffix):
     frame = synthetic_series(300)
     values = frame.drop(columns="date").to_numpy()
     expected = (values - values[:210].mean(0)) / values[:210].std(0)
@@ -628,7 +628,7 @@ def test_an_index_is_checked_and_left_out_of_the_series(tmp_path, suffix):
                 load_series(SeriesDataRecipe(str(path), split=[210, 30, 60]))
 
 
-def test_what_is_no_plain_column_of_stamps_is_refused():
+def test_unsupported_columns_of_time_stamps_are_refused():
     values = pd.DataFrame({"a": [1.0, 2.0, 1.0, 2.0]})
     levels = values.set_index(pd.MultiIndex.from_product([["x", "y"], [1, 2]], names=["site", "hour"]))
     with pytest.raises(RecipeError, match=r"FILE has an index of 2 levels, \['site', 'hour'\]"):
@@ -657,7 +657,7 @@ def test_what_is_no_plain_column_of_stamps_is_refused():
 
 
 @pytest.mark.parametrize("stamped", [True, False])
-def test_saved_row_numbers_are_no_series(tmp_path, stamped):
+def test_saved_row_numbers_are_not_a_series(tmp_path, stamped):
     frame = synthetic_series(300)
     frame = frame if stamped else frame.drop(columns="date")
     frame.to_csv(tmp_path / "a.csv")

@@ -17,7 +17,7 @@ BEST_KNOWN = {7: 77.8695, 13: 57.1367, 24: 43.6908}
 
 
 @pytest.mark.parametrize(("dim", "num_points"), EXACT)
-def test_it_reaches_known_optima(dim, num_points):
+def test_spherical_codes_reach_known_optima(dim, num_points):
     code = spherical_code(num_points, dim)
     assert code.shape == (num_points, dim)
     assert_close(code.norm(dim=-1), torch.ones(num_points))
@@ -26,7 +26,7 @@ def test_it_reaches_known_optima(dim, num_points):
 
 
 @pytest.mark.parametrize("num_points", BEST_KNOWN)
-def test_it_reaches_the_best_known_angles_in_three_dimensions(num_points):
+def test_spherical_codes_reach_the_best_known_angles_in_three_dimensions(num_points):
     angle = math.degrees(math.acos(closest_similarity(spherical_code(num_points, 3))))
     assert angle == pytest.approx(BEST_KNOWN[num_points], rel=5e-4)
 

@@ -84,7 +84,7 @@ def test_rows_without_a_key_retrieve_zeros_and_have_no_gradient(alpha):
 
 
 @pytest.mark.parametrize("alpha", [1.5, 1.7, 2.0])
-def test_nan_is_passed_on(alpha):
+def test_nan_is_propagated(alpha):
     """A NaN in a query spoils its row, one in a key every row that sees it."""
     query, key, value = (x.detach().requires_grad_() for x in _inputs())
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_gradients_go_where_they_are_asked_for(asking):
         assert x.grad is None if place not in asking else torch.equal(x.grad, gradient)
 
 
-def test_hard_rows_are_exact():
+def test_rows_with_ties_and_extreme_scores_are_exact():
     """Large scores, ties, and one score far above many that are level."""
     key = torch.zeros(1, 1, 64, 16)
     key[..., 0] = torch.cat([torch.ones(1), torch.full((63,), -0.01)])
@@ -171,7 +171,7 @@ def test_kernels_fit_the_gpus_they_are_compiled_for(capability, dtype, width, ep
         assert kernel["shared"] <= 99 * 1024, kernel
 
 
-def test_a_model_takes_it_by_name():
+def test_a_model_selects_the_kernel_by_name():
     model = _vit().eval()
     images = torch.randn(2, 1, 8, 8)
     expected = model(images).logits
@@ -180,7 +180,7 @@ def test_a_model_takes_it_by_name():
     assert_close(model(images).logits, expected, scale=3)
 
 
-def test_autocast_trains_a_model_with_it(monkeypatch):
+def test_a_model_trains_with_autocast(monkeypatch):
     """Weights in fp32, attention in half precision, as a Trainer with `fp16=True` has them."""
     taken = []
 
@@ -222,7 +222,7 @@ def test_autocast_leaves_float64_to_the_plain_kernel():
     ],
     ids=["softmax", "learnable", "near softmax", "additive", "pairs", "keys"],
 )
-def test_what_it_does_not_do_is_done_elsewhere(changes):
+def test_unsupported_calls_use_another_kernel(changes):
     inputs = [x.detach() for x in _inputs()]
     settings = {"alpha": 1.5, "attention_mask": None, **changes}
     mask, alpha = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in (settings["attention_mask"], settings["alpha"]))
@@ -283,7 +283,7 @@ def test_without_an_interpreter_or_for_bf16_a_cpu_is_refused(monkeypatch):
         triton_hopfield_attention(*_inputs(), alpha=1.5)
 
 
-def test_nothing_to_attend_to():
+def test_empty_keys_give_zeros():
     query, key, value = torch.randn(1, 1, 3, 8, requires_grad=True), torch.zeros(1, 1, 0, 8), torch.zeros(1, 1, 0, 8)
     output = triton_hopfield_attention(query, key, value, alpha=1.5)
     output.sum().backward()
@@ -296,20 +296,20 @@ def test_nothing_to_attend_to():
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-def test_shapes_can_be_asked_for_without_values(alpha):
+def test_output_shapes_are_available_on_the_meta_device(alpha):
     inputs = torch.zeros(3, 1, 2, 5, 8, device="meta")
     output, _ = triton_attention_forward(torch.nn.Module().eval(), *inputs, None, alpha=alpha)
     assert output.shape == (1, 5, 2, 8)
 
 
-def test_masks_of_more_examples_than_there_are():
+def test_masks_with_more_examples_than_the_inputs_are_broadcast():
     query, key, value = torch.randn(3, 1, 2, 7, 8)
     mask = torch.rand(2, 1, 1, 7) < 0.7
     output, _ = triton_attention_forward(torch.nn.Module().eval(), query, key, value, mask, alpha=1.5)
     assert_close(output.transpose(1, 2), plain_hopfield_attention(query, key, value, alpha=1.5, attention_mask=mask), scale=3)
 
 
-def test_autocast_casts_what_it_is_given():
+def test_autocast_casts_its_inputs():
     inputs = [x.detach() for x in _inputs()]
     expected = plain_hopfield_attention(*(x.half().double() for x in inputs), alpha=1.5)
     with torch.autocast(DEVICE, dtype=torch.float16):
@@ -321,7 +321,7 @@ def test_autocast_casts_what_it_is_given():
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_nothing_is_kept_where_no_gradient_is_asked_for(asked, monkeypatch):
+def test_nothing_is_saved_without_a_gradient(asked, monkeypatch):
     kept = []
 
     class Kernel:
