@@ -1,4 +1,5 @@
-"""The chunked kernel against the plain one, whose scores are all there at once; and what transformers calls "hopfield"."""
+"""Tests of the chunked attention kernel against the plain kernel, and of the attention
+implementation "hopfield" of transformers."""
 
 import pytest
 import torch
@@ -329,7 +330,8 @@ def test_bag_models_need_a_kernel_that_returns_weights():
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
 @pytest.mark.parametrize("keys", [9, 600])
 def test_large_scores_and_their_gradients(alpha, keys):
-    """Differences of scores that float32 holds exactly, beside offsets of their queries that dwarf them."""
+    """The differences of scores are exact in float32, but the offsets of their queries are much
+    larger."""
     query, key = torch.tensor([[[[2.0**23, 1.0], [-(2.0**23), 1.0], [1.0, 1.0]]]]), torch.ones(1, 1, keys, 2)
     key[..., 1] = torch.arange(keys) % 3
     value = torch.randn(1, 1, keys, 4)
@@ -359,7 +361,7 @@ def test_values_may_have_more_examples_and_another_dtype():
 @pytest.mark.parametrize("name", ["hopfield", "hopfield_triton"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_causal_model_stays_causal(name, padded):
-    """Models of transformers take it by name, and leave causality to kernels that know it."""
+    """Models of transformers select the kernel by name and leave causality to it."""
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32
     )
@@ -378,11 +380,11 @@ def test_a_causal_model_stays_causal(name, padded):
 @pytest.mark.parametrize("size", [50.0, 300.0, 2.0e4, 3.0e5])
 @pytest.mark.parametrize(("alpha", "keys"), [(1.5, 600), (2.0, 197), (2.0, 1000), (1.5, 50_000), (2.0, 50_000)])
 def test_gradients_of_large_level_scores(alpha, keys, size):
-    """Rounding of a threshold of this size would exceed the weights."""
+    """Rounding of a threshold of this size would be larger than the weights."""
     query, key = torch.full((1, 1, 2, 64), (size / 8.0) ** 0.5), torch.full((1, 1, keys, 64), (size / 8.0) ** 0.5)
     inputs = [x.requires_grad_() for x in (query, key, torch.randn(1, 1, keys, 8))]
     gradients = torch.autograd.grad(chunked_hopfield_attention(*inputs, alpha=alpha).sum(), inputs)
-    # Scores round by more than that themselves, if they are not level.
+    # Scores that are not equal are rounded by more than this.
     assert_close(gradients[2] * keys, torch.full((1, 1, keys, 8), 2.0), scale=200)
     assert all(gradient.isfinite().all() for gradient in gradients)
 

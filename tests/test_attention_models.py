@@ -1,4 +1,4 @@
-"""Hopfield attention inside tiny models of transformers: continuous in alpha, with everything that a model passes to its attention."""
+"""Tests of Hopfield attention inside tiny models of transformers."""
 
 import copy
 import pickle
@@ -127,7 +127,8 @@ ALL = ENCODERS + DECODERS + OTHERS
 
 
 def _model(name: str, fields: dict[str, Any], grow: float = 0.25) -> Any:
-    """A tiny model whose matrices are enlarged, as its attention would be flat, and alike at every alpha."""
+    """A tiny model with enlarged weights, because with small ones attention is uniform and equal at
+    every alpha."""
     kind = getattr(transformers, name)
     model = kind(kind.config_class(**copy.deepcopy(fields))).eval()
     with torch.no_grad():
@@ -200,7 +201,7 @@ def test_generation_uses_alpha_with_and_without_a_cache():
 
 @pytest.fixture
 def warned(caplog):
-    """What is warned of."""
+    """The messages of the warnings."""
     logger = transformers.utils.logging.get_logger("modeling_uhop.attention_models")
     logger.propagate = True
     yield caplog
@@ -229,7 +230,7 @@ def test_a_saved_model_is_the_same_model(name, fields, make, tmp_path, warned):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "fields", "make"), [DECODERS[0], OTHERS[0], OTHERS[9]], ids=["Llama", "T5", "CLIP"])
 def test_an_edit_of_alpha_takes_effect_in_every_part_and_is_saved(name, fields, make, tmp_path):
-    """Parts of T5 hold copies of its configuration, those of CLIP have configurations of their own."""
+    """Parts of T5 have copies of its configuration; parts of CLIP have their own configurations."""
     model, inputs = use_hopfield_attention(_model(name, fields), 1.5), make()
     twin = use_hopfield_attention(copy.deepcopy(model), 2.0)
     before = _answer(model, inputs)
@@ -347,7 +348,7 @@ def test_half_precision_is_supported(name, fields, make, dtype):
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
 @pytest.mark.parametrize("given", [{}, {"softcap": 50.0}, {"s_aux": True}, {"position_bias": True}], ids=["plain", "cap", "sinks", "bias"])
 def test_large_scores_and_rows_without_keys(given, alpha, dtype):
-    """Scores of 1e4, and a query that may attend to nothing: finite, and zeros."""
+    """With scores of 1e4 outputs are finite, and a query without keys gives zeros."""
     query, key = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 7, 16)
     query *= 1e4 / (query @ key.repeat_interleave(2, 1).mT).abs().max()
     query, key, value = query.to(dtype).requires_grad_(), key.to(dtype), torch.randn(1, 2, 7, 16).to(dtype)
@@ -431,7 +432,7 @@ def test_attention_outside_the_interface_is_refused_by_name(name, fields, layer)
 
 
 class _Calls(torch.nn.Module):
-    """Attention under another name, by PyTorch's kernel."""
+    """An attention implementation with another name that uses the kernel of PyTorch."""
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, query, query)

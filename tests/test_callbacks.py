@@ -1,4 +1,5 @@
-"""SeparationCallback inside the stock Trainer: what it moves, what it leaves alone, schedules, logs, resume, refusals."""
+"""Tests of SeparationCallback in the Trainer: updated parameters, schedules, logs, resumed runs and
+errors."""
 
 import random
 import shutil
@@ -45,7 +46,7 @@ FIELDS = {
 
 
 class Images(torch.utils.data.Dataset):
-    """Random images whose every reading draws from the global random state, as augmentations do."""
+    """Random images; each access uses the global random state, as augmentation does."""
 
     def __init__(self, size: int = 48, augment: bool = True):
         generator = torch.Generator().manual_seed(3)
@@ -109,7 +110,7 @@ def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> b
 def algorithm_2(
     schedule: str = "step", steps: int = 1, parameters: str = "feature_maps", kind: str = "squared", **options: Any
 ) -> SeparationCallback:
-    """U-Hop Algorithm 2, the choices of which these tests change one at a time."""
+    """The callback with the settings of U-Hop Algorithm 2, which the tests change one at a time."""
     return SeparationCallback(schedule, steps, parameters, kind, **options)
 
 
@@ -134,7 +135,7 @@ def test_with_a_learning_rate_separation_changes_training_and_is_deterministic(t
 
 
 class Freeze(TrainerCallback):
-    """Undoes every supervised step, so that what moves is Stage I's doing alone."""
+    """Undoes every supervised step, so that only Stage I changes parameters."""
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         for group in optimizer.param_groups:
@@ -153,7 +154,8 @@ def test_separation_changes_only_the_selected_parameters(tmp_path, schedule):
     assert moved["feature_maps"] == maps
     above = {name for name in before if name.startswith(("classifier", "vit.layernorm", "vit.layers.1"))} - maps
     above -= {name for name in above if "layernorm_before" in name}
-    # A key bias shifts all scores of a query alike, so no output and no gradient depends on it, save by rounding.
+    # A key bias adds the same number to all scores of a query, so outputs and gradients do not
+    # depend on it, except by rounding.
     expected = set(before) - above
     assert expected - moved["upstream"] <= {name for name in before if name.endswith(("k_proj.bias", "cls_token"))}
     assert moved["upstream"] <= expected
@@ -215,7 +217,7 @@ def test_denoising_loss_separates_memories_from_noisy_copies(tmp_path, monkeypat
     assert (noisy - clean).std().item() == pytest.approx(0.7, rel=0.05)
     losses = [denoising_loss(c, f, temperature=0.2).item() for c, f in zip(copies, features, strict=True)]
     assert callback.history[0]["separation_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
-    # Fresh noise in every step, and the first step's again for the loss afterwards.
+    # Every step has new noise; the loss after the last step uses the noise of the first.
     assert not torch.equal(seen[3][0] - seen[2][0], noisy - clean)
     assert torch.equal(seen[-1][0], noisy)
 
@@ -328,7 +330,7 @@ def test_half_precision_weights_change_as_much_as_fp32_weights(tmp_path, dtype, 
 
 
 def test_a_resume_of_two_callbacks_and_half_precision(tmp_path):
-    """Each has a file of its own, with the fp32 copies of what it moves."""
+    """Each callback has its own file, with fp32 copies of the parameters it updates."""
 
     def callbacks():
         often = SeparationCallback(schedule="step", steps=2, kind="nearest", parameters="feature_maps", batch_size=8, lr=1e-3)
@@ -438,7 +440,7 @@ def test_a_stream_has_an_epoch_each_time_it_is_read(tmp_path):
 
 
 class Counting(IterableDataset):
-    """Reshuffles each time it is read, and has a length."""
+    """A stream with a length that is shuffled again each time it is read."""
 
     def __init__(self):
         self.readings = 0
@@ -502,7 +504,8 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
     def callback() -> SeparationCallback:
         return algorithm_2(**schedule, optimizer=optimizer, lr=0.01, batch_size=8, parameters="upstream", final_temperature=0.1)
 
-    # Inside an epoch the Trainer itself reads the first batch with another random state, so augmentation is left out there.
+    # Because the Trainer itself reads the first batch after a resume within an epoch with another
+    # random state, there is no augmentation in that case.
     images = Images(augment=stop == 6)
     whole = callback()
     expected = _train(tmp_path, whole, dataset=images, save_strategy="steps", save_steps=stop)
@@ -579,14 +582,15 @@ def test_a_run_can_resume_from_a_checkpoint_in_another_folder(tmp_path, kind):
         return [algorithm_2(**schedule, **options), *more]
 
     images = Images(augment=False)
-    # Nothing is logged before the checkpoint: what it holds must not be told by the log.
+    # Because the content of a checkpoint must not be inferred from the log, nothing is logged
+    # before it.
     saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 500}
     expected = _train(tmp_path / "first", *callbacks(), dataset=images, **saving)
     moved = tmp_path / "elsewhere" / "best"
     shutil.copytree(tmp_path / "first" / "checkpoint-4", moved)
     for path in moved.glob("separation*"):
         path.unlink()
-    # A folder of the same number has another run's state.
+    # A folder with the same number has the state of another run.
     stale = tmp_path / "second" / "checkpoint-4"
     shutil.copytree(tmp_path / "first" / "checkpoint-8", stale)
     assert _equal(expected, _train(tmp_path / "second", *callbacks(), dataset=images, resume=str(moved)))
@@ -623,7 +627,7 @@ def test_a_run_can_resume_from_a_checkpoint_with_its_state_in_a_file_only(tmp_pa
     resumed = algorithm_2(**schedule, resume_from=moved)
     actual = _train(tmp_path / "second", resumed, dataset=images, resume=str(moved))
     assert resumed._steps_done == 12
-    # Without its optimizer the Trainer itself does not go on exactly.
+    # Without its optimizer state, the Trainer itself does not resume exactly.
     assert _equal(expected, actual) or save_only_model
     other = tmp_path / "first" / "checkpoint-8"
     with pytest.raises(ValueError, match="belongs to other weights"):

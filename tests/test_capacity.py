@@ -1,4 +1,4 @@
-"""Margins, bounds and certificates: against loops, and against what retrieval does."""
+"""Tests of margins, bounds and certificates against loops and against retrieval."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_the_error_bound_is_never_exceeded(seed, beta, alpha, radius):
 def test_the_kernelized_error_bound_holds_and_is_the_formula(seed, beta):
     generator = torch.Generator().manual_seed(seed)
     memories = torch.randn(6, 10, generator=generator, dtype=torch.float64)
-    # A map that makes features nearly orthonormal, so that their margins beat their radius.
+    # A map with nearly orthonormal features, so that their margins are larger than their radius.
     weight = torch.linalg.pinv(memories).mT + 0.02 * torch.randn(6, 10, generator=generator, dtype=torch.float64)
     features = memories @ weight.mT
     bound = retrieval_error_bound(memories, features, beta)

@@ -1,4 +1,5 @@
-"""Fields of a configuration that are edited after the model was built: what is saved is what ran."""
+"""Tests of configuration fields that are edited after the model was built: they take effect and are
+saved, or are refused."""
 
 import copy
 from typing import Any
@@ -33,7 +34,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"past_values": (2, 12, 2)},
     ),
 }
-# A value other than a field's own, where there is no general one.
+# Another value for each field that has no general rule for one.
 OTHERS: dict[str, Any] = {
     "alpha": 1.4,
     "memory_alpha": 1.5,

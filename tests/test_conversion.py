@@ -1,4 +1,4 @@
-"""Vision transformers of transformers become U-Hop models with the same outputs, and come back."""
+"""Tests of the conversion of vision transformers to U-Hop models with equal outputs, and back."""
 
 import logging
 
@@ -45,7 +45,8 @@ CLASSIFIERS = {
 def _classifier(kind: str, **fields):
     model_class, config_class = CLASSIFIERS[kind]
     model = model_class(config_class(**{**SMALL, **fields})).eval()
-    # Fresh models begin with zeros here and there, which would hide a parameter that is left behind.
+    # Because some initial parameters are 0, which would hide a parameter that is not copied, we
+    # make all of them random.
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)

@@ -1,4 +1,5 @@
-"""Two gloo processes: bitwise equal to each other, and equal to one process on the same batches."""
+"""Tests of several processes: two gloo processes are bitwise equal, and equal to one process with
+the same batches."""
 
 import importlib
 import json
@@ -100,10 +101,10 @@ def test_a_model_sharded_by_fsdp2_equals_the_whole_model(tmp_path):
 def test_a_forecasting_recipe_in_two_processes_equals_one_process(tmp_path):
     content: dict[str, Any] = {
         "name": "small",
-        # 56 windows of validation: as many for each process.
+        # With 56 validation windows, each process has the same number.
         "data": {"dataset": "synthetic", "split": [200, 61, 60]},
         "model": {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16, "ff_dropout": 0.0, "attention_dropout": 0.0},
-        # Shuffled, one process and two would not see the same batches.
+        # Because one process and two would see different batches with shuffling, we switch it off.
         "training": {
             "max_steps": 6,
             "train_sampling_strategy": "sequential",
@@ -118,7 +119,7 @@ def test_a_forecasting_recipe_in_two_processes_equals_one_process(tmp_path):
         "baseline_lengths": [],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**content, "training": {**content["training"], "per_device_train_batch_size": 4}}))
-    # The documented command itself, with this recipe.
+    # The command of the documentation, with this recipe.
     launcher, *words = re.search(r"^torchrun .*$", train_stanhop.__doc__, re.MULTILINE)[0].split()
     assert words[4].startswith("configs/")
     assert words[5:7] == ["--dataset", "WTH.csv"]
@@ -173,7 +174,7 @@ def test_scripts_for_one_process_refuse_several_processes(script, arguments, rem
 def test_accelerate_reads_the_configurations(path):
     config = load_config_from_file(str(path))
     assert config.num_processes >= 2
-    # `accelerate launch` starts one process for any other kind.
+    # For any other type, `accelerate launch` starts a single process.
     assert config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP, DistributedType.DEEPSPEED)
     known = {action.dest for action in launch_command_parser()._actions}
     for group in ("fsdp_config", "deepspeed_config"):

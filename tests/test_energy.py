@@ -1,4 +1,5 @@
-"""Energy and retrieval: the papers' loops, the energy's own gradient, and the theory."""
+"""Tests of energy and retrieval against the equations of the papers, autograd of the energy, and
+the theory."""
 
 import numpy as np
 import pytest
@@ -170,7 +171,7 @@ def test_energy_refuses_a_beta_that_is_not_positive():
 @pytest.mark.parametrize("beta", [3.0, torch.tensor([[1.0], [5.0], [0.2]])])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_attention_without_weights_equals_the_plain_form(similarity, alpha, beta, dtype):
-    """A gradient that is asked for takes the plain form."""
+    """If a gradient is required, the plain form is used."""
     queries, memories = torch.randn(2, 3, 6).to(dtype), torch.randn(700, 6).to(dtype)
     beta = beta.to(dtype) if isinstance(beta, torch.Tensor) else beta
     settings = {"beta": beta, "alpha": alpha, "similarity": similarity, "steps": 2}
@@ -197,7 +198,7 @@ def _separated(patterns):
     return phi.weight.detach()
 
 
-# What each makes of patterns, a tensor (6, 5).
+# The function that each applies to patterns (6, 5).
 _FUNCTIONS = {
     "similarity_scores": lambda x: similarity_scores(x, 0.1 * torch.ones(2, 5)),
     "energy": lambda x: energy(x, x, beta=0.1, alpha=1.5),

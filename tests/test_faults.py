@@ -1,4 +1,7 @@
-"""Kills, full disks and damaged files: a run goes on to the same weights, or says in a line what is wrong; what was whole stays whole."""
+"""Tests of killed processes, full disks and damaged files.
+
+A run resumes to the same weights, or reports the error in one line; complete checkpoints stay
+complete."""
 
 import json
 import os
@@ -20,13 +23,14 @@ from modeling_uhop import UHopViTConfig, UHopViTForImageClassification
 
 TESTS = Path(__file__).parent
 KILLED = -signal.SIGKILL
-# Moments that leave a process to say what happened, and words of what it says.
+# Faults after which a process can still report an error, and words of its message.
 TOLD = {"on_a_full_disk": ("File too large", "Error"), "in_a_process_that_reads": ("DataLoader worker",)}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder of runs, one of them whole and the others interrupted and resumed, and how each ended."""
+    """A folder of runs, one complete and the others interrupted and resumed, and the outcome of
+    each."""
     folder = tmp_path_factory.mktemp("faults")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(TESTS), str(ROOT / "training")))}
     command = [sys.executable, str(TESTS / "fault_worker.py"), str(folder)]

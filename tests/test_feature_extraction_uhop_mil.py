@@ -1,4 +1,5 @@
-"""UHopMILFeatureExtractor and DataCollatorForBags: values against scikit-learn, masks, saving and loading, refusals."""
+"""Tests of UHopMILFeatureExtractor and DataCollatorForBags: values against scikit-learn, masks,
+saving and loading, errors."""
 
 import json
 import tracemalloc
@@ -51,7 +52,7 @@ def test_a_column_constant_in_training_becomes_zero(bags):
 
 
 def test_a_column_far_from_zero_is_not_constant(bags):
-    """Seconds since 1970, for one."""
+    """For example, seconds since 1970."""
     for bag in bags:
         bag[:, 1] = 1.7e9 + 1.5 * bag[:, 0]
     column = np.concatenate(UHopMILFeatureExtractor(clip=None).fit(bags).transform(bags))
@@ -220,7 +221,7 @@ def test_bad_collators_are_refused(bags):
         DataCollatorForBags()([{"instances": bags[0], "label": 1}, {"instances": bags[1]}])
 
 
-EXACT = np.arange(-10.0, 10.0).reshape(4, 5)  # values that every dtype but bool has
+EXACT = np.arange(-10.0, 10.0).reshape(4, 5)  # values that every dtype except bool has
 FORMS = {
     "float64": lambda bag: bag,
     "float16": lambda bag: bag.astype(np.float16),
@@ -361,7 +362,7 @@ def test_channels_last_images_are_accepted():
     np.testing.assert_allclose(fitted.scale, extractor.scale)
     assert fitted.image_size == [8, 9]
     np.testing.assert_array_equal(extractor([last, first])["instances"], extractor([first, first])["instances"])
-    # Four rows could be channels, and 13 channels are told by the extractor alone.
+    # Four rows could be channels; that there are 13 channels is known only from the extractor.
     assert UHopMILFeatureExtractor().fit([np.random.default_rng(0).random((2, 4, 8, 3))]).num_features == 4
     spectral = np.random.default_rng(0).random((2, 13, 8, 9))
     of_spectra = UHopMILFeatureExtractor().fit([spectral])
@@ -390,7 +391,8 @@ def test_peak_memory_is_close_to_the_size_of_the_result(dtype):
 
 
 def test_a_fit_in_blocks_is_exact():
-    """Seconds since 1970 that differ by milliseconds, and a constant that float32 does not have exactly."""
+    """Seconds since 1970 that differ by milliseconds, and a constant that float32 cannot represent
+    exactly."""
     random = np.random.default_rng(0)
     rows = np.stack([1.7e9 + random.integers(0, 1000, 400_000) / 1000, random.normal(size=400_000), np.full(400_000, 0.1)], axis=1)
     bags = [rows[:300_000], rows[300_000:].copy(), rows[:0]]

@@ -1,4 +1,4 @@
-"""FeatureMap: how it begins, what it computes, what it refuses."""
+"""Tests of FeatureMap: initialisation, values and errors."""
 
 import pytest
 import torch

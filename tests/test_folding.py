@@ -1,4 +1,4 @@
-"""Feature maps taken into the projections: the same function, with fewer parameters."""
+"""Tests of folding feature maps into projections: equal outputs with fewer parameters."""
 
 import pytest
 import torch
@@ -142,7 +142,7 @@ def test_folding_uses_no_random_numbers_and_keeps_parameters_frozen():
 
 
 class Quantized(torch.Tensor):
-    """A weight of a class of its own under a layer that stays what it was, as torchao leaves them."""
+    """A weight with its own tensor class in an unchanged layer, as torchao makes them."""
 
     def __deepcopy__(self, memo):
         return self

@@ -1,4 +1,4 @@
-"""Geometry experiments: recipes, and values that can be checked by other means."""
+"""Tests of the geometry experiments: recipes, and values that can be computed in another way."""
 
 import json
 import math
@@ -85,7 +85,7 @@ def test_circle_and_metastable_states_on_digits():
     assert results["best_possible"] == pytest.approx(1.5)
     assert results["separation"]["optimum"]["values"] == pytest.approx([1.5, 1.5], rel=1e-3)
     assert all(value < 1.4 for value in results["separation"]["N = 0"]["values"])
-    # Of three points on a circle, any two are neighbours.
+    # On a circle with three points, any two are neighbours.
     assert results["similar_pairs_that_are_neighbours"] == {"share": 1.0, "by_chance": 1.0}
     recipe = GeometryRecipe("metastable", data, memories=[20], feature_dim=64, normalize=False, separation_steps=[20], queries=30, seeds=2)
     results, _ = EXPERIMENTS["metastable"](recipe)

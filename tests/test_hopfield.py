@@ -1,4 +1,5 @@
-"""hopfield_attention and HopfieldAttention against loops, scaled_dot_product_attention and entmax."""
+"""Tests of hopfield_attention and HopfieldAttention against loops, scaled_dot_product_attention and
+entmax."""
 
 import numpy as np
 import pytest
@@ -197,7 +198,8 @@ def test_the_layer_equals_the_papers_equation(alpha, value_source, beta):
     heads = []
     for head in range(3):
         rows = slice(4 * head, 4 * head + 4)
-        # A head's W_V acts on all heads' keys, so the loop takes the whole W_K for the values.
+        # Because W_V of a head acts on the keys of all heads, the loop uses the whole W_K for the
+        # values.
         if value_source == "memory":
             out = reference.hopfield_layer(states[0].numpy(), memories[0].numpy(), phi, wq[rows], wk[rows], wv[rows], beta or 0.5, alpha)
         else:

@@ -1,4 +1,5 @@
-"""Push and pull over the real client of the Hub, against a server of its protocol."""
+"""Tests of push and pull with the real client of the Hub, against a local server with its
+protocol."""
 
 import json
 import os
@@ -25,7 +26,7 @@ FAMILIES = ("memory", "vit", "mil", "stanhop")
 
 
 def _run(script: list[str], port: int, folder: Path, token: str | None = "hf_test", **variables: str) -> subprocess.CompletedProcess:
-    """A process whose client talks to the server on a port."""
+    """Run a script in a process whose client uses the server on a port."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     variables = {"OMP_NUM_THREADS": "1", **environment(port, str(folder / "hub_home"), token), **variables}
     return subprocess.run([sys.executable, *script], cwd=ROOT, env={**inherited, **variables}, capture_output=True, text=True)
@@ -195,7 +196,7 @@ def test_an_unfinished_run_is_refused_and_only_results_are_uploaded(tmp_path):
     check_finished(tmp_path)
     expected = ["README.md", "a.png", "config.json", "model.safetensors", "results.json"]
     assert [path.name for path in files_of(tmp_path)] == expected
-    # Where the data lay on this machine stays here too.
+    # The local path of the data is not uploaded either.
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": {"dataset": str(tmp_path / "pictures")}}))
     (tmp_path / "results.json").write_text('{"recipe": {"data": {"dataset": "pictures"}}}')
     assert yaml.safe_load(recorded_recipe(tmp_path)) == {"data": {"dataset": "pictures"}}
@@ -205,7 +206,7 @@ def test_an_unfinished_run_is_refused_and_only_results_are_uploaded(tmp_path):
 
 
 class _Trap:
-    """What a pickle may do when it is read."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __init__(self, marker: str):
         self.marker = marker

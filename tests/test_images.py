@@ -1,4 +1,4 @@
-"""Pictures of every PIL mode: what recipes, the demo and the pipeline make of them."""
+"""Tests of images in every PIL mode, as read by recipes, the demo and the pipeline."""
 
 import base64
 import importlib.util
@@ -63,7 +63,7 @@ PICTURES = {
 
 
 def _equal(image: Image.Image, expected: np.ndarray) -> None:
-    """Equal, but for the rounding of an opacity."""
+    """Assert that images are equal, except for the rounding of opacity."""
     assert image.mode == "RGB"
     np.testing.assert_allclose(np.asarray(image).astype(float), expected, atol=1.0)
 
@@ -114,7 +114,7 @@ def test_pixel_values_of_unknown_range_are_refused(image, message, tmp_path):
 
 
 def _file(image: Image.Image) -> bytes:
-    """A file without loss: PNG, or TIFF for what PNG has not."""
+    """An image as a lossless file: PNG, or TIFF for modes that PNG does not have."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG" if image.mode in ("L", "RGB", "1", "RGBA", "LA", "P", "I;16") else "TIFF")
     return buffer.getvalue()
@@ -122,7 +122,7 @@ def _file(image: Image.Image) -> bytes:
 
 @pytest.fixture(scope="module")
 def classifiers(tmp_path_factory):
-    """A small UHopViT and one of transformers, with the same processor."""
+    """A small U-Hop ViT and a ViT of transformers, with the same processor."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
     models = {"ours": UHopViTForImageClassification(UHopViTConfig(**sizes)), "theirs": ViTForImageClassification(ViTConfig(**sizes))}
     folder = tmp_path_factory.mktemp("models")

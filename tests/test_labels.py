@@ -1,4 +1,5 @@
-"""What labels mean to the classifiers of bags and of images, and to the collator: values of the loss, and refusals by example."""
+"""Tests of the labels of bag and image classifiers and of the collator: values of the loss, and
+errors that name the example."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,5 @@
-"""Training with bags: data, cross-validation, metrics, baselines, comparisons, the script."""
+"""Tests of training with bags: data, cross-validation, metrics, baselines, comparisons, the
+script."""
 
 import json
 import math
@@ -52,7 +53,7 @@ FAST = {"num_train_epochs": 2, "per_device_train_batch_size": 8}
 
 
 def _bags(count: int = 24, width: int = 3, seed: int = 0) -> Bags:
-    """Every second bag has an instance far from the others."""
+    """Bags of which every second has an instance far from the others."""
     random = np.random.default_rng(seed)
     instances = [random.normal(size=(int(random.integers(1, 6)), width)) for _ in range(count)]
     for index in range(0, count, 2):
@@ -213,7 +214,8 @@ def test_cross_validation_is_reproducible_and_does_not_use_evaluated_labels():
     assert outcomes == cross_validate(recipe, bags)
     assert sorted(index for outcome in outcomes for index in outcome["bags"]) == list(range(24))
     assert summarize(outcomes)["auc"]["mean"] > 0.9
-    # The labels of scored bags are not looked at: with them turned round, the logits are the same and the AUC is 1 less it.
+    # Because the labels of evaluated bags are not used, logits do not change if these labels are
+    # swapped, and the AUC becomes 1 - AUC.
     train, scored = splits(recipe, bags, 0)[0]
     turned = Bags(bags.instances, bags.labels.copy(), bags.names)
     turned.labels[scored] = 1 - turned.labels[scored]
@@ -295,7 +297,7 @@ def test_three_classes():
 def test_options_of_the_trainer(options):
     bags = _bags()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a worker process forks
+        warnings.simplefilter("ignore", DeprecationWarning)  # because a worker process is a fork
         model, extractor = fit(_recipe(training={**FAST, **options}), bags.instances, bags.labels, bags.names, 0)
     assert np.isfinite(predict(model, extractor, bags.instances)[0]).all()
 
@@ -344,7 +346,8 @@ def test_paired_difference():
 
 
 def test_the_set_kernel():
-    """Against loops, through the decision function of a support vector machine on a kernel computed pair by pair."""
+    """Compare the decision function with that of an SVM whose kernel is computed by loops over
+    pairs."""
     bags = _bags(16)
 
     train, unseen = bags.instances[:10], bags.instances[10:]
@@ -446,12 +449,12 @@ def test_a_run_with_the_same_seed_is_the_same(tmp_path):
 
 
 def _images(bags: Bags) -> list:
-    """The same bags, an instance as an image of one channel and one row."""
+    """The bags of `_bags`, with instances as images of one channel and one row."""
     return [bag.reshape(len(bag), 1, 1, -1).tolist() for bag in bags.instances]
 
 
 def _as_file(tmp_path: Path, kind: str) -> Path:
-    """The bags of `_bags` in a file or folder of some kind."""
+    """Save the bags of `_bags` in a file or folder of a given kind."""
     bags = _bags()
     frame = pd.DataFrame({"instances": [bag.tolist() for bag in bags.instances], "label": np.where(bags.labels, "yes", "no")})
     if kind == "folder":
@@ -468,7 +471,7 @@ def _as_file(tmp_path: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["parquet", "json", "jsonl", "folder", "images", "digits"])
 def test_every_kind_of_bags_runs_to_the_end(tmp_path, kind, monkeypatch):
-    """The script's own command; that a model reloads in a fresh process, other tests see to."""
+    """Run the command of the script; other tests check that a model reloads in a new process."""
     reloaded = []
     monkeypatch.setattr("train_mil.check_reload", lambda folder, task, inputs, answers: reloaded.append((folder, task, inputs, answers)))
     monkeypatch.setattr("train_mil.prepare_for_many_runs", lambda: None)
@@ -516,7 +519,7 @@ def test_every_kind_of_bags_runs_to_the_end(tmp_path, kind, monkeypatch):
 
 
 def recorded(function, calls):
-    """The function, which also keeps the arguments of its calls."""
+    """The same function, which also records the arguments of its calls."""
 
     def wrapped(*arguments):
         calls.append(arguments)
@@ -571,12 +574,13 @@ def test_finished_stages_survive_a_failed_stage(tmp_path, monkeypatch):
     monkeypatch.setattr("train_mil.fit", recorded(fit, trained))
 
     def failing(*arguments):
-        # Of the folds, the second.
+        # The second fold.
         if len(arguments) == 6 and arguments[3] == 0:
             return cross_validate_fold(*arguments)
         raise ValueError("no luck")
 
-    # What is trained until each of these fails: the first fold, then the second and the model of all bags, then nothing.
+    # Before each failure, this is trained: first fold 1; then fold 2 and the model of all bags;
+    # then nothing.
     for broken, sizes in {"cross_validate_fold": [12], "bag_figure": [12, 24], "write_card": [], "check_reload": []}.items():
         trained.clear()
         with monkeypatch.context() as patch:

@@ -1,4 +1,5 @@
-"""STanHop models: configuration, values against loops, scaling and masks, losses, Stage I, saving and loading, refusals."""
+"""Tests of STanHop models: configuration, values against loops, scaling, masks, losses, Stage I,
+saving and loading, errors."""
 
 import dataclasses
 import re
@@ -71,7 +72,8 @@ def _windows(batch=2, length=20, channels=3, dtype=torch.float32) -> torch.Tenso
 
 
 def _observed(config: STanHopConfig) -> tuple[int, torch.Tensor, float]:
-    """Parameter count, forecast and loss of a seeded model in training mode, so that dropout shows too."""
+    """Parameter count, forecast and loss of a seeded model in training mode, so that dropout has an
+    effect too."""
     torch.manual_seed(0)
     model = STanHopForPrediction(config).train()
     generator = torch.Generator().manual_seed(1)
@@ -84,7 +86,7 @@ def _observed(config: STanHopConfig) -> tuple[int, torch.Tensor, float]:
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_field_changes_the_model(field):
-    # Values need not fit W_V W_K Y for a feature map of another width.
+    # With values that are not W_V W_K Y, the feature map may have another width.
     base = {**SMALL, "value_source": "memory"} if field == "feature_dim" else SMALL
     parameters, forecast, loss = _observed(STanHopConfig(**base))
     changed_parameters, changed_forecast, changed_loss = _observed(STanHopConfig(**{**base, field: CHANGES[field]}))
@@ -171,7 +173,8 @@ def test_a_block_equals_the_loops():
 
 
 def test_series_and_windows_do_not_leak_over_time():
-    """Over time a series sees itself alone, and prototypes mix series at one position alone."""
+    """Attention over time uses only the same series, and prototypes mix series only at the same
+    position."""
     block = _model().model.blocks[0]
     states = torch.randn(2, 3, 5, 8)
     changed = states.clone()
@@ -318,7 +321,7 @@ def test_memory_sets_are_what_the_layers_retrieve_from():
     sets = list(model.memory_sets(past, future_values=None))
     assert len(sets) == len(list(model.model.memory_sets(past))) + 3 * 4 == 18
     assert len({id(memory_set.feature_map) for memory_set in sets}) == 18
-    # Those of the decoder's first block are the same for both windows, and are there once.
+    # Because the memories of the first decoder block are equal for both windows, they occur once.
     assert [len(memories) // len(each.memories) for each, (_, memories) in zip(sets, expected, strict=True)] == [1] * 6 + [2] * 3 + [1] * 9
     for memory_set, (feature_map, memories) in zip(sets, expected, strict=True):
         assert memory_set.feature_map is feature_map
@@ -346,7 +349,7 @@ def test_training_with_stage_one(tmp_path, parameters):
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
 def test_only_feature_maps_that_are_separated_get_unit_rows(tmp_path, option):
-    # Each series has a single output patch, from which the decoder's blocks retrieve over time.
+    # Each series has a single output patch, so decoder blocks have a single memory over time.
     model = _model(patch_length=10, num_hidden_layers=1)
     maps = {name: parameter for name, parameter in model.named_parameters() if "feature_map" in name}
     for weight in maps.values():
@@ -404,7 +407,7 @@ def test_stored_windows_without_information_are_never_recalled(silent):
     query, past, future = 1000.0 + _windows(3), 1000.0 + _windows(7), 1000.0 + _windows(7, 10)
     model.store(past[1:], future[1:])
     expected = model.recall(query)
-    # 0.3 is not its own mean, to the last bit.
+    # Because of rounding, the mean of values 0.3 is not exactly 0.3.
     past[0], future[0] = silent, 2000.0
     model.store(past, future)
     assert model.config.num_memories == 7
@@ -551,7 +554,7 @@ def test_half_precision_keeps_what_varies_far_from_zero(dtype):
     actual = model.to(dtype)(past, future_values=future)
     assert_close(actual.loc, expected.loc)
     assert_close(actual.scale, expected.scale)
-    # In bf16 the numbers around 70,000 are 512 apart.
+    # In bf16, numbers near 70,000 have a spacing of 512.
     assert (actual.prediction_outputs - expected.prediction_outputs).abs().max() < 0.1
     assert (actual.loss - expected.loss).abs() < 0.1
     model.store(past, future)
@@ -566,7 +569,7 @@ def test_values_in_double_precision_keep_their_differences():
     past = torch.randn(2, 20, 3, dtype=torch.float64)
     near, far = (model(past + shift, future_values=past[:, :10] + shift) for shift in (0.0, 1.7e9))
     assert far.prediction_outputs.dtype == torch.float64
-    # Around 1.7e9 the numbers of double precision are 2e-7 apart.
+    # In double precision, numbers near 1.7e9 have a spacing of 2e-7.
     assert (far.prediction_outputs - 1.7e9 - near.prediction_outputs).abs().max() < 1e-5
     assert (far.scale - near.scale).abs().max() < 1e-6
     assert far.loss.item() == pytest.approx(near.loss.item(), rel=1e-5)
@@ -702,7 +705,7 @@ def test_a_partial_state_dict_keeps_stored_windows():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("memory_type", ["plug", "tune", None])
 def test_a_forecaster_exports_to_onnx_through_torchscript(tmp_path, memory_type):
-    # The graph of a learnable alpha takes long to write.
+    # Because the graph of a learnable alpha takes long to export, alpha is fixed.
     small = {"alpha": 1.0, "learnable_alpha": False, "num_hidden_layers": 1, "return_dict": False, "memory_type": memory_type}
     model = _model(**small).requires_grad_(False)
     model.store(_windows(4), _windows(4, 10))

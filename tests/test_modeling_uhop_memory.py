@@ -1,4 +1,4 @@
-"""UHopMemoryModel: storing, separating, retrieving, reporting, saving; bad input."""
+"""Tests of UHopMemoryModel: storing, separation, retrieval, reports, saving and loading, errors."""
 
 import dataclasses
 import math
@@ -138,7 +138,8 @@ def test_a_report_has_the_precision_of_its_memory(dtype):
         assert margin.dtype == dtype
         smallest = margin.min().item()
         if smallest > 0.01:
-            # Just above and below the threshold of the least separated memory, by a little more than rounding.
+            # Slightly above and below the threshold of the least separated memory, by a little more
+            # than rounding.
             width = 1e-9 if dtype == torch.float64 else 1e-3
             for factor, certified in ((1 + width, True), (1 - width, False)):
                 torch.manual_seed(0)
@@ -210,7 +211,8 @@ def test_separation_lowers_its_loss_and_confusion(method):
     patterns = _digits(100)
     memory = _memory(patterns)
     before = memory.report()
-    # U-Hop+ changes the scale of its loss with the temperature, unless that is held.
+    # Because the scale of the U-Hop+ loss depends on the temperature, we keep the temperature
+    # constant.
     options = {"temperature": 0.1, "final_temperature": 0.1} if method == "uhop+" else {}
     history = memory.separate(steps=60, lr=1e-2, method=method, **options)
     assert len(history) == 61
@@ -450,7 +452,7 @@ def test_integer_patterns_are_accepted(patterns, similarity):
         memory = _memory(integers, similarity=similarity, degree=2, normalize_features=True)
     assert torch.equal(memory.memories, integers.float())
     assert torch.equal(memory(integers).association, memory(integers.float()).association)
-    # Zero vectors among them have no direction, and are retrieved from all the same.
+    # Zero vectors have no direction, but retrieval with them is defined.
     assert memory(torch.zeros(1, 4)).retrieved.isfinite().all()
 
 
@@ -706,7 +708,7 @@ def test_a_traced_memory_computes_its_features(used):
     for module in (traced, memory):
         module.feature_map.weight.copy_(torch.arange(36.0).sin().view(6, 6))
     queries = torch.randn(5, 6)
-    # What is retrieved, its weights, its energies.
+    # Retrieved patterns, weights and energies.
     for actual, expected in list(zip(traced(queries), memory(queries), strict=True))[:3]:
         assert_close(actual, expected)
 

@@ -1,4 +1,5 @@
-"""UHopMIL models: values against the published layer, exact masks, outputs, losses, saving and loading, refusals."""
+"""Tests of UHopMIL models: values against the published layer, exact masks, outputs, losses, saving
+and loading, errors."""
 
 import onnxruntime
 import pytest
@@ -32,7 +33,7 @@ def _model(**fields) -> UHopMILForBagClassification:
 
 
 def _bags(sizes=(4, 1, 7), width=6, padded_to=None, dtype=torch.float32):
-    """Random bags, and a mask that has the items of each at its front."""
+    """Random bags, and a mask with the items of each bag first."""
     longest = padded_to or max(sizes)
     mask = torch.arange(longest) < torch.tensor(sizes).unsqueeze(1)
     return torch.randn(len(sizes), longest, width, dtype=dtype), mask.long()
@@ -182,7 +183,7 @@ def test_mean_and_max_pooling():
         for index, size in enumerate((2, 3)):
             states = outputs.last_hidden_state[index, :size]
             assert_close(outputs.pooler_output[index], states.mean(0) if pooling == "mean" else states.amax(0))
-    # relu leaves many features at zero in every instance; of those the first instance counts as the winner.
+    # After relu, many features are 0 in every instance; these count for the first instance.
     winners = states.argmax(0)
     assert_close(outputs.instance_weights[1], torch.bincount(winners, minlength=3) / 16)
 
@@ -281,7 +282,7 @@ def test_bags_of_images(fields, tmp_path):
         if "mask_token" not in name and parameter.grad is not None
     )
     assert_close(model(images[:1, :3]).logits, outputs.logits[:1])
-    # In training too padding is no image: batch norms would count it.
+    # Padding must not be an image in training either, because batch norms would include it.
     model.train()
     torch.manual_seed(0)
     first = model(images, mask).logits
@@ -311,7 +312,7 @@ def test_gradient_accumulation_changes_nothing(fields, tmp_path):
     weights = []
     labels = torch.rand(8, 3).round() if fields else torch.randint(2, (8,))
     if not fields:
-        labels[0] = -100  # which is not counted, in its part of the batch or in the whole
+        labels[0] = -100  # which is ignored, in its part of the batch and in the whole batch
     bags = [{"instances": torch.randn(3, 6), "label": label.tolist()} for label in labels]
     for batch_size in (8, 2):
         torch.manual_seed(0)
@@ -419,7 +420,7 @@ def test_the_configuration_can_request_additional_outputs():
 
 @pytest.mark.parametrize("fields", [{}, {"output_attentions": True, "output_hidden_states": True}], ids=["logits", "everything"])
 def test_metrics_are_computed_from_logits(tmp_path, fields):
-    """Of batches that are padded to 4, 2 and 7 instances."""
+    """Batches are padded to 4, 2 and 7 instances."""
     bags = [torch.randn(size, 6) for size in (3, 4, 1, 2, 7)]
     seen = []
 
@@ -468,7 +469,7 @@ def _inputs(model, size):
 @pytest.mark.parametrize("fields", [*TRACED.values(), *IMAGES.values()], ids=[*TRACED, *IMAGES])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
 def test_a_traced_model_accepts_bags_of_every_size(fields, first):
-    """Also if it was traced with long bags, or with empty ones."""
+    """This holds for models traced with long bags or with empty ones."""
     if first is None and fields is IMAGES["swin"]:
         pytest.skip("transformers' Swin takes no batch without an image")
     model = _model(**fields, return_dict=False)
@@ -500,14 +501,16 @@ def test_the_torchscript_exporter_keeps_the_outputs(fields, tmp_path):
 
 
 PRECISIONS = [(torch.float32, False), *((dtype, autocast) for dtype in (torch.bfloat16, torch.float16) for autocast in (False, True))]
-# Powers of two, so that bags of every size are multiples of each other; float16 ends at 65504.
+# Powers of two, so that bags of all scales are exact multiples of each other; the largest float16
+# is 65504.
 LARGE = {torch.float32: (33, 56, 63, 70, 100, 127), torch.bfloat16: (33, 56, 63, 70, 100, 127), torch.float16: (9, 12, 15)}
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
 @pytest.mark.parametrize("name", ["dense", "entmax", "mean", "cnn", "resnet"])
 def test_bags_of_large_values_keep_their_classes_or_are_named(name, dtype, autocast):
-    """The layer norms of the pooling take away the size of a bag of large values, and nothing else."""
+    """The layer norms of the pooling remove the scale of a bag of large values, and nothing
+    else."""
     model = _model(**{**POOLINGS, **IMAGES}[name]).to(torch.float32 if autocast else dtype)
     bags = torch.rand(3, 4, *((6,) if name in POOLINGS else (3, 8, 8))) * 2 - 1
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])

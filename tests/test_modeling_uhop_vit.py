@@ -1,4 +1,5 @@
-"""UHopViT models: values against transformers' ViT, outputs, kernels, dtypes, saving and loading, refusals."""
+"""Tests of UHopViT models: values against the ViT of transformers, outputs, kernels, dtypes, saving
+and loading, errors."""
 
 import onnxruntime
 import pytest
@@ -18,7 +19,8 @@ SMALL = {
     "image_size": 12,
     "patch_size": 4,
     "num_labels": 5,
-    # Weights of the usual 0.02 would make attention uniform, and hide mistakes.
+    # With the usual standard deviation of 0.02, attention would be uniform and hide errors; so we
+    # use a larger one.
     "initializer_range": 0.2,
 }
 VARIANTS = {
@@ -100,7 +102,7 @@ def test_a_masked_patch_has_no_influence(variant):
     model = _model(**variant, attn_implementation="eager")
     images = _images()
     mask = torch.ones(3, 10, dtype=torch.long)
-    mask[:, 4] = 0  # the fourth patch: top row of the 3 x 3 grid is 1-3, so it begins at row 4
+    mask[:, 4] = 0  # the fourth patch: the top row of the 3 x 3 grid has patches 1 to 3, so it starts at row 4
     changed = images.clone()
     changed[:, :, 4:8, 0:4] = 9.0
     assert torch.equal(model(images, attention_mask=mask).logits, model(changed, attention_mask=mask).logits)
@@ -155,7 +157,8 @@ def test_gradient_checkpointing_changes_nothing(variant, reentrant):
     for model in (plain, checkpointed):
         model(images, labels=labels).loss.backward()
     for name, parameter in plain.named_parameters():
-        # Reentrant checkpointing cannot see the embeddings' gradient unless inputs require it, which the Trainer arranges.
+        # Reentrant checkpointing gives the embeddings no gradient unless inputs require one, which
+        # the Trainer arranges.
         if not (reentrant and "embeddings" in name):
             assert_close(checkpointed.get_parameter(name).grad, parameter.grad)
 
@@ -466,7 +469,8 @@ PRECISIONS = [(torch.float32, False), *((dtype, autocast) for dtype in (torch.bf
 @pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
 @pytest.mark.parametrize("name", ["dense", "entmax", "class query"])
 def test_images_of_large_values_keep_their_classes_or_are_named(name, dtype, autocast):
-    """Position embeddings vanish beside large pixels; powers of two make images of every size multiples of each other."""
+    """Position embeddings are negligible for large pixels; powers of two make images of all scales
+    exact multiples."""
     model = _model(**VARIANTS[name]).to(torch.float32 if autocast else dtype)
     images, kept, refused = torch.rand(2, 3, 12, 12) * 2 - 1, [], []
     for exponent in (6, 9, 12, 15) if dtype == torch.float16 else (33, 50, 63, 70, 100, 127):

@@ -1,4 +1,5 @@
-"""The pipeline for bags: answers equal the model's, bags in every form, threshold and top_k, a process without the package."""
+"""Tests of the pipeline for bags: outputs equal the model, bags in every form, threshold, top_k,
+and a process without the package."""
 
 import json
 import subprocess
@@ -61,7 +62,7 @@ def test_one_bag_is_accepted_in_every_form(tmp_path, bags):
     assert brief(bags[0], top_k=None) == expected
     assert classify([bags[0]]) == [expected]
     assert [answer["label"] for answer in classify([bag.tolist() for bag in bags])] == [answer["label"] for answer in classify(bags)]
-    # Features that were saved with a leading axis, and nullable ones.
+    # Features saved with a leading axis, and nullable features.
     assert classify([bags[0][None], torch.from_numpy(bags[2])[None]]) == classify([bags[0], bags[2]])
     assert classify(frame.astype("Float64")) == expected
     assert classify(torch.from_numpy(bags[0]).to_sparse().requires_grad_()) == expected

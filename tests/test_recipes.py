@@ -1,4 +1,4 @@
-"""Recipes, their data and the training script: what runs, what is refused, what is left behind."""
+"""Tests of recipes, their data and the vision script: runs, errors and saved files."""
 
 import dataclasses
 import json
@@ -91,7 +91,7 @@ def test_every_recipe_reads_the_real_data(path):
     assert len(labels) == {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}[folder.name]
 
 
-# The check of a saved folder runs without the package.
+# The check of a saved folder must run without the package.
 @pytest.mark.parametrize("script", sorted(name for name, code in MODULES.items() if "__main__" in code and name != "reload"))
 def test_a_script_says_what_to_install_if_the_train_extra_is_missing(script, monkeypatch):
     for name in MODULES:
@@ -371,7 +371,8 @@ def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
 
 
 def test_recording_features_does_not_change_training(tmp_path, monkeypatch):
-    """A separation step that moves nothing leaves the run as one without it, dropout included."""
+    """A run with a separation step that changes nothing equals a run without one, dropout
+    included."""
     monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
     still = run(_recipe(*TINY, "model.hidden_dropout_prob=0.3", "separation.lr=0"), tmp_path / "still")
     without = run(_recipe(*TINY[:-1], "model.hidden_dropout_prob=0.3", "separation=null"), tmp_path / "without")
@@ -397,7 +398,7 @@ def test_a_command_reproduces_its_results(tmp_path, monkeypatch):
 
 
 def without_times(content):
-    """Results without what a clock says."""
+    """Results without times."""
     if isinstance(content, dict):
         return {
             key: without_times(value) for key, value in content.items() if not key.endswith(("_runtime", "_second", "_seconds", "_time"))
@@ -425,7 +426,7 @@ def test_a_run_without_separation(tmp_path):
 
 
 def test_the_epoch_of_the_best_validation_accuracy_is_kept(tmp_path):
-    # A rate at which accuracy goes up and down.
+    # A learning rate at which accuracy increases and decreases.
     best = [
         "training.load_best_model_at_end=true",
         "training.metric_for_best_model=eval_validation_accuracy",
@@ -494,7 +495,7 @@ def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
 
 
 def test_a_finished_training_survives_a_later_failure(tmp_path, monkeypatch):
-    # Without checkpoints: what is kept is the training itself.
+    # Without checkpoints, only the finished training is saved.
     recipe, whole, folder = _recipe(*TINY, "training.save_strategy='no'"), tmp_path / "whole", tmp_path / "broken"
     drawn = []
     monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
@@ -645,7 +646,7 @@ def test_a_missing_image_is_named_or_skipped(tmp_path):
 
 
 def test_a_run_on_a_folder_of_image_files_finishes(tmp_path, monkeypatch):
-    """An image folder of PNG files in 16 bits, with a class for each subfolder."""
+    """An image folder of 16-bit PNG files with one subfolder per class."""
     random = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 6)):
         for label, brightness in (("dark", 8000), ("light", 50000)):
@@ -664,7 +665,8 @@ def test_a_run_on_a_folder_of_image_files_finishes(tmp_path, monkeypatch):
     assert results["recipe"]["data"]["dataset"] == "data"
     ((folder, task, inputs, logits),) = reloaded
     assert (folder, task) == (tmp_path / "out", "image-classification")
-    # The test split is sorted by class: what the model is shown is dark, then light, and neither black nor white.
+    # Because the test split is sorted by class, its images are first dark, then light, and neither
+    # black nor white.
     assert [40 < image.mean() < 60 for image in inputs] == [True] * 6 + [False] * 6
     assert [200 < image.mean() < 225 for image in inputs] == [False] * 6 + [True] * 6
     model = UHopViTForImageClassification.from_pretrained(folder)

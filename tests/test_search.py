@@ -1,4 +1,5 @@
-"""Retrieval through a few candidates against retrieval with all weights, and what is kept of stored memories."""
+"""Tests of retrieval from a few candidates against retrieval with all weights, and of cached
+features."""
 
 import copy
 import pickle
@@ -147,7 +148,7 @@ def test_features_of_memories_are_cached_until_something_changes():
 
 @pytest.mark.parametrize("change", ["fused optimizer", "data", "hook", "what was returned"])
 def test_cached_features_are_updated_after_changes_without_a_version(change):
-    # A small beta, for which every memory has weight.
+    # A small beta, so that every memory has weight.
     memory = _memory(dtype=torch.float32, normalize_features=False, beta=0.05)
     queries = torch.randn(5, 12)
     with torch.no_grad():
@@ -279,7 +280,7 @@ def _shards(memory):
 
 
 class _WithoutVectors:
-    """An index that can only be searched."""
+    """An index without access to its vectors."""
 
     def __init__(self, memory):
         self.search = _faiss(memory).search
@@ -335,7 +336,7 @@ def test_the_vectors_of_an_index_are_compared_with_the_features(factory):
     right = _made(factory, features)
     found = memory.search(queries, candidates=right, top_k=1200)
     exact = (5.0 * memory.feature_map(queries) @ memory.feature_map(memory.memories).mT).detach().gather(1, found.indices)
-    # Weights of the exact scores of what was found.
+    # The weights of the exact scores of the memories that were found.
     assert_close(found.weights, simplex_map(exact, 2.0) * (found.weights > 0), scale=30)
     for change in ("order", "one", "scale"):
         other = features.copy()
@@ -382,7 +383,7 @@ def test_vectors_are_compared_once_for_an_index_and_a_state_of_the_memory(monkey
     index.add(memory.stored_features().detach().numpy()[-1:])
     memory.search(queries, candidates=index)
     assert len(compared) == 2
-    # One of its own is made of the features.
+    # An index that the memory builds itself contains the features.
     memory.index("PQ4x4")
     memory.search(queries)
     assert len(compared) == 2
@@ -496,7 +497,7 @@ def test_an_index_that_cannot_be_built_is_refused(monkeypatch):
 @pytest.mark.parametrize("factory", ["flat", "Flat"])
 def test_search_works_in_half_precision_and_without_queries(dtype, factory):
     memory = _memory(dtype=dtype, similarity="dot", alpha=2.0)
-    # Scores of 1e6 are more than fp16 holds.
+    # Scores of 1e6 exceed the range of fp16.
     memory.store(300.0 * torch.nn.functional.normalize(torch.randn(300, 12), dim=-1))
     memory.index(factory)
     assert_close(memory.search(memory.memories[:9]).retrieved, memory.memories[:9])

@@ -1,4 +1,4 @@
-"""separation_loss against loops, masks and gradients; maximize_separation."""
+"""Tests of separation_loss against loops, with masks and gradients, and of maximize_separation."""
 
 import math
 

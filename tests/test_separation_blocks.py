@@ -1,4 +1,5 @@
-"""Losses a block at a time against the losses of a mask of all pairs, whose similarities are all there at once."""
+"""Tests of separation losses computed in blocks against losses computed from all similarities at
+once."""
 
 import pytest
 import torch

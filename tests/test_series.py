@@ -1,4 +1,5 @@
-"""Forecasting: series, splits, windows, baselines against loops and scikit-learn, the script."""
+"""Tests of forecasting: series, splits, windows, baselines against loops and scikit-learn, the
+script."""
 
 import dataclasses
 import json
@@ -123,7 +124,7 @@ def test_csv_and_parquet_files_are_read(tmp_path):
     assert torch.allclose(one.values, other.values, atol=1e-5)
     gaps = frame.copy()
     gaps.loc[5, "series_1"] = np.nan
-    # The standard deviation of 0.3 and of what was made of it is not 0, but for rounding.
+    # Because of rounding, the computed standard deviation of the constant 0.3 is not 0.
     gaps["series_2"] = np.where(np.arange(300) < 250, 0.3, 0.4)
     gaps.drop(index=range(100, 104)).to_csv(tmp_path / "gaps.csv", index=False)
     with pytest.warns(UserWarning, match=r"gaps.csv has gaps in its time stamps \(1, the first before row 100\)"):
@@ -158,7 +159,7 @@ def test_bad_files_are_refused(tmp_path):
 
 
 def _of_one_column(folder: Path, *parts: Any) -> str:
-    """A file of 100 rows, of which 70 are for training, with one series `a`."""
+    """A file of 100 rows (70 for training) with one series `a`."""
     frame = pd.DataFrame({"date": pd.date_range("2024-01-01", periods=100, freq="h"), "a": np.concatenate(parts)})
     frame.to_parquet(folder / "a.parquet")
     return str(folder / "a.parquet")
@@ -193,10 +194,11 @@ def test_a_series_that_scaling_makes_constant_gives_a_warning(tmp_path):
     assert len(caught) == 1
 
 
-# The CSV reader of datasets leaves its file to the garbage collector.
+# The CSV reader of datasets leaves its file open until garbage collection.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_a_series_is_read_from_the_hub(tmp_path, monkeypatch):
-    # A folder stands for a repository: what has one is not looked for elsewhere.
+    # Because `datasets` reads a local folder of the name of a repository first, the folder is a
+    # substitute for the Hub.
     frame = synthetic_series(300)
     monkeypatch.chdir(tmp_path)
     for repository, files in {"ett": ("ETTh1.csv", "ETTh2.csv"), "one": ("data.csv",), "split": ("train.csv", "test.csv")}.items():
@@ -234,7 +236,8 @@ def test_the_seasonal_baseline_repeats_the_last_season():
 
 @pytest.mark.parametrize("last_value", [False, True])
 def test_the_linear_baseline_is_ridge_regression(series, last_value):
-    """It is scikit-learn's, with the penalty that has the least error on validation windows."""
+    """It equals that of scikit-learn, with the penalty that has the lowest error on validation
+    windows."""
     forecast = linear_map(series, 30, 5, last_value=last_value)
     rows = torch.cat([series.values[:600, channel].unfold(0, 35, 1) for channel in range(4)]).double().numpy()
     offset = rows[:, 29:30] if last_value else 0.0
@@ -402,7 +405,7 @@ def test_baselines_accept_missing_values_and_a_season_longer_than_the_context(se
 
 
 def _early() -> STanHopRecipe:
-    """A recipe that ends before its last step."""
+    """A recipe whose training ends before its last step."""
     return STanHopRecipe(
         name="early",
         data=SeriesDataRecipe("synthetic", split=[400, 150, 150]),
@@ -437,7 +440,8 @@ def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeyp
     steps = []
 
     class Stopping(TrainerCallback):
-        """Stops a run for want of power after the evaluations that a patience of three may count."""
+        """Stops a run with an error, as a power failure would, while the patience of three is being
+        counted."""
 
         def on_step_begin(self, args, state, control, **kwargs):
             steps.append(state.global_step)
@@ -460,7 +464,8 @@ def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeyp
             patch.setattr(train_stanhop, broken, raising)
             with pytest.raises(ValueError, match="no luck"):
                 run(recipe, folder, resume=True)
-        # It was stopped in its last two steps, after the checkpoint before them; once finished, it takes no step.
+        # The run was stopped in its last two steps, after a checkpoint; a finished run takes no
+        # further step.
         assert steps == ([last - 2, last - 1] if broken == "write_results" else [])
     metrics = run(recipe, folder, resume=True)
     assert "train_seconds" not in metrics
@@ -651,7 +656,7 @@ def test_unsupported_columns_of_time_stamps_are_refused():
     both = values.assign(date=pd.date_range("2024-01-01", periods=4)).set_index(pd.date_range("2024-01-04", periods=4)[::-1])
     with pytest.raises(RecipeError, match=r"row 1 of FILE .*the index of FILE has"):
         take_time_stamps(both, "date", "FILE")
-    # Row numbers are no second clock beside a column of stamps.
+    # If there is a column of stamps, row numbers in the index are not read as time stamps.
     numbered = values.assign(date=pd.date_range("2024-01-01", periods=4)).set_axis([0, 1, 0, 1])
     assert list(take_time_stamps(numbered, "date", "FILE").columns) == ["a"]
 

@@ -1,4 +1,4 @@
-"""spherical_code against known optima, and separate_optimally."""
+"""Tests of spherical_code against known optima, and of separate_optimally."""
 
 import math
 
@@ -12,7 +12,8 @@ from modeling_uhop.spherical import closest_similarity, separate_optimally
 
 # Exact optima: (dim, points) -> cosine of the smallest angle.
 EXACT = {(3, 12): 1 / math.sqrt(5), (4, 10): 1 / 6, (5, 16): 1 / 5, (4, 24): 1 / 2, (6, 27): 1 / 4}
-# Best known angles in three dimensions, in degrees (Sloane, Hardin & Smith, tables of spherical codes).
+# Best known angles in three dimensions, in degrees (Sloane, Hardin & Smith, tables of spherical
+# codes).
 BEST_KNOWN = {7: 77.8695, 13: 57.1367, 24: 43.6908}
 
 

@@ -1,4 +1,5 @@
-"""Sweeps: what is run, what is kept, and what is gathered from several seeds."""
+"""Tests of sweeps: which runs start, which are not repeated, and the collected results of several
+seeds."""
 
 import json
 import statistics
@@ -38,7 +39,7 @@ content |= {"versions": {}, "commit": "abd" if seed == 2 else "abc", "machine": 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project whose training script answers at once."""
+    """A project with a training script that finishes at once."""
     for folder in ("training", "configs", "data"):
         (tmp_path / folder).mkdir()
     (tmp_path / "training" / "fake.py").write_text(SCRIPT)
@@ -155,7 +156,7 @@ def test_a_stopped_run_resumes_from_its_last_checkpoint(project, left):
     runs[1].folder.with_suffix(".done").unlink()
     execute(runs, jobs=1, cores=2)
     assert calls() == "xxr"
-    # Another recipe is begun anew.
+    # A run of another recipe starts from the beginning.
     (project / "configs" / "fake.yaml").write_text("data: {dataset: somewhere/ETTh2}\n")
     execute(runs, jobs=1, cores=2)
     assert calls() == "xxrx"
@@ -229,7 +230,7 @@ def test_every_variant_of_every_sweep_is_a_recipe(path):
             TrainingArguments("out", **{"eval_strategy": "epoch", **recipe.training})
             assert recipe not in seen, "two variants are the same"
             seen.append(recipe)
-    # The first variant's recipe is the one on record, of which there is a card.
+    # The recipe of the first variant is recorded in the results file and has a card.
     assert sweep["suffix"] or not next(iter(sweep["variants"].values()))
     header = path.read_text()
     assert all(word in header for word in ("# Command:", "# Cost:"))

@@ -1,7 +1,8 @@
-"""The Triton kernels against the plain kernel in float64, and through a model; and compiled for GPUs that need not be here.
+"""Tests of the Triton kernels against the plain kernel in float64 and in a model, and of their
+compilation for several GPUs.
 
-They run in Triton's interpreter, or, with TRITON_INTERPRET=0 in the environment, on a GPU.
-"""
+They run in the interpreter of Triton or, with TRITON_INTERPRET=0 in the environment, on a GPU. The
+compilation needs no GPU."""
 
 import json
 import os
@@ -43,7 +44,8 @@ def _vit():
 
 
 def _assert_exact(inputs, *, scale, alpha=1.5, scaling=None, mask=None, dtype=torch.float32, blocks=BLOCKS):
-    """Outputs and gradients of the kernels, for inputs of this dtype, are those of the plain kernel in float64."""
+    """Assert that outputs and gradients of the kernels equal those of the plain kernel in
+    float64."""
     rounded = [x.to(dtype) for x in inputs]
     output = triton_hopfield_attention(*rounded, alpha=alpha, scaling=scaling, key_mask=mask, **blocks)
     wide = None if mask is None else mask[:, None, None]
@@ -85,7 +87,8 @@ def test_rows_without_a_key_retrieve_zeros_and_have_no_gradient(alpha):
 
 @pytest.mark.parametrize("alpha", [1.5, 1.7, 2.0])
 def test_nan_is_propagated(alpha):
-    """A NaN in a query spoils its row, one in a key every row that sees it."""
+    """A NaN in a query gives NaN in its row; a NaN in a key gives NaN in every row that attends to
+    it."""
     query, key, value = (x.detach().requires_grad_() for x in _inputs())
     with torch.no_grad():
         query[0, 0, 3, 1] = torch.nan
@@ -136,7 +139,7 @@ def test_gradients_go_where_they_are_asked_for(asking):
 
 
 def test_rows_with_ties_and_extreme_scores_are_exact():
-    """Large scores, ties, and one score far above many that are level."""
+    """Large scores, ties, and one score far above many equal ones."""
     key = torch.zeros(1, 1, 64, 16)
     key[..., 0] = torch.cat([torch.ones(1), torch.full((63,), -0.01)])
     query = torch.zeros(1, 1, 4, 16)
@@ -149,7 +152,8 @@ def test_rows_with_ties_and_extreme_scores_are_exact():
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
 def test_long_rows_of_nearly_level_scores_are_exact(alpha):
-    """Newton's method needs more steps from the largest score than on any other rows."""
+    """Newton's method, started at the largest score, needs more steps for these rows than for any
+    others."""
     inputs = [torch.randn(1, 1, count, 16, requires_grad=True) for count in (16, 2000, 2000)]
     _assert_exact(inputs, scale=2, alpha=alpha, scaling=0.01, blocks={"block_queries": 16, "block_keys": 64})
 
@@ -159,7 +163,8 @@ def test_long_rows_of_nearly_level_scores_are_exact(alpha):
     [(90, "bfloat16", 64, 0.5, "unmasked"), (80, "float16", 256, 0.7, "masked"), (80, "float32", 128, 0.7, "masked")],
 )
 def test_kernels_fit_the_gpus_they_are_compiled_for(capability, dtype, width, eps, masked, tmp_path):
-    """Compiled to machine code, without such a GPU: registers hold what a thread needs, and shared memory what a program does."""
+    """Compile to machine code without such a GPU: registers suffice for a thread, and shared memory
+    for a program."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     worker = [str(x) for x in (Path(__file__).parent / "triton_worker.py", capability, dtype, width, eps, masked)]
     finished = subprocess.run([sys.executable, *worker], env=environment, capture_output=True, text=True)
@@ -181,7 +186,7 @@ def test_a_model_selects_the_kernel_by_name():
 
 
 def test_a_model_trains_with_autocast(monkeypatch):
-    """Weights in fp32, attention in half precision, as a Trainer with `fp16=True` has them."""
+    """Weights are fp32 and attention is in half precision, as with a Trainer with `fp16=True`."""
     taken = []
 
     def kernel(query, *args, **kwargs):
