@@ -234,7 +234,7 @@ def test_the_kernel_compiles_without_a_graph_break():
 @pytest.mark.parametrize("kernel", [hopfield_attention_forward, triton_attention_forward])
 def test_a_traced_kernel_keeps_no_values_of_its_example(kernel):
     if kernel is triton_attention_forward:
-        pytest.importorskip("triton", reason="Triton is there on Linux alone")
+        pytest.importorskip("triton", reason="Triton exists only for Linux")
     """It has the plain kernel, and no values of what it was traced with."""
     module = torch.nn.Module().eval()
     first, second = (tuple(torch.randn(3, 1, 2, 5, 8)) for _ in range(2))

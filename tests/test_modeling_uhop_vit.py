@@ -210,7 +210,7 @@ def test_half_precision_weights_and_autocast(variant, dtype):
 )
 def test_it_compiles_as_one_graph(fields):
     if "attn_implementation" in fields:
-        pytest.importorskip("triton", reason="Triton is there on Linux alone")
+        pytest.importorskip("triton", reason="Triton exists only for Linux")
     model = _model(**fields)
     images = _images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -23,7 +23,7 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="TRITON_INTERPRET is not 1, and there is no GPU")
-pytest.importorskip("triton", reason="Triton is there on Linux alone")
+pytest.importorskip("triton", reason="Triton exists only for Linux")
 
 BLOCKS = {"block_queries": 16, "block_keys": 32}
 
@@ -278,7 +278,7 @@ def test_wrong_arguments_are_refused(changes, message):
         triton_hopfield_attention(**arguments)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="these are the interpreter's refusals")
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter raises these errors")
 def test_without_an_interpreter_or_for_bf16_a_cpu_is_refused(monkeypatch):
     halves = [x.bfloat16() for x in _inputs()]
     with pytest.raises(ValueError, match="cannot multiply bf16"):

@@ -162,11 +162,11 @@ def baselines(
     shortest = min(context_lengths)
     memory = WindowMemory(series, shortest, prediction_length)
 
-    def at(beta: float) -> float:
+    def validation_mse(beta: float) -> float:
         memory.beta = beta
         return errors_of(memory, series, "validation", shortest, prediction_length)["mse"]
 
-    memory.beta = min((8.0, 12.0, 16.0, 24.0), key=at)
+    memory.beta = min((8.0, 12.0, 16.0, 24.0), key=validation_mse)
     forecasters[f"memory of windows, {shortest}"] = (memory, shortest)
     errors = {name: errors_of(forecaster, series, split, length, prediction_length) for name, (forecaster, length) in forecasters.items()}
     return {name: {f"{split}_{metric}": error for metric, error in found.items()} for name, found in errors.items()}

@@ -167,46 +167,49 @@ def run_variant(recipe: MILRecipe, bags: Bags, repeat: int) -> list[dict[str, An
 def run_baseline(baseline: Baseline, recipe: MILRecipe, bags: Bags, repeat: int) -> list[dict[str, Any]]:
     """Run one repeat of a baseline's cross-validation; the outcome of each fold."""
     outcomes = []
-    for fold, (train, scored) in enumerate(splits(recipe, bags, repeat)):
+    for fold, (train, evaluated) in enumerate(splits(recipe, bags, repeat)):
         extractor = UHopMILFeatureExtractor(recipe.data.standardize, recipe.data.clip).fit([bags.instances[i] for i in train])
         standardised = extractor.transform(bags.instances)
-        chosen, unseen = [standardised[i] for i in train], [standardised[i] for i in scored]
-        scores = baseline(chosen, bags.labels[train], unseen)
+        train_bags, evaluated_bags = [standardised[i] for i in train], [standardised[i] for i in evaluated]
+        scores = baseline(train_bags, bags.labels[train], evaluated_bags)
         logits = np.stack([-scores, scores], axis=-1)
-        metrics = bag_metrics(logits, bags.labels[scored], recipe.metrics)
-        outcomes.append({"repeat": repeat, "fold": fold, **metrics, "trained_on": len(train), "bags": scored.tolist()})
+        metrics = bag_metrics(logits, bags.labels[evaluated], recipe.metrics)
+        outcomes.append({"repeat": repeat, "fold": fold, **metrics, "trained_on": len(train), "bags": evaluated.tolist()})
     return outcomes
 
 
-def mean_and_logistic_regression(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
+def mean_and_logistic_regression(train_bags: list[np.ndarray], labels: np.ndarray, evaluated_bags: list[np.ndarray]) -> np.ndarray:
     """Logistic regression on the mean instance of each bag."""
-    means = [np.stack([bag.mean(0) for bag in bags]) for bags in (chosen, unseen)]
+    means = [np.stack([bag.mean(0) for bag in bags]) for bags in (train_bags, evaluated_bags)]
     return LogisticRegression(C=0.01, max_iter=1000).fit(means[0], labels).decision_function(means[1])
 
 
-def statistics_and_random_forest(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
+def statistics_and_random_forest(train_bags: list[np.ndarray], labels: np.ndarray, evaluated_bags: list[np.ndarray]) -> np.ndarray:
     """A random forest on the minimum, maximum, mean and standard deviation of each feature over a
     bag."""
-    described = [np.stack([np.concatenate([bag.min(0), bag.max(0), bag.mean(0), bag.std(0)]) for bag in bags]) for bags in (chosen, unseen)]
+    described = [
+        np.stack([np.concatenate([bag.min(0), bag.max(0), bag.mean(0), bag.std(0)]) for bag in bags])
+        for bags in (train_bags, evaluated_bags)
+    ]
     forest = RandomForestClassifier(300, random_state=0).fit(described[0], labels)
     return forest.predict_proba(described[1])[:, 1] - 0.5
 
 
-def set_kernel_svm(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
+def set_kernel_svm(train_bags: list[np.ndarray], labels: np.ndarray, evaluated_bags: list[np.ndarray]) -> np.ndarray:
     """An SVM with the normalised set kernel (Gaertner et al., 2002): the mean RBF kernel over pairs
     of instances.
 
     Gamma is 1 / (features x variance) of the training instances, as scikit-learn's "scale", so that
     constant features have no effect. C is chosen from 1, 10 and 100 by cross-validation within the
     training bags."""
-    bags = chosen + unseen
+    bags = train_bags + evaluated_bags
     rows = np.concatenate(bags).astype(np.float64)
     starts = np.cumsum([0] + [len(bag) for bag in bags[:-1]])
-    gamma = 1.0 / (rows.shape[1] * np.concatenate(chosen).var())
+    gamma = 1.0 / (rows.shape[1] * np.concatenate(train_bags).var())
     similarity = [rbf_kernel(bag.astype(np.float64), rows, gamma=gamma).mean(0) for bag in bags]
     kernel = np.stack([np.add.reduceat(row, starts) for row in similarity]) / [len(bag) for bag in bags]
     kernel /= np.sqrt(np.outer(kernel.diagonal(), kernel.diagonal()))
-    count = len(chosen)
+    count = len(train_bags)
     search = GridSearchCV(SVC(kernel="precomputed"), {"C": [1.0, 10.0, 100.0]}, scoring="roc_auc", cv=3)
     return search.fit(kernel[:count, :count], labels).decision_function(kernel[count:, :count])
 

@@ -160,21 +160,21 @@ def execute(runs: list[Run], jobs: int, cores: int) -> None:
 
     def run_one(run: Run) -> Path | None:
         log, begun, done = (run.folder.with_suffix(suffix) for suffix in (".log", ".begun", ".done"))
-        asked = f"{shlex.join(run.command[1:])}\n{Path(run.command[2]).read_text()}"
-        if done.is_file() and done.read_text() == asked:
+        request = f"{shlex.join(run.command[1:])}\n{Path(run.command[2]).read_text()}"
+        if done.is_file() and done.read_text() == request:
             return None
         done.unlink(missing_ok=True)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         existing = ["--overwrite"] if run.folder.exists() else []
-        if begun.is_file() and begun.read_text() == asked and can_resume(run.folder):
+        if begun.is_file() and begun.read_text() == request and can_resume(run.folder):
             existing = ["--resume"]
-        begun.write_text(asked)
+        begun.write_text(request)
         with log.open("w") as stream:
             command = [*run.command, "--output_dir", str(run.folder), *existing]
             finished = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
         if finished.returncode != 0:
             return log
-        done.write_text(asked)
+        done.write_text(request)
         return None
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -117,7 +117,7 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False, resume: boo
 
 
 def load_or_run_fold(
-    recipe: MILRecipe, bags: Bags, folder: Path, repeat: int, fold: int, train: np.ndarray, scored: np.ndarray
+    recipe: MILRecipe, bags: Bags, folder: Path, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray
 ) -> dict[str, Any]:
     """The outcome of a fold and its time in seconds: loaded if an earlier run saved them, otherwise
     computed and saved."""
@@ -125,7 +125,7 @@ def load_or_run_fold(
     kept = read_stage(folder, name, recipe)
     if kept is None:
         started = time.perf_counter()
-        outcome = cross_validate_fold(recipe, bags, repeat, fold, train, scored)
+        outcome = cross_validate_fold(recipe, bags, repeat, fold, train, evaluated)
         kept = save_stage(folder, name, recipe, {"outcome": outcome, "seconds": time.perf_counter() - started})
     return kept
 
@@ -206,8 +206,8 @@ def divided(bags: Bags, among: np.ndarray, folds: int, seed: int) -> Iterator[tu
         # Because the caller raises an error for a class that is too small for the folds, we ignore
         # the warning of scikit-learn.
         warnings.simplefilter("ignore", UserWarning)
-        for train, scored in parts:
-            yield among[train], among[scored]
+        for train, evaluated in parts:
+            yield among[train], among[evaluated]
 
 
 def folds_of(recipe: MILRecipe, bags: Bags, repeats: range) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
@@ -222,19 +222,19 @@ def cross_validate(recipe: MILRecipe, bags: Bags, repeats: range | None = None) 
     return [cross_validate_fold(recipe, bags, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
 
 
-def cross_validate_fold(recipe: MILRecipe, bags: Bags, repeat: int, fold: int, train: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
+def cross_validate_fold(recipe: MILRecipe, bags: Bags, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray) -> dict[str, Any]:
     """Train on the training bags of one fold and evaluate on its other bags."""
-    chosen, unseen = [bags.instances[i] for i in train], [bags.instances[i] for i in scored]
+    train_bags, evaluated_bags = [bags.instances[i] for i in train], [bags.instances[i] for i in evaluated]
     answers = []
     for member in range(recipe.ensemble):
-        model, extractor = fit(recipe, chosen, bags.labels[train], bags.names, _seed(recipe, repeat, fold, member))
-        answers.append(predict(model, extractor, unseen))
+        model, extractor = fit(recipe, train_bags, bags.labels[train], bags.names, _seed(recipe, repeat, fold, member))
+        answers.append(predict(model, extractor, evaluated_bags))
     logits = np.mean([member_logits for member_logits, _ in answers], axis=0)
-    outcome = {"repeat": repeat, "fold": fold, **bag_metrics(logits, bags.labels[scored], recipe.metrics)}
+    outcome = {"repeat": repeat, "fold": fold, **bag_metrics(logits, bags.labels[evaluated], recipe.metrics)}
     if bags.instance_labels is not None:
         weights = [np.mean(rows, axis=0) for rows in zip(*(member_weights for _, member_weights in answers), strict=True)]
-        outcome["instance_auc"] = instance_auc(weights, [bags.instance_labels[i] for i in scored])
-    return {**outcome, "trained_on": len(train), "bags": scored.tolist(), "logits": logits.round(4).tolist()}
+        outcome["instance_auc"] = instance_auc(weights, [bags.instance_labels[i] for i in evaluated])
+    return {**outcome, "trained_on": len(train), "bags": evaluated.tolist(), "logits": logits.round(4).tolist()}
 
 
 def model_config(recipe: MILRecipe, instance_dim: int | None, names: list[str]) -> UHopMILConfig:
