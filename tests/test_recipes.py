@@ -579,7 +579,7 @@ def test_labels_are_converted_to_plain_classes(labels, expected):
         ([1, float("inf")], "row 1 has the label inf; a class"),
         ([1, {"a": 1}], "row 1 has the label .*; a class"),
         ([0, "1"], "row 1 has the label '1', but row 0 has 0; labels must be of one kind"),
-        ([0, True], "row 1 has the label True, and row 0 has 0"),
+        ([0, True], "row 1 has the label True, but row 0 has 0"),
     ],
 )
 def test_labels_that_are_not_classes_are_refused_by_row(labels, message):

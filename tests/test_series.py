@@ -578,7 +578,7 @@ def test_time_stamps_are_read_as_intended(given, expected, place):
         (["2024-01-01 00:00+01:00", "2024-01-01 05:00"], "row 1 .* one has an offset from UTC, the other has none"),
         (["2024-01-01", "2024-02-30"], "row 1 .*'2024-02-30' cannot be read as a date"),
         (["2024-01-01 00:00 CET", "2024-01-01 01:00 CET"], "row 0 .* cannot be read as a date; .* a time zone like"),
-        (["a", "b"], "row 0 .*'a' is no date"),
+        (["a", "b"], "row 0 .*'a' is not a date"),
         (["2024-01-01", None], "row 1 of FILE has no time stamp in column 'date'"),
         (["2024-01-01", " "], "row 1 of FILE has no time stamp in column 'date'"),
         ([1704067200.0, np.nan], "row 1 of FILE has no time stamp in column 'date'"),
