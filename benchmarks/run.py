@@ -1,7 +1,9 @@
-"""How fast the parts are beside their peers: ratios, each taken in one process with the peer in turn, on one thread.
+"""Measure how fast the parts of the package are compared with baselines.
 
-Where both compute the same thing, answers (and gradients, where they are timed) are compared before; a wrong answer gets no number. A ratio
-is the peer's over ours for gains, ours over the peer's for costs, the median over rounds.
+Each ratio is measured in one process on one thread, with the package and the baseline in turn. If
+both compute the same function, their outputs (and gradients, if these are timed) are compared
+before timing; a wrong output ends the benchmark. A gain is the measurement of the baseline divided
+by ours; a cost is our measurement divided by that of the baseline. Both are medians over rounds.
 
 python benchmarks/run.py
 python benchmarks/run.py --only attention separation --check
@@ -51,18 +53,19 @@ sys.path.insert(0, str(ROOT / "training"))
 from recipe import provenance  # noqa: E402
 
 
-# Memories that a sampled separation loss looks at.
+# Number of memories in the sample of a sampled separation loss.
 SAMPLE = 4096
 SHAPES = [(32, 3, 65, 64), (32, 6, 197, 64), (8, 8, 1024, 64)]
 
 MEMORY_SHAPE = (2, 8, 1024, 64)
 GPU_SHAPE = (32, 12, 1024, 64)
-# Width and depth of the vision transformers, for images of 224 in patches of 16.
+# Size of the vision transformers, for images of 224 x 224 pixels with patches of 16 x 16.
 VIT: dict[str, Any] = {"hidden_size": 384, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1536}
 TEN = {label: str(label) for label in range(10)}
 
-# Most that attention forward at 197 tokens may cost beside softmax, by kind of processor: 1.5 was measured on an EPYC with AVX-512, 1.8 on
-# one with AVX2 and 1.7 on a Xeon (files in results/). For matrix instructions (AMX) 2.2 was reported, and there is no file.
+# Largest allowed cost of attention compared with softmax, forward at 197 tokens, by kind of
+# processor. We measured 1.5 on an EPYC with AVX-512, 1.8 on one with AVX2 and 1.7 on a Xeon (files
+# in results/). For matrix instructions (AMX), 2.2 was reported, without a file.
 FORWARD_197 = {"AMX": 2.4, "AVX512": 1.7, "other": 1.9}
 
 Work = Callable[[], Any]
@@ -71,35 +74,36 @@ Loss = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class Case:
-    """A ratio that was measured, and the bound that it is to keep.
+    """A measured ratio and its bound.
 
     Attributes:
         part, name: What was timed.
-        peer: What it was timed beside.
-        ours, peers: What was measured in each round: milliseconds, or megabytes or a loss where the name says so.
-        at_most, at_least: The bound; one is given, or none.
-        error: Largest difference from the peer's answer.
+        baseline: What it is compared with.
+        ours, baselines: Measurements of each round: milliseconds, or megabytes or a loss if the
+            name says so.
+        at_most, at_least: The bound: at most one of the two is given.
+        error: Largest difference from the output of the baseline.
     """
 
     part: str
     name: str
-    peer: str
+    baseline: str
     ours: list[float]
-    peers: list[float]
+    baselines: list[float]
     at_most: float | None = None
     at_least: float | None = None
     error: float | None = None
 
     @property
     def ratio(self) -> float:
-        """Median over rounds of ours over the peer's, or of the peer's over ours for a bound from below."""
+        """Median over rounds of ours / baseline, or of baseline / ours for a lower bound."""
         return statistics.median(
-            theirs / own if self.at_least is not None else own / theirs for own, theirs in zip(self.ours, self.peers, strict=True)
+            theirs / own if self.at_least is not None else own / theirs for own, theirs in zip(self.ours, self.baselines, strict=True)
         )
 
     def row(self) -> dict[str, Any]:
-        described = {name: getattr(self, name) for name in ("part", "name", "peer", "at_most", "at_least", "error", "ratio", "kept")}
-        return {**described, "ours": statistics.median(self.ours), "peers": statistics.median(self.peers), "rounds": len(self.ours)}
+        described = {name: getattr(self, name) for name in ("part", "name", "baseline", "at_most", "at_least", "error", "ratio", "kept")}
+        return {**described, "ours": statistics.median(self.ours), "baselines": statistics.median(self.baselines), "rounds": len(self.ours)}
 
     @property
     def kept(self) -> bool:
@@ -109,9 +113,9 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each competitor")
-    parser.add_argument("--check", action="store_true", help="end with an error if a ratio is out of its bound")
-    parser.add_argument("--output", help="results file (default: benchmarks/results/speed.json if every part is run, and none otherwise)")
+    parser.add_argument("--rounds", type=int, default=7, help="number of measurements of each candidate")
+    parser.add_argument("--check", action="store_true", help="exit with an error if a ratio misses its bound")
+    parser.add_argument("--output", help="results file (default: benchmarks/results/speed.json if every part is run, otherwise none)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -130,11 +134,11 @@ def main() -> None:
         target.write_text(json.dumps(results, indent=1) + "\n")
     broken = [case for case in cases if not case.kept]
     if args.check and broken:
-        sys.exit(f"{len(broken)} of {len(cases)} ratios are out of their bounds")
+        sys.exit(f"{len(broken)} of {len(cases)} ratios miss their bounds")
 
 
 def processor() -> str:
-    """The kind of processor that a bound is for: "AMX", "AVX512", or "other"."""
+    """The kind of this processor, which determines bounds: "AMX", "AVX512" or "other"."""
     information = Path("/proc/cpuinfo")
     if information.is_file() and "amx_tile" in information.read_text():
         return "AMX"
@@ -142,13 +146,15 @@ def processor() -> str:
 
 
 def line(case: Case) -> str:
+    """One line of text about a measured ratio and its bound."""
     bound = f"<= {case.at_most}" if case.at_most is not None else f">= {case.at_least}" if case.at_least is not None else ""
     meaning = "less than" if case.at_least is not None else "as much as"
-    return f"{case.name:<58} {case.ratio:8.3g} times {meaning} {case.peer:<28} {bound:<8} {'' if case.kept else 'OUT OF BOUND'}"
+    return f"{case.name:<58} {case.ratio:8.3g} times {meaning} {case.baseline:<28} {bound:<8} {'' if case.kept else 'BOUND MISSED'}"
 
 
 def interleaved(rounds: int, *works: Work, clock: Callable[[], float] = time.process_time) -> list[list[float]]:
-    """Milliseconds (of CPU time, by default) of each in every round, run in turn."""
+    """Run functions in turn; the time of each in every round, in milliseconds (by default of CPU
+    time)."""
     times: list[list[float]] = [[] for _ in works]
     for work in works:
         work()
@@ -160,15 +166,18 @@ def interleaved(rounds: int, *works: Work, clock: Callable[[], float] = time.pro
     return times
 
 
-def difference(ours: torch.Tensor, peer: torch.Tensor, tolerance: float) -> float:
-    """Largest difference; a `SystemExit` if it is above the tolerance, as the time of a wrong answer means nothing."""
-    error = (ours.double() - peer.double()).abs().max().item()
+def difference(ours: torch.Tensor, baseline: torch.Tensor, tolerance: float) -> float:
+    """The largest difference of two outputs; exits if it exceeds the tolerance, because the time of
+    a wrong output has no meaning."""
+    error = (ours.double() - baseline.double()).abs().max().item()
     if not error <= tolerance:
-        sys.exit(f"the answers differ by {error}, more than {tolerance}: nothing was timed")
+        sys.exit(f"the outputs differ by {error}, but at most {tolerance} is allowed: nothing was timed")
     return error
 
 
 def with_gradients(attend: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> Work:
+    """A function that computes attention and the gradients of its inputs."""
+
     def work():
         return torch.autograd.grad(attend(*inputs).sum(), inputs)
 
@@ -176,7 +185,8 @@ def with_gradients(attend: Callable[..., torch.Tensor], inputs: list[torch.Tenso
 
 
 def attention(rounds: int) -> Iterator[Case]:
-    """1.5-entmax attention beside scaled_dot_product_attention, and beside the entmax library in the same layer."""
+    """Compare 1.5-entmax attention with scaled_dot_product_attention and with the entmax library in
+    the same layer."""
 
     def ours(query, key, value):
         return hopfield_attention(query, key, value, alpha=1.5, scaling=0.125)
@@ -187,7 +197,8 @@ def attention(rounds: int) -> Iterator[Case]:
     def softmax(query, key, value):
         return scaled_dot_product_attention(query, key, value)
 
-    # Most that it may cost beside softmax, and least that it must be faster than the library: forward, and with gradients.
+    # Largest allowed cost compared with softmax, and smallest speed-up over the library; each
+    # forward and with gradients.
     bounds = {65: ((None, 1.5), (1.0, 1.0)), 197: ((FORWARD_197[processor()], 1.5), (9.0, 4.0)), 1024: ((2.0, 1.5), (15.0, 7.0))}
     for shape in SHAPES:
         at_most, at_least = bounds[shape[2]]
@@ -203,18 +214,19 @@ def attention(rounds: int) -> Iterator[Case]:
                 return with_gradients(attend, inputs) if index else partial(attend, *without)
 
             name = f"1.5-entmax attention {shape}, {what}"
-            own, peers = interleaved(rounds, work(ours), work(softmax))
-            yield Case("attention", name, "scaled_dot_product_attention", own, peers, at_most=at_most[index], error=error)
-            own, peers = interleaved(rounds, work(ours), work(library))
-            yield Case("attention", name, "entmax library", own, peers, at_least=at_least[index], error=error)
+            own, baselines = interleaved(rounds, work(ours), work(softmax))
+            yield Case("attention", name, "scaled_dot_product_attention", own, baselines, at_most=at_most[index], error=error)
+            own, baselines = interleaved(rounds, work(ours), work(library))
+            yield Case("attention", name, "entmax library", own, baselines, at_least=at_least[index], error=error)
 
-    ours_mb, peer_mb = (attention_memory(name) for name in ("ours", "softmax"))
+    ours_mb, baseline_mb = (attention_memory(name) for name in ("ours", "softmax"))
     name = f"memory (MB), attention {MEMORY_SHAPE}, with gradients"
-    yield Case("attention", name, "scaled_dot_product_attention", [ours_mb], [peer_mb], at_most=1.2)
+    yield Case("attention", name, "scaled_dot_product_attention", [ours_mb], [baseline_mb], at_most=1.2)
 
 
 def attention_memory(name: str) -> float:
-    """Megabytes that attention and its gradients add to a fresh process, the inputs not counted."""
+    """Peak memory of attention and its gradients in a new process, in megabytes, without the
+    inputs."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_attention_memory, (name,))
 
@@ -227,20 +239,21 @@ def _attention_memory(name: str) -> float:
 
 
 def folding(rounds: int) -> Iterator[Case]:
-    """A U-Hop ViT at alpha = 1 whose feature maps are folded, beside transformers' ViT of the same size."""
+    """Compare a U-Hop ViT (alpha = 1) with folded feature maps with the ViT of transformers of the
+    same size."""
     model = UHopViTModel(UHopViTConfig(**VIT, image_size=224, patch_size=16, feature_init="normal")).eval()
     folded = model.fold_feature_maps()
-    peer = ViTModel(ViTConfig(**VIT)).eval()
+    baseline = ViTModel(ViTConfig(**VIT)).eval()
     images = torch.randn(8, 3, 224, 224)
     with torch.no_grad():
         error = difference(folded(images).last_hidden_state, model(images).last_hidden_state, 5e-6)
-        times = interleaved(rounds, lambda: folded(images), lambda: peer(images), lambda: model(images))
+        times = interleaved(rounds, lambda: folded(images), lambda: baseline(images), lambda: model(images))
     yield Case("folding", "ViT, 3 layers of 384, folded", "transformers' ViT", times[0], times[1], at_most=1.03, error=error)
     yield Case("folding", "ViT, 3 layers of 384, not folded", "transformers' ViT", times[2], times[1])
 
 
 def pdist_loss(features: torch.Tensor, reduce: Callable = torch.mean) -> torch.Tensor:
-    """The average separation loss as the authors' code has it."""
+    """The average separation loss as in the authors' code, with `torch.pdist`."""
     return reduce(torch.pdist(normalize(features, dim=-1)).square().mul(-2.0).exp()).log()
 
 
@@ -250,7 +263,7 @@ def gradient_of(loss: Loss, features: torch.Tensor) -> Work:
 
 
 def separation(rounds: int) -> Iterator[Case]:
-    """Separation losses with their gradients beside torch.pdist's."""
+    """Compare separation losses and their gradients with implementations by `torch.pdist`."""
 
     def nearest(features):
         return separation_loss(features, kind="nearest")
@@ -267,22 +280,22 @@ def separation(rounds: int) -> Iterator[Case]:
         ("nearest, M 8000, D 128", nearest, farthest_pdist, (8000, 128), 10.0),
         ("average, 200 images of 64 patches, D 512", separation_loss, image_loop, (200, 64, 512), 2.5),
     ]
-    for name, loss, peer, shape, bound in losses:
+    for name, loss, baseline, shape, bound in losses:
         features = torch.randn(shape)
-        error = difference(loss(features), peer(features), 1e-5)
-        works = [gradient_of(loss, features), gradient_of(peer, features)]
+        error = difference(loss(features), baseline(features), 1e-5)
+        works = [gradient_of(loss, features), gradient_of(baseline, features)]
         gradients = [work() for work in works]
         size = gradients[1].abs().max()
         error = max(error, difference(gradients[0] / size, gradients[1] / size, 1e-3))
-        ours, peers = interleaved(rounds, *works)
-        yield Case("separation", f"separation loss, {name}", "torch.pdist", ours, peers, at_least=bound or 1.0, error=error)
-    ours_mb, peer_mb = (peak_memory(loss, 8000) for loss in ("ours", "pdist"))
-    yield Case("separation", "memory (MB), average, M 8000, D 128", "torch.pdist", [ours_mb], [peer_mb], at_least=10.0)
+        ours, baselines = interleaved(rounds, *works)
+        yield Case("separation", f"separation loss, {name}", "torch.pdist", ours, baselines, at_least=bound or 1.0, error=error)
+    ours_mb, baseline_mb = (peak_memory(loss, 8000) for loss in ("ours", "pdist"))
+    yield Case("separation", "memory (MB), average, M 8000, D 128", "torch.pdist", [ours_mb], [baseline_mb], at_least=10.0)
     yield Case("separation", "memory (MB), average, M 30000, D 128", "200 MB", [peak_memory("ours", 30000)], [200.0], at_most=1.0)
 
 
 def sampling(rounds: int) -> Iterator[Case]:
-    """The separation loss of a sample of the memories: how far it is off, and what a million of them need."""
+    """Measure the error of a sampled separation loss, and its memory use for a million memories."""
     centres = torch.randn(1000, 128)
     features = centres[torch.randint(1000, (50_000,))] + torch.randn(50_000, 128)
     with torch.no_grad():
@@ -295,7 +308,7 @@ def sampling(rounds: int) -> Iterator[Case]:
 
 
 def peak_memory(loss: str, count: int, *, count_memories: bool = False) -> float:
-    """Megabytes that a loss of `count` memories and its gradient add to a fresh process."""
+    """Peak memory of a loss of `count` memories and its gradient in a new process, in megabytes."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak_memory, (loss, count, count_memories))
@@ -312,20 +325,24 @@ def _peak_memory(loss: str, count: int, count_memories: bool) -> float:
 
 
 def _peak_of(work: Work, before: int | None = None) -> float:
-    """Megabytes at the peak of a work above `before`, what the process has now by default."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    """Peak memory of a function above `before` kilobytes (by default the current use), in
+    megabytes."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS") if before is None else before
     work()
     return max(1, _status("VmHWM") - before) / 1024.0
 
 
 def _status(name: str) -> int:
-    """Kilobytes that Linux reports of this process."""
+    """A memory value that Linux reports for this process, in kilobytes."""
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
 
 def retrieval(rounds: int) -> Iterator[Case]:
-    """Retrieval beside a loop over queries that computes features anew, as the authors' code does, and beside the bare products."""
+    """Compare retrieval with a loop over queries and with the matrix product alone.
+
+    The loop computes the features of the memories again for each query, as the authors' code does.
+    """
     memory = stored(500, 784)
     queries = torch.randn(500, 784)
 
@@ -339,8 +356,8 @@ def retrieval(rounds: int) -> Iterator[Case]:
 
     with torch.no_grad():
         error = difference(memory(queries, output_energies=False).retrieved, loop(), 1e-5)
-        ours, peers = interleaved(rounds, lambda: memory(queries, output_energies=False), loop)
-        yield Case("retrieval", "500 memories, 500 queries, D 784", "loop over queries", ours, peers, at_least=90.0, error=error)
+        ours, baselines = interleaved(rounds, lambda: memory(queries, output_energies=False), loop)
+        yield Case("retrieval", "500 memories, 500 queries, D 784", "loop over queries", ours, baselines, at_least=90.0, error=error)
         memory = stored(100_000, 128)
         queries = normalize(memory.memories[:1000] + torch.randn(1000, 128), dim=-1)
         features = memory.stored_features()
@@ -351,15 +368,16 @@ def retrieval(rounds: int) -> Iterator[Case]:
             for part in queries.split(160):
                 part @ features.T
 
-        ours, peers = interleaved(rounds, lambda: memory.search(queries), scores)
-        yield Case("retrieval", "100,000 memories, 1000 queries, D 128, exact", "bare product", ours, peers, at_most=1.4, error=error)
+        ours, baselines = interleaved(rounds, lambda: memory.search(queries), scores)
+        yield Case("retrieval", "100,000 memories, 1000 queries, D 128, exact", "bare product", ours, baselines, at_most=1.4, error=error)
 
 
 def training(rounds: int) -> Iterator[Case]:
-    """A training step of a U-Hop ViT beside transformers' ViT of the same size, and a separation step beside a training step."""
+    """Compare a training step of a U-Hop ViT with that of the ViT of transformers, and a separation
+    step with a training step."""
     images, labels = torch.randn(8, 3, 224, 224), torch.randint(10, (8,))
     bounds = {1.0: 1.15, 1.5: 1.5, 2.0: 1.5}
-    peer = ViTForImageClassification(ViTConfig(**VIT, id2label=TEN))
+    baseline = ViTForImageClassification(ViTConfig(**VIT, id2label=TEN))
     models = [
         UHopViTForImageClassification(UHopViTConfig(**VIT, image_size=224, patch_size=16, id2label=TEN, alpha=alpha)) for alpha in bounds
     ]
@@ -382,7 +400,11 @@ def training(rounds: int) -> Iterator[Case]:
         torch.autograd.grad(loss, list(moving), allow_unused=True)
 
     separations = {"upstream": "all below", "feature_maps": "Phi alone"}
-    works: list[Work] = [step_of(peer), *(step_of(model) for model in models), *(partial(separation_step, moved) for moved in separations)]
+    works: list[Work] = [
+        step_of(baseline),
+        *(step_of(model) for model in models),
+        *(partial(separation_step, moved) for moved in separations),
+    ]
     taken, *ours = interleaved(rounds, *works)
     for (alpha, bound), own in zip(bounds.items(), ours[: len(models)], strict=True):
         yield Case("training", f"training step of a ViT, 3 layers of 384, alpha {alpha}", "transformers' ViT", own, taken, at_most=bound)
@@ -391,15 +413,19 @@ def training(rounds: int) -> Iterator[Case]:
 
 
 def gpu(rounds: int) -> Iterator[Case]:
-    """The Triton kernels with their gradients, beside FlashAttention, and adasplash where it is installed; nothing without a GPU."""
+    """Compare the Triton kernels and their gradients with FlashAttention and, if it is installed,
+    adasplash.
+
+    Without a GPU, nothing is timed.
+    """
     if not torch.cuda.is_available():
-        print("no GPU here: its kernels are not timed")
+        print("there is no GPU, so the Triton kernels are not timed")
         return
     yield from triton_kernels(rounds, [torch.randn(GPU_SHAPE, device="cuda", dtype=torch.bfloat16) for _ in range(3)], clock=gpu_clock)
 
 
 def triton_kernels(rounds: int, inputs: list[torch.Tensor], clock: Callable[[], float]) -> Iterator[Case]:
-    """`gpu` for a query, key and value in half precision."""
+    """The cases of `gpu` for given inputs: query, key and value in half precision."""
     attention_of_models = ALL_ATTENTION_FUNCTIONS["hopfield_triton"]
 
     def ours(query, key, value):
@@ -422,21 +448,21 @@ def triton_kernels(rounds: int, inputs: list[torch.Tensor], clock: Callable[[], 
         return error
 
     error = difference_of(ours)
-    peers: dict[str, tuple[Callable[..., torch.Tensor], dict[str, float]]] = {"FlashAttention": (flash, {"at_most": 2.0})}
+    baselines: dict[str, tuple[Callable[..., torch.Tensor], dict[str, float]]] = {"FlashAttention": (flash, {"at_most": 2.0})}
     if importlib.util.find_spec("adasplash") is not None:
         adasplash = importlib.import_module("adasplash")
         for name, attend in (("adasplash", adasplash.adasplash_v1), ("adasplash, no block mask", adasplash.adasplash_no_block_mask)):
-            peers[name] = partial(attend, alpha=1.5, is_causal=False), {"at_least": 1.0}
+            baselines[name] = partial(attend, alpha=1.5, is_causal=False), {"at_least": 1.0}
     what = f"1.5-entmax attention {tuple(inputs[0].shape)}, {str(inputs[0].dtype).removeprefix('torch.')}, with gradients"
-    for peer, (attend, bound) in peers.items():
+    for baseline, (attend, bound) in baselines.items():
         if attend is not flash:
             difference_of(attend)
         own, theirs = interleaved(rounds, with_gradients(ours, inputs), with_gradients(attend, inputs), clock=clock)
-        yield Case("gpu", what, peer, own, theirs, error=error, **bound)
+        yield Case("gpu", what, baseline, own, theirs, error=error, **bound)
 
 
 def gpu_clock() -> float:
-    """Seconds, once the GPU has done what it was given."""
+    """The time in seconds, after the GPU has finished all its work."""
     torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -459,7 +485,8 @@ PARTS: dict[str, Callable[[int], Iterator[Case]]] = {
 
 
 def growth_of_cost() -> dict[str, Any]:
-    """Milliseconds over N for attention and over M for the separation loss, with their gradients."""
+    """The time of attention for each N and of the separation loss for each M, with gradients, in
+    milliseconds."""
     curves: dict[str, Any] = {"attention": {}, "separation": {}}
     for size in logging.tqdm((64, 128, 256, 512, 1024, 2048), desc="growth of attention"):
         inputs = [torch.randn(1, 4, size, 64, requires_grad=True) for _ in range(3)]

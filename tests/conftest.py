@@ -1,4 +1,4 @@
-"""Shared by all tests: one tolerance table, seeds, threads."""
+"""Settings that all tests share: a table of tolerances, seeds and threads."""
 
 import os
 from typing import Any
@@ -14,22 +14,24 @@ from hypothesis import settings
 from transformers import PreTrainedModel
 
 
-# One worker of pytest-xdist a core: more threads would only fight over them.
+# Because pytest-xdist starts one worker per core, each worker uses one thread.
 torch.set_num_threads(1)
 settings.register_profile("default", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("default")
 
-# Largest accepted difference, absolute and relative to the larger value, by the dtype of what is tested. Float32 leaves room for a sum of
-# about a hundred rounded terms; the half precisions for their own rounding of inputs and output, as everything between is fp32.
+# Largest accepted difference, absolute and relative to the larger value, for each dtype. For
+# float32 it allows for a sum of about a hundred rounded terms. For half precision it allows for the
+# rounding of inputs and outputs, because all computation between is in fp32.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
-# Since 5.23 transformers warns of the old name.
+# transformers 5.23 and later warns about the old name.
 CHECKPOINTING = "activation_checkpointing" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient_checkpointing"
 
 
 def assert_close(actual: torch.Tensor, expected: Any, *, dtype: torch.dtype | None = None, scale: float = 1.0) -> None:
-    """Values equal within the table's tolerance for `dtype` (that of `actual`), widened by `scale` for values of that size."""
+    """Assert that values are equal within the tolerance for `dtype` (by default that of `actual`),
+    multiplied by `scale`."""
     tolerance = TOLERANCE[dtype or actual.dtype] * scale
     torch.testing.assert_close(
         actual.detach().double(), torch.as_tensor(expected, dtype=torch.float64).detach(), atol=tolerance, rtol=tolerance

@@ -1,4 +1,4 @@
-"""One process of test_distributed: trains a small model with Stage I and saves what it ends with."""
+"""One process of test_distributed: train a small model with Stage I and save the result."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from modeling_uhop import SeparationCallback
 
 
 class Killed(TrainerCallback):
-    """Dies after a checkpoint."""
+    """Kills its process after a checkpoint."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 6:
@@ -43,9 +43,10 @@ def main() -> None:
         dataset=Images(augment=False),
         per_device_train_batch_size=options["batch_size"],
         per_device_eval_batch_size=4,
-        # Shuffled, one process and two would not see the same batches.
+        # Because one process and two would see different batches with shuffling, we switch it off.
         train_sampling_strategy="sequential",
-        # A key bias has no true gradient, and AdamW would turn its rounding errors into steps.
+        # Because the true gradient of a key bias is 0, and AdamW would turn its rounding errors into
+        # steps, we use SGD.
         optim="sgd",
         learning_rate=0.1,
         save_strategy="steps",
@@ -55,7 +56,7 @@ def main() -> None:
         trainer.add_callback(Killed())
     trainer.train(resume_from_checkpoint=options.get("resume"))
     trainer.compute_metrics = metrics
-    # 29 images: neither batches nor shards are of one size.
+    # With 29 images, neither all batches nor all shards have the same size.
     evaluated = trainer.evaluate(Images(29, augment=False))
     logged = [entry for entry in trainer.state.log_history if "separation_loss" in entry]
     result = {"weights": dict(trainer.model.named_parameters()), "logged": logged, "history": callback.history, "evaluated": evaluated}
@@ -68,5 +69,6 @@ if __name__ == "__main__":
         leave_process_group()
     except Exception:
         traceback.print_exc()
-        # The traceback holds the process group, and an exit that frees it can hang.
+        # Because the traceback refers to the process group, and an exit that frees the group can
+        # hang, we exit without freeing it.
         os._exit(1)

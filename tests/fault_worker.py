@@ -1,6 +1,7 @@
-"""One process of test_faults: trains the recipe, is killed again and again at one moment or another, resumes, and writes down how it went.
+"""One process of test_faults: train a recipe, be killed at different moments, resume, and record
+the outcome.
 
-Each run is a fork of this process, so that what is imported is imported once.
+Each run is a fork of this process, so that packages are imported only once.
 """
 
 import json
@@ -45,7 +46,7 @@ def kill() -> None:
 
 
 def at_call(count: int, function: Callable, fault: Callable) -> Callable:
-    """The function, but for its `count`-th call, at which `fault` happens first."""
+    """The same function, except that `fault` is called before its `count`-th call."""
     calls = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -59,7 +60,7 @@ def at_call(count: int, function: Callable, fault: Callable) -> Callable:
 
 
 def half_written(tensors: dict[str, torch.Tensor], path: str, *_: Any) -> None:
-    """Part of a model's file, and no more."""
+    """Write only a part of a model file, then kill the process."""
     content = safetensors.torch.save(tensors)
     Path(path).write_bytes(content[: len(content) // 2])
     kill()
@@ -87,7 +88,8 @@ def after_the_last_step() -> None:
 
 
 def on_a_full_disk() -> None:
-    """No file may grow beyond the model's: the second checkpoint does not fit."""
+    """Limit the size of files to that of the model, so that the second checkpoint cannot be
+    written."""
 
     def fill(*_: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -96,7 +98,7 @@ def on_a_full_disk() -> None:
 
 
 def in_a_process_that_reads() -> None:
-    """A worker of the DataLoader is killed, after the first checkpoint."""
+    """Kill a worker of the DataLoader after the first checkpoint."""
     decoded = data._decoded
 
     def decoded_but_in_workers(*args: Any) -> Any:
@@ -119,7 +121,8 @@ MOMENTS = (
 
 
 def forked(work: Callable[[], Any], log: Path) -> int:
-    """Do the work in a fork, its output in a file; the exit status, negative for a signal."""
+    """Run a function in a fork with its output in a file; return the exit status (negative for a
+    signal)."""
     child = os.fork()
     if child == 0:
         with log.open("w") as stream:

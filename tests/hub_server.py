@@ -1,6 +1,7 @@
-"""A small server that speaks the protocol of the Hugging Face Hub, for tests of the real client: repositories, commits, LFS, private files.
+"""A small server with the protocol of the Hugging Face Hub, for tests of the real client.
 
-It checks the client's half of the protocol and holds everything in memory. By hand:
+It has repositories, commits, LFS and private files, checks the requests of the client, and keeps
+everything in memory. To start it by hand:
 
 python tests/hub_server.py --port 8080
 """
@@ -21,13 +22,13 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 
-# Files of other kinds go through LFS.
+# Files with other suffixes are uploaded through LFS.
 REGULAR_SUFFIXES = (".json", ".py", ".md", ".yaml", ".txt", ".gitattributes")
 
 
 @dataclass
 class Commit:
-    """A state of a repository: the content of every file, and which files are LFS."""
+    """A commit of a repository: the content of every file, and the names of LFS files."""
 
     oid: str
     parent: str | None
@@ -62,7 +63,7 @@ class Repository:
 
 
 class Refusal(Exception):
-    """An answer other than success, with the code by which the client tells what went wrong."""
+    """An error response, with the code from which the client determines the error."""
 
     def __init__(self, status: int, message: str, code: str | None = None, **content: str):
         super().__init__(message)
@@ -70,10 +71,11 @@ class Refusal(Exception):
 
 
 class Hub:
-    """The server's memory: users by token, repositories by "owner/name", LFS objects by their SHA-256.
+    """The data of the server: users by token, repositories by "owner/name", LFS objects by SHA-256.
 
     Args:
-        tokens: Who may write, and read private repositories of theirs: user by token.
+        tokens: The user of each token. A user may write, and may read their own private
+            repositories.
     """
 
     def __init__(self, tokens: dict[str, str] | None = None):
@@ -81,13 +83,14 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
         self.lock = threading.Lock()
-        # How many of the next LFS uploads break off halfway.
+        # The number of LFS uploads, from the next one, that fail halfway.
         self.broken_uploads = 0
 
     def repository(self, name: str, user: str | None, write: bool = False) -> Repository:
         repository = self.repositories.get(name)
         allowed = user == name.partition("/")[0]
-        # The Hub does not tell a private repository from one that is not there.
+        # Because the Hub gives the same answer for a private repository and a missing one, we do so
+        # too.
         if repository is None or (repository.private and not allowed):
             raise Refusal(404 if user else 401, "Repository not found", "RepoNotFound")
         if write and not allowed:
@@ -109,7 +112,7 @@ class Hub:
         return name
 
     def commit(self, repository: Repository, lines: list[dict[str, Any]]) -> Commit:
-        """All operations of a commit, or none."""
+        """Apply all operations of a commit, or none."""
         with self.lock:
             header = next(line["value"] for line in lines if line["key"] == "header")
             parent = header.get("parentCommit")
@@ -150,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
     port: int
 
     def log_message(self, *args: Any) -> None:
-        """Quiet."""
+        """Print no log."""
 
     def do_GET(self) -> None:
         self._answer("GET")
@@ -190,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send(refusal.status, json.dumps({"error": str(refusal), **refusal.content}).encode(), headers)
 
     def _body(self) -> bytes | None:
-        """The request's content, or nothing where this upload is to break off."""
+        """The content of a request; nothing if this upload is to fail."""
         length = int(self.headers.get("Content-Length") or 0)
         if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
             chunks = []
@@ -292,7 +295,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, data, headers)
             return
         oid = hashlib.sha256(data).hexdigest()
-        # As a content network's, the host is another one, and the client must take the headers of this answer.
+        # As with a content delivery network, the host differs, and the client must use the headers
+        # of this response.
         location = f"http://localhost:{self.port}/objects/{oid}"
         self._send(302, b"", {**headers, "Location": location, "X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))})
 
@@ -336,7 +340,8 @@ class Server(ThreadingHTTPServer):
 
 
 def environment(port: int, home: str, token: str | None = "hf_test") -> dict[str, str]:
-    """What the client reads when it is imported, to talk to this server and keep its cache in `home`."""
+    """Environment variables with which the client uses this server and keeps its cache in
+    `home`."""
     variables = {
         "HF_ENDPOINT": f"http://127.0.0.1:{port}",
         "HF_HOME": home,
@@ -349,7 +354,7 @@ def environment(port: int, home: str, token: str | None = "hf_test") -> dict[str
 
 @contextmanager
 def serving(hub: Hub, port: int = 0) -> Iterator[int]:
-    """Serve a hub on a port of this machine, any free one by default."""
+    """Serve a hub on a local port (by default any free one)."""
 
     class BoundHandler(Handler):
         pass

@@ -1,4 +1,5 @@
-"""One process of test_hub that talks to the test server through the real client: `python hub_worker.py JOB FOLDER`."""
+"""One process of test_hub, which uses the test server through the real client: `python
+hub_worker.py JOB FOLDER`."""
 
 import importlib
 import json
@@ -11,7 +12,7 @@ import torch
 
 
 def tiny_models() -> dict[str, tuple[Any, dict[str, torch.Tensor], str]]:
-    """For each family a model, its inputs, and the output that is compared."""
+    """For each family: a model, its inputs, and the name of the output that is compared."""
     import modeling_uhop as uhop
 
     torch.manual_seed(0)
@@ -37,7 +38,7 @@ def tiny_models() -> dict[str, tuple[Any, dict[str, torch.Tensor], str]]:
 
 
 def push_families(folder: Path) -> None:
-    """Every family with its processor, whole and in shards; the answers that it gave here go to a file."""
+    """Push every family with its processor, whole and in shards, and save its outputs to a file."""
     import numpy as np
     from transformers import ViTImageProcessorPil
 
@@ -57,7 +58,8 @@ def push_families(folder: Path) -> None:
 
 
 def load_families(folder: Path) -> None:
-    """Load what was pushed where the package cannot be imported, save and load again, and push it on; everything answers alike."""
+    """Load the pushed models without the package, save, load and push them again, and check that
+    all outputs are equal."""
     sys.modules["modeling_uhop"] = None  # type: ignore[assignment]
     import transformers
 
@@ -73,7 +75,8 @@ def load_families(folder: Path) -> None:
     def check(family: str, source: Any) -> Any:
         inputs, output, expected = answers[family]
         model = classes[family].from_pretrained(source, trust_remote_code=True)
-        # Weights are mapped from their file as they lie, and kernels sum in another order where they are not aligned.
+        # Because weights are memory-mapped from their file, and kernels sum unaligned weights in
+        # another order, outputs may differ by rounding.
         torch.testing.assert_close(getattr(model(**inputs), output), expected, rtol=5e-6, atol=5e-6, msg=lambda text: f"{source}: {text}")
         return model
 
@@ -90,7 +93,7 @@ def load_families(folder: Path) -> None:
 
 
 def train_and_push(folder: Path) -> None:
-    """A Trainer that pushes as it trains, with the separation step."""
+    """Train with the separation step and a Trainer that pushes during training."""
     from transformers import Trainer, TrainingArguments
 
     import modeling_uhop as uhop
@@ -118,7 +121,7 @@ def train_and_push(folder: Path) -> None:
 
 
 def interrupted_upload(folder: Path) -> None:
-    """Push while uploads break off: the error that the client ends with, if it does."""
+    """Push while uploads fail; print the error of the client, if there is one."""
     from huggingface_hub import HfApi
 
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 2000)
@@ -130,7 +133,7 @@ def interrupted_upload(folder: Path) -> None:
 
 
 def conflicting_commits(folder: Path) -> None:
-    """Two commits on one parent at the same time."""
+    """Make two simultaneous commits with the same parent."""
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -179,7 +182,7 @@ def registered_twice(folder: Path) -> None:
 
 
 def run_readme(folder: Path) -> None:
-    """The README's example of pushing and loading, as it stands."""
+    """Run the example of the README that pushes and loads a model, without a change."""
     exec(compile((folder / "example.py").read_text(), "README.md", "exec"), {})
 
 

@@ -1,4 +1,5 @@
-"""The papers' equations as float64 loops over Python numbers. Nothing of the package is imported, and nothing is clever."""
+"""The equations of the papers as plain loops over Python floats (float64), without an import of the
+package."""
 
 import math
 
@@ -6,7 +7,8 @@ import numpy as np
 
 
 def entmax(scores, alpha):
-    """argmax_p <p, z> + H_alpha(p) over the simplex: p_i = [(alpha - 1) z_i - tau]_+^(1 / (alpha - 1)), tau by bisection; softmax at 1."""
+    """argmax_p <p, z> + H_alpha(p) over the simplex: p_i = [(alpha - 1) z_i - tau]_+^(1 / (alpha -
+    1)), tau by bisection; softmax at 1."""
     if alpha == 1.0:
         top = max(scores)
         weights = [math.exp(z - top) for z in scores]
@@ -42,7 +44,8 @@ def kernel(u, v, matrix=None):
 
 
 def energy(query, memories, beta, alpha, matrix=None):
-    """E(x) = K(x, x) / 2 - Psi*_alpha(beta, K(Xi, x)) (2.2), with Psi*_alpha(beta, z) = Psi*_alpha(beta z) / beta."""
+    """E(x) = K(x, x) / 2 - Psi*_alpha(beta, K(Xi, x)) (2.2), with Psi*_alpha(beta, z) =
+    Psi*_alpha(beta z) / beta."""
     scores = [beta * kernel(memory, query, matrix) for memory in memories]
     return 0.5 * kernel(query, query, matrix) - conjugate(scores, alpha) / beta
 
@@ -56,7 +59,8 @@ def retrieve(query, memories, beta, alpha, matrix=None, steps=1):
 
 
 def attention(query, keys, values, alpha, scaling, bias=None, softcap=None, sink=None):
-    """One query of one head: Sep_alpha of its scores (3.1), capped, biased (-inf: absent), beside a sink without content."""
+    """Attention of one query and one head: Sep_alpha of its scores (3.1), with a cap, a bias (-inf:
+    absent) and a sink without content."""
     scores = [scaling * kernel(key, query) for key in keys]
     if softcap is not None:
         scores = [softcap * math.tanh(z / softcap) for z in scores]
@@ -86,7 +90,11 @@ def separation_loss(features, kind, t):
 
 
 def hopfield_layer(states, memories, phi, wq, wk, wv, beta, alpha, projected_values=False):
-    """One head of Sep_alpha[beta (W_Q Phi(x)) (W_K Phi(Xi))^T] V (3.1), V = W_V Xi or W_V W_K Xi; rows are tokens, biases are zero."""
+    """One head of Sep_alpha[beta (W_Q Phi(x)) (W_K Phi(Xi))^T] V (3.1), with V = W_V Xi or W_V W_K
+    Xi.
+
+    Rows are tokens; biases are zero.
+    """
     outputs = []
     for state in states:
         query = wq @ (phi @ state)
@@ -105,9 +113,12 @@ def layer_norm(vector, norm, eps):
 
 
 def hopfield_pooling(queries, items, norms, projections, heads, beta, alpha, steps, eps):
-    """HopfieldPooling (Ramsauer et al. 2020): state, stored and projected patterns normed, projected with bias, associated head by head.
+    """HopfieldPooling (Ramsauer et al. 2020): layer norms of state and patterns, projections with
+    bias, and attention of each head.
 
-    norms: (weight, bias) of the queries', memories' and contents' norms. projections: (W, b) of q, k, v and the output.
+    Args:
+        norms: (weight, bias) of the layer norms of queries, memories and contents.
+        projections: (W, b) of q, k, v and the output.
     """
     states = [layer_norm(query, norms[0], eps) for query in queries]
     stored = [layer_norm(item, norms[1], eps) for item in items]
@@ -132,7 +143,8 @@ def hopfield_pooling(queries, items, norms, projections, heads, beta, alpha, ste
 
 
 def attend(states, memories, linears, heads, beta, alpha, phi=None):
-    """Multi-head GSH of STanHop: q = W_Q Phi(R), k = W_K Phi(Y), v = W_V (W_K Y), each with bias; linears: (W, b) of q, k, v, output."""
+    """Multi-head GSH of STanHop: q = W_Q Phi(R), k = W_K Phi(Y), v = W_V (W_K Y), each with bias;
+    linears: (W, b) of q, k, v, output."""
     (wq, bq), (wk, bk), (wv, bv), (wo, bo) = linears
     width = len(bq) // heads
     outputs = []

@@ -1,4 +1,5 @@
-"""One process of test_distributed: the largest differences, in loss and gradients, of a model sharded by FSDP2 from a whole one."""
+"""One process of test_distributed: compare the loss and gradients of a model sharded by FSDP2 with
+those of a whole model."""
 
 import copy
 import json

@@ -1,4 +1,5 @@
-"""The chunked kernel against the plain one, whose scores are all there at once; and what transformers calls "hopfield"."""
+"""Tests of the chunked attention kernel against the plain kernel, and of the attention
+implementation "hopfield" of transformers."""
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_grouped_queries_have_the_outputs_and_gradients_of_copied_keys(alpha, he
 
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision(alpha, dtype):
+def test_low_precision_equals_float64_within_the_tolerances(alpha, dtype):
     query, key, value = _inputs(dtype, queries=33, keys=70)
     output = chunked_hopfield_attention(query, key, value, alpha=alpha, scaling=0.5)
     assert output.dtype == dtype
@@ -107,7 +108,7 @@ def test_a_query_without_any_key_gets_zeros_and_gives_no_gradient(piece):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
-def test_hard_scores_in_fp32(scale):
+def test_large_scores_in_fp32_are_within_their_rounding(scale):
     query, key, value = (x.detach().float() for x in _inputs(queries=4, keys=501))
     query *= scale
     expected = plain_hopfield_attention(query.double(), key.double(), value.double(), alpha=1.5, scaling=1.0)
@@ -117,7 +118,7 @@ def test_hard_scores_in_fp32(scale):
 
 
 @pytest.mark.parametrize("alpha", [1.3, 1.5])
-def test_the_gradient_of_dropout_is_of_the_same_draw(alpha, piece):
+def test_the_gradient_of_dropout_uses_the_mask_of_the_forward_pass(alpha, piece):
     def attend(query, key, value):
         torch.manual_seed(3)
         return chunked_hopfield_attention(query, key, value, alpha=alpha, scaling=0.6, dropout=0.4)
@@ -146,7 +147,7 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_nothing_of_the_size_of_the_scores_is_kept():
+def test_no_tensor_of_the_size_of_the_scores_is_saved():
     query = torch.randn(1, 1, 300, 4, requires_grad=True)
     kept: list[int] = []
 
@@ -160,7 +161,7 @@ def test_nothing_of_the_size_of_the_scores_is_kept():
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-def test_the_registered_kernel(alpha):
+def test_the_registered_kernel_equals_the_plain_kernel(alpha):
     assert ALL_ATTENTION_FUNCTIONS["hopfield"] is hopfield_attention_forward
     assert "hopfield" in ALL_MASK_ATTENTION_FUNCTIONS
     module = torch.nn.Module().eval()
@@ -177,7 +178,7 @@ def test_the_registered_kernel(alpha):
     assert_close(asked, output, scale=3)
 
 
-def test_a_bias_that_is_learned_gets_its_gradient():
+def test_a_learnable_bias_gets_its_gradient():
     query, key, value = _inputs()
     bias = torch.randn(2, 3, 5, 9, dtype=torch.float64, requires_grad=True)
     output, _ = hopfield_attention_forward(torch.nn.Module(), query, key, value, bias, scaling=0.6, alpha=1.5)
@@ -185,7 +186,7 @@ def test_a_bias_that_is_learned_gets_its_gradient():
     assert bias.grad.abs().sum() > 0
 
 
-def test_alpha_1_goes_through_scaled_dot_product_attention():
+def test_alpha_1_uses_scaled_dot_product_attention():
     query, key, value = (x.detach() for x in _inputs(torch.float32))
     output, _ = hopfield_attention_forward(torch.nn.Module().eval(), query, key, value, None, scaling=0.6)
     assert torch.equal(output.transpose(1, 2), scaled_dot_product_attention(query, key, value, scale=0.6))
@@ -196,7 +197,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 
 @pytest.mark.parametrize("fields", [{"alpha": 1.5}, {"alpha": 1.4, "learnable_alpha": True}], ids=["fixed", "learnable"])
 @pytest.mark.parametrize("encoder_type", ["transformer", "class_query"])
-def test_a_model_with_alpha_above_1_uses_it_unless_told_otherwise(fields, encoder_type):
+def test_a_model_with_alpha_above_1_uses_the_kernel_by_default(fields, encoder_type):
     model = UHopViTForImageClassification(UHopViTConfig(**SMALL, **fields, encoder_type=encoder_type, initializer_range=0.3)).eval()
     assert model.config._attn_implementation == "hopfield"
     images = torch.randn(3, 3, 8, 8)
@@ -211,7 +212,7 @@ def test_a_model_with_alpha_above_1_uses_it_unless_told_otherwise(fields, encode
         model.set_attn_implementation("sdpa")
 
 
-def test_a_forecaster_uses_it():
+def test_a_forecaster_uses_the_kernel():
     sizes = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6}
     model = STanHopForPrediction(STanHopConfig(**sizes)).eval()
     assert model.config._attn_implementation == "hopfield"
@@ -222,7 +223,7 @@ def test_a_forecaster_uses_it():
     assert STanHopForPrediction(STanHopConfig(**sizes, alpha=1.0, learnable_alpha=False)).config._attn_implementation == "hopfield"
 
 
-def test_it_compiles_without_a_break():
+def test_the_kernel_compiles_without_a_graph_break():
     model = UHopViTForImageClassification(UHopViTConfig(**SMALL, alpha=1.5)).eval()
     images = torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -231,9 +232,9 @@ def test_it_compiles_without_a_break():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("kernel", [hopfield_attention_forward, triton_attention_forward])
-def test_a_trace_computes_anew(kernel):
+def test_a_traced_kernel_keeps_no_values_of_its_example(kernel):
     if kernel is triton_attention_forward:
-        pytest.importorskip("triton", reason="Triton is there on Linux alone")
+        pytest.importorskip("triton", reason="Triton exists only for Linux")
     """It has the plain kernel, and no values of what it was traced with."""
     module = torch.nn.Module().eval()
     first, second = (tuple(torch.randn(3, 1, 2, 5, 8)) for _ in range(2))
@@ -250,7 +251,7 @@ def test_nan_stays_nan_under_a_mask():
 
 
 @pytest.mark.parametrize("empty", ["batch", "heads", "queries", "keys"])
-def test_nothing_to_do(empty):
+def test_empty_inputs_give_empty_outputs(empty):
     sizes = {"batch": 2, "heads": 3, "queries": 5, "keys": 9, empty: 0}
     shapes = [(sizes["batch"], sizes["heads"], sizes[name], 4) for name in ("queries", "keys", "keys")]
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
@@ -279,7 +280,7 @@ def test_alpha_out_of_range_is_refused(alpha):
         chunked_hopfield_attention(*_inputs(), alpha=alpha)
 
 
-def test_autocast_is_that_of_the_plain_kernel():
+def test_autocast_equals_that_of_the_plain_kernel():
     inputs = _inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = chunked_hopfield_attention(*inputs, alpha=1.5)
@@ -290,7 +291,7 @@ def test_autocast_is_that_of_the_plain_kernel():
     assert all(x.grad.dtype == torch.float32 and x.grad.isfinite().all() for x in inputs)
 
 
-def test_sums_over_many_pieces_keep_their_precision(monkeypatch):
+def test_sums_over_many_chunks_keep_their_precision(monkeypatch):
     query = torch.randn(1, 1, 2048, 8, dtype=torch.float64)
     key, value = torch.randn(2, 1, 1, 32, 8, dtype=torch.float64)
     gradients = []
@@ -302,14 +303,14 @@ def test_sums_over_many_pieces_keep_their_precision(monkeypatch):
     assert (gradients[1] - gradients[0]).norm() < 0.01 * gradients[0].norm()
 
 
-def test_where_weights_are_wanted_always_the_plain_kernel_is_chosen():
+def test_the_plain_kernel_is_used_if_weights_are_always_returned():
     config = UHopViTConfig(**SMALL, alpha=1.5, output_attentions=True)
     model = UHopViTForImageClassification(config).eval()
     assert model.config._attn_implementation == "eager"
     assert len(model(torch.randn(1, 3, 8, 8)).attentions) == 1
 
 
-def test_every_part_of_a_forecaster_follows_its_kernel():
+def test_every_part_of_a_forecaster_uses_its_kernel():
     sizes = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6}
     model = STanHopForPrediction(STanHopConfig(**sizes))
     layers = [module for module in model.modules() if isinstance(module, HopfieldAttention)]
@@ -321,7 +322,7 @@ def test_every_part_of_a_forecaster_follows_its_kernel():
     assert {module.config.use_feature_map for module in model.modules() if hasattr(module, "config")} == {True}
 
 
-def test_bags_need_weights():
+def test_bag_models_need_a_kernel_that_returns_weights():
     with pytest.raises(ValueError, match="instance weights need attn_implementation='eager', got 'hopfield'"):
         UHopMILForBagClassification(UHopMILConfig(alpha=1.5, attn_implementation="hopfield"))
 
@@ -329,7 +330,8 @@ def test_bags_need_weights():
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
 @pytest.mark.parametrize("keys", [9, 600])
 def test_large_scores_and_their_gradients(alpha, keys):
-    """Differences of scores that float32 holds exactly, beside offsets of their queries that dwarf them."""
+    """The differences of scores are exact in float32, but the offsets of their queries are much
+    larger."""
     query, key = torch.tensor([[[[2.0**23, 1.0], [-(2.0**23), 1.0], [1.0, 1.0]]]]), torch.ones(1, 1, keys, 2)
     key[..., 1] = torch.arange(keys) % 3
     value = torch.randn(1, 1, keys, 4)
@@ -359,7 +361,7 @@ def test_values_may_have_more_examples_and_another_dtype():
 @pytest.mark.parametrize("name", ["hopfield", "hopfield_triton"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_causal_model_stays_causal(name, padded):
-    """Models of transformers take it by name, and leave causality to kernels that know it."""
+    """Models of transformers select the kernel by name and leave causality to it."""
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32
     )
@@ -378,16 +380,16 @@ def test_a_causal_model_stays_causal(name, padded):
 @pytest.mark.parametrize("size", [50.0, 300.0, 2.0e4, 3.0e5])
 @pytest.mark.parametrize(("alpha", "keys"), [(1.5, 600), (2.0, 197), (2.0, 1000), (1.5, 50_000), (2.0, 50_000)])
 def test_gradients_of_large_level_scores(alpha, keys, size):
-    """Rounding of a threshold of this size would exceed the weights."""
+    """Rounding of a threshold of this size would be larger than the weights."""
     query, key = torch.full((1, 1, 2, 64), (size / 8.0) ** 0.5), torch.full((1, 1, keys, 64), (size / 8.0) ** 0.5)
     inputs = [x.requires_grad_() for x in (query, key, torch.randn(1, 1, keys, 8))]
     gradients = torch.autograd.grad(chunked_hopfield_attention(*inputs, alpha=alpha).sum(), inputs)
-    # Scores round by more than that themselves, if they are not level.
+    # Scores that are not equal are rounded by more than this.
     assert_close(gradients[2] * keys, torch.full((1, 1, keys, 8), 2.0), scale=200)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_autocast_leaves_float64_alone():
+def test_autocast_does_not_change_float64():
     inputs = [torch.randn(1, 2, 5, 4, dtype=torch.float64) for _ in range(3)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = chunked_hopfield_attention(*inputs, alpha=1.5)
@@ -395,7 +397,7 @@ def test_autocast_leaves_float64_alone():
 
 
 @pytest.mark.parametrize("keys", [9, 17, 600])
-def test_a_bad_query_gives_nan_and_so_do_its_gradients(keys):
+def test_a_query_with_nan_gives_nan_output_and_gradients(keys):
     query, key, value = (torch.randn(1, 1, count, 8, requires_grad=True) for count in (3, keys, keys))
     with torch.no_grad():
         query[0, 0, 1] = torch.nan
@@ -406,7 +408,7 @@ def test_a_bad_query_gives_nan_and_so_do_its_gradients(keys):
 
 
 @pytest.mark.parametrize(("cache", "scores"), [(2**21, 327680), (2**19, 655360), (0, 327680), (None, 327680)])
-def test_pieces_are_of_the_size_that_suits_the_cache(monkeypatch, cache, scores):
+def test_chunks_have_the_size_for_the_cache(monkeypatch, cache, scores):
     def sysconf(name):
         if cache is None:
             raise ValueError(f"unrecognized configuration name {name}")

@@ -1,4 +1,4 @@
-"""Hopfield attention inside tiny models of transformers: continuous in alpha, with everything that a model passes to its attention."""
+"""Tests of Hopfield attention inside tiny models of transformers."""
 
 import copy
 import pickle
@@ -127,7 +127,8 @@ ALL = ENCODERS + DECODERS + OTHERS
 
 
 def _model(name: str, fields: dict[str, Any], grow: float = 0.25) -> Any:
-    """A tiny model whose matrices are enlarged, as its attention would be flat, and alike at every alpha."""
+    """A tiny model with enlarged weights, because with small ones attention is uniform and equal at
+    every alpha."""
     kind = getattr(transformers, name)
     model = kind(kind.config_class(**copy.deepcopy(fields))).eval()
     with torch.no_grad():
@@ -165,7 +166,7 @@ def test_a_model_is_continuous_in_alpha(name: str, fields: dict[str, Any], make:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "fields", "make"), DECODERS[::2], ids=[case[0] for case in DECODERS[::2]])
-def test_decoding_step_by_step_and_padding_on_either_side_change_nothing(name, fields, make):
+def test_step_by_step_decoding_and_padding_do_not_change_outputs(name, fields, make):
     model = use_hopfield_attention(_model(name, fields), 1.5)
     ids = _ids(12)
     whole = model(ids).logits
@@ -200,7 +201,7 @@ def test_generation_uses_alpha_with_and_without_a_cache():
 
 @pytest.fixture
 def warned(caplog):
-    """What is warned of."""
+    """The messages of the warnings."""
     logger = transformers.utils.logging.get_logger("modeling_uhop.attention_models")
     logger.propagate = True
     yield caplog
@@ -229,7 +230,7 @@ def test_a_saved_model_is_the_same_model(name, fields, make, tmp_path, warned):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "fields", "make"), [DECODERS[0], OTHERS[0], OTHERS[9]], ids=["Llama", "T5", "CLIP"])
 def test_an_edit_of_alpha_takes_effect_in_every_part_and_is_saved(name, fields, make, tmp_path):
-    """Parts of T5 hold copies of its configuration, those of CLIP have configurations of their own."""
+    """Parts of T5 have copies of its configuration; parts of CLIP have their own configurations."""
     model, inputs = use_hopfield_attention(_model(name, fields), 1.5), make()
     twin = use_hopfield_attention(copy.deepcopy(model), 2.0)
     before = _answer(model, inputs)
@@ -249,7 +250,7 @@ def test_an_edit_of_alpha_takes_effect_in_every_part_and_is_saved(name, fields, 
 
 
 @torch.no_grad()
-def test_one_tower_of_two(tmp_path):
+def test_one_of_two_towers_can_be_converted(tmp_path):
     model, inputs = _model(*OTHERS[9][:2]), OTHERS[9][2]()
     use_hopfield_attention(model.vision_model, 2.0)
     assert not hasattr(model.config, "hopfield_alpha")
@@ -334,7 +335,7 @@ def test_the_trainer_trains_it(tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("name", "fields", "make"), [ENCODERS[0], DECODERS[4], OTHERS[0], OTHERS[3]], ids=["Bert", "Gemma2", "T5", "ViT"])
-def test_half_precision(name, fields, make, dtype):
+def test_half_precision_is_supported(name, fields, make, dtype):
     model, inputs = use_hopfield_attention(_model(name, fields, grow=0.1), 1.5), make()
     expected = _answer(model, inputs)
     halves = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
@@ -347,7 +348,7 @@ def test_half_precision(name, fields, make, dtype):
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
 @pytest.mark.parametrize("given", [{}, {"softcap": 50.0}, {"s_aux": True}, {"position_bias": True}], ids=["plain", "cap", "sinks", "bias"])
 def test_large_scores_and_rows_without_keys(given, alpha, dtype):
-    """Scores of 1e4, and a query that may attend to nothing: finite, and zeros."""
+    """With scores of 1e4 outputs are finite, and a query without keys gives zeros."""
     query, key = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 7, 16)
     query *= 1e4 / (query @ key.repeat_interleave(2, 1).mT).abs().max()
     query, key, value = query.to(dtype).requires_grad_(), key.to(dtype), torch.randn(1, 2, 7, 16).to(dtype)
@@ -398,7 +399,7 @@ def test_a_bias_a_mask_and_causality_are_applied_together(kernel):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 @pytest.mark.parametrize("attend", [hopfield_attention_forward, entmax_attention_forward])
-def test_what_is_not_applied_is_refused(attend, given, error, message):
+def test_unsupported_arguments_are_refused(attend, given, error, message):
     query, key, value = torch.randn(3, 1, 2, 5, 8)
     with pytest.raises(error, match=message):
         attend(torch.nn.Module().eval(), query, key, value, None, **given)
@@ -431,7 +432,7 @@ def test_attention_outside_the_interface_is_refused_by_name(name, fields, layer)
 
 
 class _Calls(torch.nn.Module):
-    """Attention under another name, by PyTorch's kernel."""
+    """An attention implementation with another name that uses the kernel of PyTorch."""
 
     def forward(self, query: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, query, query)
@@ -454,7 +455,7 @@ class _Classifier(BertPreTrainedModel):
 
 
 @torch.no_grad()
-def test_classes_of_a_user_are_taken_or_refused():
+def test_user_defined_classes_are_converted_or_refused():
     inputs = _tokens()
     model = _Classifier(BertConfig(**TEXT)).eval()
     model.set_attn_implementation("eager")
@@ -475,7 +476,7 @@ def test_classes_of_a_user_are_taken_or_refused():
     assert _relative(_answer(use_hopfield_attention(llama, 2.0), inputs), softmax) > 0.05
 
 
-def test_pooling_that_stays_at_softmax_is_named(warned):
+def test_a_pooling_layer_that_keeps_softmax_is_named(warned):
     model = _model(*OTHERS[10][:2])
     use_hopfield_attention(model, 1.5)
     assert "the pooling of SiglipModel stays at softmax: vision_model.head.attention" in warned.text
@@ -515,7 +516,7 @@ def test_alpha_1_5_is_the_model_that_from_vit_makes():
     assert_close(use_hopfield_attention(vit, 1.5)(**inputs).last_hidden_state, expected, scale=10)
 
 
-def test_weights_are_returned_where_they_are_asked_for():
+def test_weights_are_returned_on_request():
     model = use_hopfield_attention(_model(*DECODERS[2][:2]), 2.0)
     ids = _ids()
     output = model(ids, output_attentions=True)
@@ -532,7 +533,7 @@ def test_a_model_compiles():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # which peft 0.21 reads
-def test_models_of_peft_are_taken():
+def test_peft_models_are_supported():
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = peft.get_peft_model(_model(*DECODERS[0][:2]), peft.LoraConfig(target_modules=["q_proj"]))
     ids = _ids()

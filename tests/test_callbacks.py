@@ -1,4 +1,5 @@
-"""SeparationCallback inside the stock Trainer: what it moves, what it leaves alone, schedules, logs, resume, refusals."""
+"""Tests of SeparationCallback in the Trainer: updated parameters, schedules, logs, resumed runs and
+errors."""
 
 import random
 import shutil
@@ -45,7 +46,7 @@ FIELDS = {
 
 
 class Images(torch.utils.data.Dataset):
-    """Random images whose every reading draws from the global random state, as augmentations do."""
+    """Random images; each access uses the global random state, as augmentation does."""
 
     def __init__(self, size: int = 48, augment: bool = True):
         generator = torch.Generator().manual_seed(3)
@@ -109,7 +110,7 @@ def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> b
 def algorithm_2(
     schedule: str = "step", steps: int = 1, parameters: str = "feature_maps", kind: str = "squared", **options: Any
 ) -> SeparationCallback:
-    """U-Hop Algorithm 2, the choices of which these tests change one at a time."""
+    """The callback with the settings of U-Hop Algorithm 2, which the tests change one at a time."""
     return SeparationCallback(schedule, steps, parameters, kind, **options)
 
 
@@ -120,13 +121,13 @@ MOVED = ["feature_maps", "upstream"]
 @pytest.mark.parametrize("parameters", MOVED)
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_with_lr_0_training_is_bitwise_what_it_is_without(tmp_path, schedule, parameters, optimizer):
+def test_with_lr_0_training_is_bitwise_equal_to_training_without_separation(tmp_path, schedule, parameters, optimizer):
     callback = algorithm_2(**schedule, parameters=parameters, optimizer=optimizer, lr=0.0, batch_size=8)
     assert _equal(_train(tmp_path), _train(tmp_path, callback))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
-def test_with_a_rate_it_changes_training_and_is_deterministic(tmp_path, schedule):
+def test_with_a_learning_rate_separation_changes_training_and_is_deterministic(tmp_path, schedule):
     runs = [_train(tmp_path, algorithm_2(**schedule, batch_size=8)) for _ in range(2)]
     assert _equal(*runs)
     assert not _equal(runs[0], _train(tmp_path))
@@ -134,7 +135,7 @@ def test_with_a_rate_it_changes_training_and_is_deterministic(tmp_path, schedule
 
 
 class Freeze(TrainerCallback):
-    """Undoes every supervised step, so that what moves is Stage I's doing alone."""
+    """Undoes every supervised step, so that only Stage I changes parameters."""
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         for group in optimizer.param_groups:
@@ -143,7 +144,7 @@ class Freeze(TrainerCallback):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
-def test_only_what_it_was_told_to_move_moves(tmp_path, schedule):
+def test_separation_changes_only_the_selected_parameters(tmp_path, schedule):
     before = {name: p.detach().clone() for name, p in _model().named_parameters()}
     moved = {}
     for parameters in MOVED:
@@ -153,13 +154,14 @@ def test_only_what_it_was_told_to_move_moves(tmp_path, schedule):
     assert moved["feature_maps"] == maps
     above = {name for name in before if name.startswith(("classifier", "vit.layernorm", "vit.layers.1"))} - maps
     above -= {name for name in above if "layernorm_before" in name}
-    # A key bias shifts all scores of a query alike, so no output and no gradient depends on it, save by rounding.
+    # A key bias adds the same number to all scores of a query, so outputs and gradients do not
+    # depend on it, except by rounding.
     expected = set(before) - above
     assert expected - moved["upstream"] <= {name for name in before if name.endswith(("k_proj.bias", "cls_token"))}
     assert moved["upstream"] <= expected
 
 
-def test_frozen_parameters_stay(tmp_path):
+def test_frozen_parameters_do_not_change(tmp_path):
     model = _model()
     model.vit.embeddings.requires_grad_(False)
     first_map = model.vit.layers[0].attention.feature_map.weight.requires_grad_(False)
@@ -199,7 +201,7 @@ def test_without_phi_the_memories_themselves_are_separated(tmp_path):
     assert callback.history[0]["separation_loss"] == pytest.approx(loss.item() / 2, abs=1e-5)
 
 
-def test_denoising_tells_memories_from_noisy_copies(tmp_path, monkeypatch):
+def test_denoising_loss_separates_memories_from_noisy_copies(tmp_path, monkeypatch):
     model, seen = _model(), []
     memory_sets = model.memory_sets
 
@@ -215,7 +217,7 @@ def test_denoising_tells_memories_from_noisy_copies(tmp_path, monkeypatch):
     assert (noisy - clean).std().item() == pytest.approx(0.7, rel=0.05)
     losses = [denoising_loss(c, f, temperature=0.2).item() for c, f in zip(copies, features, strict=True)]
     assert callback.history[0]["separation_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
-    # Fresh noise in every step, and the first step's again for the loss afterwards.
+    # Every step has new noise; the loss after the last step uses the noise of the first.
     assert not torch.equal(seen[3][0] - seen[2][0], noisy - clean)
     assert torch.equal(seen[-1][0], noisy)
 
@@ -232,7 +234,7 @@ def test_denoising_bags_ignores_their_padding():
     assert_close(callback._losses(arguments, model, [batch, noisy], 0.1), (sum(each) / 7).unsqueeze(0))
 
 
-def test_no_gradient_is_left_and_modes_come_back(tmp_path):
+def test_no_gradient_remains_and_training_modes_are_restored(tmp_path):
     class Watch(TrainerCallback):
         seen = 0
 
@@ -287,7 +289,7 @@ def test_annealing_covers_all_rounds(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
-def test_rows_can_be_normalised(tmp_path, option):
+def test_rows_of_w_can_be_normalised(tmp_path, option):
     callback = algorithm_2("train_begin", steps=3, batch_size=8, **{option: True})
     after = _train(tmp_path, callback, Freeze())
     rows = [after[name].norm(dim=-1) for name in after if "feature_map" in name]
@@ -296,7 +298,7 @@ def test_rows_can_be_normalised(tmp_path, option):
     assert not torch.allclose(free["vit.layers.0.attention.feature_map.weight"].norm(dim=-1), torch.ones(16), atol=1e-4)
 
 
-def test_gradient_accumulation_gives_one_round_an_optimizer_step(tmp_path):
+def test_with_gradient_accumulation_there_is_one_round_per_optimizer_step(tmp_path):
     callback = algorithm_2(batch_size=8, lr=0.0)
     accumulated = _train(tmp_path, callback, gradient_accumulation_steps=3)
     assert callback._steps_done == 4
@@ -315,7 +317,7 @@ def test_bf16_training(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 1e-3), ("adam", 1e-4)])
-def test_half_precision_weights_move_as_far_as_full_ones(tmp_path, dtype, optimizer, lr):
+def test_half_precision_weights_change_as_much_as_fp32_weights(tmp_path, dtype, optimizer, lr):
     moved = []
     for kind in (torch.float32, dtype):
         model = _model().to(kind)
@@ -328,7 +330,7 @@ def test_half_precision_weights_move_as_far_as_full_ones(tmp_path, dtype, optimi
 
 
 def test_a_resume_of_two_callbacks_and_half_precision(tmp_path):
-    """Each has a file of its own, with the fp32 copies of what it moves."""
+    """Each callback has its own file, with fp32 copies of the parameters it updates."""
 
     def callbacks():
         often = SeparationCallback(schedule="step", steps=2, kind="nearest", parameters="feature_maps", batch_size=8, lr=1e-3)
@@ -348,7 +350,7 @@ def test_a_resume_of_two_callbacks_and_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["epoch", "step"])
-def test_a_layer_may_be_frozen_as_training_goes_on(tmp_path, schedule):
+def test_a_layer_can_be_frozen_during_training(tmp_path, schedule):
     class FreezeLater(TrainerCallback):
         def on_epoch_begin(self, args, state, control, model=None, **kwargs):
             if state.epoch >= 1:
@@ -363,7 +365,7 @@ def test_a_layer_may_be_frozen_as_training_goes_on(tmp_path, schedule):
     assert not any(torch.equal(x, y) for x, y in zip(freeze.moving, _map_weights(model), strict=True))
 
 
-def test_a_checkpoint_is_whole_before_it_is_pushed_and_left_alone_after_training(tmp_path, monkeypatch):
+def test_a_checkpoint_is_complete_before_it_is_pushed_and_unchanged_after_training(tmp_path, monkeypatch):
     pushed = []
 
     def upload_folder(folder_path, **settings):
@@ -391,7 +393,7 @@ def test_a_checkpoint_is_whole_before_it_is_pushed_and_left_alone_after_training
     assert state.read_bytes() == before
 
 
-def test_a_stream_that_can_be_read_once_is_refused(tmp_path):
+def test_a_stream_that_can_be_read_only_once_is_refused(tmp_path):
     class Once(IterableDataset):
         def __init__(self):
             self.examples = iter(Stream())
@@ -403,7 +405,7 @@ def test_a_stream_that_can_be_read_once_is_refused(tmp_path):
         _train(tmp_path, SeparationCallback(batch_size=8), dataset=Once(), max_steps=2)
 
 
-def test_whole_numbers_are_denoised(tmp_path):
+def test_integer_inputs_can_be_denoised(tmp_path):
     class Bytes(Images):
         def __getitem__(self, index):
             return {"pixel_values": (40.0 * self.images[index]).clamp(0, 255).to(torch.uint8), "labels": self.labels[index]}
@@ -413,7 +415,7 @@ def test_whole_numbers_are_denoised(tmp_path):
     assert all(np.isfinite(entry["separation_loss"]) for entry in callback.history)
 
 
-def test_a_streamed_data_set_is_read_in_order_round_and_round(tmp_path):
+def test_a_streamed_data_set_is_read_in_order_and_repeatedly(tmp_path):
     callback = algorithm_2(batch_size=16)
     _train(tmp_path, callback, dataset=Stream(), max_steps=5)
     assert callback._steps_done == 5
@@ -423,7 +425,7 @@ def test_a_streamed_data_set_is_read_in_order_round_and_round(tmp_path):
         assert torch.equal(callback._sample(0, index)["pixel_values"], images[start : start + 16])
 
 
-def test_a_data_set_smaller_than_the_batch(tmp_path):
+def test_a_data_set_can_be_smaller_than_the_batch(tmp_path):
     callback = algorithm_2("train_begin", batch_size=64, steps=2)
     _train(tmp_path, callback, dataset=Images(size=10))
     assert len(callback.history) == 2
@@ -438,7 +440,7 @@ def test_a_stream_has_an_epoch_each_time_it_is_read(tmp_path):
 
 
 class Counting(IterableDataset):
-    """Reshuffles each time it is read, and has a length."""
+    """A stream with a length that is shuffled again each time it is read."""
 
     def __init__(self):
         self.readings = 0
@@ -458,7 +460,7 @@ class Empty(IterableDataset):
         return iter(())
 
 
-def test_a_stream_with_a_state_is_left_alone(tmp_path):
+def test_separation_does_not_change_the_state_of_a_stream(tmp_path):
     expected = _train(tmp_path, dataset=Counting(), max_steps=12)
     assert _equal(expected, _train(tmp_path, algorithm_2(lr=0.0, batch_size=16), dataset=Counting(), max_steps=12))
 
@@ -476,7 +478,7 @@ def test_only_measured_losses_are_logged(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
-def test_a_frozen_map_keeps_its_rows(tmp_path, option):
+def test_a_frozen_feature_map_keeps_its_rows(tmp_path, option):
     model = _model()
     weight = model.vit.layers[0].attention.feature_map.weight.requires_grad_(False)
     weight.mul_(3.0)
@@ -485,7 +487,7 @@ def test_a_frozen_map_keeps_its_rows(tmp_path, option):
     assert torch.equal(weight, kept)
 
 
-def test_one_process_alone_saves(tmp_path, monkeypatch):
+def test_only_one_process_saves(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "should_save", property(lambda self: False))
     callback = algorithm_2(batch_size=8)
     trainer = _trainer(tmp_path, callback)
@@ -502,7 +504,8 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
     def callback() -> SeparationCallback:
         return algorithm_2(**schedule, optimizer=optimizer, lr=0.01, batch_size=8, parameters="upstream", final_temperature=0.1)
 
-    # Inside an epoch the Trainer itself reads the first batch with another random state, so augmentation is left out there.
+    # Because the Trainer itself reads the first batch after a resume within an epoch with another
+    # random state, there is no augmentation in that case.
     images = Images(augment=stop == 6)
     whole = callback()
     expected = _train(tmp_path, whole, dataset=images, save_strategy="steps", save_steps=stop)
@@ -514,7 +517,7 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
     assert resumed._latest == whole._latest
 
 
-def test_a_resume_in_the_process_that_failed_repeats_the_round_it_lost(tmp_path):
+def test_a_resume_in_the_same_process_repeats_the_failed_round(tmp_path):
     settings = {"dataset": Images(augment=False), "save_strategy": "steps", "save_steps": 4}
     expected = _train(tmp_path / "whole", algorithm_2(batch_size=8), **settings)
     trainer = _trainer(tmp_path / "broken", algorithm_2(batch_size=8), **settings)
@@ -533,7 +536,7 @@ def test_a_resume_in_the_process_that_failed_repeats_the_round_it_lost(tmp_path)
     assert _equal(expected, dict(trainer.model.named_parameters()))
 
 
-def test_a_round_that_failed_is_not_taken_for_done(tmp_path, monkeypatch):
+def test_a_failed_round_is_not_counted_as_done(tmp_path, monkeypatch):
     callback = algorithm_2("train_begin", steps=4, batch_size=8)
     step, calls = callback._step, []
 
@@ -553,7 +556,7 @@ def test_a_round_that_failed_is_not_taken_for_done(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("schedule", ["train_begin", "step"])
-def test_a_separation_step_that_runs_out_of_memory_says_so(tmp_path, monkeypatch, schedule):
+def test_an_out_of_memory_error_names_the_separation_step(tmp_path, monkeypatch, schedule):
     def exhausted(*args):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
@@ -571,7 +574,7 @@ def test_a_frozen_backbone_without_phi_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "two of them"])
-def test_a_resume_from_a_checkpoint_elsewhere(tmp_path, kind):
+def test_a_run_can_resume_from_a_checkpoint_in_another_folder(tmp_path, kind):
     schedule = {"schedule": "step", "optimizer": "sgd" if kind == "sgd" else "adam", "lr": 0.01, "batch_size": 8}
 
     def callbacks(**options):
@@ -579,14 +582,15 @@ def test_a_resume_from_a_checkpoint_elsewhere(tmp_path, kind):
         return [algorithm_2(**schedule, **options), *more]
 
     images = Images(augment=False)
-    # Nothing is logged before the checkpoint: what it holds must not be told by the log.
+    # Because the content of a checkpoint must not be inferred from the log, nothing is logged
+    # before it.
     saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 500}
     expected = _train(tmp_path / "first", *callbacks(), dataset=images, **saving)
     moved = tmp_path / "elsewhere" / "best"
     shutil.copytree(tmp_path / "first" / "checkpoint-4", moved)
     for path in moved.glob("separation*"):
         path.unlink()
-    # A folder of the same number has another run's state.
+    # A folder with the same number has the state of another run.
     stale = tmp_path / "second" / "checkpoint-4"
     shutil.copytree(tmp_path / "first" / "checkpoint-8", stale)
     assert _equal(expected, _train(tmp_path / "second", *callbacks(), dataset=images, resume=str(moved)))
@@ -596,7 +600,7 @@ def test_a_resume_from_a_checkpoint_elsewhere(tmp_path, kind):
             _train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "adam"}), resume=str(moved))
 
 
-def test_a_resume_without_the_callback_leaves_what_it_carried_behind(tmp_path):
+def test_a_run_can_resume_without_the_callback(tmp_path):
     images = Images(augment=False)
     _train(tmp_path, algorithm_2(batch_size=8, optimizer="adam"), dataset=images, save_strategy="steps", save_steps=4)
     trainer = _trainer(tmp_path / "plain", dataset=images)
@@ -605,7 +609,7 @@ def test_a_resume_without_the_callback_leaves_what_it_carried_behind(tmp_path):
 
 
 @pytest.mark.parametrize("save_only_model", [True, False])
-def test_a_resume_from_a_checkpoint_whose_state_lies_in_a_file_alone(tmp_path, save_only_model):
+def test_a_run_can_resume_from_a_checkpoint_with_its_state_in_a_file_only(tmp_path, save_only_model):
     schedule = {"schedule": "step", "optimizer": "adam", "lr": 0.01, "batch_size": 8}
     images = Images(augment=False)
     saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 500, "save_only_model": save_only_model}
@@ -623,7 +627,7 @@ def test_a_resume_from_a_checkpoint_whose_state_lies_in_a_file_alone(tmp_path, s
     resumed = algorithm_2(**schedule, resume_from=moved)
     actual = _train(tmp_path / "second", resumed, dataset=images, resume=str(moved))
     assert resumed._steps_done == 12
-    # Without its optimizer the Trainer itself does not go on exactly.
+    # Without its optimizer state, the Trainer itself does not resume exactly.
     assert _equal(expected, actual) or save_only_model
     other = tmp_path / "first" / "checkpoint-8"
     with pytest.raises(ValueError, match="belongs to other weights"):
@@ -631,7 +635,7 @@ def test_a_resume_from_a_checkpoint_whose_state_lies_in_a_file_alone(tmp_path, s
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
-def test_a_resume_from_a_checkpoint_that_predates_the_callback(tmp_path, schedule):
+def test_a_run_can_resume_from_a_checkpoint_without_separation_state(tmp_path, schedule):
     images = Images(augment=False)
     _train(tmp_path, dataset=images, save_strategy="steps", save_steps=3)
     checkpoint = str(tmp_path / "checkpoint-6")
@@ -686,7 +690,7 @@ def test_a_single_memory_is_refused(tmp_path):
     _train(tmp_path, algorithm_2(include_class_token=True, batch_size=8), model=_model(patch_size=8))
 
 
-def test_seeds_draw_unrelated_batches(tmp_path):
+def test_seeds_sample_independent_batches(tmp_path):
     batches = {}
     for seed in (0, 1):
         callback = algorithm_2("train_begin", batch_size=8, seed=seed)
@@ -742,12 +746,12 @@ def test_bad_arguments_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize(("schedule", "steps"), [("train_begin", 100), ("epoch", 1), ("step", 1)])
-def test_a_round_is_long_where_there_is_but_one(schedule, steps):
+def test_the_default_number_of_steps_is_larger_for_a_single_round(schedule, steps):
     assert SeparationCallback(schedule).steps == steps
     assert SeparationCallback(schedule, steps=7).steps == 7
 
 
-def test_by_default_all_below_the_features_moves_once_before_training(tmp_path):
+def test_by_default_all_upstream_parameters_are_updated_once_before_training(tmp_path):
     def run(callback):
         model = _model(hidden_dropout_prob=0.0)
         return _train(tmp_path, callback, model=model, dataset=Images(augment=False), learning_rate=0.0, num_train_epochs=1)
@@ -783,6 +787,6 @@ def test_pooled_memories_are_one_set(tmp_path, pool_memories):
     assert separation.history[0]["separation_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_model_may_be_evaluated_before_training(tmp_path):
+def test_a_model_can_be_evaluated_before_training(tmp_path):
     trainer = _trainer(tmp_path, SeparationCallback())
     assert trainer.evaluate(Images(8))["eval_loss"] > 0

@@ -1,4 +1,4 @@
-"""Margins, bounds and certificates: against loops, and against what retrieval does."""
+"""Tests of margins, bounds and certificates against loops and against retrieval."""
 
 import math
 
@@ -23,7 +23,7 @@ from modeling_uhop.capacity import (
 from modeling_uhop.spherical import closest_similarity
 
 
-def test_margins():
+def test_margins_equal_the_loops():
     kernel = torch.tensor([[1.0, 0.2, -0.5], [0.2, 2.0, 0.7], [-0.5, 0.7, 0.5]])
     margin, rival = margins(kernel)
     assert_close(margin, [0.8, 1.3, -0.2])
@@ -51,7 +51,7 @@ def test_the_error_bound_is_never_exceeded(seed, beta, alpha, radius):
 def test_the_kernelized_error_bound_holds_and_is_the_formula(seed, beta):
     generator = torch.Generator().manual_seed(seed)
     memories = torch.randn(6, 10, generator=generator, dtype=torch.float64)
-    # A map that makes features nearly orthonormal, so that their margins beat their radius.
+    # A map with nearly orthonormal features, so that their margins are larger than their radius.
     weight = torch.linalg.pinv(memories).mT + 0.02 * torch.randn(6, 10, generator=generator, dtype=torch.float64)
     features = memories @ weight.mT
     bound = retrieval_error_bound(memories, features, beta)
@@ -85,7 +85,7 @@ def test_the_certificate_is_exact_in_both_directions(seed, beta, alpha):
     assert torch.equal(certified[clear], exact[clear])
 
 
-def test_softmax_retrieves_nothing_exactly():
+def test_softmax_retrieves_no_memory_exactly():
     assert not is_exactly_retrieved(10 * torch.eye(3), 5.0, 1.0).any()
     assert is_exactly_retrieved(torch.ones(1, 1), 5.0, 1.0).all()
 

@@ -1,4 +1,5 @@
-"""Fields of a configuration that are edited after the model was built: what is saved is what ran."""
+"""Tests of configuration fields that are edited after the model was built: they take effect and are
+saved, or are refused."""
 
 import copy
 from typing import Any
@@ -33,7 +34,7 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any], Any]] = {
         {"past_values": (2, 12, 2)},
     ),
 }
-# A value other than a field's own, where there is no general one.
+# Another value for each field that has no general rule for one.
 OTHERS: dict[str, Any] = {
     "alpha": 1.4,
     "memory_alpha": 1.5,
@@ -136,7 +137,7 @@ def test_an_edit_out_of_range_is_refused_at_the_next_call(family, name, value, m
 
 
 @pytest.mark.parametrize("family", ["vit", "mil"])
-def test_a_number_of_labels_that_the_classifier_does_not_have_is_refused(family, tmp_path):
+def test_another_number_of_labels_than_that_of_the_classifier_is_refused(family, tmp_path):
     model = _built(family)
     inputs = {key: torch.rand(shape) for key, shape in FAMILIES[family][2].items()}
     model.config.id2label = {0: "cat", 1: "dog"}
@@ -148,7 +149,7 @@ def test_a_number_of_labels_that_the_classifier_does_not_have_is_refused(family,
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_a_configuration_that_is_replaced_is_refused(family, tmp_path):
+def test_a_replaced_configuration_is_refused(family, tmp_path):
     model = _filled(_built(family))
     inputs = {key: torch.rand(shape) for key, shape in FAMILIES[family][2].items()}
     twin = copy.deepcopy(model)
@@ -166,7 +167,7 @@ def test_a_layer_with_a_configuration_of_its_own_is_refused_when_it_would_be_sav
         model.save_pretrained(tmp_path)
 
 
-def test_the_attention_must_compute_what_the_edit_asks_for():
+def test_an_edit_that_the_attention_kernel_cannot_compute_is_refused():
     model = _built("vit", attn_implementation="sdpa")
     model.config.alpha = 1.5
     with pytest.raises(ValueError, match="'sdpa' does not compute alpha-entmax"):
@@ -186,7 +187,7 @@ def test_edits_of_a_folded_model_and_of_a_copy(family, tmp_path):
         assert_close(_answer(loaded, family, inputs), answer, scale=10)
 
 
-def test_dropout_that_is_edited_drops():
+def test_edited_dropout_takes_effect():
     model = _built("vit").train()
     images = torch.rand(1, 3, 8, 8)
     assert torch.equal(model(images).logits, model(images).logits)

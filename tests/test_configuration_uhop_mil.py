@@ -1,4 +1,4 @@
-"""UHopMILConfig: round trips, refusals, and no field that nothing reads."""
+"""Tests of UHopMILConfig: saving and loading, errors, and that every field has an effect."""
 
 import dataclasses
 
@@ -40,7 +40,8 @@ CHANGES = {
 
 
 def _observed(config: UHopMILConfig) -> tuple[int, torch.Tensor]:
-    """Parameter count and pooled output of a seeded model in training mode, so that dropout shows too."""
+    """Parameter count and pooled output of a seeded model in training mode, so that dropout has an
+    effect too."""
     torch.manual_seed(0)
     model = UHopMILModel(config).train()
     shape = (config.instance_dim,) if config.instance_type == "vector" else (config.num_channels, 8, 8)

@@ -1,4 +1,4 @@
-"""UHopViTConfig: round trips, refusals, and no field that nothing reads."""
+"""Tests of UHopViTConfig: saving and loading, errors, and that every field has an effect."""
 
 import dataclasses
 
@@ -17,7 +17,8 @@ SMALL = {
     "image_size": 8,
     "patch_size": 4,
     "alpha": 1.5,
-    # Weights of the usual 0.02 make attention uniform, whatever its settings.
+    # With the usual standard deviation of 0.02, attention is uniform for all settings; so we use a
+    # larger one.
     "initializer_range": 0.2,
 }
 
@@ -51,7 +52,8 @@ CHANGES = {
 
 
 def _observed(config: UHopViTConfig) -> tuple[int, torch.Tensor]:
-    """Parameter count and pooled output of a seeded model in training mode, so that dropout shows too."""
+    """Parameter count and pooled output of a seeded model in training mode, so that dropout has an
+    effect too."""
     torch.manual_seed(0)
     model = UHopViTModel(config).train()
     size = config.image_size

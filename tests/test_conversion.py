@@ -1,4 +1,4 @@
-"""Vision transformers of transformers become U-Hop models with the same outputs, and come back."""
+"""Tests of the conversion of vision transformers to U-Hop models with equal outputs, and back."""
 
 import logging
 
@@ -45,7 +45,8 @@ CLASSIFIERS = {
 def _classifier(kind: str, **fields):
     model_class, config_class = CLASSIFIERS[kind]
     model = model_class(config_class(**{**SMALL, **fields})).eval()
-    # Fresh models begin with zeros here and there, which would hide a parameter that is left behind.
+    # Because some initial parameters are 0, which would hide a parameter that is not copied, we
+    # make all of them random.
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -94,7 +95,7 @@ def test_an_encoder_keeps_its_pooler():
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_images_of_another_size_are_read_alike(kind):
+def test_images_of_another_size_give_equal_outputs(kind):
     theirs = _classifier(kind)
     ours, images = UHopViTForImageClassification.from_vit(theirs), _images(size=20)
     expected = theirs(images, interpolate_pos_encoding=True).logits
@@ -112,7 +113,7 @@ def test_alpha_changes_the_function_and_not_the_weights():
     assert_close(learnable.vit.layers[0].attention.alpha, torch.full((3, 1, 1), 1.5))
 
 
-def test_what_the_weights_do_not_decide_can_be_chosen():
+def test_settings_that_the_weights_do_not_determine_can_be_chosen():
     theirs, images = _classifier("vit"), _images()
     chosen = {"hidden_dropout_prob": 0.25, "attention_probs_dropout_prob": 0.125, "initializer_range": 0.5}
     ours = UHopViTForImageClassification.from_vit(theirs, **chosen)
@@ -120,14 +121,14 @@ def test_what_the_weights_do_not_decide_can_be_chosen():
     assert_close(ours(images).logits, theirs(images).logits)
 
 
-def test_half_precision_stays():
+def test_half_precision_is_kept():
     theirs = _classifier("vit").to(torch.bfloat16)
     ours, images = UHopViTForImageClassification.from_vit(theirs), _images().bfloat16()
     assert ours.dtype == torch.bfloat16
     assert_close(ours(images).logits, theirs(images).logits.double(), dtype=torch.bfloat16, scale=4)
 
 
-def test_another_number_of_labels_and_a_missing_head_make_a_fresh_one(caplog, monkeypatch):
+def test_another_number_of_labels_or_a_missing_head_gives_a_new_classifier(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     theirs = _classifier("vit")
     ours = UHopViTForImageClassification.from_vit(theirs, num_labels=7)
@@ -145,7 +146,7 @@ def test_another_number_of_labels_and_a_missing_head_make_a_fresh_one(caplog, mo
     assert caplog.text == ""
 
 
-def test_a_mask_token_is_left_behind_by_a_classifier():
+def test_a_classifier_does_not_keep_the_mask_token():
     theirs = ViTForMaskedImageModeling(ViTConfig(**SMALL)).eval()
     images = _images()
     encoder = UHopViTModel.from_vit(theirs)
@@ -154,7 +155,7 @@ def test_a_mask_token_is_left_behind_by_a_classifier():
 
 @pytest.mark.parametrize("kind", ["vit", "deit"])
 @pytest.mark.parametrize("start", ["identity", "normal"])
-def test_there_and_back(kind, start, tmp_path):
+def test_a_conversion_and_its_inverse_keep_the_model(kind, start, tmp_path):
     theirs = _classifier(kind)
     ours = UHopViTForImageClassification.from_vit(theirs)
     if start == "normal":
@@ -194,12 +195,12 @@ def test_any_model_of_softmax_blocks_becomes_a_vit(fields):
         ({"value_source": "projected_memory", "use_feature_map": False}, "value_source='projected_memory'"),
     ],
 )
-def test_what_is_no_vit_says_so(fields, message):
+def test_a_model_that_is_not_a_vit_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         UHopViTForImageClassification(UHopViTConfig(**{**SMALL, **fields})).to_vit()
 
 
-def test_what_does_not_fit_says_so(tmp_path):
+def test_an_unsupported_vit_is_refused(tmp_path):
     beit = BeitForImageClassification(BeitConfig(**SMALL))
     with pytest.raises(ValueError, match=r"must be one of \('vit', 'deit', 'vit_msn'\) to be converted, got 'beit'"):
         UHopViTForImageClassification.from_vit(beit)
@@ -226,7 +227,7 @@ def test_a_converted_model_trains_with_the_separation_step(tmp_path):
     assert not torch.equal(ours.vit.layers[0].attention.feature_map.weight, before)
 
 
-def test_a_distillation_token_is_no_memory_unless_asked_for():
+def test_a_distillation_token_is_a_memory_only_on_request():
     ours = UHopViTForImageClassification.from_vit(_classifier("deit")).eval()
     images = _images()
     patches, tokens = (next(iter(ours.memory_sets(images, include_class_token=asked))).memories for asked in (False, True))

@@ -1,4 +1,5 @@
-"""Two gloo processes: bitwise equal to each other, and equal to one process on the same batches."""
+"""Tests of several processes: two gloo processes are bitwise equal, and equal to one process with
+the same batches."""
 
 import importlib
 import json
@@ -52,7 +53,7 @@ def _launch(folder: Path, processes: int, options: dict) -> list[dict]:
     ],
     ids=["upstream", "step"],
 )
-def test_two_processes_equal_each_other_and_one(tmp_path, separation):
+def test_two_processes_are_bitwise_equal_and_equal_one_process(tmp_path, separation):
     separation = {**separation, "batch_size": 8}
     first, second = _launch(tmp_path, 2, {"separation": separation, "batch_size": 4})
     (alone,) = _launch(tmp_path, 1, {"separation": separation, "batch_size": 8})
@@ -68,7 +69,7 @@ def test_two_processes_equal_each_other_and_one(tmp_path, separation):
     assert first["logged"][0]["separation_loss"] == pytest.approx(alone["logged"][0]["separation_loss"], abs=1e-4)
 
 
-def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(tmp_path):
+def test_a_killed_process_ends_the_others_and_the_run_resumes(tmp_path):
     options = {"separation": {"schedule": "step", "batch_size": 8}, "batch_size": 4}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for folder in (whole, broken):
@@ -82,13 +83,13 @@ def test_a_rank_that_dies_ends_the_others_and_the_run_resumes(tmp_path):
         assert [name for name, weight in known["weights"].items() if not torch.equal(weight, mine["weights"][name])] == []
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
+def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path):
     options = {"separation": {"batch_size": 7}, "batch_size": 4}
     with pytest.raises(pytest.fail.Exception, match="batch_size must be a multiple of the 2 processes, got 7"):
         _launch(tmp_path, 2, options)
 
 
-def test_a_model_sharded_by_fsdp2_is_the_whole_one(tmp_path):
+def test_a_model_sharded_by_fsdp2_equals_the_whole_model(tmp_path):
     _run(2, str(TESTS / "sharding_worker.py"), str(tmp_path))
     for rank in range(2):
         result = json.loads((tmp_path / f"rank_{rank}.json").read_text())
@@ -97,13 +98,13 @@ def test_a_model_sharded_by_fsdp2_is_the_whole_one(tmp_path):
         assert result["count"] > 20
 
 
-def test_a_forecasting_recipe_in_two_processes_is_that_in_one(tmp_path):
+def test_a_forecasting_recipe_in_two_processes_equals_one_process(tmp_path):
     content: dict[str, Any] = {
         "name": "small",
-        # 56 windows of validation: as many for each process.
+        # With 56 validation windows, each process has the same number.
         "data": {"dataset": "synthetic", "split": [200, 61, 60]},
         "model": {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16, "ff_dropout": 0.0, "attention_dropout": 0.0},
-        # Shuffled, one process and two would not see the same batches.
+        # Because one process and two would see different batches with shuffling, we switch it off.
         "training": {
             "max_steps": 6,
             "train_sampling_strategy": "sequential",
@@ -118,7 +119,7 @@ def test_a_forecasting_recipe_in_two_processes_is_that_in_one(tmp_path):
         "baseline_lengths": [],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump({**content, "training": {**content["training"], "per_device_train_batch_size": 4}}))
-    # The documented command itself, with this recipe.
+    # The command of the documentation, with this recipe.
     launcher, *words = re.search(r"^torchrun .*$", train_stanhop.__doc__, re.MULTILINE)[0].split()
     assert words[4].startswith("configs/")
     assert words[5:7] == ["--dataset", "WTH.csv"]
@@ -137,12 +138,12 @@ def test_a_forecasting_recipe_in_two_processes_is_that_in_one(tmp_path):
     assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
 
 
-def test_a_script_for_one_process_leaves_an_earlier_run_alone(tmp_path):
+def test_a_script_for_one_process_does_not_change_an_earlier_run(tmp_path):
     (tmp_path / "recipe.yaml").write_text("precious")
     recipe = str(TESTS.parent / "configs" / "mil_digits.yaml")
     with pytest.raises(pytest.fail.Exception) as failed:
         _run(2, str(TRAINING / "train_mil.py"), recipe, "--output_dir", str(tmp_path), "--overwrite")
-    assert "RecipeError: this script runs in one process, and was started in 2; start it with `python`" in str(failed.value)
+    assert "RecipeError: this script runs in one process, but was started in 2; start it with `python`" in str(failed.value)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("recipe.yaml", "precious")]
 
 
@@ -157,23 +158,23 @@ def test_a_script_for_one_process_leaves_an_earlier_run_alone(tmp_path):
         ("sweep", ["configs/sweeps/vit_digits.yaml"], "set --jobs"),
     ],
 )
-def test_scripts_for_one_process_refuse_more_in_one_line(script, arguments, remedy, tmp_path, monkeypatch):
+def test_scripts_for_one_process_refuse_several_processes(script, arguments, remedy, tmp_path, monkeypatch):
     module = importlib.import_module(script)
     monkeypatch.setattr("train_mil.prepare_for_many_runs", lambda: None)
     monkeypatch.setattr("compare_mil.prepare_for_many_runs", lambda: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [script, str(TESTS.parent / arguments[0]), *arguments[1:]])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match=rf"RecipeError: this script runs in one process, and was started in 2; .*{remedy}"):
+    with pytest.raises(SystemExit, match=rf"RecipeError: this script runs in one process, but was started in 2; .*{remedy}"):
         module.main()
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", sorted((TESTS.parent / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configurations_are_ones_that_accelerate_knows(path):
+def test_accelerate_reads_the_configurations(path):
     config = load_config_from_file(str(path))
     assert config.num_processes >= 2
-    # `accelerate launch` starts one process for any other kind.
+    # For any other type, `accelerate launch` starts a single process.
     assert config.distributed_type in (DistributedType.MULTI_GPU, DistributedType.FSDP, DistributedType.DEEPSPEED)
     known = {action.dest for action in launch_command_parser()._actions}
     for group in ("fsdp_config", "deepspeed_config"):

@@ -1,4 +1,5 @@
-"""The models beside the tools that people use with transformers: ONNX, PEFT, accelerate, datasets, TensorBoard, pipelines."""
+"""Tests of the models with other tools: ONNX, PEFT, accelerate, datasets, TensorBoard and
+pipelines."""
 
 import copy
 from pathlib import Path
@@ -34,16 +35,17 @@ from modeling_uhop import (
 
 
 FAMILIES = ("vit", "mil", "stanhop")
-# PEFT asks a model for the old name of what transformers 5.23 calls activation checkpointing.
+# PEFT uses an old name of activation checkpointing, which transformers 5.23 has renamed.
 OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-# torch.onnx copies a tree spec of torch's own.
+# torch.onnx copies a tree spec of torch, which gives a warning.
 TREE_SPEC = "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"
-# The decorators of transformers that collect hidden states keep a list while a model runs.
+# The decorators of transformers that collect hidden states change a list while a model runs.
 SIDE_EFFECTS = "ignore:While (compiling|exporting), we found certain side effects:UserWarning"
 
 
 def make_model(family: str, **fields) -> PreTrainedModel:
-    """A tiny model of the family, the same at each call, without dropout and at alpha = 1 unless told otherwise."""
+    """A tiny model of a family: equal at each call, without dropout, and by default with alpha =
+    1."""
     torch.manual_seed(11)
     tiny: dict[str, Any]
     if family == "vit":
@@ -65,7 +67,8 @@ def make_model(family: str, **fields) -> PreTrainedModel:
 
 
 def make_inputs(family: str, batch_size: int = 2, instances: int = 5, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Inputs of a model of `make_model`, without labels; bags of none and more, up to `instances`, whose padding is NaN."""
+    """Inputs without labels for a model of `make_model`; bags have 0 to `instances` instances, and
+    their padding is NaN."""
     generator = torch.Generator().manual_seed(seed)
     if family == "vit":
         return {"pixel_values": torch.randn(batch_size, 3, 8, 8, generator=generator)}
@@ -87,19 +90,19 @@ def make_labels(family: str, batch_size: int = 2) -> dict[str, torch.Tensor]:
 
 
 def answers(outputs: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output, in its order."""
+    """The tensors of a model output, in its order."""
     return [value for value in outputs.to_tuple() if isinstance(value, torch.Tensor)]
 
 
 def answer(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The tensor that a model is run for: logits, forecast, recalled patterns."""
+    """The main output tensor of a model: logits, forecasts or retrieved patterns."""
     with torch.no_grad():
         outputs = model(**inputs)
     return next(outputs[name] for name in ("logits", "prediction_outputs", "retrieved") if name in outputs)
 
 
 def assert_same(given: Any, expected: Any) -> None:
-    """Outputs equal within the table's tolerance, whole numbers too."""
+    """Assert that outputs are equal within the table of tolerances, integers included."""
     for one, other in zip(answers(given), answers(expected), strict=True):
         assert_close(one, other, dtype=torch.float32)
 
@@ -115,7 +118,9 @@ DYNAMIC_SHAPES["mil_images"] = DYNAMIC_SHAPES["mil"]
 OUTPUT_NAMES = {"vit": ["logits"], "mil": ["logits", "instance_weights"], "stanhop": ["prediction_outputs", "loc", "scale"]}
 OUTPUT_NAMES["mil_images"] = OUTPUT_NAMES["mil"]
 OUTPUT_NAMES["memory"] = ["retrieved", "association", "energy", "steps"]
-# Newton's steps above alpha = 1 make large graphs, and there are many in a forecaster. The vision transformer at 1 is folded below.
+# Because the Newton steps for alpha > 1 make large graphs, and a forecaster has many of them, it is
+# exported only with alpha = 1. The vision transformer with alpha = 1 is exported in the test of
+# folding below.
 EXPORTED: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in ("mil", "mil_images", "stanhop", "memory")]
 EXPORTED += [("vit", {"num_hidden_layers": 1, "alpha": 1.5}), ("mil", {"alpha": 2.0}), ("mil", {"alpha": 1.6, "learnable_alpha": True})]
 TRACED: list[tuple[str, dict[str, Any]]] = [("vit", {}), ("mil", {}), ("mil", {"pooling": "max"}), ("mil", {"alpha": 1.3})]
@@ -186,7 +191,7 @@ def test_a_folded_model_becomes_a_smaller_file_with_the_same_outputs(tmp_path):
         numbers.append(sum(int(np.prod(tensor.dims)) for tensor in graph.initializer))
         products.append(sum(node.op_type in ("MatMul", "Gemm") for node in graph.node))
         sessions.append(onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
-    # W of both layers is gone, 16 x 16, and the products with it.
+    # Both layers have lost W (16 x 16) and the products with it.
     assert numbers[0] - numbers[1] == 2 * 16 * 16
     assert products[0] > products[1]
     for session in sessions:
@@ -202,7 +207,7 @@ def test_a_compiled_forecaster_is_one_graph_with_the_same_outputs():
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-def test_a_compiled_memory_is_one_graph_and_leaves_each_query_where_it_stops(alpha):
+def test_a_compiled_memory_is_one_graph_and_stops_each_query_separately(alpha):
     model = make_model("memory", alpha=alpha, beta=0.3)
     queries = torch.cat([model.memories[:2], torch.randn(4, 16)])
     settings = {"update_steps": 6, "tolerance": 0.01}
@@ -226,7 +231,7 @@ HEADS = {"vit": "classifier", "mil": "classifier", "stanhop": "head"}
 
 
 class Examples(torch.utils.data.Dataset):
-    """Examples of a family, one at a time."""
+    """A data set of examples of a family."""
 
     def __init__(self, family: str, size: int = 12):
         self.columns = make_inputs(family, size) | make_labels(family, size)
@@ -253,7 +258,7 @@ def copy_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings(OLD_NAME)
-def test_lora_trains_adapters_alone_and_is_saved_loaded_merged_and_folded(tmp_path, family):
+def test_lora_trains_only_adapters_and_is_saved_loaded_merged_and_folded(tmp_path, family):
     peft = pytest.importorskip("peft")
     fields = {"alpha": 1.5}
     inputs = make_inputs(family)
@@ -330,7 +335,7 @@ def test_a_memory_recalls_through_an_adapter_of_its_feature_map():
 @pytest.mark.parametrize("parameters", ["feature_maps", "upstream"])
 @pytest.mark.parametrize("how", ["adapter", "whole"])
 @pytest.mark.filterwarnings(OLD_NAME)
-def test_separation_moves_what_peft_trains_of_the_feature_maps(tmp_path, how, parameters):
+def test_separation_updates_the_parameters_of_feature_maps_that_peft_trains(tmp_path, how, parameters):
     peft = pytest.importorskip("peft")
     config = {"r": 2, "target_modules": ["q_proj"]}
     config |= {"target_parameters": ["feature_map.weight"]} if how == "adapter" else {"modules_to_save": ["feature_map"]}
@@ -354,7 +359,7 @@ def test_separation_moves_what_peft_trains_of_the_feature_maps(tmp_path, how, pa
 
 
 @pytest.mark.filterwarnings(OLD_NAME)
-def test_separation_says_what_it_needs_of_an_adapter(tmp_path):
+def test_separation_names_the_setting_that_an_adapter_needs(tmp_path):
     peft = pytest.importorskip("peft")
     frozen = peft.get_peft_model(make_model("vit"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"target_parameters=\['feature_map.weight'\]"):
@@ -396,14 +401,15 @@ def test_loaded_in_another_precision_a_model_keeps_its_outputs_within_the_table(
         assert loaded.dtype == getattr(torch, dtype)
         assert given.dtype == (torch.float32 if family == "stanhop" else loaded.dtype)
         assert torch.equal(given, answer(copy.deepcopy(model).to(getattr(torch, dtype)), inputs))
-        # Forecasts are sums over scales, of up to 2.5.
+        # Forecasts are sums over scales, with values up to 2.5.
         assert_close(given.to(loaded.dtype), answer(model, inputs), scale=2 if family == "stanhop" else 1)
     loaded.save_pretrained(tmp_path / "narrow")
     assert_close(answer(type(model).from_pretrained(tmp_path / "narrow"), inputs), given)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "memory"])
-# Accelerate puts parameters of the bare model on devices too, and then misses a module of their name.
+# Because Accelerate also assigns devices to parameters of the model itself, and then warns that no
+# module has their name, we ignore this warning.
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules:UserWarning")
 def test_a_device_map_may_leave_weights_on_the_disk(tmp_path, family):
     model, inputs = make_model(family, alpha=1.5), make_inputs(family)
@@ -419,7 +425,7 @@ def test_a_device_map_may_leave_weights_on_the_disk(tmp_path, family):
 
 
 @pytest.mark.parametrize("schedule", ["train_begin", "epoch", "step"])
-def test_tensorboard_behind_the_callback_has_the_separation_loss_beside_the_loss(tmp_path, monkeypatch, schedule):
+def test_tensorboard_after_the_callback_has_the_separation_loss_and_the_loss(tmp_path, monkeypatch, schedule):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     callback = SeparationCallback(schedule=schedule, steps=2, lr=0.5, batch_size=8)
@@ -445,12 +451,13 @@ def test_tensorboard_of_the_trainer_has_the_loss(tmp_path, monkeypatch):
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
 
 
-# In order, and by gradients alone: Adam would blow up the rounding of those that are 0.
+# Because Adam would magnify the rounding errors of gradients that are 0, we use SGD, without
+# shuffling.
 PLAIN_STEPS = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
 
 
 def stream_of(folder: Path, rows: dict[str, list], features: Features) -> tuple[Any, Any]:
-    """A folder of two parquet files, as a stream and as a data set with places."""
+    """A folder of two parquet files, as a stream and as an indexed data set."""
     half = len(rows["label"]) // 2
     for part, chosen in enumerate((slice(0, half), slice(half, None))):
         part_rows = {name: column[chosen] for name, column in rows.items()}
@@ -470,7 +477,8 @@ def test_a_stream_of_images_trains_a_vision_transformer_as_the_same_images_in_a_
     weights, losses = [], []
     for dataset in stream_of(tmp_path, rows, Features({"image": Image(), "label": ClassLabel(names=["a", "b", "c"])})):
         images = dataset.map(prepared, batched=True, remove_columns=["image", "label"]).with_format("torch")
-        # As many as there are images: of a stream the first, of a list any, and so in both cases all of them.
+        # Because a stream gives its first images and a list gives random ones, the batch has all
+        # images in both cases.
         callback = SeparationCallback(schedule="step", parameters="feature_maps", kind="squared", lr=0.5, batch_size=10)
         trainer = make_trainer(tmp_path, make_model("vit", alpha=1.5), images, callback, max_steps=5, **PLAIN_STEPS)
         trainer.train()
@@ -503,7 +511,7 @@ def test_a_stream_of_ragged_bags_trains_a_bag_classifier_as_the_same_bags_in_a_l
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_loop_of_accelerate_separates_and_trains_as_the_trainer_with_the_callback(tmp_path, family):
+def test_an_accelerate_loop_with_separation_equals_the_trainer_with_the_callback(tmp_path, family):
     examples = Examples(family, size=8)
     callback = SeparationCallback(schedule="step", parameters="feature_maps", lr=0.3, batch_size=8)
     trainer = make_trainer(tmp_path, make_model(family), examples, callback, **PLAIN_STEPS)
@@ -531,7 +539,7 @@ def test_a_loop_of_accelerate_separates_and_trains_as_the_trainer_with_the_callb
         assert_close(model.get_parameter(name), weight, scale=20)
 
 
-def test_maximize_separation_of_a_models_memory_sets_is_a_round_of_the_callback(tmp_path):
+def test_maximize_separation_of_memory_sets_equals_a_round_of_the_callback(tmp_path):
     examples = Examples("vit", size=8)
     algorithm_1 = {"parameters": "feature_maps", "optimizer": "adam", "normalize_rows": True}
     callback = SeparationCallback(steps=10, lr=0.01, batch_size=8, **algorithm_1)
@@ -560,7 +568,7 @@ def test_predictions_of_the_trainer_are_the_outputs_of_the_model_in_order(tmp_pa
     assert metrics["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_predictions_for_ragged_bags_are_those_for_each_bag_alone(tmp_path):
+def test_predictions_for_ragged_bags_equal_those_for_each_bag(tmp_path):
     generator, sizes = np.random.default_rng(0), (1, 5, 3, 0, 9, 2, 4)
     bags = [{"instances": torch.tensor(generator.normal(size=(size, 6)), dtype=torch.float32), "label": size % 2} for size in sizes]
     model = make_model("mil", alpha=1.5)

@@ -1,4 +1,5 @@
-"""Energy and retrieval: the papers' loops, the energy's own gradient, and the theory."""
+"""Tests of energy and retrieval against the equations of the papers, autograd of the energy, and
+the theory."""
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_energy_and_retrieval_equal_the_loops(alpha, beta, kernelized):
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
-def test_the_update_is_a_step_down_the_energy(alpha):
+def test_the_update_rule_is_a_gradient_step_on_the_energy(alpha):
     queries, memories, phi = _problem()
     queries.requires_grad_()
     (gradient,) = torch.autograd.grad(energy(queries, memories, beta=2.0, alpha=alpha, feature_map=phi).sum(), queries)
@@ -62,7 +63,7 @@ def test_the_update_is_a_step_down_the_energy(alpha):
 
 
 @given(seed=st.integers(0, 10_000), alpha=st.floats(1.0, 2.0), beta=st.floats(0.1, 20.0))
-def test_energy_never_rises_along_retrieval(seed, alpha, beta):
+def test_energy_never_increases_during_retrieval(seed, alpha, beta):
     queries, memories, phi = _problem(seed)
     energies = [energy(queries, memories, beta=beta, alpha=alpha, feature_map=phi)]
     for _ in range(6):
@@ -85,7 +86,7 @@ def test_a_memory_is_a_fixed_point_exactly_where_the_proof_says(seed, alpha):
         assert torch.equal(exact[clear], (threshold >= 1.0)[clear])
 
 
-def test_one_beta_for_each_query():
+def test_each_query_can_have_its_own_beta():
     queries, memories, phi = _problem()
     betas = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
     settings = {"alpha": 1.5, "feature_map": phi}
@@ -169,8 +170,8 @@ def test_energy_refuses_a_beta_that_is_not_positive():
 @pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
 @pytest.mark.parametrize("beta", [3.0, torch.tensor([[1.0], [5.0], [0.2]])])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_kernel_without_weights_is_the_plain_form(similarity, alpha, beta, dtype):
-    """A gradient that is asked for takes the plain form."""
+def test_attention_without_weights_equals_the_plain_form(similarity, alpha, beta, dtype):
+    """If a gradient is required, the plain form is used."""
     queries, memories = torch.randn(2, 3, 6).to(dtype), torch.randn(700, 6).to(dtype)
     beta = beta.to(dtype) if isinstance(beta, torch.Tensor) else beta
     settings = {"beta": beta, "alpha": alpha, "similarity": similarity, "steps": 2}
@@ -182,7 +183,7 @@ def test_the_kernel_without_weights_is_the_plain_form(similarity, alpha, beta, d
     assert_close(actual, plain, scale=10)
 
 
-def test_functions_that_torch_transforms_are_those_of_a_loop():
+def test_torch_func_transforms_equal_the_loops():
     queries, memories = torch.randn(5, 3, 4), torch.randn(9, 4)
     for work in (lambda x: retrieve(x, memories, beta=2.0), lambda x: energy(x, memories, beta=2.0)):
         assert_close(torch.vmap(work)(queries), torch.stack([work(each) for each in queries]))
@@ -197,7 +198,7 @@ def _separated(patterns):
     return phi.weight.detach()
 
 
-# What each makes of patterns, a tensor (6, 5).
+# The function that each applies to patterns (6, 5).
 _FUNCTIONS = {
     "similarity_scores": lambda x: similarity_scores(x, 0.1 * torch.ones(2, 5)),
     "energy": lambda x: energy(x, x, beta=0.1, alpha=1.5),

@@ -1,4 +1,7 @@
-"""Kills, full disks and damaged files: a run goes on to the same weights, or says in a line what is wrong; what was whole stays whole."""
+"""Tests of killed processes, full disks and damaged files.
+
+A run resumes to the same weights, or reports the error in one line; complete checkpoints stay
+complete."""
 
 import json
 import os
@@ -20,13 +23,14 @@ from modeling_uhop import UHopViTConfig, UHopViTForImageClassification
 
 TESTS = Path(__file__).parent
 KILLED = -signal.SIGKILL
-# Moments that leave a process to say what happened, and words of what it says.
+# Faults after which a process can still report an error, and words of its message.
 TOLD = {"on_a_full_disk": ("File too large", "Error"), "in_a_process_that_reads": ("DataLoader worker",)}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder of runs, one of them whole and the others interrupted and resumed, and how each ended."""
+    """A folder of runs, one complete and the others interrupted and resumed, and the outcome of
+    each."""
     folder = tmp_path_factory.mktemp("faults")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(TESTS), str(ROOT / "training")))}
     command = [sys.executable, str(TESTS / "fault_worker.py"), str(folder)]
@@ -36,7 +40,7 @@ def runs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", [moment.__name__ for moment in MOMENTS])
-def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(runs, moment):
+def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_run(runs, moment):
     folder, statuses = runs
     assert statuses["whole"] == [0], (folder / "whole.log").read_text()
     interrupted, left, resumed = statuses[moment]
@@ -51,17 +55,17 @@ def test_an_interrupted_run_ends_with_the_weights_of_one_that_was_not(runs, mome
 
 
 @pytest.mark.parametrize("moment", ["in_the_model_file", "before_the_optimizer_is_written", "before_the_seal", "on_a_full_disk"])
-def test_what_was_not_written_to_the_end_is_named_and_replaced(runs, moment):
+def test_an_incomplete_checkpoint_is_named_and_replaced(runs, moment):
     folder, statuses = runs
     unfinished = "checkpoint-6" if moment == "before_the_seal" else "checkpoint-4"
     assert unfinished not in statuses[moment][1]
     log = (folder / f"{moment}_resumed.log").read_text()
-    assert f"{unfinished} was not written to the end, and is left out" in log
+    assert f"{unfinished} is incomplete and is not used" in log
     assert all((path / SEAL).is_file() for path in (folder / moment).glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("moment", TOLD)
-def test_what_a_run_can_say_is_said_in_one_line(runs, moment):
+def test_errors_that_a_run_can_report_are_one_line(runs, moment):
     folder, _ = runs
     lines = (folder / f"{moment}.log").read_text().strip().splitlines()
     assert any(word in lines[-1] for word in TOLD[moment])
@@ -89,12 +93,12 @@ def sealed(tmp_path):
     return tmp_path
 
 
-def test_the_last_whole_checkpoint_is_found_by_its_number(sealed):
+def test_the_complete_checkpoint_with_the_largest_step_is_used(sealed):
     assert last_checkpoint(sealed) == str(sealed / "checkpoint-10")
     (sealed / "checkpoint-12").mkdir()
     (sealed / "checkpoint-12" / "model.safetensors").write_bytes(b"half")
     (sealed / "checkpoint-last").mkdir()
-    with pytest.warns(UserWarning, match="checkpoint-12 was not written to the end"):
+    with pytest.warns(UserWarning, match="checkpoint-12 is incomplete"):
         assert last_checkpoint(sealed) == str(sealed / "checkpoint-10")
     remove_unfinished(sealed)
     assert sorted(path.name for path in sealed.iterdir()) == ["checkpoint-10", "checkpoint-2", "checkpoint-last"]
@@ -104,13 +108,13 @@ def test_the_last_whole_checkpoint_is_found_by_its_number(sealed):
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "model.safetensors is missing"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "model.safetensors is not as it was written"),
-        (lambda path: path.write_bytes(b"\x01" + path.read_bytes()[1:]), "model.safetensors is not as it was written"),
-        (lambda path: path.write_bytes((path.parents[1] / "checkpoint-2" / path.name).read_bytes()), "is not as it was written"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "model.safetensors has changed since it was written"),
+        (lambda path: path.write_bytes(b"\x01" + path.read_bytes()[1:]), "model.safetensors has changed since it was written"),
+        (lambda path: path.write_bytes((path.parents[1] / "checkpoint-2" / path.name).read_bytes()), "has changed since it was written"),
     ],
     ids=["missing", "truncated", "a byte", "another model's"],
 )
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_left(sealed, damage, message):
+def test_a_damaged_checkpoint_is_refused_and_the_previous_one_is_kept(sealed, damage, message):
     damage(sealed / "checkpoint-10" / "model.safetensors")
     with pytest.raises(RecipeError, match=rf"{message}; delete .*checkpoint-10 to resume from the checkpoint before it"):
         last_checkpoint(sealed)
@@ -118,7 +122,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_left(sealed, d
     assert last_checkpoint(sealed) == str(sealed / "checkpoint-2")
 
 
-def test_nothing_to_resume_from_is_said(tmp_path):
+def test_a_folder_without_a_complete_checkpoint_is_refused(tmp_path):
     with pytest.raises(RecipeError, match="has no checkpoint to resume from; pass --overwrite"):
         last_checkpoint(tmp_path)
 
@@ -126,8 +130,8 @@ def test_nothing_to_resume_from_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"hidden_size": 32}, r"classifier.weight has shape \(2, 32\) in it, and \(2, 16\) here"),
-        ({"num_hidden_layers": 2}, r"vit.layers.1.* has shape \(16, 16\) in it, and none here"),
+        ({"hidden_size": 32}, r"classifier.weight has shape \(2, 32\) in it and \(2, 16\) here"),
+        ({"num_hidden_layers": 2}, r"vit.layers.1.* has shape \(16, 16\) in it and none here"),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, fields, message):

@@ -1,4 +1,5 @@
-"""UHopMILFeatureExtractor and DataCollatorForBags: values against scikit-learn, masks, saving and loading, refusals."""
+"""Tests of UHopMILFeatureExtractor and DataCollatorForBags: values against scikit-learn, masks,
+saving and loading, errors."""
 
 import json
 import tracemalloc
@@ -21,7 +22,7 @@ def bags():
     return [random.normal(3.0, 2.0, (size, 5)) * [1, 10, 100, 1000, 1] for size in (4, 1, 9, 30)]
 
 
-def test_standardisation_is_that_of_scikit_learn(bags):
+def test_standardisation_equals_scikit_learn(bags):
     extractor = UHopMILFeatureExtractor(clip=None).fit(bags)
     scaler = StandardScaler().fit(np.concatenate(bags))
     for bag, transformed in zip(bags, extractor.transform(bags), strict=True):
@@ -31,7 +32,7 @@ def test_standardisation_is_that_of_scikit_learn(bags):
     np.testing.assert_allclose(clipped[2], scaler.transform(bags[2]).clip(-0.5, 0.5), rtol=1e-5, atol=1e-6)
 
 
-def test_bags_that_were_not_fitted_leave_no_trace(bags):
+def test_transformed_bags_do_not_change_the_extractor(bags):
     extractor = UHopMILFeatureExtractor().fit(bags[:2])
     mean = extractor.mean.copy()
     extractor.transform(bags)
@@ -51,14 +52,14 @@ def test_a_column_constant_in_training_becomes_zero(bags):
 
 
 def test_a_column_far_from_zero_is_not_constant(bags):
-    """Seconds since 1970, for one."""
+    """For example, seconds since 1970."""
     for bag in bags:
         bag[:, 1] = 1.7e9 + 1.5 * bag[:, 0]
     column = np.concatenate(UHopMILFeatureExtractor(clip=None).fit(bags).transform(bags))
     np.testing.assert_allclose(column[:, 1], column[:, 0], atol=1e-5)
 
 
-def test_principal_components_are_those_of_scikit_learn(bags):
+def test_principal_components_equal_scikit_learn(bags):
     extractor = UHopMILFeatureExtractor(clip=None, num_components=3).fit(bags)
     pca = PCA(3, svd_solver="full").fit(StandardScaler().fit_transform(np.concatenate(bags)))
     expected = pca.transform(StandardScaler().fit(np.concatenate(bags)).transform(bags[2])) / pca.explained_variance_[0] ** 0.5
@@ -67,7 +68,7 @@ def test_principal_components_are_those_of_scikit_learn(bags):
     assert np.concatenate(extractor.transform(bags))[:, 0].std(ddof=1) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_without_standardisation_bags_stay_as_they_are(bags):
+def test_without_standardisation_bags_are_unchanged(bags):
     assert np.allclose(UHopMILFeatureExtractor(standardize=False).fit(bags).transform(bags)[3], bags[3])
 
 
@@ -139,7 +140,7 @@ def test_bad_bags_are_named(bags, given, message):
         UHopMILFeatureExtractor().fit(bags)(given)
 
 
-def test_a_single_bag_in_every_form(bags):
+def test_a_single_bag_is_accepted_in_every_form(bags):
     extractor = UHopMILFeatureExtractor().fit(bags)
     expected = extractor([bags[0]])["instances"]
     rows = [list(map(np.float32, row)) for row in bags[0]]
@@ -220,7 +221,7 @@ def test_bad_collators_are_refused(bags):
         DataCollatorForBags()([{"instances": bags[0], "label": 1}, {"instances": bags[1]}])
 
 
-EXACT = np.arange(-10.0, 10.0).reshape(4, 5)  # values that every dtype but bool has
+EXACT = np.arange(-10.0, 10.0).reshape(4, 5)  # values that every dtype except bool has
 FORMS = {
     "float64": lambda bag: bag,
     "float16": lambda bag: bag.astype(np.float16),
@@ -245,7 +246,7 @@ FORMS = {
 
 @pytest.mark.parametrize("limit", [None, 3], ids=["whole", "reduced"])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-def test_every_form_is_the_same_bag_at_every_door(form, limit):
+def test_every_entry_point_reads_every_form_of_a_bag_equally(form, limit):
     extractor = UHopMILFeatureExtractor(clip=None).fit([EXACT])
     given, expected = form(EXACT), (EXACT - EXACT.mean(0)) / EXACT.std(0)
     np.testing.assert_allclose(extractor.transform([given])[0], expected, rtol=1e-6)
@@ -277,7 +278,7 @@ def test_every_form_is_the_same_bag_at_every_door(form, limit):
         (np.concatenate([np.zeros((1, 5)), np.full((1, 5), np.nan)]), "bag 1 .* not finite, first in its instance 1"),
     ],
 )
-def test_a_bad_bag_is_named_at_every_door(bags, given, message, limit):
+def test_every_entry_point_names_a_bad_bag(bags, given, message, limit):
     extractor = UHopMILFeatureExtractor().fit(bags)
     doors = [
         lambda given: UHopMILFeatureExtractor().fit(given),
@@ -312,7 +313,7 @@ def test_vectors_with_a_leading_axis_are_not_fitted_on(bags):
         UHopMILFeatureExtractor().fit([np.random.default_rng(0).normal(size=(3, 1, 4, 4))]).transform([np.ones((1, 4, 4))])
 
 
-def test_vectors_that_were_all_saved_with_a_leading_axis_are_fitted_on(bags):
+def test_vectors_with_a_leading_axis_in_every_bag_are_fitted_on(bags):
     expected = UHopMILFeatureExtractor().fit(bags)
     for saved in ([bag[None] for bag in bags], [torch.from_numpy(bag)[None] for bag in bags], pd.Series([bag[None] for bag in bags])):
         fitted = UHopMILFeatureExtractor().fit(saved)
@@ -321,7 +322,7 @@ def test_vectors_that_were_all_saved_with_a_leading_axis_are_fitted_on(bags):
         np.testing.assert_array_equal(fitted(list(saved))["instances"], expected(bags)["instances"])
 
 
-def test_images_for_an_extractor_of_vectors_are_refused_and_the_other_way_round(bags):
+def test_extractors_of_vectors_refuse_images_and_extractors_of_images_vectors(bags):
     vectors = UHopMILFeatureExtractor().fit(bags)
     for shape in ((1, 1, 6, 5), (2, 5, 3, 3)):
         with pytest.raises(ValueError, match=r"bag 0 has (1 features|images), and the extractor was fitted on "):
@@ -353,7 +354,7 @@ def test_names_of_columns_are_read_of_long_bags_too(bags):
         UHopMILFeatureExtractor().fit([bags[0], frames[0][list("bacde")], frames[1]][::-1])
 
 
-def test_pictures_with_their_channels_last():
+def test_channels_last_images_are_accepted():
     first = np.random.default_rng(0).normal(size=(4, 3, 8, 9)) * [[[1.0]], [[2.0]], [[3.0]]]
     last = np.moveaxis(first, 1, 3)
     extractor = UHopMILFeatureExtractor().fit([first])
@@ -361,7 +362,7 @@ def test_pictures_with_their_channels_last():
     np.testing.assert_allclose(fitted.scale, extractor.scale)
     assert fitted.image_size == [8, 9]
     np.testing.assert_array_equal(extractor([last, first])["instances"], extractor([first, first])["instances"])
-    # Four rows could be channels, and 13 channels are told by the extractor alone.
+    # Four rows could be channels; that there are 13 channels is known only from the extractor.
     assert UHopMILFeatureExtractor().fit([np.random.default_rng(0).random((2, 4, 8, 3))]).num_features == 4
     spectral = np.random.default_rng(0).random((2, 13, 8, 9))
     of_spectra = UHopMILFeatureExtractor().fit([spectral])
@@ -369,7 +370,7 @@ def test_pictures_with_their_channels_last():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
-def test_memory_stays_near_that_of_the_result(dtype):
+def test_peak_memory_is_close_to_the_size_of_the_result(dtype):
     bag = np.random.default_rng(0).normal(size=(20_000, 128)).astype(dtype)
     single = bag.size * 4
     extractor = UHopMILFeatureExtractor().fit([bag[:50]])
@@ -390,7 +391,8 @@ def test_memory_stays_near_that_of_the_result(dtype):
 
 
 def test_a_fit_in_blocks_is_exact():
-    """Seconds since 1970 that differ by milliseconds, and a constant that float32 does not have exactly."""
+    """Seconds since 1970 that differ by milliseconds, and a constant that float32 cannot represent
+    exactly."""
     random = np.random.default_rng(0)
     rows = np.stack([1.7e9 + random.integers(0, 1000, 400_000) / 1000, random.normal(size=400_000), np.full(400_000, 0.1)], axis=1)
     bags = [rows[:300_000], rows[300_000:].copy(), rows[:0]]
@@ -429,7 +431,7 @@ def test_values_that_overflow_are_named(bags):
     assert np.abs(UHopMILFeatureExtractor().fit(bags).transform(huge)[1]).max() == 5.0
 
 
-def test_a_file_of_an_earlier_version(tmp_path, bags):
+def test_a_file_of_an_earlier_version_is_read(tmp_path, bags):
     fields = {"mean": [0.0, 1, 2, 3, 4], "scale": [1.0, 2, 0, 4, 5], "clip": 2.0, "standardize": True, "image_size": []}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**fields, "feature_extractor_type": "UHopMILFeatureExtractor"}))
     loaded = UHopMILFeatureExtractor.from_pretrained(tmp_path)

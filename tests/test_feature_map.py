@@ -1,4 +1,4 @@
-"""FeatureMap: how it begins, what it computes, what it refuses."""
+"""Tests of FeatureMap: initialisation, values and errors."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from modeling_uhop.feature_map import unit_norm
 
 
 @pytest.mark.parametrize(("pattern_dim", "feature_dim"), [(7, 7), (7, 11), (7, 3)])
-def test_starts(pattern_dim, feature_dim):
+def test_every_initialisation_of_the_feature_map(pattern_dim, feature_dim):
     identity = FeatureMap(pattern_dim, feature_dim, feature_init="identity")
     assert torch.equal(identity.weight, torch.eye(feature_dim, pattern_dim))
     weight = FeatureMap(pattern_dim, feature_dim, feature_init="orthogonal").weight
@@ -19,14 +19,14 @@ def test_starts(pattern_dim, feature_dim):
     assert abs(normal.std().item() * 400**0.5 - 1.0) < 0.02
 
 
-def test_an_orthogonal_start_keeps_the_inner_product():
+def test_an_orthogonal_initialisation_keeps_inner_products():
     phi = FeatureMap(9, 12)
     u, v = torch.randn(2, 5, 9)
     assert_close((phi(u) * phi(v)).sum(-1), (u * v).sum(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_features(dtype):
+def test_features_equal_the_formula(dtype):
     phi = FeatureMap(6, 4, feature_init="normal").to(dtype)
     patterns = torch.randn(2, 3, 6).to(dtype)
     expected = patterns.double() @ phi.weight.double().mT
@@ -56,7 +56,7 @@ def test_bad_arguments_are_refused(arguments):
         FeatureMap(**{"pattern_dim": 3, **arguments})
 
 
-def test_a_half_precision_map_can_start_orthogonal():
+def test_a_half_precision_map_can_be_initialised_as_orthogonal():
     phi = FeatureMap(8).to(torch.bfloat16)
     phi.reset_parameters()
     assert_close(phi.weight @ phi.weight.mT, torch.eye(8), scale=2)

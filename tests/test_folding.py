@@ -1,4 +1,4 @@
-"""Feature maps taken into the projections: the same function, with fewer parameters."""
+"""Tests of folding feature maps into projections: equal outputs with fewer parameters."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def _stanhop(**fields):
         (_stanhop, {"value_source": "memory", "qkv_bias": False}),
     ],
 )
-def test_a_folded_model_is_the_same_function_and_saves_as_a_model_without_phi(build, fields, tmp_path):
+def test_a_folded_model_has_the_same_outputs_and_is_saved_as_a_model_without_phi(build, fields, tmp_path):
     model, inputs = build(**fields)
     model.eval()
     for name, parameter in model.named_parameters():
@@ -86,7 +86,7 @@ def test_a_model_without_phi_folds_to_a_copy():
     assert torch.equal(folded(**inputs).logits, model(**inputs).logits)
 
 
-def test_bags_of_images_fold_whatever_their_backbone():
+def test_models_of_image_bags_can_be_folded_with_any_backbone():
     backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"])
     config = UHopMILConfig(instance_type="backbone", backbone_config=backbone, hidden_size=16, **LAYER)
     model = UHopMILForBagClassification(config).eval()
@@ -98,7 +98,7 @@ def test_bags_of_images_fold_whatever_their_backbone():
 
 @pytest.mark.parametrize("module", ["q_proj", "feature_map"])
 @pytest.mark.parametrize("how", ["hooked", "hooked before", "patched", "offloaded"])
-def test_what_a_hook_or_a_patch_adds_is_not_dropped_in_silence(module, how):
+def test_a_hook_or_a_patched_method_is_not_dropped_silently(module, how):
     model, _ = _vit()
     changed = next(part for name, part in model.named_modules() if name.endswith(module))
     if how == "hooked":
@@ -113,7 +113,7 @@ def test_what_a_hook_or_a_patch_adds_is_not_dropped_in_silence(module, how):
         model.fold_feature_maps()
 
 
-def test_what_was_hooked_once_folds():
+def test_a_model_whose_hooks_were_removed_can_be_folded():
     model, inputs = _vit()
     model.eval()
     expected = model(**inputs).logits
@@ -131,7 +131,7 @@ def test_folding_keeps_the_dtype():
     assert_close(folded(**inputs).logits, model(**inputs).logits, scale=10)
 
 
-def test_folding_draws_nothing_and_keeps_what_is_frozen():
+def test_folding_uses_no_random_numbers_and_keeps_parameters_frozen():
     model, _ = _vit()
     model.eval().requires_grad_(False)
     state = torch.get_rng_state()
@@ -142,7 +142,7 @@ def test_folding_draws_nothing_and_keeps_what_is_frozen():
 
 
 class Quantized(torch.Tensor):
-    """A weight of a class of its own under a layer that stays what it was, as torchao leaves them."""
+    """A weight with its own tensor class in an unchanged layer, as torchao makes them."""
 
     def __deepcopy__(self, memo):
         return self

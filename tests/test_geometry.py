@@ -1,4 +1,4 @@
-"""Geometry experiments: recipes, and values that can be checked by other means."""
+"""Tests of the geometry experiments: recipes, and values that can be computed in another way."""
 
 import json
 import math
@@ -27,7 +27,7 @@ def _close_figures():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_is_read(path):
+def test_every_recipe_loads(path):
     assert path.stem.startswith(load(path).experiment)
     assert all(word in path.read_text() for word in ("# Command:", "# Cost:", "# Source:"))
 
@@ -51,7 +51,7 @@ def test_more_steps_of_uhop_plus_separate_more():
     assert torch.equal(maps[0].weight, torch.eye(2, dtype=torch.float64))
 
 
-def test_maps_that_do_not_normalise_keep_the_scale_of_the_patterns():
+def test_maps_without_normalisation_keep_the_scale_of_the_patterns():
     memories = torch.randn(6, 5)
     for phi in separated_maps(memories, GeometryRecipe("metastable", normalize=False, feature_dim=4)).values():
         assert phi(memories).square().sum().item() == pytest.approx(memories.square().sum().item(), rel=1e-5)
@@ -85,7 +85,7 @@ def test_circle_and_metastable_states_on_digits():
     assert results["best_possible"] == pytest.approx(1.5)
     assert results["separation"]["optimum"]["values"] == pytest.approx([1.5, 1.5], rel=1e-3)
     assert all(value < 1.4 for value in results["separation"]["N = 0"]["values"])
-    # Of three points on a circle, any two are neighbours.
+    # On a circle with three points, any two are neighbours.
     assert results["similar_pairs_that_are_neighbours"] == {"share": 1.0, "by_chance": 1.0}
     recipe = GeometryRecipe("metastable", data, memories=[20], feature_dim=64, normalize=False, separation_steps=[20], queries=30, seeds=2)
     results, _ = EXPERIMENTS["metastable"](recipe)

@@ -1,4 +1,5 @@
-"""hopfield_attention and HopfieldAttention against loops, scaled_dot_product_attention and entmax."""
+"""Tests of hopfield_attention and HopfieldAttention against loops, scaled_dot_product_attention and
+entmax."""
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def attend(request):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scaling", [None, 0.7])
-def test_alpha_1_is_scaled_dot_product_attention(dtype, scaling, attend):
+def test_alpha_1_equals_scaled_dot_product_attention(dtype, scaling, attend):
     query, key, value = _qkv(dtype)
     mask = torch.rand(2, 1, 5, 9) < 0.7
     mask[..., 0] = True
@@ -52,7 +53,7 @@ def test_alpha_1_is_scaled_dot_product_attention(dtype, scaling, attend):
 
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
-def test_alpha_above_1_is_the_entmax_library(alpha, attend):
+def test_alpha_above_1_equals_the_entmax_library(alpha, attend):
     entmax = pytest.importorskip("entmax")
     query, key, value = _qkv()
     scores = 0.8 * query @ key.mT
@@ -66,7 +67,7 @@ def test_half_precision_scores_do_not_overflow(attend):
     assert_close(attend(query, query, value), scaled_dot_product_attention(query, query, value))
 
 
-def test_one_alpha_a_head(attend):
+def test_each_head_can_have_its_own_alpha(attend):
     query, key, value = _qkv()
     alphas = torch.tensor([1.0, 1.4, 2.0], dtype=torch.float64)
     together = attend(query, key, value, alpha=alphas.view(3, 1, 1))
@@ -102,7 +103,7 @@ def test_gradients(alpha, attend):
     ("heads_of_keys", "fields"),
     [(1, {}), (2, {"bias": True}), (2, {"softcap": 0.7}), (4, {"sinks": True}), (2, {"bias": True, "sinks": True})],
 )
-def test_grouped_queries_biases_caps_and_sinks_are_those_of_a_loop(heads_of_keys, fields, alpha, attend):
+def test_grouped_queries_biases_caps_and_sinks_equal_a_loop(heads_of_keys, fields, alpha, attend):
     query = torch.randn(2, 4, 3, 5, dtype=torch.float64)
     key, value = torch.randn(2, heads_of_keys, 6, 5, dtype=torch.float64), torch.randn(2, heads_of_keys, 6, 7, dtype=torch.float64)
     bias = torch.randn(2, 4, 3, 6, dtype=torch.float64).masked_fill(torch.rand(2, 4, 3, 6) < 0.3, -torch.inf)
@@ -127,7 +128,7 @@ def test_grouped_queries_biases_caps_and_sinks_are_those_of_a_loop(heads_of_keys
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
 @pytest.mark.parametrize("sinks", [None, torch.zeros(2)])
-def test_scores_that_half_precision_does_not_hold(alpha, sinks, attend):
+def test_scores_beyond_the_range_of_half_precision(alpha, sinks, attend):
     query = torch.randn(1, 2, 3, 8).half() * 1e4
     key, value = torch.randn(1, 2, 5, 8).half() * 1e4, torch.randn(1, 2, 5, 4).half()
     expected = attend(query.double(), key.double(), value.double(), alpha=alpha, scaling=1.0, sinks=sinks)
@@ -151,7 +152,7 @@ def test_wrong_inputs_are_refused(given, error, message, attend):
         attend(**{**inputs, **given})
 
 
-def test_a_layer_by_itself_refuses_what_it_would_misread():
+def test_a_standalone_layer_refuses_ambiguous_inputs():
     layer, states = _layer(alpha=1.5), torch.randn(2, 5, 12)
     present = torch.rand(2, 5) < 0.6
     present[:, 0] = True
@@ -166,7 +167,7 @@ def test_a_layer_by_itself_refuses_what_it_would_misread():
         _layer(alpha=1.5, attn_implementation="sdpa")(states)
 
 
-def test_heads_that_are_no_multiple_are_refused(attend):
+def test_numbers_of_heads_that_are_not_multiples_are_refused(attend):
     query, key = torch.randn(1, 3, 5, 4), torch.randn(1, 2, 6, 4)
     for alpha in (1.0, 1.5):
         with pytest.raises(ValueError, match="multiple of the heads of keys, got 3 and 2"):
@@ -197,7 +198,8 @@ def test_the_layer_equals_the_papers_equation(alpha, value_source, beta):
     heads = []
     for head in range(3):
         rows = slice(4 * head, 4 * head + 4)
-        # A head's W_V acts on all heads' keys, so the loop takes the whole W_K for the values.
+        # Because W_V of a head acts on the keys of all heads, the loop uses the whole W_K for the
+        # values.
         if value_source == "memory":
             out = reference.hopfield_layer(states[0].numpy(), memories[0].numpy(), phi, wq[rows], wk[rows], wv[rows], beta or 0.5, alpha)
         else:
@@ -240,7 +242,7 @@ def test_phi_could_be_folded_into_the_projections():
     assert_close(plain(states)[0], layer(states)[0])
 
 
-def test_learnable_alpha_begins_where_it_is_told():
+def test_learnable_alpha_has_the_configured_initial_value():
     layer = _layer(alpha=1.3, learnable_alpha=True)
     layer.reset_parameters()
     assert_close(layer.alpha.flatten(), torch.full((3,), 1.3))
@@ -255,7 +257,7 @@ def test_width_must_divide_into_heads():
         _layer(num_attention_heads=5)
 
 
-def test_layers_of_ones_own_begin_as_their_configuration_says():
+def test_standalone_layers_are_initialised_as_configured():
     config = UHopMILConfig(hidden_size=12, num_attention_heads=3, alpha=1.5, learnable_alpha=True, num_queries=200)
     first, second = (torch.manual_seed(0) and HopfieldPooling(config) for _ in range(2))
     for one, other in zip(first.parameters(), second.parameters(), strict=True):

@@ -1,4 +1,5 @@
-"""Push and pull over the real client of the Hub, against a server of its protocol."""
+"""Tests of push and pull with the real client of the Hub, against a local server with its
+protocol."""
 
 import json
 import os
@@ -25,7 +26,7 @@ FAMILIES = ("memory", "vit", "mil", "stanhop")
 
 
 def _run(script: list[str], port: int, folder: Path, token: str | None = "hf_test", **variables: str) -> subprocess.CompletedProcess:
-    """A process whose client talks to the server on a port."""
+    """Run a script in a process whose client uses the server on a port."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     variables = {"OMP_NUM_THREADS": "1", **environment(port, str(folder / "hub_home"), token), **variables}
     return subprocess.run([sys.executable, *script], cwd=ROOT, env={**inherited, **variables}, capture_output=True, text=True)
@@ -86,7 +87,7 @@ def test_a_private_repository_is_for_its_owner(hub, port, tmp_path):
     assert "private repository" in refused.stderr
 
 
-def test_an_upload_that_breaks_off_is_tried_again_or_fails_and_leaves_nothing_half_done(hub, port, tmp_path):
+def test_an_interrupted_upload_is_retried_or_fails_without_a_partial_commit(hub, port, tmp_path):
     hub.create({"name": "interrupted"}, "you")
     hub.broken_uploads = 1000
     failed = _work("interrupted_upload", port, tmp_path)
@@ -100,7 +101,7 @@ def test_an_upload_that_breaks_off_is_tried_again_or_fails_and_leaves_nothing_ha
     assert len(hub.repositories["you/interrupted"].commits) == 2
 
 
-def test_of_two_commits_on_one_parent_one_is_told_of_the_other(hub, port, tmp_path):
+def test_one_of_two_commits_with_the_same_parent_is_refused(hub, port, tmp_path):
     outcomes = json.loads(_succeed("conflicting_commits", port, tmp_path).splitlines()[-1])
     winner, loser = sorted(outcomes, key=lambda name: outcomes[name] != "committed")
     assert outcomes[winner] == "committed"
@@ -109,7 +110,7 @@ def test_of_two_commits_on_one_parent_one_is_told_of_the_other(hub, port, tmp_pa
     assert f"{loser}.txt" not in hub.repositories["you/conflict"].head.files
 
 
-def test_a_commit_whose_card_is_not_yaml_is_refused_whole(hub):
+def test_a_commit_with_an_invalid_card_is_refused_completely(hub):
     hub.create({"name": "card"}, "you")
     lines = [
         {"key": "header", "value": {"summary": "bad"}},
@@ -124,7 +125,7 @@ def test_importing_twice_registers_once(port, tmp_path):
     _succeed("registered_twice", port, tmp_path)
 
 
-def test_the_readmes_example_of_the_hub_runs(hub, port, tmp_path):
+def test_the_hub_example_of_the_readme_runs(hub, port, tmp_path):
     blocks = (ROOT / "README.md").read_text().split("```python\n")
     (example,) = [block.partition("```")[0] for block in blocks if "push_to_hub(" in block.partition("```")[0]]
     (tmp_path / "example.py").write_text(example)
@@ -160,14 +161,17 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
     assert refused.stderr.strip().splitlines()[-1].startswith("RecipeError: the Hub refused somebody/digits: ")
     for arguments, message in (
         ([str(run), "a/b/c"], "must be named your_name/model_name, got 'a/b/c'"),
-        ([str(tmp_path), "you/nothing"], "is no finished run: it has no config.json, recipe.yaml, results.json, README.md, *.safetensors"),
+        (
+            [str(tmp_path), "you/nothing"],
+            "is not a finished run: it has no config.json, recipe.yaml, results.json, README.md, *.safetensors",
+        ),
     ):
         refused = _run(["training/push.py", *arguments], port, tmp_path)
         assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
         assert message in refused.stderr
 
 
-def test_without_a_hub_or_a_token_a_push_says_so(port, tmp_path):
+def test_a_push_without_a_hub_or_a_token_is_refused(port, tmp_path):
     for name in ("config.json", "recipe.yaml", "README.md", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     recipe = {"name": "my_vit", "data": {"dataset": "pictures"}, "model": {}, "separation": None, "training": {}}
@@ -178,11 +182,11 @@ def test_without_a_hub_or_a_token_a_push_says_so(port, tmp_path):
     assert "RecipeError: the Hub at http://127.0.0.1:9 cannot be reached" in nowhere.stderr
     nobody = _run(["training/push.py", str(tmp_path), "you/digits"], port, tmp_path, token=None)
     assert nobody.returncode == 1
-    assert "RecipeError: the Hub does not know who asks: pass --token, set HF_TOKEN or run `hf auth login`" in nobody.stderr
+    assert "RecipeError: the Hub needs an access token: pass --token, set HF_TOKEN or run `hf auth login`" in nobody.stderr
     assert "Traceback" not in nowhere.stderr + nobody.stderr
 
 
-def test_what_is_no_finished_run_is_refused_and_what_is_no_result_stays_here(tmp_path):
+def test_an_unfinished_run_is_refused_and_only_results_are_uploaded(tmp_path):
     with pytest.raises(RecipeError, match="there is no folder"):
         check_finished(tmp_path / "nowhere")
     for name in ("config.json", "recipe.yaml", "results.json", "README.md", "model.safetensors", "training_args.bin", "run.log", "a.png"):
@@ -192,17 +196,17 @@ def test_what_is_no_finished_run_is_refused_and_what_is_no_result_stays_here(tmp
     check_finished(tmp_path)
     expected = ["README.md", "a.png", "config.json", "model.safetensors", "results.json"]
     assert [path.name for path in files_of(tmp_path)] == expected
-    # Where the data lay on this machine stays here too.
+    # The local path of the data is not uploaded either.
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": {"dataset": str(tmp_path / "pictures")}}))
     (tmp_path / "results.json").write_text('{"recipe": {"data": {"dataset": "pictures"}}}')
     assert yaml.safe_load(recorded_recipe(tmp_path)) == {"data": {"dataset": "pictures"}}
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(RecipeError, match=r"no finished run: it has no \*.safetensors"):
+    with pytest.raises(RecipeError, match=r"not a finished run: it has no \*.safetensors"):
         check_finished(tmp_path)
 
 
 class _Trap:
-    """What a pickle may do when it is read."""
+    """An object whose pickle runs code when it is loaded."""
 
     def __init__(self, marker: str):
         self.marker = marker

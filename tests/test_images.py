@@ -1,4 +1,4 @@
-"""Pictures of every PIL mode: what recipes, the demo and the pipeline make of them."""
+"""Tests of images in every PIL mode, as read by recipes, the demo and the pipeline."""
 
 import base64
 import importlib.util
@@ -63,25 +63,25 @@ PICTURES = {
 
 
 def _equal(image: Image.Image, expected: np.ndarray) -> None:
-    """Equal, but for the rounding of an opacity."""
+    """Assert that images are equal, except for the rounding of opacity."""
     assert image.mode == "RGB"
     np.testing.assert_allclose(np.asarray(image).astype(float), expected, atol=1.0)
 
 
 @pytest.mark.parametrize("mode", PICTURES)
-def test_every_mode_is_the_picture_that_is_meant(mode):
+def test_every_image_mode_is_converted_to_the_intended_image(mode):
     image, expected = PICTURES[mode]
     assert image.mode == mode.partition(",")[0].partition(" ")[0]
     _equal(as_rgb(image), expected)
 
 
-def test_all_16_bit_values():
+def test_all_16_bit_values_are_converted():
     values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     for image in (Image.fromarray(values), Image.fromarray(values.astype(np.int32))):
         assert np.array_equal(np.asarray(as_rgb(image).getchannel(0)), values // 257)
 
 
-def test_a_dark_picture_of_a_16_bit_file_stays_dark():
+def test_a_dark_16_bit_image_stays_dark():
     file = io.BytesIO(b"P5 2 1 65535 " + np.array([200, 257], ">u2").tobytes())
     image = Image.open(file)
     assert image.mode == "I"
@@ -101,7 +101,7 @@ def test_a_dark_picture_of_a_16_bit_file_stays_dark():
         (Image.fromarray(np.array([[0.0, np.inf]], np.float32)), "got 0.0 to inf"),
     ],
 )
-def test_values_without_a_meaning_are_refused(image, message, tmp_path):
+def test_pixel_values_of_unknown_range_are_refused(image, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         as_rgb(image)
     image.save(tmp_path / "a.tiff")
@@ -114,7 +114,7 @@ def test_values_without_a_meaning_are_refused(image, message, tmp_path):
 
 
 def _file(image: Image.Image) -> bytes:
-    """A file without loss: PNG, or TIFF for what PNG has not."""
+    """An image as a lossless file: PNG, or TIFF for modes that PNG does not have."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG" if image.mode in ("L", "RGB", "1", "RGBA", "LA", "P", "I;16") else "TIFF")
     return buffer.getvalue()
@@ -122,7 +122,7 @@ def _file(image: Image.Image) -> bytes:
 
 @pytest.fixture(scope="module")
 def classifiers(tmp_path_factory):
-    """A small UHopViT and one of transformers, with the same processor."""
+    """A small U-Hop ViT and a ViT of transformers, with the same processor."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 8, "patch_size": 4}
     models = {"ours": UHopViTForImageClassification(UHopViTConfig(**sizes)), "theirs": ViTForImageClassification(ViTConfig(**sizes))}
     folder = tmp_path_factory.mktemp("models")
@@ -135,7 +135,7 @@ def classifiers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", [mode for mode in PICTURES if mode != "I;16B"])
-def test_recipes_demo_and_pipeline_see_the_same_picture(mode, tmp_path, classifiers):
+def test_recipes_demo_and_pipeline_read_the_same_image(mode, tmp_path, classifiers):
     image, expected = PICTURES[mode]
     encoded = _file(image)
     (tmp_path / "picture").write_bytes(encoded)
@@ -151,7 +151,7 @@ def test_recipes_demo_and_pipeline_see_the_same_picture(mode, tmp_path, classifi
         np.testing.assert_allclose((seen.permute(1, 2, 0) + 1) / 2 * 255, expected, atol=1.001)
 
 
-def test_the_pipeline_leaves_arrays_and_other_models_alone(classifiers, tmp_path):
+def test_the_pipeline_does_not_change_arrays_or_other_models(classifiers, tmp_path):
     image = PICTURES["I;16"][0]
     clipped = np.asarray(image.convert("RGB"))
     seen = classifiers["theirs"].preprocess(image)["pixel_values"][0]
@@ -167,7 +167,7 @@ def test_the_pipeline_leaves_arrays_and_other_models_alone(classifiers, tmp_path
     assert answers[0] == answers[1]
 
 
-def test_a_picture_from_the_web(classifiers, monkeypatch):
+def test_the_pipeline_reads_an_image_from_a_url(classifiers, monkeypatch):
     class Answer:
         content = _file(PICTURES["I;16"][0])
 
@@ -192,7 +192,7 @@ def test_orientation_is_applied_once(mode, tmp_path, classifiers):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "I;16", "RGBA"])
-def test_a_picture_of_broken_exif_is_as_it_is_stored(mode, tmp_path, classifiers):
+def test_an_image_with_broken_exif_is_read_as_stored(mode, tmp_path, classifiers):
     image, expected = PICTURES[mode]
     image.save(tmp_path / "broken.png", exif=b"Exif\0\0garbage")
     for given in (Image.open(tmp_path / "broken.png"), str(tmp_path / "broken.png")):
@@ -206,7 +206,7 @@ def test_a_picture_of_broken_exif_is_as_it_is_stored(mode, tmp_path, classifiers
         data._decoded(encoded, "row 0")
 
 
-def test_a_truncated_picture_is_not_taken_for_one_of_broken_exif(tmp_path):
+def test_a_truncated_image_is_not_treated_as_broken_exif(tmp_path):
     whole = _file(Image.fromarray(RANDOM.integers(0, 256, (64, 64, 3)).astype(np.uint8)))
     with pytest.raises(OSError, match="truncated"):
         as_rgb(Image.open(io.BytesIO(whole[: len(whole) // 2])))
@@ -228,7 +228,7 @@ def test_the_package_is_imported_without_pillow(monkeypatch):
         importlib.import_module("PIL")
 
 
-def test_a_sixteen_bit_picture_that_becomes_black_is_named():
+def test_a_16_bit_image_that_becomes_black_is_named():
     dark = Image.fromarray(np.full((4, 4), 200, dtype=np.uint16))
     with pytest.warns(UserWarning, match="mode 'I;16' becomes black: its largest value is 200 of 65535"):
         assert np.asarray(as_rgb(dark)).max() == 0

@@ -1,4 +1,5 @@
-"""What labels mean to the classifiers of bags and of images, and to the collator: values of the loss, and refusals by example."""
+"""Tests of the labels of bag and image classifiers and of the collator: values of the loss, and
+errors that name the example."""
 
 import numpy as np
 import pandas as pd
@@ -65,7 +66,7 @@ NUMBERS = torch.tensor([0.5, -3.0, 2.0])
         ({"num_labels": 3, "problem_type": "regression"}, 5.0 * SEVERAL, "regression"),
     ],
 )
-def test_labels_that_fit(family, fields, labels, problem):
+def test_valid_labels_give_the_expected_loss(family, fields, labels, problem):
     model, inputs = family(**fields)
     before = model.config.to_dict()
     outputs = model(**inputs, labels=labels)
@@ -104,7 +105,7 @@ def test_labels_that_fit(family, fields, labels, problem):
         ({"num_labels": 1}, [[0.0, 1.0]] * 3, r"must be numbers of shape .* got torch.float32 of shape \(3, 2\)"),
     ],
 )
-def test_labels_that_do_not_fit(family, fields, labels, message):
+def test_invalid_labels_are_refused(family, fields, labels, message):
     model, inputs = family(**fields)
     with pytest.raises(ValueError, match=message):
         model(**inputs, labels=torch.tensor(labels))
@@ -118,13 +119,13 @@ def test_a_model_without_a_classifier_takes_no_labels():
 
 
 @pytest.mark.parametrize("labels", [np.array([0, 1, 0]), [0, 1, 0]], ids=["array", "list"])
-def test_labels_that_are_no_tensor(family, labels):
+def test_labels_that_are_not_a_tensor_are_refused(family, labels):
     model, inputs = family(num_labels=2)
     with pytest.raises(TypeError, match=r"labels must be a torch.Tensor, got"):
         model(**inputs, labels=labels)
 
 
-def test_a_batch_without_a_counted_label_has_no_loss(family):
+def test_a_batch_with_only_ignored_labels_has_loss_0(family):
     model, inputs = family(num_labels=2)
     loss = model(**inputs, labels=torch.full((3,), -100)).loss
     loss.backward()
@@ -133,7 +134,7 @@ def test_a_batch_without_a_counted_label_has_no_loss(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_loss_of_half_precision_logits_is_single(family, dtype):
+def test_the_loss_of_half_precision_logits_is_float32(family, dtype):
     model, inputs = family(num_labels=2)
     model.classifier.weight.data.zero_()
     model.classifier.bias.data = torch.tensor([4e4, -4e4])
@@ -142,7 +143,7 @@ def test_the_loss_of_half_precision_logits_is_single(family, dtype):
 
 
 @pytest.mark.parametrize(("num_labels", "labels", "problem"), [(3, SEVERAL, "multi_label_classification"), (1, NUMBERS, "regression")])
-def test_a_problem_that_pipelines_would_not_know_is_warned_of_once(family, caplog, num_labels, labels, problem):
+def test_an_undeclared_problem_type_gives_one_warning(family, caplog, num_labels, labels, problem):
     validation.logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     model, inputs = family(num_labels=num_labels)
     with caplog.at_level("WARNING"):
@@ -213,7 +214,7 @@ def test_bad_labels_are_refused_by_bag(labels, message):
         DataCollatorForBags()([{"instances": torch.randn(2, 4), "label": label} for label in labels])
 
 
-def test_training_leaves_the_problem_to_the_labels(tmp_path):
+def test_training_determines_the_problem_type_from_the_labels(tmp_path):
     model, _ = _bags(num_labels=2)
     bags = [{"instances": torch.randn(3, 4), "label": [float(index % 2)]} for index in range(4)]
     arguments = TrainingArguments(

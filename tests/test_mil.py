@@ -1,4 +1,5 @@
-"""Training with bags: data, cross-validation, metrics, baselines, comparisons, the script."""
+"""Tests of training with bags: data, cross-validation, metrics, baselines, comparisons, the
+script."""
 
 import json
 import math
@@ -52,7 +53,7 @@ FAST = {"num_train_epochs": 2, "per_device_train_batch_size": 8}
 
 
 def _bags(count: int = 24, width: int = 3, seed: int = 0) -> Bags:
-    """Every second bag has an instance far from the others."""
+    """Bags of which every second has an instance far from the others."""
     random = np.random.default_rng(seed)
     instances = [random.normal(size=(int(random.integers(1, 6)), width)) for _ in range(count)]
     for index in range(0, count, 2):
@@ -90,7 +91,7 @@ def test_every_recipe_loads(path):
         ("musk2", 102, 39, 166),
     ],
 )
-def test_the_real_bags(name, count, positive, width):
+def test_the_real_bags_load(name, count, positive, width):
     path = SHARED / "mil" / f"{name}.parquet"
     if not path.is_file():
         pytest.skip(f"{path.name} is not on this machine")
@@ -99,7 +100,7 @@ def test_the_real_bags(name, count, positive, width):
     assert {bag.shape[1] for bag in bags.instances} == {width}
 
 
-def test_digit_bags():
+def test_digit_bags_are_as_described():
     bags = digit_bags()
     assert len(bags.instances) == 300
     assert bags.labels.tolist() == [int(marks.any()) for marks in bags.instance_labels] == [1, 0] * 150
@@ -113,7 +114,7 @@ def test_digit_bags():
     assert all(np.array_equal(a, b) for a, b in zip(bags.instances, again.instances, strict=True))
 
 
-def test_bags_from_a_file(tmp_path):
+def test_bags_are_read_from_a_file(tmp_path):
     bags = _bags()
     loaded = load_bags(BagDataRecipe(str(_write(tmp_path / "bags.parquet", bags))))
     assert all(np.array_equal(a, b) for a, b in zip(loaded.instances, bags.instances, strict=True))
@@ -124,7 +125,7 @@ def test_bags_from_a_file(tmp_path):
     assert named.labels.tolist() == bags.labels.tolist()
 
 
-def test_bad_files_are_named(tmp_path):
+def test_errors_name_bad_files(tmp_path):
     bags = _bags()
     path = _write(tmp_path / "bags.parquet", bags)
     with pytest.raises(RecipeError, match=r"has no column 'x'; it has \['instances', 'label'\]"):
@@ -171,20 +172,20 @@ def test_folds_cover_all_bags_once(evaluate_on):
     assert [scored.tolist() for _, scored in splits(recipe, bags, 1)] != [scored.tolist() for _, scored in parts]
 
 
-def test_groups_are_kept_together():
+def test_groups_are_not_divided():
     bags = digit_bags()
     for evaluate_on in ("test", "validation"):
         for train, scored in splits(_recipe(evaluate_on=evaluate_on, folds=10), bags, 0):
             assert not set(bags.groups[train]) & set(bags.groups[scored])
 
 
-def test_a_class_too_small_for_the_folds():
+def test_a_class_too_small_for_the_folds_is_refused():
     bags = _bags(9)
     with pytest.raises(RecipeError, match="class 'no' has 4 bags, too few for one in each of 5 folds"):
         splits(_recipe(folds=5), bags, 0)
 
 
-def test_metrics_are_those_of_scikit_learn():
+def test_metrics_equal_scikit_learn():
     random = np.random.default_rng(0)
     logits, labels = random.normal(size=(20, 2)), random.integers(0, 2, 20)
     metrics = bag_metrics(logits, labels)
@@ -207,13 +208,14 @@ def test_instance_auc():
     assert instance_auc(weights, truth) == pytest.approx((1.0 + 0.5) / 2)
 
 
-def test_cross_validation_is_exact_and_honest():
+def test_cross_validation_is_reproducible_and_does_not_use_evaluated_labels():
     bags, recipe = _bags(), _recipe(ensemble=2, training={**FAST, "num_train_epochs": 20})
     outcomes = cross_validate(recipe, bags)
     assert outcomes == cross_validate(recipe, bags)
     assert sorted(index for outcome in outcomes for index in outcome["bags"]) == list(range(24))
     assert summarize(outcomes)["auc"]["mean"] > 0.9
-    # The labels of scored bags are not looked at: with them turned round, the logits are the same and the AUC is 1 less it.
+    # Because the labels of evaluated bags are not used, logits do not change if these labels are
+    # swapped, and the AUC becomes 1 - AUC.
     train, scored = splits(recipe, bags, 0)[0]
     turned = Bags(bags.instances, bags.labels.copy(), bags.names)
     turned.labels[scored] = 1 - turned.labels[scored]
@@ -234,7 +236,7 @@ def test_an_ensemble_averages_logits():
     np.testing.assert_allclose(outcome["logits"], sum(members) / 2, atol=1e-4)
 
 
-def test_scored_bags_do_not_influence_each_other_nor_the_model():
+def test_evaluated_bags_do_not_affect_each_other_or_the_model():
     recipe, bags = _recipe(), _bags()
     train, scored = splits(recipe, bags, 0)[0]
     changed = Bags([bag.copy() for bag in bags.instances], bags.labels, bags.names)
@@ -253,7 +255,7 @@ def test_scored_bags_do_not_influence_each_other_nor_the_model():
     np.testing.assert_array_equal(np.concatenate(kept[0][0]), np.concatenate(kept[3][0]))
 
 
-def test_predictions_in_batches():
+def test_predictions_do_not_depend_on_the_batch_size():
     bags = _bags()
     model, extractor = fit(_recipe(), bags.instances[:10], bags.labels[:10], bags.names, 0)
     logits, weights = predict(model, extractor, bags.instances)
@@ -279,7 +281,7 @@ def test_folds_without_a_class_are_refused():
 
 def test_another_number_of_classes_is_refused():
     bags = _bags()
-    with pytest.raises(RecipeError, match=r"model.num_labels is 3, and the bags have 2 classes"):
+    with pytest.raises(RecipeError, match=r"model.num_labels is 3, but the bags have 2 classes"):
         fit(_recipe(model={"num_labels": 3}), bags.instances, bags.labels, bags.names, 0)
 
 
@@ -295,7 +297,7 @@ def test_three_classes():
 def test_options_of_the_trainer(options):
     bags = _bags()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # a worker process forks
+        warnings.simplefilter("ignore", DeprecationWarning)  # because a worker process is a fork
         model, extractor = fit(_recipe(training={**FAST, **options}), bags.instances, bags.labels, bags.names, 0)
     assert np.isfinite(predict(model, extractor, bags.instances)[0]).all()
 
@@ -339,12 +341,13 @@ def test_paired_difference():
     expected = stats.t.ppf(0.975, 3) * math.sqrt((1 / 4 + 1 / 3) * difference.var(ddof=1))
     assert outcome["half_width"] == pytest.approx(expected)
     results["second"][0]["outcomes"].reverse()
-    with pytest.raises(ValueError, match="'first' and 'second' were scored on other bags"):
+    with pytest.raises(ValueError, match="'first' and 'second' were evaluated on different bags"):
         paired(results, "first", "second", "auc")
 
 
 def test_the_set_kernel():
-    """Against loops, through the decision function of a support vector machine on a kernel computed pair by pair."""
+    """Compare the decision function with that of an SVM whose kernel is computed by loops over
+    pairs."""
     bags = _bags(16)
 
     train, unseen = bags.instances[:10], bags.instances[10:]
@@ -363,7 +366,7 @@ def test_the_set_kernel():
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_baselines_learn(name):
+def test_baselines_learn_the_task(name):
     bags = _bags(60)
     scores = BASELINES[name](bags.instances[:40], bags.labels[:40], bags.instances[40:])
     assert roc_auc_score(bags.labels[40:], scores) > 0.9
@@ -446,12 +449,12 @@ def test_a_run_with_the_same_seed_is_the_same(tmp_path):
 
 
 def _images(bags: Bags) -> list:
-    """The same bags, an instance as an image of one channel and one row."""
+    """The bags of `_bags`, with instances as images of one channel and one row."""
     return [bag.reshape(len(bag), 1, 1, -1).tolist() for bag in bags.instances]
 
 
 def _as_file(tmp_path: Path, kind: str) -> Path:
-    """The bags of `_bags` in a file or folder of some kind."""
+    """Save the bags of `_bags` in a file or folder of a given kind."""
     bags = _bags()
     frame = pd.DataFrame({"instances": [bag.tolist() for bag in bags.instances], "label": np.where(bags.labels, "yes", "no")})
     if kind == "folder":
@@ -468,7 +471,7 @@ def _as_file(tmp_path: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["parquet", "json", "jsonl", "folder", "images", "digits"])
 def test_every_kind_of_bags_runs_to_the_end(tmp_path, kind, monkeypatch):
-    """The script's own command; that a model reloads in a fresh process, other tests see to."""
+    """Run the command of the script; other tests check that a model reloads in a new process."""
     reloaded = []
     monkeypatch.setattr("train_mil.check_reload", lambda folder, task, inputs, answers: reloaded.append((folder, task, inputs, answers)))
     monkeypatch.setattr("train_mil.prepare_for_many_runs", lambda: None)
@@ -516,7 +519,7 @@ def test_every_kind_of_bags_runs_to_the_end(tmp_path, kind, monkeypatch):
 
 
 def recorded(function, calls):
-    """The function, which also keeps the arguments of its calls."""
+    """The same function, which also records the arguments of its calls."""
 
     def wrapped(*arguments):
         calls.append(arguments)
@@ -525,7 +528,7 @@ def recorded(function, calls):
     return wrapped
 
 
-def test_csv_and_other_files_are_refused_by_name(tmp_path):
+def test_csv_and_other_unsupported_files_are_refused(tmp_path):
     bags = _bags()
     frame = pd.DataFrame({"instances": [bag.tolist() for bag in bags.instances], "label": bags.labels})
     frame.to_csv(tmp_path / "bags.csv")
@@ -535,7 +538,7 @@ def test_csv_and_other_files_are_refused_by_name(tmp_path):
             load_bags(BagDataRecipe(str(tmp_path / name)))
 
 
-def test_the_figure_of_a_bag_has_its_weights_in_order(tmp_path, monkeypatch):
+def test_the_figure_of_a_bag_shows_its_weights_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(plt, "close", lambda figure: None)
     weights = np.array([0.1, 0.6, 0.3])
     images = np.stack([np.full((2, 4, 4), value) for value in (0.0, 1.0, 2.0)])
@@ -555,14 +558,14 @@ def test_the_figure_of_a_bag_has_its_weights_in_order(tmp_path, monkeypatch):
     assert few.get_xlabel() == "instance, the 5 of 20 with most weight"
 
 
-def test_an_empty_first_bag_is_not_the_one_that_is_shown():
+def test_an_empty_first_bag_is_not_shown():
     labels, names = np.array([0, 1, 1]), ["no", "yes"]
     filled, empty = np.ones((2, 3)), np.zeros((0, 3))
     assert bag_to_show(Bags([filled, empty, filled], labels, names)) == 2
     assert bag_to_show(Bags([empty, empty, empty, filled], np.array([0, 1, 1, 0]), names)) == 3
 
 
-def test_what_a_run_computed_survives_a_stage_that_fails(tmp_path, monkeypatch):
+def test_finished_stages_survive_a_failed_stage(tmp_path, monkeypatch):
     recipe = _recipe(data=BagDataRecipe(str(_as_file(tmp_path, "parquet"))), folds=2)
     whole, folder = tmp_path / "whole", tmp_path / "broken"
     monkeypatch.setattr("train_mil.check_reload", lambda *_: None)
@@ -571,12 +574,13 @@ def test_what_a_run_computed_survives_a_stage_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("train_mil.fit", recorded(fit, trained))
 
     def failing(*arguments):
-        # Of the folds, the second.
+        # The second fold.
         if len(arguments) == 6 and arguments[3] == 0:
             return cross_validate_fold(*arguments)
         raise ValueError("no luck")
 
-    # What is trained until each of these fails: the first fold, then the second and the model of all bags, then nothing.
+    # Before each failure, this is trained: first fold 1; then fold 2 and the model of all bags;
+    # then nothing.
     for broken, sizes in {"cross_validate_fold": [12], "bag_figure": [12, 24], "write_card": [], "check_reload": []}.items():
         trained.clear()
         with monkeypatch.context() as patch:
@@ -585,7 +589,7 @@ def test_what_a_run_computed_survives_a_stage_that_fails(tmp_path, monkeypatch):
                 run(recipe, folder, resume=broken != "cross_validate_fold")
         assert [len(arguments[1]) for arguments in trained] == sizes, broken
         assert (folder / "results.json").exists() == (broken != "cross_validate_fold")
-    with pytest.raises(RecipeError, match="--resume to go on"):
+    with pytest.raises(RecipeError, match="--resume to continue it"):
         run(recipe, folder)
     resumed = run(recipe, folder, resume=True)
     assert {**resumed, "cross_validation_seconds": 0} == {**expected, "cross_validation_seconds": 0}
@@ -603,11 +607,11 @@ def test_what_a_run_computed_survives_a_stage_that_fails(tmp_path, monkeypatch):
 def test_folds_of_another_recipe_are_not_mixed(tmp_path, fields):
     write_recipe(_recipe(), tmp_path)
     (name,) = fields
-    with pytest.raises(RecipeError, match=f"was begun with {name}=.* and cannot be resumed with {name}="):
+    with pytest.raises(RecipeError, match=f"was started with {name}=.* and cannot be resumed with {name}="):
         run(_recipe(**fields), tmp_path, resume=True)
 
 
-def test_half_precision_is_taken_off_before_answers_are_kept():
+def test_half_precision_wrappers_are_removed_before_outputs_are_saved():
     bags = _bags()
     model, extractor = fit(_recipe(training={**FAST, "bf16": True, "use_cpu": True}), bags.instances, bags.labels, bags.names, 0)
     copy = UHopMILForBagClassification(model.config).eval()
@@ -640,7 +644,7 @@ def test_lists_of_labels_are_refused_by_bag(tmp_path):
 def test_classes_of_bags_keep_their_names(tmp_path):
     bags = _bags()
     content = {"instances": [bag.tolist() for bag in bags.instances], "label": bags.labels.tolist()}
-    for labels, message in ((content["label"], None), ([-1, *content["label"][1:]], "bag 0 of .* has the label -1, which means none")):
+    for labels, message in ((content["label"], None), ([-1, *content["label"][1:]], "bag 0 of .* has the label -1, which means no label")):
         table = Dataset.from_dict({**content, "label": labels})
         table.cast_column("label", ClassLabel(names=["healthy", "sick"])).to_parquet(tmp_path / "bags.parquet")
         if message is None:
@@ -660,7 +664,7 @@ def test_classes_of_bags_keep_their_names(tmp_path):
     ],
     ids=["None", "None inside", "ragged", "narrow"],
 )
-def test_bags_that_are_none_are_refused_by_number(tmp_path, change, message):
+def test_invalid_bags_are_refused_by_number(tmp_path, change, message):
     bags = _bags()
     instances = [change(bag) if index == 3 else bag.tolist() for index, bag in enumerate(bags.instances)]
     pd.DataFrame({"instances": instances, "label": bags.labels}).to_parquet(tmp_path / "bags.parquet")
@@ -668,7 +672,7 @@ def test_bags_that_are_none_are_refused_by_number(tmp_path, change, message):
         load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
 
 
-def test_bags_with_a_leading_axis_are_their_vectors(tmp_path):
+def test_bags_with_a_leading_axis_are_read_as_vectors(tmp_path):
     bags = _bags()
     wrapped = [[bag.tolist()] for bag in bags.instances]
     path = tmp_path / "bags.parquet"
@@ -683,12 +687,12 @@ def test_bags_with_a_leading_axis_are_their_vectors(tmp_path):
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(1, 5, 3), (1, 5, 3)], r"bag 0 has shape \(1, 5, 3\), as all others, so that each may be 5 vectors or one picture"),
+        ([(1, 5, 3), (1, 5, 3)], r"bag 0 and all others have shape \(1, 5, 3\), which may mean 5 vectors or one image"),
         ([(1, 5, 3), (1, 4, 2)], r"bag 1 has instances of shape \(2,\), and bag 0 of \(3,\)"),
         ([(2, 5, 3), (1, 5, 3)], r"bag 0 must have shape .*, got \(2, 5, 3\)"),
     ],
 )
-def test_bags_with_a_leading_axis_of_two_meanings_are_refused(tmp_path, shapes, message):
+def test_bags_with_an_ambiguous_leading_axis_are_refused(tmp_path, shapes, message):
     content = {"instances": [np.ones(shape).tolist() for shape in shapes], "label": [0, 1]}
     pd.DataFrame(content).to_parquet(tmp_path / "bags.parquet")
     with pytest.raises(RecipeError, match=rf"bags.parquet: {message}"):
@@ -696,7 +700,7 @@ def test_bags_with_a_leading_axis_of_two_meanings_are_refused(tmp_path, shapes, 
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_pictures_come_channels_first(tmp_path, channels):
+def test_images_of_bags_are_channels_first(tmp_path, channels):
     random = np.random.default_rng(0)
     pictures = [random.random((count, channels, 10, 12), dtype=np.float32) for count in (2, 3)]
     for name, given in (("first", pictures), ("last", [np.moveaxis(bag, 1, 3) for bag in pictures])):

@@ -1,4 +1,5 @@
-"""STanHop models: configuration, values against loops, scaling and masks, losses, Stage I, saving and loading, refusals."""
+"""Tests of STanHop models: configuration, values against loops, scaling, masks, losses, Stage I,
+saving and loading, errors."""
 
 import dataclasses
 import re
@@ -71,7 +72,8 @@ def _windows(batch=2, length=20, channels=3, dtype=torch.float32) -> torch.Tenso
 
 
 def _observed(config: STanHopConfig) -> tuple[int, torch.Tensor, float]:
-    """Parameter count, forecast and loss of a seeded model in training mode, so that dropout shows too."""
+    """Parameter count, forecast and loss of a seeded model in training mode, so that dropout has an
+    effect too."""
     torch.manual_seed(0)
     model = STanHopForPrediction(config).train()
     generator = torch.Generator().manual_seed(1)
@@ -84,7 +86,7 @@ def _observed(config: STanHopConfig) -> tuple[int, torch.Tensor, float]:
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_field_changes_the_model(field):
-    # Values need not fit W_V W_K Y for a feature map of another width.
+    # With values that are not W_V W_K Y, the feature map may have another width.
     base = {**SMALL, "value_source": "memory"} if field == "feature_dim" else SMALL
     parameters, forecast, loss = _observed(STanHopConfig(**base))
     changed_parameters, changed_forecast, changed_loss = _observed(STanHopConfig(**{**base, field: CHANGES[field]}))
@@ -151,7 +153,7 @@ def _retrieval(module, states, memories):
     return np.stack(outputs)
 
 
-def test_a_block_is_the_loops():
+def test_a_block_equals_the_loops():
     block = STanHopBlock(STanHopConfig(**SMALL)).double().eval()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
@@ -171,7 +173,8 @@ def test_a_block_is_the_loops():
 
 
 def test_series_and_windows_do_not_leak_over_time():
-    """Over time a series sees itself alone, and prototypes mix series at one position alone."""
+    """Attention over time uses only the same series, and prototypes mix series only at the same
+    position."""
     block = _model().model.blocks[0]
     states = torch.randn(2, 3, 5, 8)
     changed = states.clone()
@@ -186,7 +189,7 @@ def test_series_and_windows_do_not_leak_over_time():
 
 
 @pytest.mark.parametrize(("patches", "window", "order"), [(4, 2, [0, 1, 2, 3]), (5, 2, [0, 1, 2, 3, 4, 4]), (4, 3, [0, 1, 2, 3, 2, 3])])
-def test_coarse_graining_fills_up_with_the_last_patches(patches, window, order):
+def test_coarse_graining_pads_with_the_last_patches(patches, window, order):
     merge = STanHopCoarseGraining(STanHopConfig(**{**SMALL, "merge_window": window}))
     states = torch.randn(2, 3, patches, 8)
     groups = states[:, :, order].reshape(2, 3, len(order) // window, window * 8)
@@ -203,7 +206,7 @@ def test_a_window_is_continued_to_the_left():
 
 
 @pytest.mark.parametrize("scaling", ["std", "mean", None])
-def test_scaling(scaling):
+def test_scaling_equals_the_formula(scaling):
     scaler = STanHopScaler(STanHopConfig(**{**SMALL, "scaling": scaling}))
     values = _windows(dtype=torch.float64)
     observed = (torch.rand(values.shape) < 0.7).double()
@@ -222,7 +225,7 @@ def test_scaling(scaling):
 
 
 @pytest.mark.parametrize("use_linear_skip", [False, True])
-def test_a_forecast_follows_the_units_of_its_window(use_linear_skip):
+def test_a_forecast_scales_with_the_units_of_its_window(use_linear_skip):
     model = _model(use_linear_skip=use_linear_skip)
     past = _windows()
     first = model(past).prediction_outputs
@@ -243,7 +246,7 @@ def test_the_forecast_is_the_sum_over_scales_and_the_skip():
     assert_close(model(past).prediction_outputs, forecast.transpose(1, 2) * outputs.scale + outputs.loc, scale=10)
 
 
-def test_values_that_were_not_observed_change_nothing():
+def test_unobserved_values_have_no_influence():
     model = _model(use_linear_skip=True)
     past, future = _windows(), _windows(length=10)
     mask, future_mask = torch.rand(past.shape) < 0.7, torch.rand(future.shape) < 0.7
@@ -272,7 +275,7 @@ def test_losses(loss):
         model(past, future_values=future)
 
 
-def test_windows_without_any_value_or_variation():
+def test_windows_without_values_or_variation_have_finite_forecasts():
     model = _model()
     past = _windows()
     past[0, :, 1] = torch.nan
@@ -318,7 +321,7 @@ def test_memory_sets_are_what_the_layers_retrieve_from():
     sets = list(model.memory_sets(past, future_values=None))
     assert len(sets) == len(list(model.model.memory_sets(past))) + 3 * 4 == 18
     assert len({id(memory_set.feature_map) for memory_set in sets}) == 18
-    # Those of the decoder's first block are the same for both windows, and are there once.
+    # Because the memories of the first decoder block are equal for both windows, they occur once.
     assert [len(memories) // len(each.memories) for each, (_, memories) in zip(sets, expected, strict=True)] == [1] * 6 + [2] * 3 + [1] * 9
     for memory_set, (feature_map, memories) in zip(sets, expected, strict=True):
         assert memory_set.feature_map is feature_map
@@ -345,8 +348,8 @@ def test_training_with_stage_one(tmp_path, parameters):
 
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
-def test_only_maps_that_stage_one_separates_get_unit_rows(tmp_path, option):
-    # Each series has a single output patch, from which the decoder's blocks retrieve over time.
+def test_only_feature_maps_that_are_separated_get_unit_rows(tmp_path, option):
+    # Each series has a single output patch, so decoder blocks have a single memory over time.
     model = _model(patch_length=10, num_hidden_layers=1)
     maps = {name: parameter for name, parameter in model.named_parameters() if "feature_map" in name}
     for weight in maps.values():
@@ -376,7 +379,7 @@ def test_stage_one_of_a_single_series(tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-def test_recalled_futures_by_loops(alpha):
+def test_recalled_futures_equal_the_loops(alpha):
     model = _model(memory_beta=3.0, memory_alpha=alpha, minimum_scale=0.5).double()
     past, future = _windows(7, dtype=torch.float64), _windows(7, 10, dtype=torch.float64)
     past[2, :, 1] = 4.0
@@ -399,12 +402,12 @@ def test_recalled_futures_by_loops(alpha):
 
 
 @pytest.mark.parametrize("silent", [0.3, float("nan")])
-def test_stored_windows_that_say_nothing_are_never_recalled(silent):
+def test_stored_windows_without_information_are_never_recalled(silent):
     model = _model()
     query, past, future = 1000.0 + _windows(3), 1000.0 + _windows(7), 1000.0 + _windows(7, 10)
     model.store(past[1:], future[1:])
     expected = model.recall(query)
-    # 0.3 is not its own mean, to the last bit.
+    # Because of rounding, the mean of values 0.3 is not exactly 0.3.
     past[0], future[0] = silent, 2000.0
     model.store(past, future)
     assert model.config.num_memories == 7
@@ -551,7 +554,7 @@ def test_half_precision_keeps_what_varies_far_from_zero(dtype):
     actual = model.to(dtype)(past, future_values=future)
     assert_close(actual.loc, expected.loc)
     assert_close(actual.scale, expected.scale)
-    # In bf16 the numbers around 70,000 are 512 apart.
+    # In bf16, numbers near 70,000 have a spacing of 512.
     assert (actual.prediction_outputs - expected.prediction_outputs).abs().max() < 0.1
     assert (actual.loss - expected.loss).abs() < 0.1
     model.store(past, future)
@@ -566,7 +569,7 @@ def test_values_in_double_precision_keep_their_differences():
     past = torch.randn(2, 20, 3, dtype=torch.float64)
     near, far = (model(past + shift, future_values=past[:, :10] + shift) for shift in (0.0, 1.7e9))
     assert far.prediction_outputs.dtype == torch.float64
-    # Around 1.7e9 the numbers of double precision are 2e-7 apart.
+    # In double precision, numbers near 1.7e9 have a spacing of 2e-7.
     assert (far.prediction_outputs - 1.7e9 - near.prediction_outputs).abs().max() < 1e-5
     assert (far.scale - near.scale).abs().max() < 1e-6
     assert far.loss.item() == pytest.approx(near.loss.item(), rel=1e-5)
@@ -574,7 +577,7 @@ def test_values_in_double_precision_keep_their_differences():
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_softmax_may_be_any_softmax():
+def test_alpha_1_equals_softmax_in_every_form():
     model = _model(alpha=1.0, learnable_alpha=False)
     assert model.config._attn_implementation == "hopfield"
     past = _windows()
@@ -586,7 +589,7 @@ def test_softmax_may_be_any_softmax():
         assert_close(model(past).prediction_outputs, expected.prediction_outputs)
 
 
-def test_what_half_precision_cannot_hold_is_refused():
+def test_values_beyond_half_precision_are_refused():
     model = _model(scaling=None).half()
     past, future = torch.full((2, 20, 3), 70000.0), torch.zeros(2, 10, 3)
     with pytest.raises(ValueError, match=r"past_values must be finite in torch.float16 once they are scaled, got some as large as 7e\+04"):
@@ -621,7 +624,7 @@ def test_differences_of_the_largest_values_do_not_overflow():
     assert_close(scaled[0, :2, 0], [1.9 / 0.19**0.5, -0.1 / 0.19**0.5], scale=3)
 
 
-def test_what_leaves_the_range_of_its_dtype_is_named():
+def test_values_that_leave_the_range_of_the_dtype_are_named():
     model = _model(minimum_scale=1e30)
     torch.nn.init.constant_(model.decoder.layers[0].head.bias, 1e9)
     with pytest.raises(ValueError, match=r"forecasts must be finite in torch.float32, but 60 are not, of windows with values as large as"):
@@ -630,7 +633,7 @@ def test_what_leaves_the_range_of_its_dtype_is_named():
         _model(scaling=None)(1e20 * torch.randn(2, 20, 3))
 
 
-def test_stored_windows_that_vanish_are_named():
+def test_stored_windows_that_become_constant_are_named():
     model = _model(minimum_scale=1.0).half()
     past = torch.randn(3, 20, 3)
     past[1, :, 2] *= 1e-12
@@ -647,7 +650,7 @@ def test_a_large_memory_beta_in_half_precision(memory_alpha):
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((2, 20, 3), np.float32), [[0.0]]])
-def test_what_is_no_tensor_is_named(wrong):
+def test_inputs_that_are_not_tensors_are_named(wrong):
     model, past, future = _model(), _windows(), _windows(length=10)
     for name, call in (
         ("past_values", lambda: model(wrong)),
@@ -688,7 +691,7 @@ def test_a_state_dict_of_another_number_of_windows_loads(options, kind, held, gi
             second.recall(query)
 
 
-def test_a_part_of_a_state_dict_leaves_stored_windows_alone():
+def test_a_partial_state_dict_keeps_stored_windows():
     model = _model()
     model.store(_windows(4), _windows(4, 10))
     model.load_state_dict(_model().decoder.state_dict(prefix="decoder."), strict=False)
@@ -702,7 +705,7 @@ def test_a_part_of_a_state_dict_leaves_stored_windows_alone():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("memory_type", ["plug", "tune", None])
 def test_a_forecaster_exports_to_onnx_through_torchscript(tmp_path, memory_type):
-    # The graph of a learnable alpha takes long to write.
+    # Because the graph of a learnable alpha takes long to export, alpha is fixed.
     small = {"alpha": 1.0, "learnable_alpha": False, "num_hidden_layers": 1, "return_dict": False, "memory_type": memory_type}
     model = _model(**small).requires_grad_(False)
     model.store(_windows(4), _windows(4, 10))

@@ -1,4 +1,4 @@
-"""UHopMemoryModel: storing, separating, retrieving, reporting, saving; bad input."""
+"""Tests of UHopMemoryModel: storing, separation, retrieval, reports, saving and loading, errors."""
 
 import dataclasses
 import math
@@ -130,7 +130,7 @@ def test_store_append_delete():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_report_is_as_precise_as_its_memory(dtype):
+def test_a_report_has_the_precision_of_its_memory(dtype):
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
         patterns = torch.randn(6, 5, generator=generator, dtype=torch.float64)
@@ -138,7 +138,8 @@ def test_a_report_is_as_precise_as_its_memory(dtype):
         assert margin.dtype == dtype
         smallest = margin.min().item()
         if smallest > 0.01:
-            # Just above and below the threshold of the least separated memory, by a little more than rounding.
+            # Slightly above and below the threshold of the least separated memory, by a little more
+            # than rounding.
             width = 1e-9 if dtype == torch.float64 else 1e-3
             for factor, certified in ((1 + width, True), (1 - width, False)):
                 torch.manual_seed(0)
@@ -157,7 +158,7 @@ def test_indices_to_delete_are_integers():
     assert len(memory) == 3
 
 
-def test_what_overflows_the_dtype_is_refused():
+def test_patterns_that_overflow_the_dtype_are_refused():
     memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=3))
     with pytest.raises(ValueError, match=r"must be finite in torch\.float32, got 6"):
         memory.store(torch.full((2, 3), 1e39, dtype=torch.float64))
@@ -165,7 +166,7 @@ def test_what_overflows_the_dtype_is_refused():
         memory.half().store(torch.full((2, 3), 70000.0))
 
 
-def test_two_memories_of_one_configuration(tmp_path):
+def test_two_memories_can_share_a_configuration(tmp_path):
     config = UHopMemoryConfig(pattern_dim=3)
     first, second = UHopMemoryModel(config), UHopMemoryModel(config)
     first.store(torch.randn(10, 3))
@@ -175,14 +176,14 @@ def test_two_memories_of_one_configuration(tmp_path):
     assert config.num_memories == 0
 
 
-def test_a_memory_that_recalls_another_is_not_alone():
+def test_a_memory_that_recalls_another_is_not_retrieved_alone():
     report = _memory(torch.tensor([[1.0, 0.0], [10.0, 1.0]]), similarity="dot").report()
     assert report.metastable_size.tolist() == [1, 1]
     assert report.alone.tolist() == [False, True]
     assert "retrieved alone       1 of 2" in str(report)
 
 
-def test_memories_that_are_dependent_but_for_rounding_are_separated_by_gradients():
+def test_nearly_dependent_memories_are_separated_by_gradients():
     independent = _digits(20)
     memory = _memory(torch.cat([independent, independent.mean(0, keepdim=True)]))
     history = memory.separate(steps=30, lr=1e-2, method="uhop+")
@@ -210,7 +211,8 @@ def test_separation_lowers_its_loss_and_confusion(method):
     patterns = _digits(100)
     memory = _memory(patterns)
     before = memory.report()
-    # U-Hop+ changes the scale of its loss with the temperature, unless that is held.
+    # Because the scale of the U-Hop+ loss depends on the temperature, we keep the temperature
+    # constant.
     options = {"temperature": 0.1, "final_temperature": 0.1} if method == "uhop+" else {}
     history = memory.separate(steps=60, lr=1e-2, method=method, **options)
     assert len(history) == 61
@@ -220,7 +222,7 @@ def test_separation_lowers_its_loss_and_confusion(method):
     assert len(after.confusions) < len(before.confusions)
 
 
-def test_denoising_separation_recalls_corrupted_digits():
+def test_denoising_separation_improves_recall_of_corrupted_digits():
     patterns = _digits(100)
     torch.manual_seed(0)
     plain, separated = (_memory(patterns, similarity=name, alpha=1.0, beta=10.0) for name in ("cosine", "kernel"))
@@ -256,7 +258,7 @@ def test_denoising_loss_is_the_log_weight_of_the_right_memory():
     assert torch.autograd.gradcheck(denoising_loss, (corrupted.requires_grad_(), features.requires_grad_()))
 
 
-def test_without_steps_the_loss_is_the_first_temperature_s():
+def test_without_steps_the_loss_is_that_at_the_first_temperature():
     phi, memories = FeatureMap(6, normalize=True), torch.randn(5, 6)
     expected = separation_loss(phi(memories), kind="per_memory", temperature=0.25)
     (loss,) = maximize_separation(phi, memories, method="uhop+", steps=0)
@@ -378,7 +380,7 @@ def test_large_scores_in_fp16():
     assert_close(weights, torch.eye(8))
 
 
-def test_a_report_names_what_contradicts_theory():
+def test_a_report_names_contradictions_of_the_theory():
     report = _memory(torch.eye(4), alpha=1.0, beta=100.0).report()
     wrong = dataclasses.replace(report, error=torch.tensor([0.0, 1.0, 0.0, 0.0]))
     assert "errors of memories [1] exceed bound (1.3)" in str(wrong)
@@ -422,7 +424,7 @@ def test_any_finite_patterns_can_be_stored_and_retrieved(patterns):
     count=st.integers(1, 4),
     data=st.data(),
 )
-def test_patterns_that_are_not_finite_are_refused_wherever_they_are(shape, bad, count, data):
+def test_patterns_that_are_not_finite_are_refused(shape, bad, count, data):
     patterns = torch.randn(shape)
     places = data.draw(st.lists(st.integers(0, patterns.numel() - 1), min_size=1, max_size=count, unique=True))
     patterns.view(-1)[places] = bad
@@ -443,19 +445,19 @@ def test_patterns_that_are_not_finite_are_refused_wherever_they_are(shape, bad, 
     ),
     similarity=st.sampled_from(SIMILARITIES),
 )
-def test_integer_patterns_are_numbers(patterns, similarity):
+def test_integer_patterns_are_accepted(patterns, similarity):
     integers = torch.from_numpy(patterns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         memory = _memory(integers, similarity=similarity, degree=2, normalize_features=True)
     assert torch.equal(memory.memories, integers.float())
     assert torch.equal(memory(integers).association, memory(integers.float()).association)
-    # Zero vectors among them have no direction, and are retrieved from all the same.
+    # Zero vectors have no direction, but retrieval with them is defined.
     assert memory(torch.zeros(1, 4)).retrieved.isfinite().all()
 
 
 @given(count=st.integers(1, 6), repeated=st.lists(st.integers(0, 5), min_size=1, max_size=4))
-def test_duplicates_are_named_wherever_they_are(count, repeated):
+def test_duplicates_are_named(count, repeated):
     patterns = torch.randn(count, 3)
     repeated = [index % count for index in repeated]
     expected = [(index, count + place) for place, index in enumerate(repeated)]
@@ -478,7 +480,7 @@ def test_a_wrong_width_is_refused(width, given_width, rows):
             memory.store(torch.randn(rows, given_width))
 
 
-def test_no_memories():
+def test_an_empty_memory_refuses_calls():
     memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=3))
     assert len(memory) == 0
     with pytest.raises(ValueError, match="at least one pattern, got 0"):
@@ -497,7 +499,7 @@ def test_no_memories():
         (torch.randn(3), r"must have shape \(M, 3\)"),
     ],
 )
-def test_bad_patterns_are_refused_and_nothing_is_lost(patterns, message):
+def test_bad_patterns_are_refused_and_stored_patterns_are_kept(patterns, message):
     memory = _memory(torch.randn(4, 3))
     kept = memory.memories.clone()
     with pytest.raises(ValueError, match=message):
@@ -574,7 +576,7 @@ def test_the_configuration_may_ask_for_a_tuple():
 
 @pytest.mark.parametrize("size", [1e19, 1e30, 3e37, 1e-19, 1e-30])
 @pytest.mark.parametrize("similarity", ["kernel", "cosine"])
-def test_directions_do_not_depend_on_size(size, similarity):
+def test_directions_do_not_depend_on_norms(size, similarity):
     memory = _memory(similarity=similarity, beta=3.0)
     queries = torch.randn(4, 6)
     expected = memory(queries, update_steps=2)
@@ -606,14 +608,14 @@ def test_scores_that_overflow_their_dtype_are_those_of_double_precision(dtype, s
         assert_close(memory.report().margin.double() / size**2, wide.report().margin / size**2, dtype=torch.float32, scale=3)
 
 
-def test_small_patterns_have_powers():
+def test_small_patterns_work_with_polynomial_weights():
     patterns = torch.randn(7, 6)
     expected = _memory(patterns, similarity="polynomial", beta=1.0, degree=3)(patterns).association
     assert_close(_memory(1e-30 * patterns, similarity="polynomial", beta=1.0, degree=3)(1e-30 * patterns).association, expected, scale=30)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_noise_is_in_proportion_to_patterns_of_any_size(dtype):
+def test_noise_is_proportional_to_the_norm_of_patterns(dtype):
     for size in (1e4, 1e-6) if dtype == torch.float16 else (1e20, 1e37, 1e-30):
         patterns = (size * torch.nn.functional.normalize(torch.randn(5, 200), dim=-1)).to(dtype)
         noise = (add_noise(patterns, 0.5).double() - patterns.double()) / size
@@ -622,7 +624,7 @@ def test_noise_is_in_proportion_to_patterns_of_any_size(dtype):
         add_noise(torch.full((50, 3), torch.finfo(dtype).max, dtype=dtype), 10.0)
 
 
-def test_values_that_cannot_be_held_are_named():
+def test_values_beyond_the_dtype_are_named():
     memory = _memory(1e5 * torch.randn(7, 6), similarity="dot").half()
     with pytest.raises(ValueError, match=r"memories must be finite in torch.float16, got \d+ entries that are not"):
         memory(torch.randn(2, 6))
@@ -638,7 +640,7 @@ def test_values_that_cannot_be_held_are_named():
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((2, 6), np.float32), [[0.0] * 6], None])
-def test_what_is_no_tensor_is_named(wrong):
+def test_inputs_that_are_not_tensors_are_named(wrong):
     memory = _memory()
     for name, call in (("patterns", memory.store), ("patterns", memory.append), ("queries", memory), ("queries", memory.search)):
         with pytest.raises(TypeError, match=rf"{name} must be a torch.Tensor, got (numpy.ndarray|builtins.list|None)"):
@@ -706,7 +708,7 @@ def test_a_traced_memory_computes_its_features(used):
     for module in (traced, memory):
         module.feature_map.weight.copy_(torch.arange(36.0).sin().view(6, 6))
     queries = torch.randn(5, 6)
-    # What is retrieved, its weights, its energies.
+    # Retrieved patterns, weights and energies.
     for actual, expected in list(zip(traced(queries), memory(queries), strict=True))[:3]:
         assert_close(actual, expected)
 

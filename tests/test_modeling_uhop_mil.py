@@ -1,4 +1,5 @@
-"""UHopMIL models: values against the published layer, exact masks, outputs, losses, saving and loading, refusals."""
+"""Tests of UHopMIL models: values against the published layer, exact masks, outputs, losses, saving
+and loading, errors."""
 
 import onnxruntime
 import pytest
@@ -32,7 +33,7 @@ def _model(**fields) -> UHopMILForBagClassification:
 
 
 def _bags(sizes=(4, 1, 7), width=6, padded_to=None, dtype=torch.float32):
-    """Random bags, and a mask that has the items of each at its front."""
+    """Random bags, and a mask with the items of each bag first."""
     longest = padded_to or max(sizes)
     mask = torch.arange(longest) < torch.tensor(sizes).unsqueeze(1)
     return torch.randn(len(sizes), longest, width, dtype=dtype), mask.long()
@@ -46,7 +47,7 @@ def variant(request):
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 2.0])
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("beta", [None, 1.3])
-def test_without_phi_it_is_the_published_layer(alpha, steps, beta):
+def test_without_phi_the_model_equals_the_published_layer(alpha, steps, beta):
     config = UHopMILConfig(**{**SMALL, "num_queries": 2, "use_feature_map": False}, alpha=alpha, update_steps=steps, beta=beta)
     layer = HopfieldPooling(config).double()
     layer.reset_parameters()
@@ -77,7 +78,7 @@ def test_without_phi_it_is_the_published_layer(alpha, steps, beta):
         assert_close(pooled[index], expected)
 
 
-def test_an_orthogonal_phi_is_no_phi():
+def test_an_orthogonal_phi_equals_no_phi():
     with_phi, without = _model(feature_dim=20), _model(use_feature_map=False)
     state = with_phi.state_dict()
     phi = state.pop("mil.pooling.attention.feature_map.weight")
@@ -89,7 +90,7 @@ def test_an_orthogonal_phi_is_no_phi():
     assert_close(with_phi(instances, mask).logits, without(instances, mask).logits)
 
 
-def test_values_in_padding_change_nothing_at_all(variant):
+def test_values_in_padding_have_no_influence_bitwise(variant):
     model = _model(**variant)
     instances, mask = _bags()
     noisy = torch.where(mask.bool().unsqueeze(-1), instances, torch.nan)
@@ -101,7 +102,7 @@ def test_values_in_padding_change_nothing_at_all(variant):
         assert (one is None and other is None) or torch.equal(one, other)
 
 
-def test_more_padding_changes_nothing_beyond_rounding(variant):
+def test_more_padding_has_no_influence_except_rounding(variant):
     model = _model(**variant)
     instances, mask = _bags()
     longer, longer_mask = torch.cat([instances, torch.randn(3, 9, 6)], 1), torch.cat([mask, torch.zeros(3, 9, dtype=torch.long)], 1)
@@ -124,7 +125,7 @@ def test_permuted_instances_have_permuted_weights(seed, alpha):
     assert_close(second.instance_weights, first.instance_weights[:, order])
 
 
-def test_an_empty_bag(variant):
+def test_an_empty_bag_has_finite_outputs_and_gradients(variant):
     model = _model(**variant).train()
     instances, mask = _bags((0, 3, 0), padded_to=4)
     instances.requires_grad_()
@@ -182,12 +183,12 @@ def test_mean_and_max_pooling():
         for index, size in enumerate((2, 3)):
             states = outputs.last_hidden_state[index, :size]
             assert_close(outputs.pooler_output[index], states.mean(0) if pooling == "mean" else states.amax(0))
-    # relu leaves many features at zero in every instance; of those the first instance counts as the winner.
+    # After relu, many features are 0 in every instance; these count for the first instance.
     winners = states.argmax(0)
     assert_close(outputs.instance_weights[1], torch.bincount(winners, minlength=3) / 16)
 
 
-def test_bag_dropout_leaves_instances_out_and_keeps_one():
+def test_bag_dropout_drops_instances_and_keeps_at_least_one():
     model = _model(bag_dropout_prob=0.9).train()
     instances, mask = _bags((5, 1, 0), padded_to=6)
     kept = torch.zeros(3, 6)
@@ -281,7 +282,7 @@ def test_bags_of_images(fields, tmp_path):
         if "mask_token" not in name and parameter.grad is not None
     )
     assert_close(model(images[:1, :3]).logits, outputs.logits[:1])
-    # In training too padding is no image: batch norms would count it.
+    # Padding must not be an image in training either, because batch norms would include it.
     model.train()
     torch.manual_seed(0)
     first = model(images, mask).logits
@@ -311,7 +312,7 @@ def test_gradient_accumulation_changes_nothing(fields, tmp_path):
     weights = []
     labels = torch.rand(8, 3).round() if fields else torch.randint(2, (8,))
     if not fields:
-        labels[0] = -100  # which is not counted, in its part of the batch or in the whole
+        labels[0] = -100  # which is ignored, in its part of the batch and in the whole batch
     bags = [{"instances": torch.randn(3, 6), "label": label.tolist()} for label in labels]
     for batch_size in (8, 2):
         torch.manual_seed(0)
@@ -370,7 +371,7 @@ def test_bad_calls_are_refused(arguments, message):
 
 @pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist], ids=["array", "list"])
 @pytest.mark.parametrize("name", ["instances", "attention_mask"])
-def test_inputs_that_are_no_tensors_are_refused(name, convert):
+def test_inputs_that_are_not_tensors_are_refused(name, convert):
     inputs = dict(zip(("instances", "attention_mask"), _bags(), strict=True))
     inputs[name] = convert(inputs[name])
     model = _model()
@@ -393,7 +394,7 @@ def test_a_bad_instance_is_named():
 
 
 @pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
-def test_asking_for_more_leaves_the_backbone_as_it_is(asked):
+def test_additional_outputs_do_not_change_the_backbone(asked):
     backbone = Dinov2Config(
         hidden_size=16,
         num_hidden_layers=2,
@@ -410,7 +411,7 @@ def test_asking_for_more_leaves_the_backbone_as_it_is(asked):
     assert_close(model(images).logits, expected)
 
 
-def test_the_configuration_may_ask_for_more():
+def test_the_configuration_can_request_additional_outputs():
     outputs = _model(output_attentions=True, output_hidden_states=True, num_embedding_layers=2)(*_bags())
     assert [states.shape for states in outputs.hidden_states] == [(3, 7, 16)] * 2
     assert [weights.shape for weights in outputs.attentions] == [(3, 2, 1, 7)]
@@ -419,7 +420,7 @@ def test_the_configuration_may_ask_for_more():
 
 @pytest.mark.parametrize("fields", [{}, {"output_attentions": True, "output_hidden_states": True}], ids=["logits", "everything"])
 def test_metrics_are_computed_from_logits(tmp_path, fields):
-    """Of batches that are padded to 4, 2 and 7 instances."""
+    """Batches are padded to 4, 2 and 7 instances."""
     bags = [torch.randn(size, 6) for size in (3, 4, 1, 2, 7)]
     seen = []
 
@@ -446,7 +447,7 @@ def test_metrics_are_computed_from_logits(tmp_path, fields):
             assert_close(torch.from_numpy(rest[0][0][index, : len(bag)]), outputs.hidden_states[0][0])
 
 
-def test_a_pooling_takes_masks_of_integers_or_none():
+def test_pooling_accepts_integer_masks_or_no_mask():
     layer = HopfieldPooling(UHopMILConfig(**SMALL)).eval()
     states, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     assert torch.equal(layer(states, mask)[0], layer(states, mask.bool())[0])
@@ -467,8 +468,8 @@ def _inputs(model, size):
 @pytest.mark.parametrize("first", [*SIZES, None], ids=["short", "middle", "long", "empty"])
 @pytest.mark.parametrize("fields", [*TRACED.values(), *IMAGES.values()], ids=[*TRACED, *IMAGES])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_a_traced_model_takes_bags_of_every_size(fields, first):
-    """Also if it was traced with long bags, or with empty ones."""
+def test_a_traced_model_accepts_bags_of_every_size(fields, first):
+    """This holds for models traced with long bags or with empty ones."""
     if first is None and fields is IMAGES["swin"]:
         pytest.skip("transformers' Swin takes no batch without an image")
     model = _model(**fields, return_dict=False)
@@ -500,14 +501,16 @@ def test_the_torchscript_exporter_keeps_the_outputs(fields, tmp_path):
 
 
 PRECISIONS = [(torch.float32, False), *((dtype, autocast) for dtype in (torch.bfloat16, torch.float16) for autocast in (False, True))]
-# Powers of two, so that bags of every size are multiples of each other; float16 ends at 65504.
+# Powers of two, so that bags of all scales are exact multiples of each other; the largest float16
+# is 65504.
 LARGE = {torch.float32: (33, 56, 63, 70, 100, 127), torch.bfloat16: (33, 56, 63, 70, 100, 127), torch.float16: (9, 12, 15)}
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
 @pytest.mark.parametrize("name", ["dense", "entmax", "mean", "cnn", "resnet"])
-def test_large_bags_keep_their_classes_or_are_named(name, dtype, autocast):
-    """The layer norms of the pooling take away the size of a bag of large values, and nothing else."""
+def test_bags_of_large_values_keep_their_classes_or_are_named(name, dtype, autocast):
+    """The layer norms of the pooling remove the scale of a bag of large values, and nothing
+    else."""
     model = _model(**{**POOLINGS, **IMAGES}[name]).to(torch.float32 if autocast else dtype)
     bags = torch.rand(3, 4, *((6,) if name in POOLINGS else (3, 8, 8))) * 2 - 1
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])

@@ -1,4 +1,5 @@
-"""UHopViT models: values against transformers' ViT, outputs, kernels, dtypes, saving and loading, refusals."""
+"""Tests of UHopViT models: values against the ViT of transformers, outputs, kernels, dtypes, saving
+and loading, errors."""
 
 import onnxruntime
 import pytest
@@ -18,7 +19,8 @@ SMALL = {
     "image_size": 12,
     "patch_size": 4,
     "num_labels": 5,
-    # Weights of the usual 0.02 would make attention uniform, and hide mistakes.
+    # With the usual standard deviation of 0.02, attention would be uniform and hide errors; so we
+    # use a larger one.
     "initializer_range": 0.2,
 }
 VARIANTS = {
@@ -47,7 +49,7 @@ def variant(request):
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa"])
-def test_without_phi_at_alpha_1_it_is_transformers_vit(kernel):
+def test_without_phi_at_alpha_1_the_model_equals_the_vit_of_transformers(kernel):
     ours = _model(use_feature_map=False, attn_implementation=kernel)
     theirs = ViTForImageClassification(ViTConfig(**SMALL)).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -61,7 +63,7 @@ def test_without_phi_at_alpha_1_it_is_transformers_vit(kernel):
         assert_close(parameter.grad, theirs.get_parameter(name).grad, scale=3)
 
 
-def test_an_orthogonal_phi_folded_by_hand_is_transformers_vit():
+def test_an_orthogonal_phi_folded_by_hand_equals_the_vit_of_transformers():
     ours = _model(feature_init="orthogonal", feature_dim=30)
     theirs = ViTForImageClassification(ViTConfig(**SMALL)).eval()
     state = ours.state_dict()
@@ -100,7 +102,7 @@ def test_a_masked_patch_has_no_influence(variant):
     model = _model(**variant, attn_implementation="eager")
     images = _images()
     mask = torch.ones(3, 10, dtype=torch.long)
-    mask[:, 4] = 0  # the fourth patch: top row of the 3 x 3 grid is 1-3, so it begins at row 4
+    mask[:, 4] = 0  # the fourth patch: the top row of the 3 x 3 grid has patches 1 to 3, so it starts at row 4
     changed = images.clone()
     changed[:, :, 4:8, 0:4] = 9.0
     assert torch.equal(model(images, attention_mask=mask).logits, model(changed, attention_mask=mask).logits)
@@ -155,7 +157,8 @@ def test_gradient_checkpointing_changes_nothing(variant, reentrant):
     for model in (plain, checkpointed):
         model(images, labels=labels).loss.backward()
     for name, parameter in plain.named_parameters():
-        # Reentrant checkpointing cannot see the embeddings' gradient unless inputs require it, which the Trainer arranges.
+        # Reentrant checkpointing gives the embeddings no gradient unless inputs require one, which
+        # the Trainer arranges.
         if not (reentrant and "embeddings" in name):
             assert_close(checkpointed.get_parameter(name).grad, parameter.grad)
 
@@ -207,7 +210,7 @@ def test_half_precision_weights_and_autocast(variant, dtype):
 )
 def test_it_compiles_as_one_graph(fields):
     if "attn_implementation" in fields:
-        pytest.importorskip("triton", reason="Triton is there on Linux alone")
+        pytest.importorskip("triton", reason="Triton exists only for Linux")
     model = _model(**fields)
     images = _images()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -251,7 +254,7 @@ def test_save_and_load(variant, tmp_path):
     assert torch.equal(base(images).last_hidden_state, model.vit(images).last_hidden_state)
 
 
-def test_loading_begins_what_a_checkpoint_lacks(tmp_path):
+def test_loading_initialises_parameters_that_a_checkpoint_lacks(tmp_path):
     _model(use_feature_map=False).save_pretrained(tmp_path)
     fields = {"use_feature_map": True, "feature_init": "identity", "alpha": 1.3, "learnable_alpha": True}
     loaded = UHopViTForImageClassification.from_pretrained(tmp_path, **fields)
@@ -260,7 +263,7 @@ def test_loading_begins_what_a_checkpoint_lacks(tmp_path):
         assert_close(layer.attention.alpha.flatten(), torch.full((3,), 1.3))
 
 
-def test_loading_does_not_begin_anew_what_a_checkpoint_has(tmp_path):
+def test_loading_does_not_initialise_parameters_that_a_checkpoint_has(tmp_path):
     model = _model(alpha=1.4, learnable_alpha=True)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -278,7 +281,7 @@ def test_a_bad_field_is_refused_on_load_too(tmp_path, fields):
 
 
 @pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
-def test_kernels_that_cannot_mask_one_query_are_refused(kernel):
+def test_kernels_that_cannot_mask_a_single_query_are_refused(kernel):
     with pytest.raises(ValueError, match=r"class_query.* use 'sdpa', 'hopfield' or 'eager'"):
         _model(encoder_type="class_query", attn_implementation=kernel)
 
@@ -297,7 +300,7 @@ def test_it_can_be_built_on_the_meta_device():
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_fresh_weights_have_the_configured_spread():
+def test_initial_weights_have_the_configured_standard_deviation():
     model = UHopViTModel(UHopViTConfig(hidden_size=192, num_attention_heads=3, num_hidden_layers=1, image_size=32, initializer_range=0.1))
     assert abs(model.layers[0].mlp.fc1.weight.std().item() - 0.1) < 0.002
     assert (model.layers[0].mlp.fc1.bias == 0).all()
@@ -326,7 +329,7 @@ def test_memory_sets_are_what_the_feature_maps_see(name):
 
 
 @pytest.mark.parametrize("name", ["dense", "class query"])
-def test_a_masked_patch_is_no_memory(name):
+def test_a_masked_patch_is_not_a_memory(name):
     model = _model(**VARIANTS[name])
     images, mask = _images(), torch.ones(3, 10, dtype=torch.long)
     mask[:, 4] = 0
@@ -369,7 +372,7 @@ def test_masks_of_other_values_than_0_and_1_are_refused(name, count):
 
 @pytest.mark.parametrize("convert", [torch.Tensor.numpy, torch.Tensor.tolist], ids=["array", "list"])
 @pytest.mark.parametrize("name", ["pixel_values", "attention_mask", "bool_masked_pos"])
-def test_inputs_that_are_no_tensors_are_refused(name, convert):
+def test_inputs_that_are_not_tensors_are_refused(name, convert):
     model = UHopViTModel(UHopViTConfig(**SMALL), use_mask_token=True)
     inputs = {"pixel_values": _images(), "attention_mask": torch.ones(3, 10), "bool_masked_pos": torch.zeros(3, 9)}
     inputs[name] = convert(inputs[name])
@@ -465,8 +468,9 @@ PRECISIONS = [(torch.float32, False), *((dtype, autocast) for dtype in (torch.bf
 
 @pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
 @pytest.mark.parametrize("name", ["dense", "entmax", "class query"])
-def test_large_images_keep_their_classes_or_are_named(name, dtype, autocast):
-    """Position embeddings vanish beside large pixels; powers of two make images of every size multiples of each other."""
+def test_images_of_large_values_keep_their_classes_or_are_named(name, dtype, autocast):
+    """Position embeddings are negligible for large pixels; powers of two make images of all scales
+    exact multiples."""
     model = _model(**VARIANTS[name]).to(torch.float32 if autocast else dtype)
     images, kept, refused = torch.rand(2, 3, 12, 12) * 2 - 1, [], []
     for exponent in (6, 9, 12, 15) if dtype == torch.float16 else (33, 50, 63, 70, 100, 127):

@@ -1,4 +1,5 @@
-"""The pipeline for bags: answers equal the model's, bags in every form, threshold and top_k, a process without the package."""
+"""Tests of the pipeline for bags: outputs equal the model, bags in every form, threshold, top_k,
+and a process without the package."""
 
 import json
 import subprocess
@@ -31,7 +32,7 @@ def _save(folder, bags, **fields):
     return model, extractor
 
 
-def test_answers_are_those_of_the_model(tmp_path, bags):
+def test_pipeline_outputs_equal_the_model(tmp_path, bags):
     model, extractor = _save(tmp_path, bags, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
     classify = pipeline(TASK, model=str(tmp_path))
     outputs = model(**extractor(bags, return_tensors="pt"))
@@ -46,7 +47,7 @@ def test_answers_are_those_of_the_model(tmp_path, bags):
         assert ranked == sorted(ranked, reverse=True)
 
 
-def test_one_bag_in_every_form(tmp_path, bags):
+def test_one_bag_is_accepted_in_every_form(tmp_path, bags):
     _save(tmp_path, bags)
     classify = pipeline(TASK, model=str(tmp_path))
     expected = classify(bags[0])
@@ -61,7 +62,7 @@ def test_one_bag_in_every_form(tmp_path, bags):
     assert brief(bags[0], top_k=None) == expected
     assert classify([bags[0]]) == [expected]
     assert [answer["label"] for answer in classify([bag.tolist() for bag in bags])] == [answer["label"] for answer in classify(bags)]
-    # Features that were saved with a leading axis, and nullable ones.
+    # Features saved with a leading axis, and nullable features.
     assert classify([bags[0][None], torch.from_numpy(bags[2])[None]]) == classify([bags[0], bags[2]])
     assert classify(frame.astype("Float64")) == expected
     assert classify(torch.from_numpy(bags[0]).to_sparse().requires_grad_()) == expected
@@ -73,7 +74,7 @@ def test_one_bag_in_every_form(tmp_path, bags):
         classify(np.zeros((2, 3)))
 
 
-def test_padding_is_no_instance(tmp_path, bags):
+def test_padding_is_not_an_instance(tmp_path, bags):
     _, extractor = _save(tmp_path, bags)
     classify = pipeline(TASK, model=str(tmp_path))
     inputs = extractor(bags, return_tensors="pt")

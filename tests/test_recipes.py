@@ -1,4 +1,4 @@
-"""Recipes, their data and the training script: what runs, what is refused, what is left behind."""
+"""Tests of recipes, their data and the vision script: runs, errors and saved files."""
 
 import dataclasses
 import json
@@ -91,9 +91,9 @@ def test_every_recipe_reads_the_real_data(path):
     assert len(labels) == {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}[folder.name]
 
 
-# The check of a saved folder runs without the package.
+# The check of a saved folder must run without the package.
 @pytest.mark.parametrize("script", sorted(name for name, code in MODULES.items() if "__main__" in code and name != "reload"))
-def test_a_script_says_what_to_install_where_the_train_extra_is_absent(script, monkeypatch):
+def test_a_script_says_what_to_install_if_the_train_extra_is_missing(script, monkeypatch):
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
     for name in ("datasets", "evaluate", "filelock", "matplotlib", "pandas", "PIL", "scipy", "sklearn"):
@@ -120,11 +120,11 @@ def test_yaml_reads_scientific_numbers(tmp_path):
         ("data: {dataset: digits}\nmodel: {alhpa: 1.5}", "unknown key 'alhpa' in model; .* 'alpha'"),
         ("data: {dataset: digits}\nseparation: {shedule: step}", "unknown key 'shedule' in separation; .* 'schedule'"),
         ("data: {dataset: digits}\ntraining: {learning_rat: 1}", "unknown key 'learning_rat' in training; .* 'learning_rate'"),
-        ("data: {dataset: digits}\ntraining: {seed: 1}", "training.seed is set by"),
+        ("data: {dataset: digits}\ntraining: {seed: 1}", "training.seed cannot be set in a recipe; use the top-level `seed`"),
         ("data: {dataset: digits}\nmodel: 3", "model must be a mapping, got 3"),
         ("model: {}", "needs data.dataset"),
         ("- 1", "must be a YAML mapping"),
-        ("data: [", "is not YAML"),
+        ("data: [", "is not valid YAML"),
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path, content, message):
@@ -138,7 +138,7 @@ def test_a_wrong_recipe_is_refused(tmp_path, content, message):
     ("recipe_class", "old", "new"),
     [(MILRecipe, "judge", "evaluate_on"), (STanHopRecipe, "judge", "evaluate_on"), (STanHopRecipe, "anchor_lengths", "baseline_lengths")],
 )
-def test_an_earlier_name_of_a_field_is_refused_with_the_name_of_today(tmp_path, recipe_class, old, new):
+def test_an_earlier_name_of_a_field_is_refused_with_its_new_name(tmp_path, recipe_class, old, new):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"data: {{dataset: digits}}\n{old}: test\n")
     with pytest.raises(RecipeError, match=f"'{old}' in recipe is now called '{new}'"):
@@ -151,7 +151,7 @@ def test_a_run_with_an_earlier_name_of_a_field_can_be_resumed(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(path.read_text().replace("evaluate_on:", "judge:"))
     check_same_recipe(recipe, tmp_path)
-    with pytest.raises(RecipeError, match="was begun with evaluate_on=validation"):
+    with pytest.raises(RecipeError, match="was started with evaluate_on=validation"):
         check_same_recipe(dataclasses.replace(recipe, evaluate_on="test"), tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_a_local_folder_is_read(tmp_path):
     assert load_images(DataRecipe(str(tmp_path)))["train"].features["label"].names == ["0", "1"]
 
 
-def test_labels_mean_the_same_in_every_split(tmp_path):
+def test_labels_have_the_same_meaning_in_every_split(tmp_path):
     _write_parquet(tmp_path, labels=(5, 9, 7), label_type=Value("int64"), splits=("train",))
     _write_parquet(tmp_path, labels=(9, 7), label_type=Value("int64"), splits=("test",))
     images = load_images(DataRecipe(str(tmp_path)))
@@ -264,7 +264,7 @@ def test_pixels_that_are_not_finite_are_refused():
         transform({"image": [Image().encode_example(PILImage.new("RGB", (8, 8), "red"))], "label": [0], "row": ["row 0"]})
 
 
-def test_an_image_that_cannot_be_read_is_named_or_left_out(tmp_path):
+def test_an_unreadable_image_is_named_or_skipped(tmp_path):
     _write_parquet(tmp_path)
     for split, damaged in (("train", [3, 30]), ("test", [7])):
         table = Dataset.from_parquet(str(tmp_path / f"{split}.parquet")).cast_column("image", Image(decode=False)).to_list()
@@ -274,10 +274,10 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(tmp_path):
         Dataset.from_list(table, features=features).to_parquet(tmp_path / f"{split}.parquet")
     images = load_images(DataRecipe(str(tmp_path)))
     processor = make_image_processor(DataRecipe(""), 8)
-    named = r"the image in row (3|30) of train \(picture_(3|30).png\) cannot be read: .*; data.skip_unreadable=true leaves such images out"
+    named = r"the image in row (3|30) of train \(picture_(3|30).png\) cannot be read: .*; set data.skip_unreadable=true to skip such images"
     with pytest.raises(RecipeError, match=named):
         list(with_pixels(images["train"], processor))
-    with pytest.warns(UserWarning, match=r"of t(rain|est) \(picture_\d+.png\) cannot be read: .*, and is left out") as warned:
+    with pytest.warns(UserWarning, match=r"of t(rain|est) \(picture_\d+.png\) cannot be read: .*, and is skipped") as warned:
         images = load_images(DataRecipe(str(tmp_path), skip_unreadable=True))
     assert len(warned) == 3
     assert {name: len(split) for name, split in images.items()} == {"train": 34, "validation": 4, "test": 39}
@@ -291,7 +291,7 @@ def test_accuracy():
     assert metrics == {"accuracy": 0.75}
 
 
-def test_an_output_folder_is_never_mixed_or_lost(tmp_path):
+def test_an_output_folder_is_never_mixed_or_deleted_by_mistake(tmp_path):
     folder = tmp_path / "run"
     check_output_dir(folder, overwrite=False, resume=False)
     with pytest.raises(RecipeError, match="nothing to resume"):
@@ -334,14 +334,14 @@ def test_an_earlier_run_survives_a_wrong_overwrite(tmp_path, override):
 
 
 @pytest.mark.parametrize("override", ["model.alpha=2", "data.validation_fraction=0.3", "separation.steps=5", "seed=5"])
-def test_a_run_is_not_resumed_as_another(tmp_path, override):
+def test_a_run_is_not_resumed_with_another_recipe(tmp_path, override):
     write_recipe(_recipe(), tmp_path)
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(RecipeError, match=f"cannot be resumed with {override.split('.')[0].split('=')[0]}="):
         run(_recipe(override), tmp_path, resume=True)
 
 
-def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
+def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
     folder = tmp_path / "run"
     recipe = _recipe(*TINY)
     recipe.seed = 3
@@ -370,15 +370,16 @@ def test_a_run_leaves_everything_behind_and_reloads(tmp_path, capfd):
     assert "test_accuracy" in output
 
 
-def test_looking_at_features_changes_nothing(tmp_path, monkeypatch):
-    """A separation step that moves nothing leaves the run as one without it, dropout included."""
+def test_recording_features_does_not_change_training(tmp_path, monkeypatch):
+    """A run with a separation step that changes nothing equals a run without one, dropout
+    included."""
     monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
     still = run(_recipe(*TINY, "model.hidden_dropout_prob=0.3", "separation.lr=0"), tmp_path / "still")
     without = run(_recipe(*TINY[:-1], "model.hidden_dropout_prob=0.3", "separation=null"), tmp_path / "without")
     assert still["test_loss"] == without["test_loss"]
 
 
-def test_half_precision_is_taken_off_before_the_reload_is_checked(tmp_path):
+def test_half_precision_wrappers_are_removed_before_the_reload_check(tmp_path):
     run(_recipe(*TINY, "training.bf16=true", "training.use_cpu=true"), tmp_path / "run")
 
 
@@ -397,7 +398,7 @@ def test_a_command_reproduces_its_results(tmp_path, monkeypatch):
 
 
 def without_times(content):
-    """Results without what a clock says."""
+    """Results without times."""
     if isinstance(content, dict):
         return {
             key: without_times(value) for key, value in content.items() if not key.endswith(("_runtime", "_second", "_seconds", "_time"))
@@ -425,7 +426,7 @@ def test_a_run_without_separation(tmp_path):
 
 
 def test_the_epoch_of_the_best_validation_accuracy_is_kept(tmp_path):
-    # A rate at which accuracy goes up and down.
+    # A learning rate at which accuracy increases and decreases.
     best = [
         "training.load_best_model_at_end=true",
         "training.metric_for_best_model=eval_validation_accuracy",
@@ -446,14 +447,14 @@ def test_the_epoch_of_the_best_validation_accuracy_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(("most", "expected"), [(None, 144), (50, 50)])
-def test_as_many_training_as_validation_images_are_looked_at(most, expected):
+def test_as_many_training_as_validation_images_are_evaluated(most, expected):
     recipe = _recipe(f"data.max_eval_samples={'null' if most is None else most}")
     images = load_images(recipe.data)
     assert [len(evaluated_part(images, split, recipe.data)) for split in ("validation", "train")] == [expected, expected]
     assert evaluated_part(images, "train", recipe.data)[3] == images["train"][3]
 
 
-def test_the_peer_is_transformers_own_of_equal_size(tmp_path):
+def test_the_baseline_is_the_vit_of_transformers_at_equal_size(tmp_path):
     plain = [*TINY[:-1], "model.alpha=1.0", "model.use_feature_map=false", "separation=null"]
     ours, theirs = (build_model(_recipe(*plain, f"architecture={name}"), ["cat", "dog"]) for name in ("uhop_vit", "vit"))
     assert type(theirs) is ViTForImageClassification
@@ -493,8 +494,8 @@ def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
     assert {k: v for k, v in metrics.items() if k != "train_seconds"} == {k: v for k, v in whole.items() if k != "train_seconds"}
 
 
-def test_a_finished_training_survives_what_fails_after_it(tmp_path, monkeypatch):
-    # Without checkpoints: what is kept is the training itself.
+def test_a_finished_training_survives_a_later_failure(tmp_path, monkeypatch):
+    # Without checkpoints, only the finished training is saved.
     recipe, whole, folder = _recipe(*TINY, "training.save_strategy='no'"), tmp_path / "whole", tmp_path / "broken"
     drawn = []
     monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
@@ -528,7 +529,7 @@ def raising(*arguments, **options):
     raise ValueError("no luck")
 
 
-def test_a_run_without_a_logged_separation_loss(tmp_path):
+def test_a_run_without_a_logged_separation_loss_finishes(tmp_path):
     metrics = run(_recipe(*TINY[:1], *TINY[2:], "training.logging_steps=500", "separation.schedule=step"), tmp_path / "run")
     assert "separation_loss" not in metrics
 
@@ -559,7 +560,7 @@ NAN = float("nan")
         ([np.array(3), np.int8(4)], [3, 4]),
     ],
 )
-def test_labels_are_plain_classes_of_one_kind(labels, expected):
+def test_labels_are_converted_to_plain_classes(labels, expected):
     classes = as_classes(labels, "row {}".format)
     assert classes == expected
     assert [type(label) for label in classes] == [type(label) for label in expected]
@@ -571,17 +572,17 @@ def test_labels_are_plain_classes_of_one_kind(labels, expected):
         ([1, None], "row 1 has no label"),
         ([1.0, NAN], "row 1 has no label"),
         (["a", " "], "row 1 has no label"),
-        ([1, [1]], r"row 1 has a list of labels, \[1\]; a recipe takes one class, not in a list"),
+        ([1, [1]], r"row 1 has a list of labels, \[1\]; give one class, not in a list"),
         ([1, np.array([1, 0])], "row 1 has a list of labels"),
         ([1, ()], "row 1 has a list of labels"),
-        ([1, 0.5], "row 1 has the label 0.5; a class is a whole number, text, or true or false"),
+        ([1, 0.5], "row 1 has the label 0.5; a class must be a whole number, text, or true or false"),
         ([1, float("inf")], "row 1 has the label inf; a class"),
         ([1, {"a": 1}], "row 1 has the label .*; a class"),
-        ([0, "1"], "row 1 has the label '1', and row 0 has 0; labels must be of one kind"),
-        ([0, True], "row 1 has the label True, and row 0 has 0"),
+        ([0, "1"], "row 1 has the label '1', but row 0 has 0; labels must be of one kind"),
+        ([0, True], "row 1 has the label True, but row 0 has 0"),
     ],
 )
-def test_labels_that_are_no_class_are_refused_by_row(labels, message):
+def test_labels_that_are_not_classes_are_refused_by_row(labels, message):
     with pytest.raises(RecipeError, match=message):
         as_classes(labels, "row {}".format)
 
@@ -629,7 +630,7 @@ def test_lists_of_labels_are_refused_by_row(tmp_path):
         load_images(DataRecipe(str(tmp_path)))
 
 
-def test_an_image_that_is_missing_is_named_or_left_out(tmp_path):
+def test_a_missing_image_is_named_or_skipped(tmp_path):
     _write_parquet(tmp_path)
     table = Dataset.from_parquet(str(tmp_path / "test.parquet")).cast_column("image", Image(decode=False)).to_list()
     table[7]["image"] = None
@@ -639,13 +640,13 @@ def test_an_image_that_is_missing_is_named_or_left_out(tmp_path):
     images = load_images(DataRecipe(str(tmp_path)))
     with pytest.raises(RecipeError, match="the image in row 7 of test is missing"):
         list(with_pixels(images["test"], make_image_processor(DataRecipe(""), 8)))
-    with pytest.warns(UserWarning, match="the image in row 7 of test is missing, and is left out"):
+    with pytest.warns(UserWarning, match="the image in row 7 of test is missing, and is skipped"):
         images = load_images(DataRecipe(str(tmp_path), skip_unreadable=True))
     assert len(images["test"]) == 39
 
 
-def test_a_folder_of_files_runs_to_the_end(tmp_path, monkeypatch):
-    """An image folder of PNG files in 16 bits, with a class for each subfolder."""
+def test_a_run_on_a_folder_of_image_files_finishes(tmp_path, monkeypatch):
+    """An image folder of 16-bit PNG files with one subfolder per class."""
     random = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 6)):
         for label, brightness in (("dark", 8000), ("light", 50000)):
@@ -664,7 +665,8 @@ def test_a_folder_of_files_runs_to_the_end(tmp_path, monkeypatch):
     assert results["recipe"]["data"]["dataset"] == "data"
     ((folder, task, inputs, logits),) = reloaded
     assert (folder, task) == (tmp_path / "out", "image-classification")
-    # The test split is sorted by class: what the model is shown is dark, then light, and neither black nor white.
+    # Because the test split is sorted by class, its images are first dark, then light, and neither
+    # black nor white.
     assert [40 < image.mean() < 60 for image in inputs] == [True] * 6 + [False] * 6
     assert [200 < image.mean() < 225 for image in inputs] == [False] * 6 + [True] * 6
     model = UHopViTForImageClassification.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""A saved folder stands alone: it loads, saves again and loads again where the package cannot be imported."""
+"""Tests of saved folders without the package: they load, can be saved again, and load again."""
 
 import json
 import os
@@ -62,7 +62,8 @@ save_file({name: tensor.detach().contiguous() for name, tensor in outputs.items(
 
 
 def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """A process with one thread, as this one has: sums are then taken in the same order."""
+    """Run code in a process with one thread, as in this process, so that sums have the same
+    order."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", script, *arguments], cwd="/", env=environment, capture_output=True, text=True)
 
@@ -180,7 +181,7 @@ AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
     assert "trust_remote_code=True" in finished.stderr
 
 
-def test_public_names():
+def test_public_names_are_exported():
     assert modeling_uhop.__all__ == sorted(modeling_uhop.__all__)
     for name in modeling_uhop.__all__:
         assert getattr(modeling_uhop, name) is not None
@@ -193,7 +194,7 @@ def test_the_folder_of_a_subclass_names_no_class_whose_file_it_lacks(tmp_path):
 
     Own.register_for_auto_class("AutoModelForImageClassification")
     for model_class in (UHopViTForImageClassification, Own):
-        # The second time with the configuration of a model that named them.
+        # The second time, with the configuration of a model that named its classes.
         config = UHopViTConfig(**FIELDS) if model_class is UHopViTForImageClassification else AutoConfig.from_pretrained(tmp_path / "own")
         model_class(config).save_pretrained(tmp_path / "own")
     assert AutoConfig.from_pretrained(tmp_path / "own").auto_map == {

@@ -1,4 +1,5 @@
-"""Retrieval through a few candidates against retrieval with all weights, and what is kept of stored memories."""
+"""Tests of retrieval from a few candidates against retrieval with all weights, and of cached
+features."""
 
 import copy
 import pickle
@@ -29,7 +30,7 @@ def _memory(count=300, dtype=torch.float64, **fields):
 @pytest.mark.parametrize("top_k", [1, 5, 64, 1000])
 @pytest.mark.parametrize("alpha", [1.0, 1.05, 1.5, 2.0])
 @pytest.mark.parametrize("similarity", ["kernel", "dot"])
-def test_search_is_retrieval(top_k, alpha, similarity):
+def test_search_equals_retrieval(top_k, alpha, similarity):
     memory = _memory(alpha=alpha, similarity=similarity)
     queries = torch.cat([memory.memories[:20] + 0.5 * torch.randn(20, 12, dtype=torch.float64), torch.zeros(1, 12, dtype=torch.float64)])
     with torch.no_grad():
@@ -40,7 +41,7 @@ def test_search_is_retrieval(top_k, alpha, similarity):
     assert_close(weights, exact.association)
 
 
-def test_queries_in_parts(monkeypatch):
+def test_queries_are_searched_in_parts(monkeypatch):
     memory = _memory()
     queries = torch.randn(23, 12, dtype=torch.float64)
     whole = memory.search(queries, top_k=3)
@@ -49,7 +50,7 @@ def test_queries_in_parts(monkeypatch):
     assert_close(parts.retrieved, whole.retrieved)
 
 
-def test_few_candidates_are_asked_for_where_few_memories_have_weight():
+def test_few_candidates_are_requested_if_few_memories_have_weight():
     memory = _memory(beta=30.0)
     asked = []
     plain = brute_force(memory.stored_features().detach())
@@ -66,7 +67,7 @@ def test_few_candidates_are_asked_for_where_few_memories_have_weight():
 
 
 @needs_faiss
-def test_an_index_of_faiss_gives_the_same():
+def test_a_faiss_index_gives_the_same_results():
     memory = _memory(dtype=torch.float32)
     features = memory.stored_features().detach().numpy()
     index = faiss.IndexFlatIP(features.shape[1])
@@ -75,7 +76,7 @@ def test_an_index_of_faiss_gives_the_same():
     assert_close(memory.search(queries, candidates=faiss_index(index)).retrieved, memory.search(queries).retrieved, scale=3)
 
 
-def test_what_an_index_does_not_find_has_no_weight():
+def test_memories_that_an_index_does_not_find_have_no_weight():
     memory = _memory(dtype=torch.float32)
     features = memory.stored_features().detach().numpy()
 
@@ -96,7 +97,7 @@ def test_what_an_index_does_not_find_has_no_weight():
 
 
 @pytest.mark.parametrize(("memories", "count"), [(1, 1), (7, 3), (64, 64), (1000, 1), (1003, 5), (4099, 64)])
-def test_the_largest_are_those_of_topk(memories, count):
+def test_the_largest_scores_equal_topk(memories, count):
     for scores in (torch.randn(6, memories), torch.randint(4, (6, memories)).float(), torch.arange(memories).float().expand(6, -1)):
         values, indices = largest(scores, count)
         assert torch.equal(values, scores.topk(count).values)
@@ -124,7 +125,7 @@ def test_search_needs_memories_and_an_inner_product():
         _memory(similarity="l2").search(torch.zeros(1, 12))
 
 
-def test_features_of_memories_are_kept_until_something_changes():
+def test_features_of_memories_are_cached_until_something_changes():
     memory = _memory()
     with torch.no_grad():
         first = memory.stored_features()
@@ -146,8 +147,8 @@ def test_features_of_memories_are_kept_until_something_changes():
 
 
 @pytest.mark.parametrize("change", ["fused optimizer", "data", "hook", "what was returned"])
-def test_features_are_not_stale_after_changes_that_versions_do_not_count(change):
-    # A small beta, for which every memory has weight.
+def test_cached_features_are_updated_after_changes_without_a_version(change):
+    # A small beta, so that every memory has weight.
     memory = _memory(dtype=torch.float32, normalize_features=False, beta=0.05)
     queries = torch.randn(5, 12)
     with torch.no_grad():
@@ -172,7 +173,7 @@ def test_features_are_not_stale_after_changes_that_versions_do_not_count(change)
         assert_close(memory.search(queries).retrieved, expected, scale=3)
 
 
-def test_memories_that_ask_for_a_gradient_get_that_of_their_features():
+def test_memories_that_require_a_gradient_get_it_through_their_features():
     memory = _memory().requires_grad_(False)
     queries = torch.randn(5, 12, dtype=torch.float64)
     with torch.no_grad():
@@ -196,7 +197,7 @@ def test_a_memory_made_under_inference_mode_can_be_used_outside():
     assert_close(memory.search(patterns).retrieved, weights @ patterns, scale=3)
 
 
-def test_a_gradient_passes_through_features_that_are_not_kept():
+def test_a_gradient_passes_through_features_that_are_not_cached():
     memory = _memory()
     with torch.no_grad():
         memory.stored_features()
@@ -207,7 +208,7 @@ def test_a_gradient_passes_through_features_that_are_not_kept():
         assert_close(memory.stored_features(), memory.feature_map(memory.memories))
 
 
-def test_copies_and_other_modes_have_no_part_in_what_is_kept():
+def test_copies_and_other_modes_do_not_use_cached_features():
     memory = _memory(dtype=torch.float32)
     queries = torch.randn(3, 12)
     memory.separate(steps=5)
@@ -279,7 +280,7 @@ def _shards(memory):
 
 
 class _WithoutVectors:
-    """An index that can only be searched."""
+    """An index without access to its vectors."""
 
     def __init__(self, memory):
         self.search = _faiss(memory).search
@@ -335,7 +336,7 @@ def test_the_vectors_of_an_index_are_compared_with_the_features(factory):
     right = _made(factory, features)
     found = memory.search(queries, candidates=right, top_k=1200)
     exact = (5.0 * memory.feature_map(queries) @ memory.feature_map(memory.memories).mT).detach().gather(1, found.indices)
-    # Weights of the exact scores of what was found.
+    # The weights of the exact scores of the memories that were found.
     assert_close(found.weights, simplex_map(exact, 2.0) * (found.weights > 0), scale=30)
     for change in ("order", "one", "scale"):
         other = features.copy()
@@ -352,7 +353,7 @@ def test_the_vectors_of_an_index_are_compared_with_the_features(factory):
 
 @needs_faiss
 @pytest.mark.parametrize("factory", ["IDMap,Flat", "IDMap2,Flat"])
-def test_ids_of_an_index_are_those_of_memories(factory):
+def test_ids_of_an_index_equal_those_of_memories(factory):
     memory = _memory(dtype=torch.float32)
     features, queries = memory.stored_features().detach().numpy(), torch.randn(4, 12)
     ids = np.random.default_rng(0).permutation(300)
@@ -382,19 +383,19 @@ def test_vectors_are_compared_once_for_an_index_and_a_state_of_the_memory(monkey
     index.add(memory.stored_features().detach().numpy()[-1:])
     memory.search(queries, candidates=index)
     assert len(compared) == 2
-    # One of its own is made of the features.
+    # An index that the memory builds itself contains the features.
     memory.index("PQ4x4")
     memory.search(queries)
     assert len(compared) == 2
 
 
 @pytest.mark.parametrize("given", [None, 5, lambda queries, count: None])
-def test_what_is_no_index_is_refused(given):
+def test_an_object_that_is_not_an_index_is_refused(given):
     with pytest.raises(TypeError, match=f"faiss_index needs an index of the faiss library.* got {type(given).__name__}"):
         faiss_index(given)
 
 
-def test_candidates_that_are_no_function_are_refused():
+def test_candidates_that_are_not_a_function_are_refused():
     with pytest.raises(TypeError, match=r"candidates must be a function .* or an index of faiss, got int"):
         _memory(dtype=torch.float32).search(torch.randn(4, 12), candidates=5)
 
@@ -421,7 +422,7 @@ def test_candidates_that_no_search_can_find_are_refused(answer, error, message):
 @needs_faiss
 @pytest.mark.parametrize("factory", ["Flat", "HNSW32", "IVF4,Flat", "SQ8"])
 @pytest.mark.parametrize("similarity", ["kernel", "dot"])
-def test_an_index_of_its_own_is_in_step_with_the_memory(factory, similarity):
+def test_an_index_of_the_memory_is_updated_with_it(factory, similarity):
     memory = _memory(dtype=torch.float32, similarity=similarity, alpha=2.0, beta=10.0)
     memory.index(factory, "nprobe=4" if factory.startswith("IVF") else "")
 
@@ -452,7 +453,7 @@ def test_an_index_of_its_own_is_in_step_with_the_memory(factory, similarity):
 
 
 @needs_faiss
-def test_an_index_does_not_travel(tmp_path):
+def test_an_index_is_not_copied_or_saved(tmp_path):
     memory = _memory(dtype=torch.float32)
     memory.index("HNSW32")
     queries = torch.randn(3, 12)
@@ -465,7 +466,7 @@ def test_an_index_does_not_travel(tmp_path):
 
 
 @needs_faiss
-def test_weights_are_those_of_exact_scores_whatever_an_index_makes_of_them():
+def test_weights_use_exact_scores_instead_of_those_of_an_index():
     memory = _memory(dtype=torch.float32, alpha=2.0, beta=5.0, similarity="dot")
     memory.index("PQ4x4")
     queries = memory.memories[:20]
@@ -476,7 +477,7 @@ def test_weights_are_those_of_exact_scores_whatever_an_index_makes_of_them():
 
 
 @needs_faiss
-def test_an_index_that_cannot_be_is_refused(monkeypatch):
+def test_an_index_that_cannot_be_built_is_refused(monkeypatch):
     memory = _memory(dtype=torch.float32)
     for factory, parameters in (("HNSV32", ""), ("HNSW32", "depth=3")):
         with pytest.raises(ValueError, match=f"faiss refuses an index of '{factory}'"):
@@ -494,9 +495,9 @@ def test_an_index_that_cannot_be_is_refused(monkeypatch):
 @needs_faiss
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("factory", ["flat", "Flat"])
-def test_search_in_half_precision_and_without_queries(dtype, factory):
+def test_search_works_in_half_precision_and_without_queries(dtype, factory):
     memory = _memory(dtype=dtype, similarity="dot", alpha=2.0)
-    # Scores of 1e6 are more than fp16 holds.
+    # Scores of 1e6 exceed the range of fp16.
     memory.store(300.0 * torch.nn.functional.normalize(torch.randn(300, 12), dim=-1))
     memory.index(factory)
     assert_close(memory.search(memory.memories[:9]).retrieved, memory.memories[:9])
@@ -507,7 +508,7 @@ def test_search_in_half_precision_and_without_queries(dtype, factory):
 
 @pytest.mark.parametrize("size", [1e19, 1e30, 1e-30])
 @pytest.mark.parametrize("similarity", ["kernel", "dot"])
-def test_search_among_patterns_of_any_size(size, similarity):
+def test_search_works_for_patterns_of_any_norm(size, similarity):
     memory = _memory(dtype=torch.float32, similarity=similarity, alpha=2.0, beta=500.0)
     memory.store(size * torch.nn.functional.normalize(torch.randn(300, 12), dim=-1))
     queries = memory.memories[:9]

@@ -1,4 +1,4 @@
-"""separation_loss against loops, masks and gradients; maximize_separation."""
+"""Tests of separation_loss against loops, with masks and gradients, and of maximize_separation."""
 
 import math
 
@@ -94,7 +94,7 @@ def test_a_set_without_a_pair_contributes_nothing(kind, memories):
 
 
 @given(seed=st.integers(0, 1000), scale=st.floats(0.01, 100))
-def test_only_directions_matter(seed, scale):
+def test_the_loss_depends_only_on_directions(seed, scale):
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     scales = torch.linspace(0.5, 2, 6, dtype=torch.float64).unsqueeze(-1) * scale
     rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
@@ -121,7 +121,7 @@ def test_bad_arguments_are_refused(arguments):
 
 
 @pytest.mark.parametrize("kind", ["average", "squared"])
-def test_a_sample_of_memories_is_unbiased_up_to_the_log(kind):
+def test_a_sampled_loss_is_unbiased_before_the_logarithm(kind):
     features = torch.randn(60, 5, dtype=torch.float64)
     exact = separation_loss(features, kind=kind).exp()
     drawn = torch.stack([separation_loss(features, kind=kind, sample=12).exp() for _ in range(2000)])
@@ -131,7 +131,7 @@ def test_a_sample_of_memories_is_unbiased_up_to_the_log(kind):
 
 
 @pytest.mark.parametrize("kind", ["average", "squared", "per_memory"])
-def test_a_sample_looks_at_that_many_and_estimates_the_same(kind):
+def test_a_sampled_loss_uses_that_many_memories_and_estimates_the_loss(kind):
     features = torch.randn(3, 500, 8, dtype=torch.float64, requires_grad=True)
     loss = separation_loss(features, kind=kind, sample=200)
     assert loss.item() == pytest.approx(separation_loss(features, kind=kind).item(), abs=0.1)
@@ -150,7 +150,7 @@ def test_a_sample_without_a_pair_for_the_nearest_or_with_a_mask_is_refused(argum
 
 @pytest.mark.parametrize("method", ["uhop", "uhop+"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_maximize_separation_lowers_the_loss_and_moves_the_map_alone(method, optimizer):
+def test_maximize_separation_lowers_the_loss_and_changes_only_the_map(method, optimizer):
     memories = torch.randn(12, 8) + 2.0
     phi = FeatureMap(8, 8)
     kind = "average" if method == "uhop" else "per_memory"
@@ -178,7 +178,7 @@ def test_the_temperature_falls_geometrically():
     assert annealed(0.4, 0.1, 0, 1) == 0.4
 
 
-def test_a_refused_separation_moves_nothing():
+def test_a_refused_separation_changes_nothing():
     phi = FeatureMap(3)
     kept = phi.weight.clone()
     for arguments in ({"final_temperature": -1.0}, {"final_temperature": 0.0}, {"temperature": -1.0}):
@@ -206,7 +206,7 @@ def test_a_single_absent_memory_has_no_influence_even_as_nan(mask):
 
 @pytest.mark.parametrize("method", ["uhop", "uhop+", "denoising"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_moves_by_way_of_fp32(method, dtype):
+def test_half_precision_maps_are_updated_in_fp32(method, dtype):
     phi, memories = FeatureMap(8, feature_init="orthogonal").to(dtype), torch.randn(6, 8).to(dtype)
     wide = FeatureMap(8).float()
     wide.load_state_dict(phi.state_dict())

@@ -1,4 +1,5 @@
-"""Losses a block at a time against the losses of a mask of all pairs, whose similarities are all there at once."""
+"""Tests of separation losses computed in blocks against losses computed from all similarities at
+once."""
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_nothing_of_the_size_of_the_pairs_is_kept():
+def test_no_tensor_of_the_size_of_the_pairs_is_saved():
     features = torch.randn(600, 3, requires_grad=True)
     kept: list[int] = []
 

@@ -1,4 +1,5 @@
-"""Forecasting: series, splits, windows, baselines against loops and scikit-learn, the script."""
+"""Tests of forecasting: series, splits, windows, baselines against loops and scikit-learn, the
+script."""
 
 import dataclasses
 import json
@@ -20,7 +21,7 @@ from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
 from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
 from time_stamps import read_time_stamps, take_time_stamps
-from train_stanhop import begin_as_linear_map, check_skip_start, run, weights_of
+from train_stanhop import check_skip_start, init_as_linear_map, run, weights_of
 from transformers import Trainer, TrainerCallback
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
@@ -46,7 +47,7 @@ def test_every_recipe_loads(path):
 
 
 @pytest.mark.parametrize(("folder", "name", "channels"), [("ett", "ETTh1", 7), ("ett", "ETTh2", 7), ("wth", "WTH", 12)])
-def test_the_real_series(folder, name, channels):
+def test_the_real_series_load(folder, name, channels):
     path = SHARED / folder / f"{name}.csv"
     if not path.is_file():
         pytest.skip(f"{path.name} is not on this machine")
@@ -69,9 +70,9 @@ def test_windows_are_views_of_one_array():
         assert example["past_values"].untyped_storage().data_ptr() == values.untyped_storage().data_ptr()
     with pytest.raises(IndexError):
         windows[5]
-    with pytest.raises(RecipeError, match="the rows before row 4 are fewer than context_length=5"):
+    with pytest.raises(RecipeError, match="only 4 rows precede row 4, fewer than context_length=5"):
         Windows(values, 4, 15, 5, 3)
-    with pytest.raises(RecipeError, match="2 rows hold no window of prediction_length=3"):
+    with pytest.raises(RecipeError, match="2 rows have no window of prediction_length=3"):
         Windows(values, 8, 10, 5, 3)
 
 
@@ -104,8 +105,8 @@ def test_scaling_is_by_training_rows():
         ([0.5, 0.5], "three positive numbers"),
         ([0.9, 0, 0.1], "positive"),
         ([90, 10, 1], "needs 101 rows"),
-        ([0.5, 0.1, 0.1], "fractions that are 1 together"),
-        ([0.7, 0.2, 0.3], "fractions that are 1 together"),
+        ([0.5, 0.1, 0.1], "fractions with the sum 1"),
+        ([0.7, 0.2, 0.3], "fractions with the sum 1"),
         ([0.7, 0.3, 1], "three numbers of rows, or three fractions"),
         ([90.5, 5, 4], "three numbers of rows, or three fractions"),
     ],
@@ -115,7 +116,7 @@ def test_bad_splits_are_refused(split, message):
         split_rows(100, split)
 
 
-def test_files(tmp_path):
+def test_csv_and_parquet_files_are_read(tmp_path):
     frame = synthetic_series(300)
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame.to_parquet(tmp_path / "a.parquet")
@@ -123,7 +124,7 @@ def test_files(tmp_path):
     assert torch.allclose(one.values, other.values, atol=1e-5)
     gaps = frame.copy()
     gaps.loc[5, "series_1"] = np.nan
-    # The standard deviation of 0.3 and of what was made of it is not 0, but for rounding.
+    # Because of rounding, the computed standard deviation of the constant 0.3 is not 0.
     gaps["series_2"] = np.where(np.arange(300) < 250, 0.3, 0.4)
     gaps.drop(index=range(100, 104)).to_csv(tmp_path / "gaps.csv", index=False)
     with pytest.warns(UserWarning, match=r"gaps.csv has gaps in its time stamps \(1, the first before row 100\)"):
@@ -153,19 +154,19 @@ def test_bad_files_are_refused(tmp_path):
             load_series(SeriesDataRecipe(str(path)))
     with pytest.raises(RecipeError, match="there is no file"):
         load_series(SeriesDataRecipe(str(tmp_path / "none.csv")))
-    with pytest.raises(RecipeError, match=r"ETTh1 is to be given as a CSV or parquet file, or as the id .*: --dataset FILE"):
+    with pytest.raises(RecipeError, match=r"ETTh1 must be given as a CSV or parquet file, or as the id .*: --dataset FILE"):
         load_series(SeriesDataRecipe("ETTh1"))
 
 
 def _of_one_column(folder: Path, *parts: Any) -> str:
-    """A file of 100 rows, of which 70 are for training, with one series `a`."""
+    """A file of 100 rows (70 for training) with one series `a`."""
     frame = pd.DataFrame({"date": pd.date_range("2024-01-01", periods=100, freq="h"), "a": np.concatenate(parts)})
     frame.to_parquet(folder / "a.parquet")
     return str(folder / "a.parquet")
 
 
 @pytest.mark.parametrize("scale", [1e-150, 1e200, 5e307])
-def test_values_whose_squares_leave_float64_are_scaled(tmp_path, scale):
+def test_values_whose_squares_overflow_float64_are_scaled(tmp_path, scale):
     values = np.random.default_rng(0).uniform(-1.0, 1.0, 100)
     series = load_series(SeriesDataRecipe(_of_one_column(tmp_path, values * scale)))
     np.testing.assert_allclose(series.values[:, 0], (values - values[:70].mean()) / values[:70].std(), rtol=1e-5, atol=1e-6)
@@ -181,22 +182,23 @@ def test_values_whose_squares_leave_float64_are_scaled(tmp_path, scale):
         ((np.arange(100) * 1e-310,), "column 'a' of .*a.parquet has values in the training rows that are too small"),
     ],
 )
-def test_values_that_no_scale_holds_are_refused(tmp_path, parts, message):
+def test_values_that_cannot_be_scaled_are_refused(tmp_path, parts, message):
     with pytest.raises(RecipeError, match=message):
         load_series(SeriesDataRecipe(_of_one_column(tmp_path, *parts)))
 
 
-def test_a_series_that_scaling_makes_constant_has_a_warning(tmp_path):
+def test_a_series_that_scaling_makes_constant_gives_a_warning(tmp_path):
     path = _of_one_column(tmp_path, [1e200, *np.arange(69.0)], np.arange(10.0) * 1e200, np.arange(20.0))
-    with pytest.warns(UserWarning, match="column 'a' of .*a.parquet varies in the test rows, 80 to 99, by less than") as caught:
+    with pytest.warns(UserWarning, match="column 'a' of .*a.parquet becomes constant in the test rows, 80 to 99") as caught:
         load_series(SeriesDataRecipe(path))
     assert len(caught) == 1
 
 
-# The CSV reader of datasets leaves its file to the garbage collector.
+# The CSV reader of datasets leaves its file open until garbage collection.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-def test_a_series_from_the_hub(tmp_path, monkeypatch):
-    # A folder stands for a repository: what has one is not looked for elsewhere.
+def test_a_series_is_read_from_the_hub(tmp_path, monkeypatch):
+    # Because `datasets` reads a local folder of the name of a repository first, the folder is a
+    # substitute for the Hub.
     frame = synthetic_series(300)
     monkeypatch.chdir(tmp_path)
     for repository, files in {"ett": ("ETTh1.csv", "ETTh2.csv"), "one": ("data.csv",), "split": ("train.csv", "test.csv")}.items():
@@ -227,14 +229,15 @@ def test_errors_are_means_over_every_window(series):
     assert np.isfinite(errors_of(lambda past: torch.zeros(len(past), 6, 4), series, "test", 24, 6)["mse"])
 
 
-def test_repeated_seasons():
+def test_the_seasonal_baseline_repeats_the_last_season():
     past = torch.arange(14.0).reshape(1, 7, 2)
     assert repeat_season(7, 3)(past)[0, :, 0].tolist() == [8, 10, 12, 8, 10, 12, 8]
 
 
 @pytest.mark.parametrize("last_value", [False, True])
-def test_the_linear_map_is_ridge_regression(series, last_value):
-    """It is scikit-learn's, with the penalty that has the least error on validation windows."""
+def test_the_linear_baseline_is_ridge_regression(series, last_value):
+    """It equals that of scikit-learn, with the penalty that has the lowest error on validation
+    windows."""
     forecast = linear_map(series, 30, 5, last_value=last_value)
     rows = torch.cat([series.values[:600, channel].unfold(0, 35, 1) for channel in range(4)]).double().numpy()
     offset = rows[:, 29:30] if last_value else 0.0
@@ -252,12 +255,12 @@ def test_the_linear_map_is_ridge_regression(series, last_value):
     assert [index for index, match in enumerate(matches) if match] == [np.argmin(errors)]
 
 
-def test_the_skip_may_begin_as_the_ridge_map(series):
+def test_the_linear_skip_can_be_initialised_as_the_ridge_map(series):
     start = linear_map(series, 30, 5, last_value=False)
     torch.manual_seed(0)
     config = STanHopConfig(num_input_channels=4, context_length=30, prediction_length=5, d_model=16, use_linear_skip=True, scaling=None)
     model = STanHopForPrediction(config).eval()
-    begin_as_linear_map(model, start)
+    init_as_linear_map(model, start)
     past = torch.randn(3, 30, 4)
     forecast = model(past_values=past, future_values=torch.randn(3, 5, 4))
     assert_close(forecast.prediction_outputs, start(past))
@@ -273,12 +276,12 @@ def test_the_skip_may_begin_as_the_ridge_map(series):
         ({"use_linear_skip": True}, "ridge", "got True and 'std'"),
     ],
 )
-def test_a_start_that_the_model_cannot_have_is_refused(model, start, message):
+def test_an_initial_skip_that_the_model_cannot_have_is_refused(model, start, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
         check_skip_start(start, STanHopConfig(**model))
 
 
-def test_the_memory_of_windows_by_loops(series):
+def test_the_memory_baseline_equals_the_loops(series):
     memory = WindowMemory(series, 24, 6, beta=5.0, stride=7)
     past = series.windows("test", 24, 6)[3]["past_values"]
     for channel in range(4):
@@ -298,7 +301,7 @@ def test_the_memory_of_windows_by_loops(series):
         np.testing.assert_allclose(memory(past.unsqueeze(0))[0, :, channel], expected, atol=1e-4)
 
 
-def test_the_closest_windows(series):
+def test_the_memory_baseline_returns_the_closest_windows(series):
     memory = WindowMemory(series, 24, 6, stride=3)
     stored = series.values[30:60]
     closest = memory.closest(stored[:24], count=2)
@@ -314,7 +317,7 @@ def test_weights_of_the_first_block(series):
     np.testing.assert_allclose(over_series.sum(-1), 1.0, atol=1e-5)
 
 
-def test_anchors_know_the_season(series):
+def test_baselines_use_the_season(series):
     table = baselines(series, 24, 24, [48, 96])
     assert len(table) == 7
     assert table["repeat last 24"]["test_mse"] < table["repeat last"]["test_mse"]
@@ -329,14 +332,14 @@ def test_anchors_know_the_season(series):
             [180, 100, 100],
             {},
             {"baseline_lengths": [24, 168]},
-            r"baseline_lengths=\[24, 168\] do not fit the train rows: 12 rows hold no window",
+            r"baseline_lengths=\[24, 168\] do not fit the train rows: 12 rows have no window",
         ),
-        ([400, 20, 180], {}, {"baseline_lengths": [24, 168]}, "do not fit the validation rows: 20 rows hold no window"),
+        ([400, 20, 180], {}, {"baseline_lengths": [24, 168]}, "do not fit the validation rows: 20 rows have no window"),
         ([180, 100, 100], {}, {"season": 0}, "season must be at least 1, got 0"),
-        ([180, 100, 100], {"memory_type": "tune"}, {}, "model.memory_type='tune' is of a model that stores windows"),
+        ([180, 100, 100], {"memory_type": "tune"}, {}, "model.memory_type='tune' needs stored windows"),
     ],
 )
-def test_what_could_only_fail_after_training_is_refused_before_it(tmp_path, split, model, fields, message):
+def test_errors_after_training_are_found_before_it(tmp_path, split, model, fields, message):
     data = SeriesDataRecipe("synthetic", split=split)
     model = {"context_length": 24, "prediction_length": 24, "d_model": 16, **model}
     with pytest.raises(RecipeError, match=message):
@@ -393,7 +396,7 @@ def test_missing_values_are_filled_from_the_past():
     assert torch.equal(forward_filled(values.expand(2, 4, 2))[1], forward_filled(values))
 
 
-def test_anchors_with_missing_values_and_a_season_longer_than_their_past(series):
+def test_baselines_accept_missing_values_and_a_season_longer_than_the_context(series):
     values = series.values.clone()
     values[50:60, 1] = float("nan")
     values[-30, 0] = float("nan")
@@ -402,7 +405,7 @@ def test_anchors_with_missing_values_and_a_season_longer_than_their_past(series)
 
 
 def _early() -> STanHopRecipe:
-    """A recipe that ends before its last step."""
+    """A recipe whose training ends before its last step."""
     return STanHopRecipe(
         name="early",
         data=SeriesDataRecipe("synthetic", split=[400, 150, 150]),
@@ -430,14 +433,15 @@ def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
     assert metrics["validation_mse"] == pytest.approx(min(losses), rel=1e-5)
 
 
-def test_a_stopped_run_goes_on_and_a_finished_training_is_kept(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeypatch):
     recipe, whole, folder = _early(), tmp_path / "whole", tmp_path / "broken"
     monkeypatch.setattr("train_stanhop.check_reload", lambda *_: None)
     expected = run(recipe, whole)
     steps = []
 
     class Stopping(TrainerCallback):
-        """Stops a run for want of power after the evaluations that a patience of three may count."""
+        """Stops a run with an error, as a power failure would, while the patience of three is being
+        counted."""
 
         def on_step_begin(self, args, state, control, **kwargs):
             steps.append(state.global_step)
@@ -460,7 +464,8 @@ def test_a_stopped_run_goes_on_and_a_finished_training_is_kept(tmp_path, monkeyp
             patch.setattr(train_stanhop, broken, raising)
             with pytest.raises(ValueError, match="no luck"):
                 run(recipe, folder, resume=True)
-        # It was stopped in its last two steps, after the checkpoint before them; once finished, it takes no step.
+        # The run was stopped in its last two steps, after a checkpoint; a finished run takes no
+        # further step.
         assert steps == ([last - 2, last - 1] if broken == "write_results" else [])
     metrics = run(recipe, folder, resume=True)
     assert "train_seconds" not in metrics
@@ -476,7 +481,7 @@ def raising(*arguments, **options):
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_a_file_runs_to_the_end(tmp_path, suffix, monkeypatch):
+def test_a_run_on_a_file_finishes(tmp_path, suffix, monkeypatch):
     frame = synthetic_series(300)
     getattr(frame, f"to_{suffix}")(tmp_path / f"mine.{suffix}", index=False)
     content = {
@@ -551,7 +556,7 @@ SPRING, AUTUMN = _hours("2024-03-30 23:00", "Europe/Berlin"), _hours("2024-10-26
     ids=lambda value: str(value[0]),
 )
 @pytest.mark.parametrize("place", ["column", "index"])
-def test_time_stamps_are_read_as_they_are_meant(given, expected, place):
+def test_time_stamps_are_read_as_intended(given, expected, place):
     stamps = read_time_stamps(pd.Series(given), "column 'date'")
     assert list(stamps) == list(expected)
     values = np.arange(len(given)) * 1.0
@@ -568,16 +573,16 @@ def test_time_stamps_are_read_as_they_are_meant(given, expected, place):
     [
         (["01/02/2024", "02/02/2024"], "row 0 of column 'date' of FILE: '01/02/2024' may begin with the day or with the month"),
         (["13/01/2024", "01/14/2024"], "row 1 of column 'date' of FILE: '01/14/2024' has the day where other rows have the month"),
-        (["13/01/24", "14/01/24"], "row 0 .*'13/01/24' is no date with a year of four digits"),
+        (["13/01/24", "14/01/24"], "row 0 .*'13/01/24' is not a date with a year of four digits"),
         (["2024-01-01", "13/01/2024"], "row 1 .*'13/01/2024' is not written like '2024-01-01' in row 0"),
-        (["2024-01-01 00:00+01:00", "2024-01-01 05:00"], "row 1 .* do not both have an offset from UTC"),
+        (["2024-01-01 00:00+01:00", "2024-01-01 05:00"], "row 1 .* one has an offset from UTC, the other has none"),
         (["2024-01-01", "2024-02-30"], "row 1 .*'2024-02-30' cannot be read as a date"),
-        (["2024-01-01 00:00 CET", "2024-01-01 01:00 CET"], "row 0 .* cannot be read as a date; .* a time zone as"),
-        (["a", "b"], "row 0 .*'a' is no date"),
+        (["2024-01-01 00:00 CET", "2024-01-01 01:00 CET"], "row 0 .* cannot be read as a date; .* a time zone like"),
+        (["a", "b"], "row 0 .*'a' is not a date"),
         (["2024-01-01", None], "row 1 of FILE has no time stamp in column 'date'"),
         (["2024-01-01", " "], "row 1 of FILE has no time stamp in column 'date'"),
         ([1704067200.0, np.nan], "row 1 of FILE has no time stamp in column 'date'"),
-        ([1704067200.0, np.inf], "row 1 has no finite time stamp in column 'date'"),
+        ([1704067200.0, np.inf], "row 1 has an infinite time stamp in column 'date'"),
         ([True, False], "column 'date' of FILE has true and false"),
         (
             SPRING.strftime("%a %b %d %Y %H:%M:%S GMT%z (%Z)"),
@@ -585,19 +590,19 @@ def test_time_stamps_are_read_as_they_are_meant(given, expected, place):
         ),
         (
             ["2024-01-01", "2024-01-01"],
-            "row 1 of FILE does not come after .* has 2024-01-01 and then 2024-01-01; if the time of day stands in another column",
+            "row 1 of FILE does not come after .* has 2024-01-01 and then 2024-01-01; if the time of day is in another column",
         ),
         (["2024-01-01 05:00", "2024-01-01 05:00"], "row 1 of FILE .* then 2024-01-01 05:00; sort"),
         (["2024-01-02", "2024-01-01"], "row 1 of FILE .* then 2024-01-01; sort"),
         (list(AUTUMN.tz_localize(None)) + list(pd.date_range("2024-10-27 07:00", periods=8, freq="h")), "row 4 .* daylight saving time"),
     ],
 )
-def test_time_stamps_without_one_meaning_are_refused_by_row(given, message):
+def test_ambiguous_time_stamps_are_refused_by_row(given, message):
     with pytest.raises(RecipeError, match=message):
         take_time_stamps(pd.DataFrame({"date": given, "a": 1.0}), "date", "FILE")
 
 
-def test_a_column_that_increases_in_one_reading_alone_is_read_that_way():
+def test_a_column_that_increases_in_only_one_reading_is_read_that_way():
     dates = pd.Series(["12/01/2024", "11/02/2024", "12/03/2024"])
     assert list(read_time_stamps(dates, "")) == list(pd.to_datetime(["2024-01-12", "2024-02-11", "2024-03-12"]))
     dates = pd.Series(["01/12/2024", "02/11/2024", "03/12/2024"])
@@ -611,7 +616,7 @@ def test_a_skipped_hour_of_wall_clock_time_is_a_gap():
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_an_index_is_checked_and_left_out_of_the_series(tmp_path, suffix):
+def test_an_index_of_time_stamps_is_checked_and_removed(tmp_path, suffix):
     frame = synthetic_series(300)
     values = frame.drop(columns="date").to_numpy()
     expected = (values - values[:210].mean(0)) / values[:210].std(0)
@@ -628,7 +633,7 @@ def test_an_index_is_checked_and_left_out_of_the_series(tmp_path, suffix):
                 load_series(SeriesDataRecipe(str(path), split=[210, 30, 60]))
 
 
-def test_what_is_no_plain_column_of_stamps_is_refused():
+def test_unsupported_columns_of_time_stamps_are_refused():
     values = pd.DataFrame({"a": [1.0, 2.0, 1.0, 2.0]})
     levels = values.set_index(pd.MultiIndex.from_product([["x", "y"], [1, 2]], names=["site", "hour"]))
     with pytest.raises(RecipeError, match=r"FILE has an index of 2 levels, \['site', 'hour'\]"):
@@ -646,18 +651,18 @@ def test_what_is_no_plain_column_of_stamps_is_refused():
                 RecipeError, match=rf"column '{name}' of FILE looks like time stamps; set data.date_column={name}, or rename"
             ):
                 take_time_stamps(clock, "date", "FILE")
-            with pytest.raises(RecipeError, match=rf"column '{name}' of FILE looks like time stamps; leave it out, or rename"):
+            with pytest.raises(RecipeError, match=rf"column '{name}' of FILE looks like time stamps; remove it, or rename"):
                 take_time_stamps(clock.assign(date=pd.date_range("2024-01-01", periods=4)), "date", "FILE")
     both = values.assign(date=pd.date_range("2024-01-01", periods=4)).set_index(pd.date_range("2024-01-04", periods=4)[::-1])
     with pytest.raises(RecipeError, match=r"row 1 of FILE .*the index of FILE has"):
         take_time_stamps(both, "date", "FILE")
-    # Row numbers are no second clock beside a column of stamps.
+    # If there is a column of stamps, row numbers in the index are not read as time stamps.
     numbered = values.assign(date=pd.date_range("2024-01-01", periods=4)).set_axis([0, 1, 0, 1])
     assert list(take_time_stamps(numbered, "date", "FILE").columns) == ["a"]
 
 
 @pytest.mark.parametrize("stamped", [True, False])
-def test_saved_row_numbers_are_no_series(tmp_path, stamped):
+def test_saved_row_numbers_are_not_a_series(tmp_path, stamped):
     frame = synthetic_series(300)
     frame = frame if stamped else frame.drop(columns="date")
     frame.to_csv(tmp_path / "a.csv")
@@ -666,7 +671,7 @@ def test_saved_row_numbers_are_no_series(tmp_path, stamped):
     expected = load_series(SeriesDataRecipe(str(tmp_path / "a.csv")))
     for file, name in (("twice", "Unnamed: 0.1"), ("reset", "index")):
         path = tmp_path / f"{file}.csv"
-        with pytest.warns(UserWarning, match=rf"column '{name}' of .*{file}.csv has row numbers and is left out"):
+        with pytest.warns(UserWarning, match=rf"column '{name}' of .*{file}.csv has row numbers and is not used"):
             series = load_series(SeriesDataRecipe(str(path)))
         assert series.names == expected.names
         assert torch.equal(series.values, expected.values)

@@ -1,4 +1,4 @@
-"""simplex_map and simplex_conjugate against loops, entmax, softmax, and autograd."""
+"""Tests of simplex_map and simplex_conjugate against loops, entmax, softmax and autograd."""
 
 import math
 
@@ -65,7 +65,7 @@ def test_fp32_weights_are_within_rounding_of_float64(alpha):
     ],
     ids=["linear", "near-uniform", "edge", "narrow", "huge", "ties", "offset"],
 )
-def test_the_threshold_is_exact_on_hard_inputs(alpha, scores):
+def test_the_threshold_is_exact_for_ties_and_extreme_scores(alpha, scores):
     entmax = pytest.importorskip("entmax")
     scores = scores.double()
     expected = entmax.entmax_bisect(scores - scores.max(), alpha, n_iter=100)
@@ -231,8 +231,8 @@ def test_a_row_with_nan_or_infinity_is_nan_and_the_others_are_not(alpha, items, 
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
 @pytest.mark.parametrize("items", [4, 64, 512, 1024])
 @pytest.mark.parametrize("size", [1e4, 1e7, 1e14, 1e30])
-def test_large_scores_are_mapped_as_their_differences(alpha, items, size):
-    """What is level stays level, and what is below by more than a weight needs has none."""
+def test_large_scores_are_mapped_by_their_differences(alpha, items, size):
+    """Equal scores have equal weights, and scores that are too far below the largest have none."""
     scores = torch.full((3, items), -size)
     scores[1, 2] = size
     scores[2, 1:3] = 0.0

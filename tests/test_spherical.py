@@ -1,4 +1,4 @@
-"""spherical_code against known optima, and separate_optimally."""
+"""Tests of spherical_code against known optima, and of separate_optimally."""
 
 import math
 
@@ -12,12 +12,13 @@ from modeling_uhop.spherical import closest_similarity, separate_optimally
 
 # Exact optima: (dim, points) -> cosine of the smallest angle.
 EXACT = {(3, 12): 1 / math.sqrt(5), (4, 10): 1 / 6, (5, 16): 1 / 5, (4, 24): 1 / 2, (6, 27): 1 / 4}
-# Best known angles in three dimensions, in degrees (Sloane, Hardin & Smith, tables of spherical codes).
+# Best known angles in three dimensions, in degrees (Sloane, Hardin & Smith, tables of spherical
+# codes).
 BEST_KNOWN = {7: 77.8695, 13: 57.1367, 24: 43.6908}
 
 
 @pytest.mark.parametrize(("dim", "num_points"), EXACT)
-def test_it_reaches_known_optima(dim, num_points):
+def test_spherical_codes_reach_known_optima(dim, num_points):
     code = spherical_code(num_points, dim)
     assert code.shape == (num_points, dim)
     assert_close(code.norm(dim=-1), torch.ones(num_points))
@@ -26,7 +27,7 @@ def test_it_reaches_known_optima(dim, num_points):
 
 
 @pytest.mark.parametrize("num_points", BEST_KNOWN)
-def test_it_reaches_the_best_known_angles_in_three_dimensions(num_points):
+def test_spherical_codes_reach_the_best_known_angles_in_three_dimensions(num_points):
     angle = math.degrees(math.acos(closest_similarity(spherical_code(num_points, 3))))
     assert angle == pytest.approx(BEST_KNOWN[num_points], rel=5e-4)
 

@@ -1,4 +1,5 @@
-"""Sweeps: what is run, what is kept, and what is gathered from several seeds."""
+"""Tests of sweeps: which runs start, which are not repeated, and the collected results of several
+seeds."""
 
 import json
 import statistics
@@ -9,7 +10,7 @@ import yaml
 from checkpoints import SEAL
 from recipe import ROOT, RecipeError, STanHopRecipe, ViTRecipe, load_recipe, read_yaml
 from scipy.stats import ttest_1samp
-from sweep import alone_in, execute, gather, read_sweep, runs_of
+from sweep import execute, gather, lock_folder, read_sweep, runs_of
 from tables import paired_table, variants_table
 from transformers import TrainingArguments
 
@@ -38,7 +39,7 @@ content |= {"versions": {}, "commit": "abd" if seed == 2 else "abc", "machine": 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
-    """A project whose training script answers at once."""
+    """A project with a training script that finishes at once."""
     for folder in ("training", "configs", "data"):
         (tmp_path / folder).mkdir()
     (tmp_path / "training" / "fake.py").write_text(SCRIPT)
@@ -65,7 +66,7 @@ def write(project, **changes):
     return project / "sweep.yaml"
 
 
-def test_runs_are_gathered_with_spread_and_paired_intervals(project):
+def test_results_are_collected_with_spread_and_paired_intervals(project):
     sweep = read_sweep(write(project))
     runs = runs_of(sweep, "fake", project / "runs", None)
     execute(runs, jobs=2, cores=2)
@@ -97,7 +98,7 @@ def test_one_seed_has_no_spread(project):
     assert variants_table([gathered]).splitlines()[2:4] == ["| plain | 1,234 | 0.5000 |", "| better one | 1,234 | 0.5000 |"]
 
 
-def test_curves_are_gathered_by_epoch_and_seed(project):
+def test_curves_are_collected_by_epoch_and_seed(project):
     sweep = read_sweep(write(project, curves=["eval_loss"]))
     runs = runs_of(sweep, "fake", project / "runs", None)
     execute(runs, jobs=1, cores=2)
@@ -112,17 +113,17 @@ def test_two_sweeps_of_a_recipe_do_not_share_a_results_file(project, monkeypatch
     assert [file.name for file in (project / "results").iterdir()] == ["fake_again.json"]
 
 
-def test_a_second_sweep_at_once_is_kept_out_of_the_folder(project, monkeypatch):
+def test_a_second_simultaneous_sweep_in_a_folder_is_refused(project, monkeypatch):
     path = write(project, once=[])
     monkeypatch.setattr("sys.argv", ["sweep", str(path), "--runs", str(project / "runs"), "--results", str(project / "results")])
-    with alone_in(project / "runs" / path.stem), pytest.raises(SystemExit, match=r"another sweep is running in .*runs"):
+    with lock_folder(project / "runs" / path.stem), pytest.raises(SystemExit, match=r"another sweep is running in .*runs"):
         sweep_module.main()
     assert not (project / "results").exists()
     sweep_module.main()
     assert (project / "results" / "fake.json").is_file()
 
 
-def test_finished_runs_of_the_same_command_and_recipe_are_kept(project):
+def test_finished_runs_of_the_same_command_and_recipe_are_not_repeated(project):
     def calls():
         return [len((run.folder / "calls").read_text()) for run in runs]
 
@@ -141,7 +142,7 @@ def test_finished_runs_of_the_same_command_and_recipe_are_kept(project):
 
 
 @pytest.mark.parametrize("left", [f"checkpoint-4/{SEAL}", "stages/training.json"])
-def test_a_run_that_was_stopped_goes_on_where_it_ended(project, left):
+def test_a_stopped_run_resumes_from_its_last_checkpoint(project, left):
     def calls():
         return (runs[1].folder / "calls").read_text()
 
@@ -155,7 +156,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_ended(project, left):
     runs[1].folder.with_suffix(".done").unlink()
     execute(runs, jobs=1, cores=2)
     assert calls() == "xxr"
-    # Another recipe is begun anew.
+    # A run of another recipe starts from the beginning.
     (project / "configs" / "fake.yaml").write_text("data: {dataset: somewhere/ETTh2}\n")
     execute(runs, jobs=1, cores=2)
     assert calls() == "xxrx"
@@ -170,7 +171,7 @@ def test_runs_share_the_cores(project, jobs, cores):
     assert {(run.folder / "threads").read_text() for run in runs} == {str(cores // jobs)}
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_run(project):
+def test_a_failed_run_is_named_and_the_others_are_run(project):
     sweep = read_sweep(write(project, variants={"plain": ["fail=true"]}, pairs=None))
     runs = runs_of(sweep, "fake", project / "runs", None)
     with pytest.raises(RecipeError, match=r"1 of 3 runs failed; see .*seed_1.log"):
@@ -179,7 +180,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_run(project):
     assert "no luck" in runs[1].folder.with_suffix(".log").read_text()
 
 
-def test_results_of_an_earlier_or_failed_run_are_not_taken_for_new_ones(project):
+def test_results_of_an_earlier_or_failed_run_are_not_used_as_new(project):
     sweep = read_sweep(write(project, variants={"plain": []}, pairs=None))
     execute(runs_of(sweep, "fake", project / "runs", None), jobs=1, cores=2)
     sweep = read_sweep(write(project, variants={"plain": ["fail=true"]}, pairs=None))
@@ -229,7 +230,7 @@ def test_every_variant_of_every_sweep_is_a_recipe(path):
             TrainingArguments("out", **{"eval_strategy": "epoch", **recipe.training})
             assert recipe not in seen, "two variants are the same"
             seen.append(recipe)
-    # The first variant's recipe is the one on record, of which there is a card.
+    # The recipe of the first variant is recorded in the results file and has a card.
     assert sweep["suffix"] or not next(iter(sweep["variants"].values()))
     header = path.read_text()
     assert all(word in header for word in ("# Command:", "# Cost:"))

@@ -1,7 +1,8 @@
-"""The Triton kernels against the plain kernel in float64, and through a model; and compiled for GPUs that need not be here.
+"""Tests of the Triton kernels against the plain kernel in float64 and in a model, and of their
+compilation for several GPUs.
 
-They run in Triton's interpreter, or, with TRITON_INTERPRET=0 in the environment, on a GPU.
-"""
+They run in the interpreter of Triton or, with TRITON_INTERPRET=0 in the environment, on a GPU. The
+compilation needs no GPU."""
 
 import json
 import os
@@ -22,7 +23,7 @@ INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 
 pytestmark = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="TRITON_INTERPRET is not 1, and there is no GPU")
-pytest.importorskip("triton", reason="Triton is there on Linux alone")
+pytest.importorskip("triton", reason="Triton exists only for Linux")
 
 BLOCKS = {"block_queries": 16, "block_keys": 32}
 
@@ -43,7 +44,8 @@ def _vit():
 
 
 def _assert_exact(inputs, *, scale, alpha=1.5, scaling=None, mask=None, dtype=torch.float32, blocks=BLOCKS):
-    """Outputs and gradients of the kernels, for inputs of this dtype, are those of the plain kernel in float64."""
+    """Assert that outputs and gradients of the kernels equal those of the plain kernel in
+    float64."""
     rounded = [x.to(dtype) for x in inputs]
     output = triton_hopfield_attention(*rounded, alpha=alpha, scaling=scaling, key_mask=mask, **blocks)
     wide = None if mask is None else mask[:, None, None]
@@ -84,8 +86,9 @@ def test_rows_without_a_key_retrieve_zeros_and_have_no_gradient(alpha):
 
 
 @pytest.mark.parametrize("alpha", [1.5, 1.7, 2.0])
-def test_nan_is_passed_on(alpha):
-    """A NaN in a query spoils its row, one in a key every row that sees it."""
+def test_nan_is_propagated(alpha):
+    """A NaN in a query gives NaN in its row; a NaN in a key gives NaN in every row that attends to
+    it."""
     query, key, value = (x.detach().requires_grad_() for x in _inputs())
     with torch.no_grad():
         query[0, 0, 3, 1] = torch.nan
@@ -135,8 +138,8 @@ def test_gradients_go_where_they_are_asked_for(asking):
         assert x.grad is None if place not in asking else torch.equal(x.grad, gradient)
 
 
-def test_hard_rows_are_exact():
-    """Large scores, ties, and one score far above many that are level."""
+def test_rows_with_ties_and_extreme_scores_are_exact():
+    """Large scores, ties, and one score far above many equal ones."""
     key = torch.zeros(1, 1, 64, 16)
     key[..., 0] = torch.cat([torch.ones(1), torch.full((63,), -0.01)])
     query = torch.zeros(1, 1, 4, 16)
@@ -149,7 +152,8 @@ def test_hard_rows_are_exact():
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
 def test_long_rows_of_nearly_level_scores_are_exact(alpha):
-    """Newton's method needs more steps from the largest score than on any other rows."""
+    """Newton's method, started at the largest score, needs more steps for these rows than for any
+    others."""
     inputs = [torch.randn(1, 1, count, 16, requires_grad=True) for count in (16, 2000, 2000)]
     _assert_exact(inputs, scale=2, alpha=alpha, scaling=0.01, blocks={"block_queries": 16, "block_keys": 64})
 
@@ -159,7 +163,8 @@ def test_long_rows_of_nearly_level_scores_are_exact(alpha):
     [(90, "bfloat16", 64, 0.5, "unmasked"), (80, "float16", 256, 0.7, "masked"), (80, "float32", 128, 0.7, "masked")],
 )
 def test_kernels_fit_the_gpus_they_are_compiled_for(capability, dtype, width, eps, masked, tmp_path):
-    """Compiled to machine code, without such a GPU: registers hold what a thread needs, and shared memory what a program does."""
+    """Compile to machine code without such a GPU: registers suffice for a thread, and shared memory
+    for a program."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     worker = [str(x) for x in (Path(__file__).parent / "triton_worker.py", capability, dtype, width, eps, masked)]
     finished = subprocess.run([sys.executable, *worker], env=environment, capture_output=True, text=True)
@@ -171,7 +176,7 @@ def test_kernels_fit_the_gpus_they_are_compiled_for(capability, dtype, width, ep
         assert kernel["shared"] <= 99 * 1024, kernel
 
 
-def test_a_model_takes_it_by_name():
+def test_a_model_selects_the_kernel_by_name():
     model = _vit().eval()
     images = torch.randn(2, 1, 8, 8)
     expected = model(images).logits
@@ -180,8 +185,8 @@ def test_a_model_takes_it_by_name():
     assert_close(model(images).logits, expected, scale=3)
 
 
-def test_autocast_trains_a_model_with_it(monkeypatch):
-    """Weights in fp32, attention in half precision, as a Trainer with `fp16=True` has them."""
+def test_a_model_trains_with_autocast(monkeypatch):
+    """Weights are fp32 and attention is in half precision, as with a Trainer with `fp16=True`."""
     taken = []
 
     def kernel(query, *args, **kwargs):
@@ -222,7 +227,7 @@ def test_autocast_leaves_float64_to_the_plain_kernel():
     ],
     ids=["softmax", "learnable", "near softmax", "additive", "pairs", "keys"],
 )
-def test_what_it_does_not_do_is_done_elsewhere(changes):
+def test_unsupported_calls_use_another_kernel(changes):
     inputs = [x.detach() for x in _inputs()]
     settings = {"alpha": 1.5, "attention_mask": None, **changes}
     mask, alpha = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in (settings["attention_mask"], settings["alpha"]))
@@ -273,7 +278,7 @@ def test_wrong_arguments_are_refused(changes, message):
         triton_hopfield_attention(**arguments)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="these are the interpreter's refusals")
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter raises these errors")
 def test_without_an_interpreter_or_for_bf16_a_cpu_is_refused(monkeypatch):
     halves = [x.bfloat16() for x in _inputs()]
     with pytest.raises(ValueError, match="cannot multiply bf16"):
@@ -283,7 +288,7 @@ def test_without_an_interpreter_or_for_bf16_a_cpu_is_refused(monkeypatch):
         triton_hopfield_attention(*_inputs(), alpha=1.5)
 
 
-def test_nothing_to_attend_to():
+def test_empty_keys_give_zeros():
     query, key, value = torch.randn(1, 1, 3, 8, requires_grad=True), torch.zeros(1, 1, 0, 8), torch.zeros(1, 1, 0, 8)
     output = triton_hopfield_attention(query, key, value, alpha=1.5)
     output.sum().backward()
@@ -296,20 +301,20 @@ def test_nothing_to_attend_to():
 
 
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
-def test_shapes_can_be_asked_for_without_values(alpha):
+def test_output_shapes_are_available_on_the_meta_device(alpha):
     inputs = torch.zeros(3, 1, 2, 5, 8, device="meta")
     output, _ = triton_attention_forward(torch.nn.Module().eval(), *inputs, None, alpha=alpha)
     assert output.shape == (1, 5, 2, 8)
 
 
-def test_masks_of_more_examples_than_there_are():
+def test_masks_with_more_examples_than_the_inputs_are_broadcast():
     query, key, value = torch.randn(3, 1, 2, 7, 8)
     mask = torch.rand(2, 1, 1, 7) < 0.7
     output, _ = triton_attention_forward(torch.nn.Module().eval(), query, key, value, mask, alpha=1.5)
     assert_close(output.transpose(1, 2), plain_hopfield_attention(query, key, value, alpha=1.5, attention_mask=mask), scale=3)
 
 
-def test_autocast_casts_what_it_is_given():
+def test_autocast_casts_its_inputs():
     inputs = [x.detach() for x in _inputs()]
     expected = plain_hopfield_attention(*(x.half().double() for x in inputs), alpha=1.5)
     with torch.autocast(DEVICE, dtype=torch.float16):
@@ -321,7 +326,7 @@ def test_autocast_casts_what_it_is_given():
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_nothing_is_kept_where_no_gradient_is_asked_for(asked, monkeypatch):
+def test_nothing_is_saved_without_a_gradient(asked, monkeypatch):
     kept = []
 
     class Kernel:

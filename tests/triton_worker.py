@@ -1,4 +1,7 @@
-"""Compiles the Triton kernels for GPUs that need not be here, and prints what they take; a process of its own, without the interpreter.
+"""Compile the Triton kernels for a GPU that this machine may lack, and print the resources they
+need.
+
+This is a separate process, because it must run without the interpreter of Triton.
 
 python tests/triton_worker.py 90 bfloat16 64 0.5 unmasked
 """
@@ -23,7 +26,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def main(capability: str, dtype: str, width: str, eps: str, masked: str) -> None:
-    """A JSON line for each kernel: its registers, bytes spilled a thread, and bytes of shared memory a program."""
+    """Print a JSON line for each kernel: registers, bytes spilled per thread, and bytes of shared
+    memory per program."""
     launch = triton_attention.launch_of(getattr(torch, dtype), int(width))
     warps = launch.pop("num_warps")
     has_mask = masked == "masked"
@@ -38,7 +42,8 @@ def main(capability: str, dtype: str, width: str, eps: str, masked: str) -> None
 
 
 def source_of(kernel, dtype: str, constants: dict) -> ASTSource:
-    """A kernel for tensors of this dtype whose memory begins at multiples of 16 bytes, as that of PyTorch's does."""
+    """The source of a kernel for tensors of this dtype, aligned to 16 bytes as those of PyTorch
+    are."""
     others = {
         **dict.fromkeys(("heads", "queries", "keys"), "i32"),
         **dict.fromkeys(("scale", "scaling"), "fp32"),

@@ -1,11 +1,12 @@
-"""Bags for multiple-instance learning: a data set's bags, checked."""
+"""Load and check the bags of a data set, for multiple-instance learning."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before the others: it says what to install where they are absent.
+# Because `recipe` says what to install if a package is missing, we import it before the other
+# packages.
 from recipe import BagDataRecipe, RecipeError
 
 
@@ -19,7 +20,7 @@ from sklearn.datasets import load_digits
 from modeling_uhop.bag_arrays import as_arrays, channels_first
 
 
-# Of `datasets`, by a file's suffix.
+# The loader of `datasets` for each file suffix.
 LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
 
@@ -28,12 +29,15 @@ class Bags:
     """Bags with their classes.
 
     Attributes:
-        instances: An array a bag: (instances, features), or (instances, channels, height, width).
+        instances: One array per bag: (instances, features), or (instances, channels, height,
+            width).
         labels: Class of each bag, from 0.
         names: Names of the classes.
-        instance_labels: Which instances make a bag positive, where that is known.
-        image_shape: Channels, height and width, where an instance is a flattened image; `None` where it is not.
-        groups: Bags of one group must not be divided between training and test; `None` where every bag stands for itself.
+        instance_labels: For each bag, which instances make it positive; `None` if unknown.
+        groups: Group of each bag. Bags of one group are never divided between training and test.
+            `None` if every bag is a group.
+        image_shape: Channels, height and width, if an instance is a flattened image; otherwise
+            `None`.
     """
 
     instances: list[np.ndarray]
@@ -44,7 +48,8 @@ class Bags:
     image_shape: tuple[int, ...] | None = None
 
     def pictures(self, index: int) -> np.ndarray | None:
-        """The instances of a bag as images (N, channels, height, width); `None` where they are vectors."""
+        """The instances of a bag as images (N, channels, height, width); `None` if they are
+        vectors."""
         bag = self.instances[index]
         if bag.ndim == 4:
             return bag
@@ -52,24 +57,27 @@ class Bags:
 
 
 def load_bags(data: BagDataRecipe) -> Bags:
-    """The bags of a recipe.
+    """Load and check the bags of a recipe.
 
-    Pictures come channels first, as the feature extractor arranges them. Where every bag is saved as (1, instances, features), it is
-    read as its vectors, if the bags differ in their number of instances; else each may be one picture.
+    Images are returned channels first, as the feature extractor arranges them. Bags that are all
+    saved as (1, instances, features) are read as vectors if they differ in their number of
+    instances. If they do not, each could also be one image, and an error is raised.
 
     Raises:
-        RecipeError: If the data set, a column or a label is missing, a label is no class, or bags are no numbers of one shape, differ in
-            their features or are not finite; naming the bag.
+        RecipeError: If the data set, a column or a label is missing, a label is not a class, or the
+            instances of a bag are not finite numbers of one shape. The message names the bag.
     """
     if data.dataset == "digits":
         return digit_bags()
     path = Path(data.dataset).expanduser()
     if path.is_file():
         if path.suffix not in LOADERS:
-            raise RecipeError(f"bags must lie in a folder or a file {', '.join(LOADERS)} (a cell of CSV holds no list), got {data.dataset}")
+            raise RecipeError(
+                f"bags must lie in a folder or a file {', '.join(LOADERS)} (a CSV cell cannot hold a list), got {data.dataset}"
+            )
         loaded = load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
     elif data.dataset.startswith((".", "/", "~")) and not path.is_dir():
-        raise RecipeError(f"there is no file or folder {data.dataset}")
+        raise RecipeError(f"there is no file or folder {data.dataset}; check data.dataset or --dataset")
     else:
         splits = load_dataset(data.dataset)
         if data.split not in splits:
@@ -83,13 +91,15 @@ def load_bags(data: BagDataRecipe) -> Bags:
     feature = loaded.features[data.label_column]
     named = isinstance(feature, ClassLabel)
     if named and values[0] < 0:
-        raise RecipeError(f"bag {classes.index(values[0])} of {data.dataset} has the label {values[0]}, which means none; leave it out")
+        raise RecipeError(
+            f"bag {classes.index(values[0])} of {data.dataset} has the label {values[0]}, which means no label; remove the bag"
+        )
     try:
         instances = _as_instances(loaded[data.instances_column])
     except ValueError as error:
         raise RecipeError(f"{data.dataset}: {error}") from error
     if not any(len(bag) > 0 for bag in instances):
-        raise RecipeError(f"every bag of {data.dataset} is empty")
+        raise RecipeError(f"every bag of {data.dataset} is empty; at least one must have instances")
     return Bags(
         instances=instances,
         labels=np.array([values.index(label) for label in classes]),
@@ -98,7 +108,7 @@ def load_bags(data: BagDataRecipe) -> Bags:
 
 
 def _as_instances(bags: Sequence[Any]) -> list[np.ndarray]:
-    """`as_arrays` of a column, arranged; see `load_bags`."""
+    """The arrays of a column of bags, with images channels first; see `load_bags`."""
     shapes: list[tuple[int, ...]] = []
 
     def arranged(array: np.ndarray) -> np.ndarray:
@@ -106,22 +116,24 @@ def _as_instances(bags: Sequence[Any]) -> list[np.ndarray]:
         return array[0] if array.ndim == 3 and len(array) == 1 else channels_first(array)
 
     instances = as_arrays(bags, arrange=arranged)
-    # A column has one depth, so that either all bags that are not empty have the axis or none has.
+    # Because all lists of a column have the same depth, either all non-empty bags have the extra
+    # axis or none has.
     wrapped = [index for index, shape in enumerate(shapes) if len(shape) == 3]
     if wrapped and len({shapes[index][1] for index in wrapped}) == 1:
         shape = shapes[wrapped[0]]
         raise ValueError(
-            f"bag {wrapped[0]} has shape {shape}, as all others, so that each may be {shape[1]} vectors or one picture; "
-            "save vectors as (instances, features), pictures as (instances, channels, height, width)"
+            f"bag {wrapped[0]} and all others have shape {shape}, which may mean {shape[1]} vectors or one image; "
+            "save vectors as (instances, features) and images as (instances, channels, height, width)"
         )
     return instances
 
 
 def digit_bags(target: int = 9, num_bags: int = 300, smallest: int = 6, largest: int = 14, num_groups: int = 20, seed: int = 0) -> Bags:
-    """Bags of scikit-learn's digits, every second one positive: it has one or two images of `target`.
+    """Generate bags of scikit-learn's digits; every second bag is positive and contains `target`
+    once or twice.
 
-    The images are divided into groups, and a bag draws from one of them alone, so that bags of different groups share no image.
-    """
+    The images are divided into groups. Each bag samples from one group, so that bags of different
+    groups share no image."""
     random = np.random.default_rng(seed)
     digits = load_digits()
     images, group_of_image = digits.data / 16.0, random.permutation(len(digits.target)) % num_groups

@@ -1,4 +1,4 @@
-"""Forecasters that any network should be compared with: repetition, linear maps, and a memory without training."""
+"""Baseline forecasters: repetition, linear maps, and a Hopfield memory without training."""
 
 from collections.abc import Callable
 
@@ -10,15 +10,15 @@ from torch.nn.functional import linear, normalize
 from modeling_uhop import simplex_map
 
 
-# A forecast (B, H, C) of windows (B, L, C).
+# A function from windows (B, L, C) to forecasts (B, H, C).
 Forecaster = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
 def errors_of(forecaster: Forecaster, series: Series, split: str, context_length: int, prediction_length: int) -> dict[str, float]:
-    """Mean squared and absolute error over every window of a split, on scaled values.
+    """Mean squared error and mean absolute error over every window of a split, on scaled values.
 
-    Missing future values do not count.
+    Missing future values are ignored.
     """
     windows = series.windows(split, context_length, prediction_length)
     totals = np.zeros(3)
@@ -31,25 +31,31 @@ def errors_of(forecaster: Forecaster, series: Series, split: str, context_length
 
 
 def forward_filled(values: torch.Tensor) -> torch.Tensor:
-    """Values (..., T, C), each missing one replaced by the last before it, or by 0, the mean of the training rows, if there is none."""
+    """Replace each missing value of (..., T, C) with the last known value before it.
+
+    Without an earlier value, it is replaced with 0, which is the mean of the training rows.
+    """
     steps = torch.arange(values.shape[-2]).unsqueeze(-1)
     last = torch.where(values.isnan(), -1, steps).cummax(-2).values
     return torch.where(last < 0, 0.0, values.gather(-2, last.clamp(min=0)))
 
 
 def repeat_last(prediction_length: int) -> Forecaster:
-    """The last value."""
+    """A baseline that repeats the last value."""
     return lambda past: forward_filled(past)[:, -1:].expand(-1, prediction_length, -1)
 
 
 def repeat_season(prediction_length: int, season: int) -> Forecaster:
-    """The last `season` steps, over and over."""
+    """A baseline that repeats the last `season` steps."""
     return lambda past: forward_filled(past)[:, -season:].repeat(1, -(-prediction_length // season), 1)[:, :prediction_length]
 
 
 class LinearMap:
-    """A linear map from the past to the future, one for all series: the function class of DLinear, or with `last_value`, on differences to
-    the last value, of NLinear. `weight` is (H, L) and `bias` (H,)."""
+    """A linear map from the past to the future that all series share; `weight` is (H, L) and `bias`
+    (H,).
+
+    This is the function class of DLinear. With `last_value`, the map is applied to differences from
+    the last value: the function class of NLinear."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor, *, last_value: bool):
         self.weight, self.bias, self.last_value = weight, bias, last_value
@@ -61,7 +67,8 @@ class LinearMap:
 
 
 def linear_map(series: Series, context_length: int, prediction_length: int, *, last_value: bool) -> LinearMap:
-    """The ridge solution over all training windows, its penalty chosen by squared error on validation windows."""
+    """Fit a linear map by ridge regression on all training windows; the penalty has the lowest
+    validation MSE."""
     first, last = series.rows["train"]
     size = context_length + 1
     gram, target = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, prediction_length, dtype=torch.float64)
@@ -89,11 +96,13 @@ def linear_map(series: Series, context_length: int, prediction_length: int, *, l
 
 
 class WindowMemory:
-    """A Hopfield memory of windows, without training: the past retrieves its like, and the answer is what followed them.
+    """A baseline without training: a Hopfield memory that retrieves similar past windows and
+    forecasts their futures.
 
-    Every `stride`-th training window of each series is stored, with location and scale taken off; a query retrieves from the windows of its
-    own series, by cosine, and the retrieved future is scaled back. The scale has a floor, as futures of constant windows are anything.
-    """
+    Every `stride`-th training window of each series is stored, after its mean is subtracted and it
+    is divided by its scale. A query retrieves from the windows of its own series by cosine
+    similarity, and the retrieved future is scaled back. Because the scale of a constant window
+    would be 0, 0.1 is added to every variance."""
 
     def __init__(
         self, series: Series, context_length: int, prediction_length: int, *, beta: float = 12.0, alpha: float = 1.0, stride: int = 2
@@ -112,14 +121,16 @@ class WindowMemory:
         return (weights @ self.futures * scale + loc).permute(1, 2, 0)
 
     def weights(self, past: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Association weights (C, B, M) of windows (B, L, C), and what these were scaled by, (C, B, 1)."""
+        """Association weights (C, B, M) of windows (B, L, C), and the means and scales (C, B, 1) of
+        the windows."""
         series = forward_filled(past).permute(2, 0, 1)
         loc, scale = _loc_and_scale(series)
         similarity = normalize((series - loc) / scale, dim=-1) @ self.keys.mT
         return simplex_map(self.beta * similarity, self.alpha), loc, scale
 
     def closest(self, past: torch.Tensor, count: int = 3) -> torch.Tensor:
-        """The stored windows that weigh most, (count, L + H, C), at the location and scale of one window (L, C)."""
+        """The stored windows (count, L + H, C) with the largest weights, at the mean and scale of
+        one window (L, C)."""
         weights, loc, scale = self.weights(past.unsqueeze(0))
         best = weights[:, 0].topk(count).indices
         series = torch.arange(len(best)).unsqueeze(1)
@@ -134,7 +145,10 @@ def _loc_and_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def baselines(
     series: Series, prediction_length: int, season: int, context_lengths: list[int], split: str = "test"
 ) -> dict[str, dict[str, float]]:
-    """Errors of every baseline on a split, none where there are no lengths; the memory's beta is chosen on validation windows."""
+    """Errors of every baseline on a split; an empty mapping if `context_lengths` is empty.
+
+    The beta of the memory is the one with the lowest MSE on validation windows.
+    """
     if not context_lengths:
         return {}
     longest = max(context_lengths)
@@ -148,11 +162,11 @@ def baselines(
     shortest = min(context_lengths)
     memory = WindowMemory(series, shortest, prediction_length)
 
-    def at(beta: float) -> float:
+    def validation_mse(beta: float) -> float:
         memory.beta = beta
         return errors_of(memory, series, "validation", shortest, prediction_length)["mse"]
 
-    memory.beta = min((8.0, 12.0, 16.0, 24.0), key=at)
+    memory.beta = min((8.0, 12.0, 16.0, 24.0), key=validation_mse)
     forecasters[f"memory of windows, {shortest}"] = (memory, shortest)
     errors = {name: errors_of(forecaster, series, split, length, prediction_length) for name, (forecaster, length) in forecasters.items()}
     return {name: {f"{split}_{metric}": error for metric, error in found.items()} for name, found in errors.items()}

@@ -1,4 +1,8 @@
-"""Checkpoints that survive a kill: each is sealed once it is whole, and a run resumes from the last sealed one."""
+"""Checkpoints that are safe if a process is killed: a run resumes from the last complete
+checkpoint.
+
+A checkpoint is sealed when it is complete: a file lists the names and digests of its files.
+"""
 
 import hashlib
 import json
@@ -7,7 +11,7 @@ import warnings
 from pathlib import Path
 
 from accelerate import PartialState
-from recipe import RecipeError, write_whole
+from recipe import RecipeError, write_atomically
 from safetensors import safe_open
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -18,39 +22,50 @@ SEAL = "complete.json"
 
 
 class SealingCallback(TrainerCallback):
-    """Seals every checkpoint when it and what other callbacks add to it is written: the last of a Trainer's callbacks."""
+    """Seals every checkpoint after all of its files are written; it must be the last callback of a
+    Trainer.
+
+    Other callbacks may add files to a checkpoint.
+    """
 
     def on_save(self, args, state, control, **kwargs):
-        # Every process writes its own random state into the checkpoint.
+        # Because every process writes its own random state into the checkpoint, we wait for all of
+        # them.
         PartialState().wait_for_everyone()
         if args.should_save:
             seal(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def seal(checkpoint: Path) -> None:
-    """Write the names and digests of a checkpoint's files, in one step: a checkpoint has all of this file or nothing of it."""
+    """Seal a checkpoint: write the names and digests of its files to one file, atomically."""
     files = {
         str(path.relative_to(checkpoint)): _digest(path) for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL
     }
-    write_whole(checkpoint / SEAL, json.dumps(files, indent=1))
+    write_atomically(checkpoint / SEAL, json.dumps(files, indent=1))
 
 
 def last_checkpoint(folder: Path) -> str:
-    """The last checkpoint that was written to the end. Later ones, which a kill left unfinished, are named in a warning.
+    """The path of the last complete checkpoint; a warning names later checkpoints that are
+    incomplete.
 
     Raises:
-        RecipeError: If there is none, or a file of it is missing or other than it was written.
+        RecipeError: If there is no complete checkpoint, or one of its files is missing or has
+            changed.
     """
     for checkpoint in reversed(_by_step(folder)):
         if (checkpoint / SEAL).is_file():
             _check(checkpoint)
             return str(checkpoint)
-        warnings.warn(f"{checkpoint} was not written to the end, and is left out", stacklevel=2)
-    raise RecipeError(f"{folder} has no checkpoint to resume from; pass --overwrite to begin again")
+        warnings.warn(f"{checkpoint} is incomplete and is not used", stacklevel=2)
+    raise RecipeError(f"{folder} has no checkpoint to resume from; pass --overwrite to start again")
 
 
 def check_fits(checkpoint: str, model: PreTrainedModel) -> None:
-    """A `RecipeError` for a checkpoint whose weights are those of another model; what an engine has sharded, it checks itself."""
+    """Raise a `RecipeError` if the weights of a checkpoint have other names or shapes than those of
+    a model.
+
+    Checkpoints that FSDP or DeepSpeed has sharded are not checked here, because these check them
+    when they load them."""
     weights = Path(checkpoint) / SAFE_WEIGHTS_NAME
     if not weights.is_file():
         return
@@ -60,12 +75,12 @@ def check_fits(checkpoint: str, model: PreTrainedModel) -> None:
     for name in sorted({*found, *expected}):
         if found.get(name) != expected.get(name):
             raise RecipeError(
-                f"{checkpoint} is of another model: {name} has shape {found.get(name, 'none')} in it, and {expected.get(name, 'none')} here"
+                f"{checkpoint} is of another model: {name} has shape {found.get(name, 'none')} in it and {expected.get(name, 'none')} here"
             )
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete the checkpoints that were not written to the end."""
+    """Delete the incomplete checkpoints of a folder."""
     for checkpoint in _by_step(folder):
         if not (checkpoint / SEAL).is_file():
             shutil.rmtree(checkpoint)
@@ -79,7 +94,7 @@ def _by_step(folder: Path) -> list[Path]:
 def _check(checkpoint: Path) -> None:
     for name, digest in json.loads((checkpoint / SEAL).read_text()).items():
         path = checkpoint / name
-        problem = "is missing" if not path.is_file() else "is not as it was written" if _digest(path) != digest else None
+        problem = "is missing" if not path.is_file() else "has changed since it was written" if _digest(path) != digest else None
         if problem is not None:
             raise RecipeError(f"{path} {problem}; delete {checkpoint} to resume from the checkpoint before it")
 

@@ -1,6 +1,7 @@
-"""Compare multiple-instance models on the same folds: variants of a recipe, and baselines of scikit-learn.
+"""Compare variants of a multiple-instance recipe and scikit-learn baselines on the same folds.
 
-Finished cross-validations of the same settings are kept, so a comparison can be resumed.
+A finished cross-validation is saved and not repeated with the same settings, so a comparison can be
+resumed.
 
 python training/compare_mil.py configs/sweeps/mil.yaml --recipes mil_digits
 python training/compare_mil.py configs/sweeps/mil.yaml --data_dir path/to/folder
@@ -29,7 +30,7 @@ from recipe import (
     provenance,
     read_yaml,
     refuse_several_processes,
-    write_whole,
+    write_atomically,
 )
 from scipy.stats import t as student_t
 from sklearn.ensemble import RandomForestClassifier
@@ -44,17 +45,18 @@ from transformers.utils import logging
 from modeling_uhop import UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
 
 
-# Scores of the scored bags from (training bags, their labels, scored bags), all standardised.
+# A function of (training bags, their labels, evaluated bags), all standardised; it returns the
+# scores of the evaluated bags.
 Baseline = Callable[[list[np.ndarray], np.ndarray, list[np.ndarray]], np.ndarray]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", help="YAML file: recipes, variants as lists of overrides, baselines, pairs to compare")
-    parser.add_argument("--recipes", nargs="+", help="only these of its recipes")
-    parser.add_argument("--data_dir", help="folder with a file NAME.parquet for each recipe's data set, instead of the Hub")
-    parser.add_argument("--runs", default="runs/mil", help="folder of the finished cross-validations")
-    parser.add_argument("--results", default="benchmarks/results", help="folder of the gathered results")
+    parser.add_argument("--recipes", nargs="+", help="run only these recipes of the sweep")
+    parser.add_argument("--data_dir", help="folder with a file NAME.parquet for each recipe's data set, to use instead of the Hub")
+    parser.add_argument("--runs", default="runs/mil", help="folder for finished cross-validations")
+    parser.add_argument("--results", default="benchmarks/results", help="folder for the collected results")
     args = parser.parse_args()
     prepare_for_many_runs()
     with errors_in_one_line():
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, target: Path) -> None:
-    """Run every variant and baseline on one recipe's folds, and write what came of it."""
+    """Run every variant and baseline on the folds of one recipe, and write the results file."""
     shared = sweep.get("overrides", [])
     plain = load(name, sweep["repeats"], data_dir, shared)
     variants = {variant: load(name, sweep["repeats"], data_dir, [*shared, *overrides]) for variant, overrides in sweep["variants"].items()}
@@ -86,7 +88,7 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
         raise RecipeError(f"baselines must be among {tuple(BASELINES)}, got {unknown[0]!r}")
     bags = load_bags(plain.data)
     if sweep["baselines"] and len(bags.names) != 2:
-        raise RecipeError(f"the baselines are for two classes, and {name} has {len(bags.names)}")
+        raise RecipeError(f"the baselines are for two classes, but {name} has {len(bags.names)}; leave `baselines` empty")
     runs.mkdir(parents=True, exist_ok=True)
     jobs: dict[str, Callable[[int], list[dict[str, Any]]]] = {
         **{variant: partial(run_variant, recipe, bags) for variant, recipe in variants.items()},
@@ -103,7 +105,7 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
             started = time.perf_counter()
             outcomes = jobs[job](repeat)
             content = {"settings": settings, "outcomes": outcomes, "seconds": time.perf_counter() - started}
-            write_whole(path, json.dumps(content))
+            write_atomically(path, json.dumps(content))
         results.setdefault(job, []).append(content)
     gathered = {
         "results": {job: gather(content, plain.metrics[0]) for job, content in results.items()},
@@ -120,6 +122,7 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
 
 
 def load(name: str, repeats: int, data_dir: str | None, overrides: list[str]) -> MILRecipe:
+    """Read and check a recipe, with the repeats and overrides of a sweep."""
     recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", overrides, MILRecipe)
     recipe.repeats = repeats
     if data_dir is not None:
@@ -129,22 +132,27 @@ def load(name: str, repeats: int, data_dir: str | None, overrides: list[str]) ->
 
 
 def parameters(recipe: MILRecipe, bags: Bags) -> int:
+    """The number of parameters of a recipe's model."""
     width = recipe.data.num_components or bags.instances[0].shape[1]
     return UHopMILForBagClassification(UHopMILConfig(**{"instance_dim": width, **recipe.model})).num_parameters()
 
 
 def gather(contents: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """Summary of a job's cross-validations, with the metric that matters in every fold."""
+    """Summary of the cross-validations of one variant or baseline, with the main metric of every
+    fold."""
     outcomes = [outcome for content in contents for outcome in content["outcomes"]]
     by_fold = [[outcome[metric] for outcome in content["outcomes"]] for content in contents]
     return {**summarize(outcomes), f"{metric}_by_fold": by_fold, "seconds": round(sum(content["seconds"] for content in contents), 1)}
 
 
 def paired(results: dict[str, list[dict[str, Any]]], first: str, second: str, metric: str) -> dict[str, Any]:
-    """Mean difference on the same folds; 95 % interval of Nadeau and Bengio (2003), which allows for shared training bags."""
+    """Mean difference on the same folds and half the width of its 95 % confidence interval.
+
+    The interval is that of Nadeau and Bengio (2003), which corrects for the training bags that
+    folds share."""
     outcomes = [[outcome for content in results[job] for outcome in content["outcomes"]] for job in (first, second)]
     if [outcome["bags"] for outcome in outcomes[0]] != [outcome["bags"] for outcome in outcomes[1]]:
-        raise ValueError(f"{first!r} and {second!r} were scored on other bags")
+        raise ValueError(f"{first!r} and {second!r} were evaluated on different bags")
     difference = np.array([one[metric] - other[metric] for one, other in zip(*outcomes, strict=True)])
     ratio = np.mean([len(outcome["bags"]) / outcome["trained_on"] for outcome in outcomes[0]])
     half_width = student_t.ppf(0.975, len(difference) - 1) * np.sqrt((1.0 / len(difference) + ratio) * difference.var(ddof=1))
@@ -152,48 +160,56 @@ def paired(results: dict[str, list[dict[str, Any]]], first: str, second: str, me
 
 
 def run_variant(recipe: MILRecipe, bags: Bags, repeat: int) -> list[dict[str, Any]]:
+    """Run one repeat of a variant's cross-validation; the outcome of each fold."""
     return cross_validate(recipe, bags, range(repeat, repeat + 1))
 
 
 def run_baseline(baseline: Baseline, recipe: MILRecipe, bags: Bags, repeat: int) -> list[dict[str, Any]]:
+    """Run one repeat of a baseline's cross-validation; the outcome of each fold."""
     outcomes = []
-    for fold, (train, scored) in enumerate(splits(recipe, bags, repeat)):
+    for fold, (train, evaluated) in enumerate(splits(recipe, bags, repeat)):
         extractor = UHopMILFeatureExtractor(recipe.data.standardize, recipe.data.clip).fit([bags.instances[i] for i in train])
         standardised = extractor.transform(bags.instances)
-        chosen, unseen = [standardised[i] for i in train], [standardised[i] for i in scored]
-        scores = baseline(chosen, bags.labels[train], unseen)
+        train_bags, evaluated_bags = [standardised[i] for i in train], [standardised[i] for i in evaluated]
+        scores = baseline(train_bags, bags.labels[train], evaluated_bags)
         logits = np.stack([-scores, scores], axis=-1)
-        metrics = bag_metrics(logits, bags.labels[scored], recipe.metrics)
-        outcomes.append({"repeat": repeat, "fold": fold, **metrics, "trained_on": len(train), "bags": scored.tolist()})
+        metrics = bag_metrics(logits, bags.labels[evaluated], recipe.metrics)
+        outcomes.append({"repeat": repeat, "fold": fold, **metrics, "trained_on": len(train), "bags": evaluated.tolist()})
     return outcomes
 
 
-def mean_and_logistic_regression(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
-    means = [np.stack([bag.mean(0) for bag in bags]) for bags in (chosen, unseen)]
+def mean_and_logistic_regression(train_bags: list[np.ndarray], labels: np.ndarray, evaluated_bags: list[np.ndarray]) -> np.ndarray:
+    """Logistic regression on the mean instance of each bag."""
+    means = [np.stack([bag.mean(0) for bag in bags]) for bags in (train_bags, evaluated_bags)]
     return LogisticRegression(C=0.01, max_iter=1000).fit(means[0], labels).decision_function(means[1])
 
 
-def statistics_and_random_forest(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
-    """Minimum, maximum, mean and standard deviation of each feature over a bag."""
-    described = [np.stack([np.concatenate([bag.min(0), bag.max(0), bag.mean(0), bag.std(0)]) for bag in bags]) for bags in (chosen, unseen)]
+def statistics_and_random_forest(train_bags: list[np.ndarray], labels: np.ndarray, evaluated_bags: list[np.ndarray]) -> np.ndarray:
+    """A random forest on the minimum, maximum, mean and standard deviation of each feature over a
+    bag."""
+    described = [
+        np.stack([np.concatenate([bag.min(0), bag.max(0), bag.mean(0), bag.std(0)]) for bag in bags])
+        for bags in (train_bags, evaluated_bags)
+    ]
     forest = RandomForestClassifier(300, random_state=0).fit(described[0], labels)
     return forest.predict_proba(described[1])[:, 1] - 0.5
 
 
-def set_kernel_svm(chosen: list[np.ndarray], labels: np.ndarray, unseen: list[np.ndarray]) -> np.ndarray:
-    """The normalised set kernel (Gaertner et al., 2002): the mean RBF kernel over pairs of instances.
+def set_kernel_svm(train_bags: list[np.ndarray], labels: np.ndarray, evaluated_bags: list[np.ndarray]) -> np.ndarray:
+    """An SVM with the normalised set kernel (Gaertner et al., 2002): the mean RBF kernel over pairs
+    of instances.
 
-    Gamma is 1 / (features x variance) of the training instances, scikit-learn's "scale", so that constant features do not count. C is
-    chosen among 1, 10 and 100 by cross-validation within the training bags.
-    """
-    bags = chosen + unseen
+    Gamma is 1 / (features x variance) of the training instances, as scikit-learn's "scale", so that
+    constant features have no effect. C is chosen from 1, 10 and 100 by cross-validation within the
+    training bags."""
+    bags = train_bags + evaluated_bags
     rows = np.concatenate(bags).astype(np.float64)
     starts = np.cumsum([0] + [len(bag) for bag in bags[:-1]])
-    gamma = 1.0 / (rows.shape[1] * np.concatenate(chosen).var())
+    gamma = 1.0 / (rows.shape[1] * np.concatenate(train_bags).var())
     similarity = [rbf_kernel(bag.astype(np.float64), rows, gamma=gamma).mean(0) for bag in bags]
     kernel = np.stack([np.add.reduceat(row, starts) for row in similarity]) / [len(bag) for bag in bags]
     kernel /= np.sqrt(np.outer(kernel.diagonal(), kernel.diagonal()))
-    count = len(chosen)
+    count = len(train_bags)
     search = GridSearchCV(SVC(kernel="precomputed"), {"C": [1.0, 10.0, 100.0]}, scoring="roc_auc", cv=3)
     return search.fit(kernel[:count, :count], labels).decision_function(kernel[count:, :count])
 

@@ -1,4 +1,4 @@
-"""Images for training: a data set's splits, checked, and the transform that turns them into pixel values."""
+"""Load and check the splits of an image data set, and transform images into pixel values."""
 
 import random
 import warnings
@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Before the others: it says what to install where they are absent.
+# Because `recipe` says what to install if a package is missing, we import it before the other
+# packages.
 from recipe import DataRecipe, RecipeError
 
 
@@ -27,10 +28,14 @@ from modeling_uhop.images import as_rgb
 
 
 def load_images(data: DataRecipe) -> DatasetDict:
-    """Splits "train", "validation" and "test" with columns `image`, `label` (a `ClassLabel`) and `row`, where the data set has the image.
+    """Load and check the images of a recipe.
+
+    Returns the splits "train", "validation" and "test". Their columns are `image`, `label` (a
+    `ClassLabel`) and `row`, a text that names the row of the image in the data set.
 
     Raises:
-        RecipeError: If the data set, a split or a column is missing, or a label is missing, no class, or outside its range; naming the row.
+        RecipeError: If the data set, a split or a column is missing, or a label is missing, is not
+            a class or is outside its range. The message names the row.
     """
     splits = _digits(data) if data.dataset == "digits" else _from_hub_or_folder(data)
     splits = _encode_labels(DatasetDict({name: _select_columns(split, data, name) for name, split in splits.items()}), data.dataset)
@@ -54,11 +59,12 @@ def _digits(data: DataRecipe) -> DatasetDict:
 def _from_hub_or_folder(data: DataRecipe) -> DatasetDict:
     folder = Path(data.dataset)
     if folder.is_dir():
-        # `datasets` renames a bare valid.parquet to "validation"; the recipe speaks of the Hub's split names.
+        # Because `datasets` renames the split of a file valid.parquet to "validation", we read each
+        # split by its name on the Hub.
         files = {split: sorted(str(file) for file in folder.glob(f"**/{split}*.parquet")) for split in (data.train_split, data.test_split)}
         loaded = _from_parquet(files) if all(files.values()) else load_dataset(str(folder))
     elif data.dataset.startswith((".", "/", "~")):
-        raise RecipeError(f"there is no folder {data.dataset}")
+        raise RecipeError(f"there is no folder {data.dataset}; check data.dataset or --dataset")
     else:
         loaded = load_dataset(data.dataset)
     for split in (data.train_split, data.test_split):
@@ -68,7 +74,10 @@ def _from_hub_or_folder(data: DataRecipe) -> DatasetDict:
 
 
 def _from_parquet(files: dict[str, list[str]]) -> DatasetDict:
-    """Each split by itself: read together, all would silently take on the first one's features, class names included."""
+    """Load each split separately.
+
+    If they were loaded together, every split would silently get the features and the class names of
+    the first one."""
     return DatasetDict({split: load_dataset("parquet", data_files=paths, split="train") for split, paths in files.items()})
 
 
@@ -86,10 +95,10 @@ def _select_columns(split: Dataset, data: DataRecipe, name: str) -> Dataset:
 
 
 def _encode_labels(splits: DatasetDict, name: str) -> DatasetDict:
-    """Labels of every split as the classes of the training split, which alone says what they are."""
+    """Encode the labels of every split as class indices; the training split defines the classes."""
     label = splits["train"].features["label"]
     if isinstance(label, ClassLabel) and splits["test"].features["label"] != label:
-        raise RecipeError(f"the splits disagree on the classes: {label.names} and {splits['test'].features['label']}")
+        raise RecipeError(f"the splits disagree on the classes: train has {label.names}, test has {splits['test'].features['label']}")
     places = {split: partial(_place, rows["row"], name) for split, rows in splits.items()}
     classes = {split: as_classes(rows["label"], places[split]) for split, rows in splits.items()}
     if isinstance(label, ClassLabel):
@@ -115,7 +124,8 @@ def _place(rows: Sequence[str], name: str, index: int) -> str:
 
 
 def make_image_processor(data: DataRecipe, image_size: Any) -> ViTImageProcessorPil:
-    """The processor that is saved beside the model: RGB, the model's size, the recipe's normalisation."""
+    """The image processor that is saved with a model: RGB, the image size of the model, the
+    normalisation of the recipe."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     return ViTImageProcessorPil(
         do_convert_rgb=True,
@@ -126,24 +136,28 @@ def make_image_processor(data: DataRecipe, image_size: Any) -> ViTImageProcessor
 
 
 def with_pixels(split: Dataset, processor: ViTImageProcessorPil, augment: DataRecipe | None = None) -> Dataset:
-    """A split that gives `pixel_values` and `labels`; images are decoded, turned to RGB as `as_rgb` does, augmented as `augment` says, and
-    processed as they are asked for.
+    """A split whose items have `pixel_values` and `labels`.
+
+    When an item is read, its image is decoded, converted to RGB by `as_rgb`, augmented as `augment`
+    says, and processed.
 
     Raises:
-        RecipeError: When an image is asked for that cannot be read, naming it.
+        RecipeError: When an item is read whose image cannot be decoded. The message names the
+            image.
     """
     return split.cast_column("image", Image(decode=False)).with_transform(make_transform(processor, augment))
 
 
 def make_transform(processor: ViTImageProcessorPil, augment: DataRecipe | None = None) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A function of a batch: encoded images to `pixel_values`, labels as they are; see `with_pixels`."""
+    """A function that transforms the encoded images of a batch into `pixel_values`; see
+    `with_pixels`."""
 
     def transform(batch: dict[str, Any]) -> dict[str, Any]:
         images = [_decoded(image, row) for image, row in zip(batch["image"], batch["row"], strict=True)]
         images = images if augment is None else [_augmented(image, augment) for image in images]
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
         if not torch.isfinite(pixel_values).all():
-            raise ValueError("an image has pixels that are not finite")
+            raise ValueError("an image has pixels that are not finite; check the image, data.image_mean and data.image_std")
         return {"pixel_values": list(pixel_values), "labels": batch["label"]}
 
     return transform
@@ -151,22 +165,22 @@ def make_transform(processor: ViTImageProcessorPil, augment: DataRecipe | None =
 
 def _decoded(encoded: dict[str, Any] | None, row: str) -> PILImage.Image:
     if encoded is None:
-        raise RecipeError(f"the image in {row} is missing; data.skip_unreadable=true leaves such images out")
+        raise RecipeError(f"the image in {row} is missing; set data.skip_unreadable=true to skip such images")
     try:
         return as_rgb(Image().decode_example(encoded))
     except (OSError, SyntaxError, ValueError) as error:
         path = f" ({encoded['path']})" if encoded.get("path") else ""
-        raise RecipeError(f"the image in {row}{path} cannot be read: {error}; data.skip_unreadable=true leaves such images out") from error
+        raise RecipeError(f"the image in {row}{path} cannot be read: {error}; set data.skip_unreadable=true to skip such images") from error
 
 
 def _readable(split: Dataset) -> Dataset:
-    """The split without the images that cannot be read, each named in a warning."""
+    """The split without images that cannot be decoded; a warning names each of them."""
 
     def reads(encoded: dict[str, Any] | None, row: str) -> bool:
         try:
             _decoded(encoded, row)
         except RecipeError as error:
-            warnings.warn(str(error).partition(";")[0] + ", and is left out", stacklevel=2)
+            warnings.warn(str(error).partition(";")[0] + ", and is skipped", stacklevel=2)
             return False
         return True
 
@@ -175,7 +189,8 @@ def _readable(split: Dataset) -> Dataset:
 
 
 def _augmented(image: PILImage.Image, data: DataRecipe) -> PILImage.Image:
-    """The field's standard augmentation of small images: a random crop of the zero-padded image, and a random mirror image."""
+    """Standard augmentation of small images: a random crop of the zero-padded image, and random
+    mirroring."""
     if data.random_crop_padding > 0:
         padding = data.random_crop_padding
         left, top = random.randint(-padding, padding), random.randint(-padding, padding)
@@ -184,5 +199,6 @@ def _augmented(image: PILImage.Image, data: DataRecipe) -> PILImage.Image:
 
 
 def with_dataset(data: DataRecipe, dataset: str | None) -> DataRecipe:
-    """The recipe's data, read from another Hub id or folder of the same columns and splits."""
+    """The data section of a recipe with another data set (Hub id or folder) that has the same
+    columns and splits."""
     return data if dataset is None else replace(data, dataset=dataset)

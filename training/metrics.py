@@ -1,4 +1,7 @@
-"""Metrics as `evaluate.Metric`s that live here: `evaluate.load` would need the network."""
+"""Metrics for classification.
+
+Because `evaluate.load` needs the network, the metrics are subclasses of `evaluate.Metric` here.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -11,11 +14,11 @@ from transformers import EvalPrediction
 
 
 class Accuracy(evaluate.Metric):
-    """Share of predictions that equal their reference."""
+    """The fraction of predictions that equal their reference."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Share of predictions that equal their reference.",
+            description="The fraction of predictions that equal their reference.",
             citation="",
             features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
         )
@@ -25,13 +28,17 @@ class Accuracy(evaluate.Metric):
 
 
 def classification_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics` of a classifier: accuracy of the largest logit."""
+    """The accuracy of a classifier, as `compute_metrics` of a Trainer; the prediction is the class
+    with the largest logit."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     return Accuracy().compute(predictions=np.argmax(logits, axis=-1), references=prediction.label_ids) or {}
 
 
 class RocAuc(evaluate.Metric):
-    """Area under the ROC curve of scores for the positive class; of several classes, the mean over classes of one against the rest."""
+    """Area under the ROC curve of the scores for the positive class.
+
+    With more than two classes, it is the mean over classes of one class against the rest.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -47,7 +54,7 @@ class RocAuc(evaluate.Metric):
 
 
 class F1(evaluate.Metric):
-    """F1 score of the positive class; with average="macro", the mean over classes."""
+    """F1 score of the positive class; with average="macro", the mean F1 score over classes."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -64,7 +71,7 @@ BAG_METRICS = ("auc", "accuracy", "f1")
 
 
 def bag_metrics(logits: np.ndarray, labels: np.ndarray, names: Sequence[str] = BAG_METRICS) -> dict[str, float]:
-    """Metrics of logits (bags, classes), by name; a `ValueError` for an unknown one."""
+    """Metrics of logits (bags, classes) by name; a `ValueError` for an unknown name."""
     unknown = set(names) - set(BAG_METRICS)
     if unknown:
         raise ValueError(f"metrics must be among {BAG_METRICS}, got {sorted(unknown)[0]!r}")

@@ -1,4 +1,7 @@
-"""Recipes: one YAML file an experiment, stating only what differs from the defaults; and the results file of a run."""
+"""Read and check recipes (one YAML file per experiment), and write the results file of a run.
+
+A recipe states only what differs from the defaults of its dataclass.
+"""
 
 import argparse
 import dataclasses
@@ -34,27 +37,36 @@ from modeling_uhop import SeparationCallback, STanHopConfig, UHopMILConfig, UHop
 if _missing := [
     name for name in ("datasets", "evaluate", "filelock", "matplotlib", "pandas", "PIL", "scipy", "sklearn") if not find_spec(name)
 ]:
-    raise ModuleNotFoundError(f"{', '.join(_missing)} cannot be imported, and the recipes need them: pip install 'modeling-uhop[train]'")
+    raise ModuleNotFoundError(f"{', '.join(_missing)} cannot be imported, but recipes need them: pip install 'modeling-uhop[train]'")
 
 
 @dataclass
 class DataRecipe:
-    """Where images come from and how they are split.
+    """The data section of an image recipe: where the images come from and how they are split.
 
     Attributes:
-        dataset: "digits" (scikit-learn's), a Hub id, or a local folder in any layout that `datasets.load_dataset` reads.
-        image_column, label_column: Names of the columns: images of any mode (see `modeling_uhop.images.as_rgb`), and a class: a whole
-            number, text, or true or false.
-        train_split, test_split: Names of the splits; "digits" has none of its own and is cut by `test_fraction`.
-        validation_fraction: Part of the training split that is held out, stratified by label, to look at while training.
-        test_fraction: Part of "digits" that is the test split.
-        split_seed: Seed of those cuts, apart from the training seed so that every seed is judged on the same images.
-        max_train_samples: How many training images to keep, drawn with `split_seed`; `None` for all.
-        max_eval_samples: How many validation images, and as many training images, to look at after each epoch; `None` for all validation
-            images. At the end all are evaluated.
-        skip_unreadable: Whether images that cannot be decoded are left out, with a warning each, at the price of reading all once before.
-            Otherwise the first that is met ends the run.
-        random_crop_padding: Pixels of zero padding that training images are randomly cropped from; 0 for none.
+        dataset: "digits" (scikit-learn's), a Hub id, or a local folder in any layout that
+            `datasets.load_dataset` reads.
+        image_column: Name of the column of images. Every image mode is accepted (see
+            `modeling_uhop.images.as_rgb`).
+        label_column: Name of the column of classes. A class is a whole number, text, or true or
+            false.
+        train_split, test_split: Names of the splits. "digits" has no splits; `test_fraction`
+            divides it.
+        validation_fraction: Fraction of the training split that is held out for validation,
+            stratified by label.
+        test_fraction: Fraction of "digits" that is the test split.
+        split_seed: Seed of these splits. It is separate from the training seed, so that all
+            training seeds are evaluated on the same images.
+        max_train_samples: Number of training images to keep, drawn with `split_seed`; `None` for
+            all.
+        max_eval_samples: Number of validation images, and of training images, to evaluate after
+            each epoch; `None` for all validation images. The final evaluation uses all images.
+        skip_unreadable: Whether to skip images that cannot be decoded, with a warning for each. All
+            images are then read once before training. If false, the first unreadable image ends the
+            run.
+        random_crop_padding: Zero padding in pixels for random crops of training images; 0 for no
+            crops.
         random_flip: Whether training images are mirrored at random.
         image_mean, image_std: Normalisation of each of the three channels, after scaling to [0, 1].
     """
@@ -78,16 +90,21 @@ class DataRecipe:
 
 @dataclass
 class BagDataRecipe:
-    """Where bags come from, and what is made of them before a model sees them.
+    """The data section of a bag recipe: where the bags come from and how they are preprocessed.
 
     Attributes:
-        dataset: "digits" (bags of scikit-learn's digits, positive if a 9 is inside), a Hub id, a local folder in any layout that
-            `datasets.load_dataset` reads, or a file (.parquet, .json, .jsonl, .arrow).
-        instances_column, label_column: Names of the columns: a list of instances, each a list of numbers (or channels of an image), and a
-            class: a whole number, text, or true or false.
-        split: Name of the split; cross-validation divides it.
-        standardize, clip, num_components: Of `UHopMILFeatureExtractor`, fitted on training bags.
-        max_instances: Training bags with more instances are subsampled to this many, anew each time; `None` for no limit.
+        dataset: "digits" (bags of scikit-learn's digits; a bag is positive if it contains a 9), a
+            Hub id, a local folder in any layout that `datasets.load_dataset` reads, or a file
+            (.parquet, .json, .jsonl, .arrow).
+        instances_column: Name of the column of instances: a list for each bag, of lists of numbers
+            or of the channels of an image.
+        label_column: Name of the column of classes. A class is a whole number, text, or true or
+            false.
+        split: Name of the split that cross-validation divides into folds.
+        standardize, clip, num_components: Arguments of `UHopMILFeatureExtractor`, which is fitted
+            on training bags.
+        max_instances: Training bags with more instances are subsampled to this number, with a new
+            sample each time they are used; `None` for no limit.
     """
 
     dataset: str
@@ -102,14 +119,19 @@ class BagDataRecipe:
 
 @dataclass
 class SeriesDataRecipe:
-    """Where a multivariate series comes from and how it is split.
+    """The data section of a forecasting recipe: where a multivariate series comes from and how it
+    is split.
 
     Attributes:
-        dataset: "synthetic" (made from a seed), a CSV or parquet file with a row for each time step, or a Hub id.
-        data_files: File of a data set on the Hub that holds several, for instance "ETTh1.csv".
-        date_column: Column of time stamps; it is checked and left out, and so is an index. Every other column is a series.
-        split: Rows of training, validation and test, or fractions of all rows that are 1 together.
-        validation_stride: Training looks at every so many-th validation window. Test errors are over every test window.
+        dataset: "synthetic" (generated from a seed), a CSV or parquet file with one row per time
+            step, or a Hub id.
+        data_files: File to read, if the data set on the Hub has several, for instance "ETTh1.csv".
+        date_column: Column of time stamps. This column and an index of time stamps are checked and
+            then removed. Every other column is a series.
+        split: Numbers of training, validation and test rows, or three fractions of all rows with
+            the sum 1.
+        validation_stride: During training, only every `validation_stride`-th validation window is
+            evaluated. Test errors use every test window.
     """
 
     dataset: str
@@ -121,11 +143,18 @@ class SeriesDataRecipe:
 
 @dataclass
 class ViTRecipe:
-    """A vision experiment: `model` holds fields of `UHopViTConfig`, `separation` arguments of `SeparationCallback` (or nothing, for a run
-    without Stage I), `training` those of `TrainingArguments`.
+    """A vision experiment.
 
     Attributes:
-        architecture: "uhop_vit", or "vit" for the peer: transformers' own ViT of equal size, where `model` has neither alpha nor Phi.
+        name: Name of the experiment; the file name if the recipe gives none.
+        data: Where the images come from.
+        model: Fields of `UHopViTConfig`.
+        separation: Arguments of `SeparationCallback`; `None` for a run without the separation step
+            (Stage I).
+        training: Fields of `TrainingArguments`.
+        seed: Training seed.
+        architecture: "uhop_vit", or "vit" for the baseline: the ViT of transformers at the same
+            size, without alpha and without Phi.
     """
 
     config_class: ClassVar[type] = UHopViTConfig
@@ -142,15 +171,19 @@ class ViTRecipe:
 
 @dataclass
 class MILRecipe:
-    """A cross-validated experiment with bags: `model` holds fields of `UHopMILConfig`, the others are as in `ViTRecipe`.
+    """A cross-validated experiment on bags (multiple-instance learning).
+
+    `model` holds fields of `UHopMILConfig`; the other fields are as in `ViTRecipe`.
 
     Attributes:
-        folds: Parts of a cross-validation, stratified by label; each is the test fold once.
-        repeats: Cross-validations with other splits and seeds.
-        ensemble: Models of other seeds whose logits are averaged.
-        metrics: Names among "auc", "accuracy" and "f1"; the first is the one that matters.
-        evaluate_on: "test" scores the test folds. "validation" never reads them: it holds out a fifth of each fold's training bags and
-            scores these. Use it to choose between recipes.
+        folds: Number of folds of a cross-validation, stratified by label. Each fold is the test
+            fold once.
+        repeats: Number of cross-validations, each with its own splits and seeds.
+        ensemble: Number of models, with different seeds, whose logits are averaged.
+        metrics: Names among "auc", "accuracy" and "f1". The first is the main metric.
+        evaluate_on: "test" evaluates on the test folds. "validation" never reads the test folds: it
+            holds out a fifth of each fold's training bags and evaluates on these. Use "validation"
+            to choose between recipes.
     """
 
     config_class: ClassVar[type] = UHopMILConfig
@@ -171,16 +204,22 @@ class MILRecipe:
 
 @dataclass
 class STanHopRecipe:
-    """A forecasting experiment: `model` holds fields of `STanHopConfig`, the others are as in `ViTRecipe`.
+    """A forecasting experiment.
+
+    `model` holds fields of `STanHopConfig`; the other fields are as in `ViTRecipe`.
 
     Attributes:
-        patience: Looks at validation windows, one each `training.eval_steps` or epoch, without a lower loss after which training ends; the
-            best checkpoint is restored.
-        season: Steps in a season, for the baseline that repeats one.
-        baseline_lengths: Steps that the linear baselines see; the memory sees the fewest of them. Without any there are no baselines.
-        evaluate_on: "test" scores the test windows. "validation" leaves them alone: for choosing between recipes.
-        skip_start: Where the linear skip begins: "zero", or "ridge", the ridge solution over training windows. The heads of the decoder
-            then begin at zero, so that the forecast begins as the linear map's, and STanHop-Net learns what this leaves.
+        patience: Training ends after this number of evaluations without a lower validation loss,
+            and the best checkpoint is restored. There is one evaluation per `training.eval_steps`
+            steps or per epoch.
+        season: Number of steps in a season, for the baseline that repeats the last season.
+        baseline_lengths: Context lengths of the linear baselines. The memory baseline uses the
+            smallest. An empty list means no baselines.
+        evaluate_on: "test" evaluates on the test windows. "validation" never reads them; use it to
+            choose between recipes.
+        skip_start: Initial weights of the linear skip: "zero", or "ridge", the ridge solution over
+            training windows. With "ridge", the heads of the decoder are initialised to zero. The
+            initial forecast is then that of the linear map, and STanHop-Net learns the residual.
     """
 
     config_class: ClassVar[type] = STanHopConfig
@@ -202,23 +241,27 @@ class STanHopRecipe:
 ROOT = Path(__file__).parent.parent
 Recipe = ViTRecipe | MILRecipe | STanHopRecipe
 
-# Names that recipe fields had in earlier versions, with their names today.
+# Earlier names of recipe fields, and their names now.
 RENAMED = {"judge": "evaluate_on", "anchor_lengths": "baseline_lengths"}
 
 
 class RecipeError(ValueError):
-    """A recipe or command line that cannot be run, in one line."""
+    """A recipe or command line that cannot be run. The message is one line."""
 
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the script with one line in place of a traceback where input was wrong, the disk is full, or a process that reads data died."""
+    """Exit with a one-line message instead of a traceback for errors that the user can correct.
+
+    These are wrong input, a full disk, and a data loading process that was killed.
+    """
     try:
         yield
     except (ValueError, TypeError, OSError, NotImplementedError, StrictDataclassError, SafetensorError) as error:
         sys.exit(_in_one_line(error))
     except RuntimeError as error:
-        # PyTorch has no types of their own for a writer that failed and a worker that died.
+        # Because PyTorch raises a plain RuntimeError for a failed write and for a killed data
+        # loading worker, we recognise them by text.
         if not any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "DataLoader worker")):
             raise
         sys.exit(_in_one_line(error))
@@ -229,18 +272,21 @@ def _in_one_line(error: Exception) -> str:
 
 
 def refuse_several_processes(remedy: str = "start it with `python`, not with `accelerate launch` or `torchrun`") -> None:
-    """A `RecipeError` if a launcher started this script in several processes, each of which would do and write the same."""
+    """Raise a `RecipeError` if a launcher started this script in several processes.
+
+    Every process would do the same work and write the same files.
+    """
     count = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1)
     if count > 1:
-        raise RecipeError(f"this script runs in one process, and was started in {count}; {remedy}")
+        raise RecipeError(f"this script runs in one process, but was started in {count}; {remedy}")
 
 
 def leave_process_group() -> None:
-    """Close the group of the processes that trained together, if there is one, once all of them are here.
+    """Wait for all training processes, then close their process group, if there is one.
 
-    What is no longer used but still holds the group, as the reducer of a wrapped model does, goes before. Freed by the interpreter later,
-    it would end gloo's thread while holding the lock that this thread may be waiting for, and the process would never exit.
-    """
+    Unused objects that still refer to the group, such as the reducer of a wrapped model, are freed
+    first. If the interpreter freed them later, it would end the thread of gloo while it holds a
+    lock that the main thread may wait for, and the process would never exit."""
     gc.collect()
     state = PartialState()
     state.wait_for_everyone()
@@ -248,7 +294,14 @@ def leave_process_group() -> None:
 
 
 def local_dataset(name: str, data_dir: Path) -> str:
-    """Where in a folder a recipe's data set lies: a folder, CSV or parquet file of its name; the name itself for one made here."""
+    """The local path of a recipe's data set.
+
+    This is the folder, CSV file or parquet file in `data_dir` that has the name of the data set.
+    Built-in data sets ("digits" and "synthetic") keep their name.
+
+    Raises:
+        RecipeError: If there is no such folder or file.
+    """
     if name in ("digits", "synthetic"):
         return name
     stem = name.rpartition("/")[2]
@@ -259,30 +312,35 @@ def local_dataset(name: str, data_dir: Path) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; this reads it as a number."""
+    """A YAML loader that reads 1e-3 as a number (YAML 1.1 reads it as text)."""
 
 
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping; a `RecipeError` for anything else."""
+    """Read a YAML mapping from a file.
+
+    Raises:
+        RecipeError: If there is no such file, or it is not a YAML mapping.
+    """
     if not path.is_file():
         raise RecipeError(f"there is no recipe {path}")
     try:
         content = yaml.load(path.read_text(), Loader=_Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must be a YAML mapping of recipe fields")
     return content
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), recipe_class: type = ViTRecipe) -> Any:
-    """Read a recipe, with overrides such as `training.learning_rate=1e-4` applied.
+    """Read a recipe and apply overrides such as `training.learning_rate=1e-4`.
 
     Raises:
-        RecipeError: For an unknown key (naming the nearest valid one), a missing one, or a file that is not a YAML mapping.
+        RecipeError: For an unknown key (the message names the nearest valid key), a missing key, or
+            a file that is not a YAML mapping.
     """
     content = read_yaml(Path(path))
     content.setdefault("name", Path(path).stem)
@@ -292,7 +350,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), recipe_class: t
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:
-    """Set the field of a mapping that an override such as `training.learning_rate=1e-4` names."""
+    """Apply an override such as `training.learning_rate=1e-4` to the mapping of a recipe, in
+    place."""
     keys, separator, value = override.partition("=")
     if not separator:
         raise RecipeError(f"an override must look like training.learning_rate=1e-4, got {override!r}")
@@ -305,11 +364,11 @@ def apply_override(content: dict[str, Any], override: str) -> None:
 
 
 def build_recipe(content: dict[str, Any], recipe_class: Any) -> Any:
-    """A recipe out of a mapping, every key of every section checked."""
+    """Build a recipe from a mapping, after a check of every key in every section."""
     with_known_keys("recipe", content, recipe_class)
     data = content.get("data")
     if not isinstance(data, dict) or "dataset" not in data:
-        raise RecipeError("a recipe needs data.dataset: 'digits', a Hub id or a local folder")
+        raise RecipeError("a recipe needs data.dataset: the name of a built-in data set, a Hub id, or a local folder or file")
     sections = {name: content.get(name) or {} for name in ("model", "separation", "training")}
     with_known_keys("data", data, recipe_class.data_class)
     with_known_keys("model", sections["model"], recipe_class.config_class)
@@ -317,13 +376,14 @@ def build_recipe(content: dict[str, Any], recipe_class: Any) -> Any:
     with_known_keys("training", sections["training"], TrainingArguments)
     for owned in ("output_dir", "seed"):
         if owned in sections["training"]:
-            raise RecipeError(f"training.{owned} is set by the command line or the recipe's own `seed`")
+            raise RecipeError(f"training.{owned} cannot be set in a recipe; use the top-level `seed` and the option --output_dir")
     separation = None if content.get("separation") is None else sections["separation"]
     return recipe_class(**{**content, **sections, "separation": separation, "data": recipe_class.data_class(**data)})
 
 
 def with_known_keys(section: str, given: dict[str, Any], cls: type) -> dict[str, Any]:
-    """The same mapping, if every key of it is a field of the dataclass."""
+    """Return a mapping unchanged if each of its keys is a field of the dataclass; otherwise raise a
+    `RecipeError`."""
     check_keys(section, given, _field_names(cls))
     return given
 
@@ -333,6 +393,8 @@ def _field_names(cls: type) -> list[str]:
 
 
 def check_keys(section: str, given: dict[str, Any], valid: list[str]) -> None:
+    """Raise a `RecipeError` for a key that is not valid; the message names the nearest valid
+    key."""
     if not isinstance(given, dict):
         raise RecipeError(f"{section} must be a mapping, got {given!r}")
     for key in given:
@@ -344,65 +406,72 @@ def check_keys(section: str, given: dict[str, Any], valid: list[str]) -> None:
 
 
 def command_line(description: str) -> argparse.ArgumentParser:
-    """The arguments that every training script takes."""
+    """An argument parser with the arguments that every training script has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("recipe", help="YAML file in configs/")
-    parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
-    parser.add_argument("--output_dir", help="where to save (default: runs/<recipe name>)")
-    parser.add_argument("--seed", type=int, help="training seed instead of the recipe's")
+    parser.add_argument("--dataset", help="Hub id, local folder or file to use instead of the recipe's data set")
+    parser.add_argument("--output_dir", help="folder to save to (default: runs/<recipe name>)")
+    parser.add_argument("--seed", type=int, help="training seed to use instead of the recipe's seed")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field, e.g. training.num_train_epochs=1"
     )
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--overwrite", action="store_true", help="replace an earlier run in output_dir")
-    existing.add_argument("--resume", action="store_true", help="go on with the run in output_dir where it ended")
+    existing.add_argument("--overwrite", action="store_true", help="delete an earlier run in output_dir and start again")
+    existing.add_argument("--resume", action="store_true", help="continue the run in output_dir from its last checkpoint")
     return parser
 
 
 def check_output_dir(folder: Path, overwrite: bool, resume: bool) -> None:
-    """Refuse a folder that a run would mix with, or delete though it is no earlier run. Changes nothing.
+    """Check that a run may write to a folder, without changing the folder.
 
     Raises:
-        RecipeError: If the folder is not empty and neither flag is given, is not an earlier run, or has nothing to resume.
+        RecipeError: If the folder is not empty and neither flag is given, if it is to be
+            overwritten or resumed but holds no earlier run, or if it is empty and there is nothing
+            to resume.
     """
     if not folder.exists() or not any(folder.iterdir()):
         if resume:
             raise RecipeError(f"there is nothing to resume in {folder}")
     elif overwrite or resume:
         if not (folder / "recipe.yaml").is_file():
-            raise RecipeError(f"{folder} holds no earlier run (no recipe.yaml), so it is left alone; choose another --output_dir")
+            raise RecipeError(f"{folder} holds no earlier run (it has no recipe.yaml) and was not changed; choose another --output_dir")
     else:
-        raise RecipeError(f"{folder} is not empty; pass --overwrite to replace it, --resume to go on, or another --output_dir")
+        raise RecipeError(f"{folder} is not empty; pass --overwrite to delete it, --resume to continue it, or another --output_dir")
 
 
 def check_evaluate_on(evaluate_on: str) -> None:
-    """A `RecipeError` for a split that nothing is scored on."""
+    """Raise a `RecipeError` if `evaluate_on` is neither "test" nor "validation"."""
     if evaluate_on not in ("test", "validation"):
         raise RecipeError(f"evaluate_on must be 'test' or 'validation', got {evaluate_on!r}")
 
 
 def check_same_recipe(recipe: Recipe, folder: Path, may_change: Sequence[str] = ("training",)) -> None:
-    """Refuse to resume a run with another recipe than it began with; only the sections `may_change` may differ."""
+    """Check that a run is resumed with the recipe it was started with.
+
+    Raises:
+        RecipeError: If a section that is not in `may_change` differs.
+    """
     earlier = {RENAMED.get(key, key): value for key, value in yaml.safe_load((folder / "recipe.yaml").read_text()).items()}
     for section, value in dataclasses.asdict(recipe).items():
         if section not in may_change and earlier.get(section) != value:
-            raise RecipeError(f"{folder} was begun with {section}={earlier.get(section)}, and cannot be resumed with {section}={value}")
+            raise RecipeError(f"{folder} was started with {section}={earlier.get(section)} and cannot be resumed with {section}={value}")
 
 
 def clear_output_dir(folder: Path) -> None:
-    """Delete an earlier run, or make the folder."""
+    """Create an empty folder; an earlier run in it is deleted."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
 
 
 def write_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write the recipe as it was run, overrides included."""
-    write_whole(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
+    """Write recipe.yaml: the recipe as it was run, overrides included."""
+    write_atomically(folder / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in one step: whatever happens meanwhile, it has all of the text or is as it was."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file atomically: if the process is killed, the file holds all of the text or its old
+    content."""
     partial = path.with_name(f"{path.name}.tmp")
     with partial.open("w") as stream:
         stream.write(text)
@@ -412,7 +481,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_results(path: Path, recipe: Recipe, metrics: dict[str, Any], **details: Any) -> None:
-    """Write a results file: metrics with the recipe, seed, versions and commit that they come from."""
+    """Write a results file: metrics, and the recipe, seed, versions and commit that gave them."""
     results = {
         "name": recipe.name,
         "metrics": metrics,
@@ -421,11 +490,14 @@ def write_results(path: Path, recipe: Recipe, metrics: dict[str, Any], **details
         **provenance(),
         **details,
     }
-    write_whole(path, json.dumps(results, indent=2) + "\n")
+    write_atomically(path, json.dumps(results, indent=2) + "\n")
 
 
 def as_recorded(recipe: Any) -> dict[str, Any]:
-    """A recipe for a results file: local data by its name alone, as where it lay means nothing elsewhere."""
+    """A recipe as a mapping for a results file.
+
+    Because a local path has no meaning on another machine, a local data set is recorded by its
+    name."""
     content = dataclasses.asdict(recipe)
     data = content.get("data")
     if data is not None and Path(data["dataset"]).exists():
@@ -434,14 +506,14 @@ def as_recorded(recipe: Any) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """The versions, the commit and the machine that a result comes from."""
+    """Versions of the packages, the commit and the machine, for a results file."""
     packages = ("modeling-uhop", "torch", "transformers", "accelerate", "datasets")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return {"versions": versions, "commit": commit(), "machine": machine()}
 
 
 def machine() -> str:
-    """Processor, cores, vector instructions and accelerator of this machine."""
+    """A description of this machine: processor, cores, vector instructions and accelerator."""
     names = re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE) if Path("/proc/cpuinfo").is_file() else []
     accelerator = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     name, instructions = names[0] if names else platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability()
@@ -449,7 +521,9 @@ def machine() -> str:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, `-dirty` if it has changes, or `None` outside one or without git."""
+    """The commit of this checkout, with `-dirty` if it has changes; `None` outside a checkout or
+    without git."""
+
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)

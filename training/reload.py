@@ -1,4 +1,7 @@
-"""Check that a saved folder stands alone: load it where the package cannot be imported, and compare with the logits it was saved with."""
+"""Check that a saved model folder works without this package.
+
+The model is loaded in a process that cannot import the package. Its outputs are compared with those
+from before saving."""
 
 import argparse
 import subprocess
@@ -28,16 +31,18 @@ LOADERS: dict[str, tuple[Any, Any]] = {
 
 
 def check_reload(folder: Path, task: str, inputs: list[np.ndarray], answers: np.ndarray) -> None:
-    """Reload the folder in a fresh process, and compare.
+    """Reload a model folder in a new process and compare its outputs with those from before saving.
 
     Args:
         folder: Saved model and processor.
         task: Key of `LOADERS`.
-        inputs: Images (height, width, 3), uint8; bags (instances, features); or windows (steps, series).
-        answers: What the model gave for them before it was saved: logits (inputs, labels), or forecasts (inputs, steps, series).
+        inputs: Images (height, width, 3), uint8; bags (instances, features); or windows (steps,
+            series).
+        answers: Outputs of the model before it was saved: logits (inputs, labels), or forecasts
+            (inputs, steps, series).
 
     Raises:
-        RuntimeError: If the reloaded model answers otherwise, or it does not load.
+        RuntimeError: If the model cannot be loaded, or its outputs differ.
     """
     probe = folder / "probe.npz"
     arrays: dict[str, Any] = {f"input_{index}": array for index, array in enumerate(inputs)}
@@ -46,7 +51,7 @@ def check_reload(folder: Path, task: str, inputs: list[np.ndarray], answers: np.
     finished = subprocess.run([sys.executable, __file__, task, str(folder), str(probe)])
     probe.unlink()
     if finished.returncode != 0:
-        raise RuntimeError(f"the model saved in {folder} does not reload to the same answers")
+        raise RuntimeError(f"the model saved in {folder} cannot be loaded, or its outputs differ; see the lines above")
 
 
 def main() -> None:
@@ -69,7 +74,8 @@ def main() -> None:
 
 @torch.no_grad()
 def compare(args: argparse.Namespace, inputs: list[Any], expected: torch.Tensor) -> dict[str, float]:
-    """Differences of a classifier's logits, and of its pipeline's scores; infinite for another label."""
+    """Largest differences of a classifier's logits and of its pipeline's scores; infinite if a
+    label differs."""
     if args.task == "image-classification":
         inputs = [Image.fromarray(array) for array in inputs]
     model_class, processor_class = LOADERS[args.task]
@@ -89,6 +95,7 @@ def compare(args: argparse.Namespace, inputs: list[Any], expected: torch.Tensor)
 
 @torch.no_grad()
 def compare_forecasts(folder: str, inputs: list[np.ndarray], expected: torch.Tensor) -> dict[str, float]:
+    """The largest difference of a model's forecasts."""
     model = AutoModelForTimeSeriesPrediction.from_pretrained(folder, trust_remote_code=True)
     forecasts = model(past_values=torch.from_numpy(np.stack(inputs))).prediction_outputs
     return {"AutoModelForTimeSeriesPrediction": (forecasts - expected).abs().max().item()}

@@ -1,4 +1,4 @@
-"""Geometry of memories in feature space: the pictures and the table of U-Hop+ (arXiv 2410.23126), from a recipe.
+"""Reproduce the geometry figures and the table of U-Hop+ (arXiv 2410.23126) from a recipe.
 
 python training/run_geometry.py configs/geometry/basins.yaml
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before the others: it says what to install where they are absent.
+# Because `recipe` says what to install if a package is missing, we import it before the other
+# packages.
 from recipe import (
     DataRecipe,
     RecipeError,
@@ -53,25 +54,31 @@ Result = tuple[dict[str, Any], Figure]
 
 @dataclass
 class GeometryRecipe:
-    """A geometry experiment.
+    """The recipe of a geometry experiment: memories and their images under Phi.
 
     Attributes:
         experiment: "landscape", "basins", "loss_curve", "bound", "circle" or "metastable".
-        data: Images to draw memories from; `None` for Gaussian patterns of `pattern_dim` entries.
-        memories: Numbers of stored patterns.
-        pattern_dim, feature_dim: Widths d and D; an image has its own width.
-        arc: Of "landscape" and "basins": the memories stand at equal distances on an arc of the unit circle this many degrees wide.
-        classes: Of "circle": name of each label that takes part.
-        similar: Of "circle": pairs of names that are expected to become neighbours.
+        data: Images that memories are sampled from; `None` for Gaussian patterns of width
+            `pattern_dim`.
+        memories: Numbers of stored patterns M, one for each part of the experiment.
+        pattern_dim, feature_dim: Widths d of patterns and D of features. The width of an image is
+            its number of values.
+        arc: For "landscape" and "basins": the memories lie at equal distances on an arc of the unit
+            circle with this width in degrees.
+        classes: For "circle": the name of each label in the experiment.
+        similar: For "circle": pairs of names that are expected to become neighbours.
         beta: Inverse temperature of retrieval.
-        alphas: Tsallis exponents.
-        normalize: Whether features have unit norm. Where not, W is scaled after U-Hop+ until the memories' mean squared feature norm is
-            that of the patterns themselves, so that beta means the same with and without Phi.
-        update_steps: Retrieval steps T.
-        separation_steps: Numbers of steps N of U-Hop+ to look at; the last is the largest.
-        temperature, final_temperature, lr, optimizer: Of U-Hop+; `None` holds the temperature fixed.
-        queries: Number of queries of "metastable".
-        seeds: How many seeds "metastable" and "circle" are repeated for.
+        alphas: Values of alpha, the parameter of the simplex map (1: softmax, 2: sparsemax).
+        normalize: Whether features have unit norm. If not, W is scaled after U-Hop+ so that the
+            mean squared norm of the memories is the same before and after Phi; beta then means the
+            same with and without Phi.
+        update_steps: Number of update steps T of a retrieval.
+        separation_steps: Numbers of steps N of U-Hop+ at which to evaluate; the last is the
+            largest.
+        temperature, final_temperature, lr, optimizer: Settings of U-Hop+; with
+            `final_temperature=None` the temperature is constant.
+        queries: For "metastable": the number of queries.
+        seeds: For "metastable" and "circle": the number of seeds.
     """
 
     experiment: str
@@ -98,8 +105,8 @@ class GeometryRecipe:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", help="YAML file in configs/geometry/")
-    parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
-    parser.add_argument("--output_dir", default="benchmarks/results", help="where the JSON and the figure go")
+    parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's data set")
+    parser.add_argument("--output_dir", default="benchmarks/results", help="folder for the results file and the figure")
     args = parser.parse_args()
     with errors_in_one_line():
         refuse_several_processes()
@@ -116,7 +123,7 @@ def main() -> None:
 
 
 def load(path: Path) -> GeometryRecipe:
-    """Read a recipe; a `RecipeError` names an unknown key or experiment."""
+    """Read a recipe; raise a `RecipeError` for an unknown key or experiment."""
     content = with_known_keys("recipe", read_yaml(path), GeometryRecipe)
     if content.get("data") is not None:
         content["data"] = DataRecipe(**with_known_keys("data", content["data"], DataRecipe))
@@ -127,7 +134,10 @@ def load(path: Path) -> GeometryRecipe:
 
 
 def separated_maps(memories: torch.Tensor, recipe: GeometryRecipe, seed: int = 0) -> dict[int, FeatureMap]:
-    """The feature map after each number of steps of U-Hop+, from the identity or, between different widths, an orthogonal start."""
+    """The feature map after each number of steps of U-Hop+.
+
+    It is initialised as the identity or, if the widths d and D differ, as an orthogonal map.
+    """
     torch.manual_seed(seed)
     same = memories.shape[1] == recipe.feature_dim
     start = "identity" if same else "orthogonal"
@@ -143,7 +153,7 @@ def separated_maps(memories: torch.Tensor, recipe: GeometryRecipe, seed: int = 0
 
 
 def uhop_plus(recipe: GeometryRecipe) -> dict[str, Any]:
-    """The recipe's arguments of `maximize_separation`."""
+    """The arguments of `maximize_separation` that a recipe sets."""
     final = recipe.temperature if recipe.final_temperature is None else recipe.final_temperature
     return {"temperature": recipe.temperature, "final_temperature": final, "lr": recipe.lr, "optimizer": recipe.optimizer}
 
@@ -151,19 +161,25 @@ def uhop_plus(recipe: GeometryRecipe) -> dict[str, Any]:
 def on_arc(count: int, degrees: float) -> torch.Tensor:
     """Unit vectors (count, 2) at equal distances on an arc around the diagonal.
 
-    A linear map of the plane can spread such a crowd evenly. Of points at random angles it can spread only few.
-    """
+    A linear map of the plane can spread these vectors evenly. It can rarely do so for vectors at
+    random angles."""
     half = math.radians(degrees) / 2.0
     angles = math.pi / 4.0 + torch.linspace(-half, half, count, dtype=torch.float64)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def separation_of(phi: FeatureMap, memories: torch.Tensor) -> float:
+    """The separation of memories in feature space: 1 minus the largest cosine similarity of two of
+    them."""
     return 1.0 - closest_similarity(unit_norm(phi(memories))).item()
 
 
 def improved_at_random(count: int, recipe: GeometryRecipe, draws: int = 50) -> float:
-    """Share of draws of `count` random angles on the arc in which the last of U-Hop+'s steps leaves memories further apart."""
+    """Fraction of random draws of `count` angles on the arc for which U-Hop+ increases the
+    separation.
+
+    The separation after the largest number of steps is compared with that after the smallest.
+    """
     improved = 0
     for seed in range(draws):
         places = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.5
@@ -175,14 +191,15 @@ def improved_at_random(count: int, recipe: GeometryRecipe, draws: int = 50) -> f
 
 
 def plane(memories: torch.Tensor, resolution: int = 160) -> tuple[torch.Tensor, float]:
-    """Points (resolution^2, 2) of a square around the memories, and half its side."""
+    """A grid of points (resolution^2, 2) on a square around the memories, and half the side of the
+    square."""
     reach = 1.4 * memories.abs().max().item()
     axis = torch.linspace(-reach, reach, resolution, dtype=torch.float64)
     return torch.cartesian_prod(axis, axis).flip(-1), reach
 
 
 def landscape(recipe: GeometryRecipe) -> Result:
-    """Energy over the plane of raw patterns, before and after steps of U-Hop+."""
+    """The energy over the plane of patterns, before and after steps of U-Hop+."""
     columns = len(recipe.separation_steps)
     figure, axes = plt.subplots(
         len(recipe.memories), columns, figsize=(3.2 * columns, 3.2 * len(recipe.memories)), layout="constrained", squeeze=False
@@ -195,7 +212,8 @@ def landscape(recipe: GeometryRecipe) -> Result:
         for axis, (steps, phi) in zip(row, separated_maps(memories, recipe).items(), strict=True):
             heights = energy(grid, memories, beta=recipe.beta, alpha=recipe.alphas[0], feature_map=phi)
             side = math.isqrt(len(grid))
-            # A colour for each thirtieth of the plane: valleys are shallow, and even steps of energy would hide them.
+            # Because valleys are shallow and equal energy steps would hide them, we give each
+            # thirtieth of the plane its own colour.
             levels = np.unique(np.quantile(heights.numpy(), np.linspace(0.0, 1.0, 31)))
             axis.contourf(
                 heights.reshape(side, side).numpy(), levels=levels, norm=BoundaryNorm(levels, 256), extent=(-reach, reach, -reach, reach)
@@ -211,7 +229,10 @@ def landscape(recipe: GeometryRecipe) -> Result:
 
 
 def basins(recipe: GeometryRecipe) -> Result:
-    """Which memory each point of the plane is retrieved to: within 0.001 after `update_steps`, white where none."""
+    """Basins of attraction: the memory that each point of the plane retrieves.
+
+    A point retrieves a memory if it is within 0.001 of it after `update_steps`; other points are
+    white."""
     columns = len(recipe.separation_steps)
     figure, axes = plt.subplots(
         len(recipe.alphas), columns, figsize=(3.2 * columns, 3.3 * len(recipe.alphas)), layout="constrained", squeeze=False
@@ -239,7 +260,7 @@ def basins(recipe: GeometryRecipe) -> Result:
 
 
 def loss_curve(recipe: GeometryRecipe) -> Result:
-    """Separation loss of U-Hop+ along its steps."""
+    """The separation loss of U-Hop+ at each of its steps."""
     figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
     results = {}
     for count in recipe.memories:
@@ -255,7 +276,7 @@ def loss_curve(recipe: GeometryRecipe) -> Result:
 
 
 def bound(recipe: GeometryRecipe) -> Result:
-    """The separation that our codes reach, between the bounds of Proposition 3.1."""
+    """The separation of our spherical codes, compared with the bounds of Proposition 3.1."""
     results = {}
     for count in recipe.memories:
         lower, upper = separation_bounds(count, recipe.feature_dim)
@@ -270,12 +291,13 @@ def bound(recipe: GeometryRecipe) -> Result:
 
 
 def circle(recipe: GeometryRecipe) -> Result:
-    """An image of each class on the unit circle, features of width 2: before and after U-Hop+, and at the optimum of linear maps.
+    """One image of each class as a point on the unit circle (D = 2): before U-Hop+, after it, and
+    at the optimum of linear maps.
 
-    Each seed draws other images. The picture is of seed 0; the share of similar pairs that end as neighbours is over all seeds.
-    """
+    Each seed samples different images. The figure shows seed 0. The fraction of similar pairs that
+    are neighbours is over all seeds."""
     if recipe.data is None or not recipe.classes:
-        raise RecipeError("experiment 'circle' needs data and classes")
+        raise RecipeError("experiment 'circle' needs data and classes; set both in the recipe")
     images = load_images(recipe.data)["train"]
     labels, names = np.asarray(images["label"]), list(recipe.classes.values())
     best = 1.0 - math.cos(2.0 * math.pi / len(names))
@@ -301,7 +323,7 @@ def circle(recipe: GeometryRecipe) -> Result:
 
 
 def are_neighbours(phi: FeatureMap, memories: torch.Tensor, names: list[str], pairs: list[list[str]]) -> list[bool]:
-    """For each pair of names, whether none stands between them on the circle."""
+    """For each pair of names, whether their images are neighbours on the circle."""
     points = phi(memories).detach()
     ranks = torch.atan2(points[:, 1], points[:, 0]).argsort().argsort().tolist()
     place = dict(zip(names, ranks, strict=True))
@@ -322,14 +344,17 @@ def circles(maps: dict[str, FeatureMap], memories: torch.Tensor, names: list[str
 
 
 def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation and values; the standard deviation of one value is 0."""
     return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, "values": values}
 
 
 def metastable(recipe: GeometryRecipe) -> Result:
-    """Shares of queries by the number of memories that they retrieve, without Phi and after U-Hop+ (U-Hop+, Table 1).
+    """Metastable states: fractions of queries by the number of memories they retrieve (U-Hop+,
+    Table 1).
 
-    Beside them the number of different memories that are the main one of any query: where one memory wins all queries, every size is 1.
-    """
+    They are measured without Phi and after U-Hop+. The number of different memories with the
+    largest weight of any query is given too, because every size is also 1 if all queries retrieve
+    the same memory."""
     steps = max(recipe.separation_steps)
     counts: dict[str, dict[str, list[float]]] = {}
     for seed in range(recipe.seeds):

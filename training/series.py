@@ -1,11 +1,13 @@
-"""Multivariate series for forecasting: reading, splits, scaling, and windows that are views of one array."""
+"""Read, split and scale multivariate series for forecasting, and take windows as views of one
+array."""
 
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-# Before the others: it says what to install where they are absent.
+# Because `recipe` says what to install if a package is missing, we import it before the other
+# packages.
 from recipe import RecipeError, SeriesDataRecipe
 
 
@@ -19,17 +21,22 @@ from time_stamps import take_time_stamps
 from torch.utils.data import Dataset
 
 
-# From the mean of the training rows, in standard deviations. Sums of squares of larger values overflow in float32.
+# From the mean of the training rows, in standard deviations. Sums of squares of larger values
+# overflow in float32.
 FARTHEST = 1e15
 
 
 class Windows(Dataset):
-    """Every window of `context_length` steps and the `prediction_length` steps behind it, at stride 1, without a copy of any.
+    """All windows of `context_length` steps and the `prediction_length` steps after them, at stride
+    1.
+
+    Windows are views of `values`, not copies.
 
     Args:
         values: (T, C).
-        first, last: Rows [first, last) that are predicted; the past of a window may begin before `first`.
-        context_length, prediction_length: L and H.
+        first, last: The rows [first, last) are predicted. The past of a window may begin before
+            `first`.
+        context_length, prediction_length: The lengths L of the past and H of the future.
     """
 
     def __init__(self, values: torch.Tensor, first: int, last: int, context_length: int, prediction_length: int):
@@ -37,16 +44,18 @@ class Windows(Dataset):
         self.context_length, self.prediction_length = context_length, prediction_length
         self.count = last - first - prediction_length + 1
         if first < context_length:
-            raise RecipeError(f"the rows before row {first} are fewer than context_length={context_length}")
+            raise RecipeError(f"only {first} rows precede row {first}, fewer than context_length={context_length}; use a shorter context")
         if self.count < 1:
-            raise RecipeError(f"{last - first} rows hold no window of prediction_length={prediction_length}")
+            raise RecipeError(
+                f"{last - first} rows have no window of prediction_length={prediction_length}; use more rows or a shorter horizon"
+            )
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < self.count:
-            raise IndexError(f"there are {self.count} windows, and no window {index}")
+            raise IndexError(f"window {index} does not exist; the index must lie in [0, {self.count})")
         now = self.first + index
         return {
             "past_values": self.values[now - self.context_length : now],
@@ -59,10 +68,12 @@ class Series:
     """A scaled series with its splits.
 
     Attributes:
-        values: (T, C), z-scored by the training rows.
+        values: (T, C), standardised with the mean and standard deviation of the training rows.
         names: Names of the C series.
-        mean, std: Of the training rows, (C,): what the values were scaled by. The std of a series that is constant there is 1.
-        rows: First and last row (exclusive) of each split, "train", "validation" and "test".
+        mean, std: Mean and standard deviation (C,) of the training rows. If a series is constant
+            there, its `std` is 1.
+        rows: First row (included) and last row (excluded) of the splits "train", "validation" and
+            "test".
     """
 
     values: torch.Tensor
@@ -72,18 +83,21 @@ class Series:
     rows: dict[str, tuple[int, int]]
 
     def windows(self, split: str, context_length: int, prediction_length: int) -> Windows:
-        """Windows whose future lies in a split; in training the past does too."""
+        """The windows whose future lies in a split; for the training split, their past also lies in
+        it."""
         first, last = self.rows[split]
         return Windows(self.values, first + context_length if first == 0 else first, last, context_length, prediction_length)
 
 
 def load_series(data: SeriesDataRecipe) -> Series:
-    """Read and scale a series.
+    """Read, check, split and scale the series of a recipe.
 
     Raises:
-        RecipeError: If the data set is missing, its time stamps cannot be read or do not increase (see `take_time_stamps`), a column is
-            not numbers, infinite somewhere, missing from all training rows, too small there to have a standard deviation, or beyond
-            `FARTHEST` somewhere, or the splits do not fit or hold no value.
+        RecipeError: If the data set is missing, or its time stamps cannot be read or do not
+            increase (see `take_time_stamps`). If the splits need more rows than there are, or a
+            split has no value. If a column is not numbers, has an infinite value, has no value in
+            the training rows, has training values too small for a standard deviation, or has a
+            value farther than `FARTHEST` standard deviations from the training rows.
     """
     frame = synthetic_series() if data.dataset == "synthetic" else _read(data)
     frame = take_time_stamps(frame, data.date_column, data.dataset)
@@ -92,19 +106,25 @@ def load_series(data: SeriesDataRecipe) -> Series:
             row = int((frame[name].notna() & pandas.to_numeric(frame[name], errors="coerce").isna()).to_numpy().argmax())
             raise RecipeError(
                 f"column {name!r} of {data.dataset} is not numbers; it has {str(frame[name].iloc[row])!r} in row {row}; "
-                "if it has time stamps, set data.date_column; if it has numbers, write them with a decimal point; or leave it out"
+                "if it has time stamps, set data.date_column; if it has numbers, write them with a decimal point; otherwise remove it"
             )
     values = frame.to_numpy(dtype=np.float64)
     rows = split_rows(len(values), data.split)
     train = values[slice(*rows["train"])]
     for index, name in enumerate(frame.columns):
         if np.isinf(values[:, index]).any():
-            raise RecipeError(f"column {name!r} of {data.dataset} is infinite in row {int(np.isinf(values[:, index]).argmax())}")
+            raise RecipeError(
+                f"column {name!r} of {data.dataset} is infinite in row {int(np.isinf(values[:, index]).argmax())}; correct the value"
+            )
         if np.isnan(train[:, index]).all():
-            raise RecipeError(f"column {name!r} of {data.dataset} has no value in the {len(train)} training rows to be scaled by")
+            raise RecipeError(
+                f"column {name!r} of {data.dataset} has no value in the {len(train)} training rows, which scale it; remove it"
+            )
     for split, (first, last) in rows.items():
         if np.isnan(values[first:last]).all():
-            raise RecipeError(f"no series of {data.dataset} has a value in the {split} rows, {first} to {last - 1}")
+            raise RecipeError(
+                f"no series of {data.dataset} has a value in the {split} rows, {first} to {last - 1}; choose another data.split"
+            )
     scaled, mean, std = _scaled(values, train)
     for index, name in enumerate(frame.columns):
         where = f"column {str(name)!r} of {data.dataset}"
@@ -115,22 +135,26 @@ def load_series(data: SeriesDataRecipe) -> Series:
             row = int(far.argmax())
             raise RecipeError(
                 f"{where} has {values[row, index]:g} in row {row}, more than {FARTHEST:g} standard deviations from the training rows "
-                f"(mean {mean[index]:g}, standard deviation {std[index]:g}); mend the value, or leave the column out"
+                f"(mean {mean[index]:g}, standard deviation {std[index]:g}); correct the value, or remove the column"
             )
         for split, (first, last) in rows.items():
             if _varies(values[first:last, index]) and not _varies(scaled[first:last, index]):
                 warnings.warn(
-                    f"{where} varies in the {split} rows, {first} to {last - 1}, by less than float32 has beside its standard deviation "
-                    f"of the training rows, {std[index]:g}, so that it is constant there",
+                    f"{where} becomes constant in the {split} rows, {first} to {last - 1}: its variation there is too small for float32 "
+                    f"after division by the standard deviation of the training rows, {std[index]:g}",
                     stacklevel=2,
                 )
     return Series(torch.from_numpy(scaled), [str(name) for name in frame.columns], mean, std, rows)
 
 
 def _scaled(values: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values z-scored by the training rows, in float32, and the mean and standard deviation; infinite or nan where that overflows."""
+    """Standardise values with the mean and standard deviation of the training rows.
+
+    Returns the scaled values in float32, the mean and the standard deviation. Values that overflow
+    are infinite or NaN."""
     constant = np.nanmax(train, 0) == np.nanmin(train, 0)
-    # Multiplied by powers of two, which round nothing, training rows lie in [-1, 1], whose squares do not overflow.
+    # Because the squares of large values overflow, we first scale the training rows to [-1, 1] by
+    # powers of two, which is exact.
     exponent = np.where(constant, 0, np.frexp(np.nanmax(np.abs(train), 0))[1])
     train = np.ldexp(train, -exponent)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -146,12 +170,17 @@ def _varies(values: np.ndarray) -> bool:
 
 
 def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:
-    """Rows of training, validation and test, one behind the other: numbers of rows, or fractions that are 1 together."""
+    """The rows of the training, validation and test splits, in this order.
+
+    Args:
+        count: Number of rows of the series.
+        split: Three numbers of rows, or three fractions with the sum 1.
+    """
     if len(split) != 3 or min(split) <= 0:
-        raise RecipeError(f"split must be three positive numbers, got {split}")
+        raise RecipeError(f"data.split must be three positive numbers, got {split}")
     fractions = max(split) < 1
     if not (math.isclose(sum(split), 1.0, abs_tol=1e-6) if fractions else all(size == int(size) for size in split)):
-        raise RecipeError(f"split must be three numbers of rows, or three fractions that are 1 together, got {split}")
+        raise RecipeError(f"data.split must be three numbers of rows, or three fractions with the sum 1, got {split}")
     if fractions:
         test, train = int(count * split[2]), int(count * split[0])
         sizes = [train, count - train - test, test]
@@ -159,7 +188,7 @@ def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:
         sizes = [int(size) for size in split]
     ends = np.cumsum(sizes).tolist()
     if ends[-1] > count:
-        raise RecipeError(f"split {split} needs {ends[-1]} rows, and there are {count}")
+        raise RecipeError(f"data.split={split} needs {ends[-1]} rows, but there are {count}; use smaller numbers, or fractions")
     return dict(zip(("train", "validation", "test"), zip([0, *ends[:-1]], ends, strict=True), strict=True))
 
 
@@ -170,18 +199,18 @@ def _read(data: SeriesDataRecipe) -> pandas.DataFrame:
     if path.suffix == ".parquet" and path.is_file():
         return pandas.read_parquet(path)
     if data.dataset.startswith((".", "/", "~")) or path.suffix in (".csv", ".parquet"):
-        raise RecipeError(f"there is no file {data.dataset}")
+        raise RecipeError(f"there is no file {data.dataset}; check data.dataset or --dataset")
     if "/" not in data.dataset:
-        raise RecipeError(f"{data.dataset} is to be given as a CSV or parquet file, or as the id of a data set on the Hub: --dataset FILE")
+        raise RecipeError(f"{data.dataset} must be given as a CSV or parquet file, or as the id of a data set on the Hub: --dataset FILE")
     splits = load_dataset(data.dataset, data_files=data.data_files)
     if len(splits) > 1:
-        raise RecipeError(f"{data.dataset} has the splits {', '.join(splits)}, which are one series only together; set data.data_files")
+        raise RecipeError(f"{data.dataset} has the splits {', '.join(splits)}, but one series is needed; set data.data_files")
     (rows,) = splits.values()
     return _indexed(rows.to_pandas())
 
 
 def _indexed(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """A table whose first column is an index that pandas wrote without a name, with that index."""
+    """Restore the index of a table that pandas saved as a column without a name."""
     for column in ("Unnamed: 0", "__index_level_0__"):
         if column in frame.columns:
             return frame.set_index(column).rename_axis(None)
@@ -189,7 +218,11 @@ def _indexed(frame: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def synthetic_series(num_steps: int = 2400, num_series: int = 4, seed: int = 0) -> pandas.DataFrame:
-    """Hourly series with a daily and a weekly cycle of their own phases, a common slow drift, and autoregressive noise."""
+    """Generate hourly series with a daily and a weekly cycle, a slow drift and autoregressive
+    noise.
+
+    Each series has its own phases; all share the drift.
+    """
     random = np.random.default_rng(seed)
     hours = np.arange(num_steps)
     noise = np.zeros((num_steps, num_series))

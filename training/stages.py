@@ -1,4 +1,5 @@
-"""What a run has finished, kept in its folder as it goes: `--resume` goes on with the stages that are missing."""
+"""Save each finished stage of a run, so that `--resume` repeats only the stages that are
+missing."""
 
 import dataclasses
 import json
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import SEAL, check_fits, last_checkpoint
-from recipe import Recipe, as_recorded, check_output_dir, check_same_recipe, write_whole
+from recipe import Recipe, as_recorded, check_output_dir, check_same_recipe, write_atomically
 from transformers import PreTrainedModel, Trainer, TrainerState
 
 
@@ -16,17 +17,17 @@ FOLDER, TRAINING = "stages", "training"
 
 
 def read_stage(folder: Path, name: str, recipe: Recipe) -> dict[str, Any] | None:
-    """What `keep_stage` kept of a stage of the same recipe, or `None`."""
+    """The outcome that `save_stage` saved for a stage of the same recipe, or `None`."""
     path = _file(folder, name)
     kept = json.loads(path.read_text()) if path.is_file() else {}
     return kept["outcome"] if kept.get("recipe") == _as_read(recipe) else None
 
 
-def keep_stage(folder: Path, name: str, recipe: Recipe, outcome: dict[str, Any]) -> dict[str, Any]:
-    """Write the outcome of a finished stage, all of it or nothing; the outcome."""
+def save_stage(folder: Path, name: str, recipe: Recipe, outcome: dict[str, Any]) -> dict[str, Any]:
+    """Save the outcome of a finished stage, atomically; returns the outcome."""
     path = _file(folder, name)
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, json.dumps({"recipe": as_recorded(recipe), "outcome": outcome}))
+    write_atomically(path, json.dumps({"recipe": as_recorded(recipe), "outcome": outcome}))
     return outcome
 
 
@@ -36,10 +37,15 @@ def can_resume(folder: Path) -> bool:
 
 
 def begin(recipe: Recipe, folder: Path, overwrite: bool, resume: bool) -> tuple[dict[str, Any] | None, str | None]:
-    """Look for what a run of the Trainer goes on from: a finished training, or the last checkpoint. Changes nothing.
+    """Find where a run starts: at a finished training, at the last checkpoint, or at the beginning.
+    No file is changed.
+
+    Returns the outcome of a finished training or `None`, and the path of the last checkpoint or
+    `None`.
 
     Raises:
-        RecipeError: For a folder that must not be used, another recipe than it was begun with, or nothing to resume.
+        RecipeError: If the folder must not be used, there is nothing to resume, or the run was
+            started with another recipe.
     """
     check_output_dir(folder, overwrite, resume)
     if not resume:
@@ -50,7 +56,12 @@ def begin(recipe: Recipe, folder: Path, overwrite: bool, resume: bool) -> tuple[
 
 
 def load_weights(model: PreTrainedModel, folder: Path, trained: dict[str, Any] | None, checkpoint: str | None) -> None:
-    """Give a model the weights of a finished training; a `RecipeError` if it is another model than was trained, to the end or not."""
+    """Load the weights of a finished training into a model, in place.
+
+    Raises:
+        RecipeError: If the weights, or those of the checkpoint to resume from, are of another
+            model.
+    """
     if trained is not None:
         check_fits(str(folder), model)
         model.load_state_dict(type(model).from_pretrained(folder).state_dict())
@@ -61,7 +72,11 @@ def load_weights(model: PreTrainedModel, folder: Path, trained: dict[str, Any] |
 def train(
     trainer: Trainer, folder: Path, recipe: Recipe, checkpoint: str | None, details: Callable[[], dict[str, Any]] = dict
 ) -> dict[str, Any]:
-    """Train, save the model, and keep the Trainer's state, the seconds (`None` of a resumed training) and `details`."""
+    """Train, save the model, and save the outcome: the state of the Trainer, the time in seconds
+    and `details`.
+
+    The time of a resumed training is `None`.
+    """
     if trainer.is_world_process_zero():
         _file(folder, TRAINING).unlink(missing_ok=True)
     started = time.perf_counter()
@@ -69,11 +84,11 @@ def train(
     seconds = round(time.perf_counter() - started, 1) if checkpoint is None else None
     trainer.save_model()
     outcome = {"state": dataclasses.asdict(trainer.state), "seconds": seconds, **details()}
-    return keep_stage(folder, TRAINING, recipe, outcome) if trainer.is_world_process_zero() else outcome
+    return save_stage(folder, TRAINING, recipe, outcome) if trainer.is_world_process_zero() else outcome
 
 
-def take_over(trainer: Trainer, trained: dict[str, Any]) -> None:
-    """Let a Trainer go on from the state that a finished training ended with."""
+def restore_state(trainer: Trainer, trained: dict[str, Any]) -> None:
+    """Restore the state of a Trainer from the outcome of a finished training."""
     own = {"is_local_process_zero": trainer.is_local_process_zero(), "is_world_process_zero": trainer.is_world_process_zero()}
     trainer.state = TrainerState(**{**trained["state"], **own})
 

@@ -1,6 +1,7 @@
-"""Run recipes for several seeds and variants, and gather the results of each recipe in one file, with pictures of its first run beside it.
+"""Run recipes with several seeds and variants, and collect the results of each recipe in one file.
 
-Finished runs of the same command and recipe are kept, and one that was stopped goes on where it ended.
+The figures of the first run are copied next to that file. A finished run is not repeated if its
+command and its recipe are the same. A run that was stopped is resumed.
 
 python training/sweep.py configs/sweeps/vit_digits.yaml
 python training/sweep.py configs/sweeps/stanhop.yaml --data_dir path/to/folder --jobs 2
@@ -20,7 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Before the others: it says what to install where they are absent.
+# Because `recipe` says what to install if a package is missing, we import it before the other
+# packages.
 from recipe import ROOT, RecipeError, check_keys, errors_in_one_line, local_dataset, read_yaml, refuse_several_processes
 
 
@@ -47,7 +49,8 @@ OPTIONAL: dict[str, Any] = {
 
 
 class Run(NamedTuple):
-    """One training run of a sweep: its command without the place where it writes, and that place."""
+    """One training run of a sweep: its command (without the output folder) and its output
+    folder."""
 
     recipe: str
     variant: str
@@ -59,24 +62,26 @@ class Run(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", help="YAML file in configs/sweeps/: script, recipes, seeds, and a list of overrides for each variant")
-    parser.add_argument("--recipes", nargs="+", help="only these of its recipes")
-    parser.add_argument("--data_dir", help="folder with each recipe's data set as a folder or file of its name, instead of the Hub")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once; each gets its share of the cores")
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="cores that all runs together may use (default: all)")
-    parser.add_argument("--runs", default="runs/sweeps", help="folder of the single runs")
-    parser.add_argument("--results", default="benchmarks/results", help="folder of the gathered results")
+    parser.add_argument("--recipes", nargs="+", help="run only these recipes of the sweep")
+    parser.add_argument(
+        "--data_dir", help="folder that has each recipe's data set as a folder or file of its name, to use instead of the Hub"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="number of simultaneous runs; the cores are shared equally")
+    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="number of cores for all runs together (default: all)")
+    parser.add_argument("--runs", default="runs/sweeps", help="folder for the single runs")
+    parser.add_argument("--results", default="benchmarks/results", help="folder for the collected results")
     args = parser.parse_args()
     with errors_in_one_line():
         refuse_several_processes("start it with `python`, and set --jobs for several runs at once")
         if not 1 <= args.jobs <= args.cores:
-            raise RecipeError(f"--jobs must be at least 1 and at most the cores, {args.cores}, got {args.jobs}")
+            raise RecipeError(f"--jobs must be between 1 and the number of cores ({args.cores}), got {args.jobs}")
         sweep = read_sweep(Path(args.sweep))
         chosen = args.recipes or sweep["recipes"]
         for recipe in chosen:
             if recipe not in sweep["recipes"]:
                 raise RecipeError(f"recipes must be among {sweep['recipes']}, got {recipe!r}")
         runs = [run for recipe in chosen for run in runs_of(sweep, recipe, Path(args.runs) / Path(args.sweep).stem, args.data_dir)]
-        with alone_in(Path(args.runs) / Path(args.sweep).stem):
+        with lock_folder(Path(args.runs) / Path(args.sweep).stem):
             execute(runs, args.jobs, args.cores)
         for recipe in chosen:
             own = [run for run in runs if run.recipe == recipe]
@@ -90,39 +95,43 @@ def main() -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep a second sweep out of a folder; a `RecipeError` if this is the second."""
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Lock a folder for one sweep; a `RecipeError` if another sweep has locked it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", blocking=False):
             yield
     except Timeout as error:
-        raise RecipeError(f"another sweep is running in {folder}") from error
+        raise RecipeError(f"another sweep is running in {folder}; wait for it, or choose another --runs") from error
 
 
 def read_sweep(path: Path) -> dict[str, Any]:
-    """A sweep with every key it may have.
+    """Read a sweep; optional keys that it does not set get their defaults.
 
     Raises:
-        RecipeError: For a key that no sweep has, or a pair of a variant that there is not, or variants that would share a folder.
+        RecipeError: For an unknown or missing key, a pair with an unknown variant, or variants that
+            would share a folder.
     """
     sweep = read_yaml(path)
     check_keys("sweep", sweep, [*REQUIRED, *OPTIONAL])
     sweep = {**OPTIONAL, **sweep}
     for name in REQUIRED:
         if not sweep.get(name):
-            raise RecipeError(f"a sweep needs {name}")
+            raise RecipeError(f"a sweep needs {name}, but {path} has none")
     if len({_folder_name(variant) for variant in sweep["variants"]}) < len(sweep["variants"]):
         raise RecipeError(f"variants must differ in more than spaces, got {list(sweep['variants'])}")
     for pair in sweep["pairs"]:
         for variant in pair:
             if variant not in sweep["variants"]:
-                raise RecipeError(f"pairs must be of variants, {list(sweep['variants'])}, got {variant!r}")
+                raise RecipeError(f"pairs must consist of variants, {list(sweep['variants'])}, got {variant!r}")
     return sweep
 
 
 def runs_of(sweep: dict[str, Any], recipe: str, folder: Path, data_dir: str | None) -> list[Run]:
-    """Every run of a recipe, with the overrides of the sweep and of its variant; the first also with those to be applied `once`."""
+    """Every run of a recipe, with the overrides of the sweep and of its variant.
+
+    The overrides in `once` are applied to the first run only.
+    """
     path = ROOT / "configs" / f"{recipe}.yaml"
     dataset = None if data_dir is None else local_dataset(read_yaml(path)["data"]["dataset"], Path(data_dir))
     runs: list[Run] = []
@@ -141,30 +150,31 @@ def _folder_name(variant: str) -> str:
 
 
 def execute(runs: list[Run], jobs: int, cores: int) -> None:
-    """Run what is not finished, each in a process of its own, with its log beside its folder.
+    """Run every run that is not finished, each in its own process, with a log file next to its
+    folder.
 
     Raises:
-        RecipeError: After the last run, if some failed.
+        RecipeError: After the last run, if any run failed; the message names the log files.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
 
     def run_one(run: Run) -> Path | None:
         log, begun, done = (run.folder.with_suffix(suffix) for suffix in (".log", ".begun", ".done"))
-        asked = f"{shlex.join(run.command[1:])}\n{Path(run.command[2]).read_text()}"
-        if done.is_file() and done.read_text() == asked:
+        request = f"{shlex.join(run.command[1:])}\n{Path(run.command[2]).read_text()}"
+        if done.is_file() and done.read_text() == request:
             return None
         done.unlink(missing_ok=True)
         run.folder.parent.mkdir(parents=True, exist_ok=True)
         existing = ["--overwrite"] if run.folder.exists() else []
-        if begun.is_file() and begun.read_text() == asked and can_resume(run.folder):
+        if begun.is_file() and begun.read_text() == request and can_resume(run.folder):
             existing = ["--resume"]
-        begun.write_text(asked)
+        begun.write_text(request)
         with log.open("w") as stream:
             command = [*run.command, "--output_dir", str(run.folder), *existing]
             finished = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
         if finished.returncode != 0:
             return log
-        done.write_text(asked)
+        done.write_text(request)
         return None
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -174,7 +184,11 @@ def execute(runs: list[Run], jobs: int, cores: int) -> None:
 
 
 def gather(sweep: dict[str, Any], recipe: str, runs: list[Run]) -> dict[str, Any]:
-    """Every number among the metrics of every variant: its values by seed, their mean and standard deviation; and paired differences."""
+    """Collect the results of a recipe: for every variant and metric the values by seed, their mean
+    and their standard deviation.
+
+    Paired differences between variants, baselines, published values and provenance are included.
+    """
     results = [json.loads((run.folder / "results.json").read_text()) for run in runs]
     variants: dict[str, Any] = {}
     for variant in sweep["variants"]:
@@ -198,17 +212,24 @@ def gather(sweep: dict[str, Any], recipe: str, runs: list[Run]) -> dict[str, Any
 
 
 def curve(results: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """What the Trainer logged under a key: the epochs, and a list of values for each run."""
+    """A training curve: the epochs at which the Trainer logged a key, and a list of its values for
+    each run."""
     logged = [[entry for entry in result["log_history"] if key in entry] for result in results]
     return {"epoch": [entry["epoch"] for entry in logged[0]], "values": [[round(entry[key], 5) for entry in entries] for entries in logged]}
 
 
 def spread(values: list[float]) -> dict[str, Any]:
+    """Mean, standard deviation and values; the standard deviation of one value is 0."""
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0, "values": values}
 
 
 def paired(variants: dict[str, Any], first: str, second: str, metric: str) -> dict[str, Any]:
-    """Mean difference at equal seeds, and half the width of its 95 % interval (Student's t); `None` from one seed."""
+    """Mean difference of two variants with equal seeds, and half the width of its 95 % confidence
+    interval (Student's t).
+
+    With a single seed, the half-width is `None`.
+    """
+
     values = [variants[variant]["metrics"][metric]["values"] for variant in (first, second)]
     difference = spread([one - other for one, other in zip(*values, strict=True)])
     count = len(difference["values"])

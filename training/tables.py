@@ -71,7 +71,7 @@ def speed_table(result: dict[str, Any]) -> str:
         bound = "" if case["at_most"] is None and case["at_least"] is None else "≤ " if case["at_least"] is None else "≥ "
         bound += f"{case['at_most'] or case['at_least']:g}" if bound else ""
         ratio = f"{case['ratio']:.3g} times {'less' if case['at_least'] is not None else 'as much'}"
-        lines.append(f"| {case['name']} | {case['peer']} | {ratio} | {bound}{'' if case['kept'] else ', **missed**'} |")
+        lines.append(f"| {case['name']} | {case['baseline']} | {ratio} | {bound}{'' if case['kept'] else ', **missed**'} |")
     return "\n".join(lines)
 
 

@@ -1,4 +1,7 @@
-"""Time stamps of a series, in a column or in the index: read without a guess, and refused where they do not increase."""
+"""Read and check the time stamps of a series, in a column or in the index.
+
+Ambiguous stamps are refused instead of guessed, and stamps must increase.
+"""
 
 import re
 import warnings
@@ -8,40 +11,52 @@ import pandas
 from recipe import RecipeError
 
 
-# A column of numbers with such a name is time, and no series; separators within it and its case do not matter.
+# A column of numbers with such a name is a time, not a series. Separators and upper case are
+# removed before the match.
 TIME = r"(?:unix|epoch|open|close|utc|local)?(?:date|time|datetime|timestamp|ds|epoch|unix)(?:s|ms|us|ns|utc)?"
-# Of columns in which pandas saves row numbers.
+# Names of columns in which pandas saves row numbers.
 COUNTER = r"unnamed: \d+(?:\.\d+)?|index|level_0|__index_level_0__"
-# Hours alone, or without a colon, only after a time: 30-03-2024 ends in a year.
+# An offset from UTC. Because 30-03-2024 ends in a year, an offset of hours alone or without a colon
+# must follow a time.
 OFFSET = r"(?i)\d(?:\s?(?:Z|UTC|GMT)|\s?[+-]\d{2}:\d{2})$|(?::\d{2}(?:\.\d+)?(?:\s?[AP]M)?|T\d{2,6}(?:\.\d+)?)\s?[+-]\d{2}(?:\d{2})?$"
-# As pandas writes the first and the last day of a week.
+# A week as pandas writes it, by its first and its last day.
 INTERVAL = r"^(\d{4}-\d{2}-\d{2}[^/]*)/\d{4}-\d{2}-\d{2}[^/]*$"
 DIGITS = {6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
-YEAR_FIRST, YEAR_LAST, IN_WORDS = r"^\d{4}[-/.]?\d", r"^(\d{1,2})[-/.](\d{1,2})[-/.]\d{4}(?!\d)", r"[A-Za-z]{3}"
+YEAR_FIRST, YEAR_LAST, MONTH_NAME = r"^\d{4}[-/.]?\d", r"^(\d{1,2})[-/.](\d{1,2})[-/.]\d{4}(?!\d)", r"[A-Za-z]{3}"
 
 
 def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str) -> pandas.DataFrame:
-    """The columns of a file without its time stamps, which are checked: those of the index and of `date_column`, or of both.
+    """Check the time stamps in the index and in `date_column`, and return the table without them.
 
-    Accepted are dates, periods, durations, and numbers such as Unix seconds or milliseconds, of which only the order and the distances
-    matter. Text is read by these rules:
+    Dates, periods, durations and numbers such as Unix seconds or milliseconds are accepted. Only
+    their order and their distances are used. Text is read by these rules:
 
-    - An interval such as a week, 2024-01-01/2024-01-07, is its beginning.
-    - The year has four digits and stands first (2024-01-13) or last (13/01/2024), or the month is a word. All rows have one form.
-    - Of dates with the year last, the whole column says whether the day or the month comes first: one of them exceeds 12 somewhere, or
-      only one reading increases. If both readings are possible, the column is refused.
-    - All stamps have a time zone or offset, or none has. With offsets, instants are compared, so that offsets may change.
-    - Without offsets stamps are compared as they stand: the hour that daylight saving time skips counts as a gap, and the one that it
-      repeats is refused.
+    - An interval such as a week, 2024-01-01/2024-01-07, is read as its beginning.
+    - The year has four digits and comes first (2024-01-13) or last (13/01/2024), or the month is a
+      word. All rows have the same form.
+    - If the year comes last, the whole column determines whether the day or the month comes first:
+      one of the numbers exceeds 12 in some row, or only one reading increases. If both readings are
+      possible, the column is refused.
+    - All stamps have a time zone or an offset, or none has. With offsets, instants are compared, so
+      offsets may change.
+    - Without offsets, stamps are compared as they are. The hour that daylight saving time skips is
+      a gap, and the hour that it repeats is refused.
+
+    Args:
+        frame: A table with one row per time step.
+        date_column: Name of the column of time stamps. A missing column is accepted only if its
+            name is "date" or that of the index.
+        name: Name of the file, for messages.
 
     Raises:
-        RecipeError: For a stamp that is missing, cannot be read, or is not after the one before it, naming file, column and row; for a
-            MultiIndex; if there is no `date_column`, unless it is "date", which a file may lack; and for another column of numbers that
-            its name says is time, or row numbers that do not increase.
+        RecipeError: For a stamp that is missing, cannot be read, or is not after the previous one;
+            the message names file, column and row. For a MultiIndex, a missing `date_column`,
+            another column of numbers whose name says that it is a time, and row numbers that do not
+            increase.
     """
     if isinstance(frame.index, pandas.MultiIndex):
         raise RecipeError(
-            f"{name} has an index of {frame.index.nlevels} levels, {list(frame.index.names)}; keep the level of time stamps alone"
+            f"{name} has an index of {frame.index.nlevels} levels, {list(frame.index.names)}; keep only the level of time stamps"
         )
     in_column = date_column in frame.columns
     numbered = isinstance(frame.index, pandas.RangeIndex) and frame.index.step > 0
@@ -57,30 +72,36 @@ def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str) -> pa
 
 
 def _without_time(frame: pandas.DataFrame, name: str, stamped: bool) -> pandas.DataFrame:
-    """The columns that are series: row numbers are left out with a warning, and what the name says is time is refused."""
+    """The columns that are series.
+
+    Columns of row numbers are removed with a warning. A column of numbers whose name says that it
+    is a time raises a `RecipeError`."""
     for column in frame.columns:
         if not pandas.api.types.is_numeric_dtype(frame[column]):
             continue
         if re.fullmatch(TIME, re.sub(r"[\W_]", "", str(column)).casefold()):
-            remedy = "leave it out" if stamped else f"set data.date_column={column}"
+            remedy = "remove it" if stamped else f"set data.date_column={column}"
             raise RecipeError(f"column {column!r} of {name} looks like time stamps; {remedy}, or rename the column if it is a series")
         if re.fullmatch(COUNTER, str(column).casefold()) and frame[column].is_unique and (frame[column] % 1 == 0).fillna(False).all():
             if not frame[column].is_monotonic_increasing:
                 raise RecipeError(
-                    f"column {column!r} of {name} looks like row numbers that do not increase; sort the rows and leave it out, "
+                    f"column {column!r} of {name} looks like row numbers that do not increase; sort the rows and remove it, "
                     "or rename the column if it is a series"
                 )
-            warnings.warn(f"column {column!r} of {name} has row numbers and is left out; rename it if it is a series", stacklevel=4)
+            warnings.warn(f"column {column!r} of {name} has row numbers and is not used; rename it if it is a series", stacklevel=4)
             frame = frame.drop(columns=column)
     return frame
 
 
 def _check(values: pandas.Series, where: str, name: str) -> None:
-    """A `RecipeError` for a stamp that is missing or not after the one before it; a warning of gaps, over which windows run as if there
-    were none."""
+    """Raise a `RecipeError` for a stamp that is missing or not after the previous one, and warn of
+    gaps.
+
+    Windows include rows on both sides of a gap as if there were none.
+    """
     missing = values.isna() | (values.astype(str).str.strip() == "")
     if missing.any():
-        raise RecipeError(f"row {int(missing.to_numpy().argmax())} of {name} has no time stamp in {where}")
+        raise RecipeError(f"row {int(missing.to_numpy().argmax())} of {name} has no time stamp in {where}; add it, or remove the row")
     stamps = read_time_stamps(values, where)
     steps = _steps(stamps)
     backwards = np.flatnonzero(steps <= 0)
@@ -93,33 +114,39 @@ def _check(values: pandas.Series, where: str, name: str) -> None:
     gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) + 1 if len(steps) > 0 else steps
     if len(gaps) > 0:
         places = f"{len(gaps)}, the first before row {gaps[0]}"
-        warnings.warn(f"{name} has gaps in its time stamps ({places}); windows run over them", stacklevel=4)
+        warnings.warn(f"{name} has gaps in its time stamps ({places}); windows ignore the gaps", stacklevel=4)
 
 
 def _hint(stamps: pandas.Series, steps: np.ndarray) -> str:
+    """The end of the message for stamps that do not increase: the likely cause and what to do."""
     backwards = steps[steps <= 0]
     naive = stamps.dtype.kind == "M" and getattr(stamps.dtype, "tz", None) is None
     if naive and backwards.min() == 0 and (stamps == stamps.dt.normalize()).all():
-        return "; if the time of day stands in another column, write both in one; if not, keep one row for each time"
-    # A reversed or shuffled file goes back more often than twice a year.
+        return "; if the time of day is in another column, write both in one column; otherwise keep one row for each time"
+    # Because daylight saving time repeats an hour only once a year, we do not suggest it if many
+    # steps go back: the file is then reversed or shuffled.
     if naive and backwards.min() >= -3600 and len(backwards) < 0.1 * len(steps):
         return "; if daylight saving time repeats an hour here, write the stamps in UTC or with their offsets"
     return "; sort the rows by time, with one row for each time"
 
 
 def _steps(stamps: pandas.Series) -> np.ndarray:
-    """Distances from each stamp to the next: seconds, or what the numbers count."""
+    """Distances from each stamp to the next, in seconds or in the unit of the numbers."""
     steps = stamps.diff().iloc[1:]
     return (steps.dt.total_seconds() if steps.dtype.kind == "m" else steps.astype(float)).to_numpy()
 
 
 def read_time_stamps(values: pandas.Series, where: str) -> pandas.Series:
-    """Stamps as dates, durations or numbers; a `RecipeError` that names `where` for what is none. See `take_time_stamps`."""
+    """Convert stamps to dates, durations or numbers by the rules of `take_time_stamps`.
+
+    Raises:
+        RecipeError: For a stamp that cannot be read; the message names `where`.
+    """
     dtype = values.dtype
     if isinstance(dtype, pandas.PeriodDtype):
         return values.dt.start_time
     if pandas.api.types.is_bool_dtype(dtype):
-        raise RecipeError(f"{where} has true and false, which are no time stamps")
+        raise RecipeError(f"{where} has true and false, which are not time stamps; set data.date_column to another column")
     if pandas.api.types.is_numeric_dtype(dtype):
         return _read_numbers(values, where)
     if pandas.api.types.is_datetime64_any_dtype(dtype) or pandas.api.types.is_timedelta64_dtype(dtype):
@@ -132,26 +159,30 @@ def read_time_stamps(values: pandas.Series, where: str) -> pandas.Series:
 def _read_numbers(values: pandas.Series, where: str) -> pandas.Series:
     infinite = np.isinf(values.astype(float).to_numpy())
     if infinite.any():
-        raise RecipeError(f"row {int(infinite.argmax())} has no finite time stamp in {where}")
+        raise RecipeError(f"row {int(infinite.argmax())} has an infinite time stamp in {where}")
     if values.between(190001, 21001231235959).all() and (values % 1 == 0).all():
         text = values.astype(np.int64).astype(str)
         form = DIGITS.get(len(text.iloc[0])) if text.str.match("19|20|2100").all() else None
         dates = pandas.to_datetime(text, format=form, errors="coerce") if form and text.str.len().nunique() == 1 else None
         if dates is not None and dates.notna().all():
             return dates
-    # Differences of unsigned numbers would wrap around.
+    # Because differences of unsigned integers would wrap around, we convert these to signed
+    # integers.
     return values.astype(np.int64) if values.dtype.kind == "u" else values
 
 
 def _read_text(text: pandas.Series, where: str) -> pandas.Series:
     begin = text.str.extract(INTERVAL)[0]
     text = text if begin.isna().any() else begin.str.strip()
-    forms = np.select([text.str.match(YEAR_FIRST), text.str.match(YEAR_LAST), text.str.contains(IN_WORDS)], [1, 2, 3], 0)
-    _refuse_first(forms == 0, text, where, "is no date with a year of four digits, such as 2024-01-31 or 2024-01-31 12:00:00+01:00")
+    forms = np.select([text.str.match(YEAR_FIRST), text.str.match(YEAR_LAST), text.str.contains(MONTH_NAME)], [1, 2, 3], 0)
+    _refuse_first(forms == 0, text, where, "is not a date with a year of four digits, such as 2024-01-31 or 2024-01-31 12:00:00+01:00")
     _refuse_first(forms != forms[0], text, where, f"is not written like {text[0]!r} in row 0")
     with_offset = text.str.contains(OFFSET).to_numpy()
     _refuse_first(
-        with_offset != with_offset[0], text, where, f"and {text[0]!r} in row 0 do not both have an offset from UTC; give it to all or none"
+        with_offset != with_offset[0],
+        text,
+        where,
+        f"and {text[0]!r} in row 0 differ: one has an offset from UTC, the other has none; write it in all rows or in none",
     )
     day_first = forms[0] == 2 and _is_day_first(text, where)
     stamps = _parsed(text, day_first, bool(with_offset[0]), where)
@@ -159,13 +190,13 @@ def _read_text(text: pandas.Series, where: str) -> pandas.Series:
         stamps.isna().to_numpy(),
         text,
         where,
-        "cannot be read as a date; write it like 2024-01-31 12:00, and a time zone as +01:00",
+        "cannot be read as a date; write a date like 2024-01-31 12:00 and a time zone like +01:00",
     )
     return stamps
 
 
 def _is_day_first(text: pandas.Series, where: str) -> bool:
-    """Whether dates with the year last begin with the day, as the whole column says."""
+    """Whether dates with the year last begin with the day; the whole column determines it."""
     first, second = (text.str.extract(YEAR_LAST).astype(int)[index].to_numpy() for index in (0, 1))
     first_is_day, second_is_day = (first > 12).any(), (second > 12).any()
     if first_is_day and second_is_day:
@@ -182,9 +213,9 @@ def _is_day_first(text: pandas.Series, where: str) -> bool:
 
 
 def _parsed(text: pandas.Series, day_first: bool, with_offset: bool, where: str) -> pandas.Series:
-    """Dates, NaT where there is none."""
+    """The dates of a column of text; NaT for text that is not a date."""
     with warnings.catch_warnings():
-        # Where rows have one format, this is many times faster than row by row.
+        # Because a common format is many times faster than one for each row, we try it first.
         warnings.simplefilter("ignore", UserWarning)
         try:
             for form in (None, "mixed"):
@@ -192,12 +223,13 @@ def _parsed(text: pandas.Series, day_first: bool, with_offset: bool, where: str)
                 if dates.notna().all():
                     break
         except ValueError as error:
-            # Of offsets that are not last, such as "GMT+0100 (CET)".
+            # Offsets that do not come last, such as "GMT+0100 (CET)", end up here.
             raise RecipeError(f"{where} has several time zones ({text[0]!r} in row 0); write them as 2024-01-31 12:00+01:00") from error
     return dates
 
 
 def _refuse_first(bad: np.ndarray, text: pandas.Series, where: str, problem: str) -> None:
+    """Raise a `RecipeError` that names the first bad row, if there is one."""
     if bad.any():
         row = int(np.asarray(bad).argmax())
         raise RecipeError(f"row {row} of {where}: {text[row]!r} {problem}")

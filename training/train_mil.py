@@ -1,4 +1,6 @@
-"""Cross-validate a multiple-instance model from a recipe, then train it on all bags: results, figure, model folder, reload.
+"""Cross-validate a multiple-instance model from a recipe, then train it on all bags and save it.
+
+The model folder is reloaded in a new process as a check.
 
 python training/train_mil.py configs/mil_digits.yaml
 python training/train_mil.py configs/mil_tiger.yaml --dataset path/to/tiger.parquet
@@ -36,7 +38,7 @@ from recipe import (
 from reload import check_reload
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from stages import keep_stage, read_stage
+from stages import read_stage, save_stage
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
@@ -59,7 +61,9 @@ TRAINING_DEFAULTS = {
 def main() -> None:
     parser = command_line(__doc__.splitlines()[0])
     parser.add_argument(
-        "--evaluate_on", choices=("test", "validation"), help="score test folds, or parts of the training folds held out to choose by"
+        "--evaluate_on",
+        choices=("test", "validation"),
+        help="evaluate on the test folds, or on parts of the training folds that are held out to choose between recipes",
     )
     args = parser.parse_args()
     prepare_for_many_runs()
@@ -73,18 +77,19 @@ def main() -> None:
 
 
 def prepare_for_many_runs() -> None:
-    """Settings that pay where a script trains many small models: one thread, and no search for garbage among what was imported."""
+    """Make the training of many small models faster: use one thread, and exclude imported objects
+    from garbage collection."""
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
 
 
 def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Run a recipe and leave everything it makes in `folder`; the metrics.
+    """Run a recipe, save its outputs in `folder` and return the metrics.
 
-    An earlier run is replaced only once all else is known to be right. Finished folds and the model of all bags are kept as they come:
-    `resume` goes on with what is missing.
-    """
+    With `overwrite`, an earlier run is deleted only after the recipe and the data have been
+    checked. Each finished fold, and the model of all bags, is saved at once; `resume` computes only
+    what is missing."""
     check_output_dir(folder, overwrite, resume)
     if resume:
         check_same_recipe(recipe, folder, may_change=())
@@ -95,13 +100,13 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     if not resume:
         clear_output_dir(folder)
         write_recipe(recipe, folder)
-    folds = [kept_fold(recipe, bags, folder, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
+    folds = [load_or_run_fold(recipe, bags, folder, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
     outcomes = [fold["outcome"] for fold in folds]
     metrics = {**summarize(outcomes), "cross_validation_seconds": round(sum(fold["seconds"] for fold in folds), 1)}
     write_results(folder / "results.json", recipe, metrics, outcomes=outcomes)
     print(describe(recipe, bags, metrics))
 
-    fitted = read_stage(folder, "fit", recipe) or keep_stage(folder, "fit", recipe, fit_all(recipe, bags, folder))
+    fitted = read_stage(folder, "fit", recipe) or save_stage(folder, "fit", recipe, fit_on_all_bags(recipe, bags, folder))
     shown = bag_to_show(bags)
     title = f"{recipe.name}: bag {shown}, of class {bags.names[bags.labels[shown]]}"
     bag_figure(folder / "bag.png", bags.pictures(shown), np.array(fitted["weights"]), title)
@@ -111,19 +116,25 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     return metrics
 
 
-def kept_fold(recipe: MILRecipe, bags: Bags, folder: Path, repeat: int, fold: int, train: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
-    """The outcome of a fold and the seconds it took: as an earlier run kept it, or computed now and kept."""
+def load_or_run_fold(
+    recipe: MILRecipe, bags: Bags, folder: Path, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray
+) -> dict[str, Any]:
+    """The outcome of a fold and its time in seconds: loaded if an earlier run saved them, otherwise
+    computed and saved."""
     name = f"repeat_{repeat}_fold_{fold}"
     kept = read_stage(folder, name, recipe)
     if kept is None:
         started = time.perf_counter()
-        outcome = cross_validate_fold(recipe, bags, repeat, fold, train, scored)
-        kept = keep_stage(folder, name, recipe, {"outcome": outcome, "seconds": time.perf_counter() - started})
+        outcome = cross_validate_fold(recipe, bags, repeat, fold, train, evaluated)
+        kept = save_stage(folder, name, recipe, {"outcome": outcome, "seconds": time.perf_counter() - started})
     return kept
 
 
-def fit_all(recipe: MILRecipe, bags: Bags, folder: Path) -> dict[str, Any]:
-    """Train on all bags and save model and extractor; logits of the first bags, and weights of the one that is shown."""
+def fit_on_all_bags(recipe: MILRecipe, bags: Bags, folder: Path) -> dict[str, Any]:
+    """Train on all bags and save the model and its extractor.
+
+    Returns the logits of the first bags, for the check of the reloaded model, and the instance
+    weights of the bag in the figure."""
     model, extractor = fit(recipe, bags.instances, bags.labels, bags.names, recipe.seed)
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
@@ -133,18 +144,19 @@ def fit_all(recipe: MILRecipe, bags: Bags, folder: Path) -> dict[str, Any]:
 
 
 def bag_to_show(bags: Bags) -> int:
-    """The first bag of class 1 that has instances; the first that has any, if none of class 1 has."""
+    """Index of the bag in the figure: the first bag of class 1 with instances, or else the first
+    bag with instances."""
     filled = [index for index, bag in enumerate(bags.instances) if len(bag) > 0]
     return next((index for index in filled if bags.labels[index] == 1), filled[0])
 
 
 def check(recipe: MILRecipe) -> None:
-    """A `RecipeError` for a number or name out of its range."""
+    """Raise a `RecipeError` for a number out of its range or an unknown name in a recipe."""
     for name in recipe.metrics:
         if name not in BAG_METRICS:
             raise RecipeError(f"metrics must be among {BAG_METRICS}, got {name!r}")
     if not recipe.metrics:
-        raise RecipeError(f"metrics must have at least one of {BAG_METRICS}")
+        raise RecipeError(f"metrics must have at least one of {BAG_METRICS}, got none")
     for name, least in (("folds", 2), ("repeats", 1), ("ensemble", 1)):
         if getattr(recipe, name) < least:
             raise RecipeError(f"{name} must be at least {least}, got {getattr(recipe, name)}")
@@ -152,14 +164,20 @@ def check(recipe: MILRecipe) -> None:
 
 
 def splits(recipe: MILRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Indices (trained on, scored) for each fold of one cross-validation: stratified by label, groups kept together."""
+    """Indices (training bags, evaluated bags) of each fold of one cross-validation.
+
+    Folds are stratified by label, and a group of bags is never divided.
+
+    Raises:
+        RecipeError: If there is only one class, or a class has too few bags for the folds.
+    """
     counts = np.bincount(bags.labels, minlength=len(bags.names))
     if len(counts) < 2:
         raise RecipeError(f"there is nothing to classify: every bag is of class {bags.names[0]!r}")
     if counts.min() < recipe.folds:
         scarce = int(counts.argmin())
         raise RecipeError(
-            f"class {bags.names[scarce]!r} has {counts[scarce]} bags, too few for one in each of {recipe.folds} folds; set `folds` lower"
+            f"class {bags.names[scarce]!r} has {counts[scarce]} bags, too few for one in each of {recipe.folds} folds; use fewer `folds`"
         )
     parts = list(divided(bags, np.arange(len(bags.labels)), recipe.folds, _seed(recipe, repeat)))
     if recipe.evaluate_on == "validation":
@@ -168,65 +186,70 @@ def splits(recipe: MILRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray,
         for name, indices in zip(("training", recipe.evaluate_on), part, strict=True):
             missing = set(range(len(bags.names))) - set(bags.labels[indices].tolist())
             if missing:
-                raise RecipeError(f"fold {fold} has no {name} bag of class {bags.names[min(missing)]!r}; set `folds` otherwise")
+                raise RecipeError(f"fold {fold} has no {name} bag of class {bags.names[min(missing)]!r}; use another number of `folds`")
     return parts
 
 
 def _seed(recipe: MILRecipe, *parts: int) -> int:
-    """A seed for a part of the cross-validation, unrelated to those of other parts."""
+    """A seed for a part of the cross-validation, independent of the seeds of other parts."""
     return int(np.random.SeedSequence([recipe.seed, *parts]).generate_state(1)[0] >> 1)
 
 
 def divided(bags: Bags, among: np.ndarray, folds: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Folds of some of the bags, as indices of all."""
+    """Divide some of the bags into folds; yields pairs of indices into all bags."""
     labels = bags.labels[among]
     if bags.groups is None:
         parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
     else:
         parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, bags.groups[among])
     with warnings.catch_warnings():
-        # A class too small for its folds is the caller's to refuse.
+        # Because the caller raises an error for a class that is too small for the folds, we ignore
+        # the warning of scikit-learn.
         warnings.simplefilter("ignore", UserWarning)
-        for train, scored in parts:
-            yield among[train], among[scored]
+        for train, evaluated in parts:
+            yield among[train], among[evaluated]
 
 
 def folds_of(recipe: MILRecipe, bags: Bags, repeats: range) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
-    """Repeat, fold, and indices of what is trained on and scored, for each fold."""
+    """The number of the repeat, the number of the fold, and the training and evaluated indices, for
+    every fold."""
     return [(repeat, fold, *split) for repeat in repeats for fold, split in enumerate(splits(recipe, bags, repeat))]
 
 
 def cross_validate(recipe: MILRecipe, bags: Bags, repeats: range | None = None) -> list[dict[str, Any]]:
-    """For each repeat and fold the metrics of what was scored, its bags and their logits."""
+    """Cross-validate; for each repeat and fold the metrics, the evaluated bags and their logits."""
     jobs = folds_of(recipe, bags, range(recipe.repeats) if repeats is None else repeats)
     return [cross_validate_fold(recipe, bags, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
 
 
-def cross_validate_fold(recipe: MILRecipe, bags: Bags, repeat: int, fold: int, train: np.ndarray, scored: np.ndarray) -> dict[str, Any]:
-    """Train on some bags and score others."""
-    chosen, unseen = [bags.instances[i] for i in train], [bags.instances[i] for i in scored]
+def cross_validate_fold(recipe: MILRecipe, bags: Bags, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray) -> dict[str, Any]:
+    """Train on the training bags of one fold and evaluate on its other bags."""
+    train_bags, evaluated_bags = [bags.instances[i] for i in train], [bags.instances[i] for i in evaluated]
     answers = []
     for member in range(recipe.ensemble):
-        model, extractor = fit(recipe, chosen, bags.labels[train], bags.names, _seed(recipe, repeat, fold, member))
-        answers.append(predict(model, extractor, unseen))
+        model, extractor = fit(recipe, train_bags, bags.labels[train], bags.names, _seed(recipe, repeat, fold, member))
+        answers.append(predict(model, extractor, evaluated_bags))
     logits = np.mean([member_logits for member_logits, _ in answers], axis=0)
-    outcome = {"repeat": repeat, "fold": fold, **bag_metrics(logits, bags.labels[scored], recipe.metrics)}
+    outcome = {"repeat": repeat, "fold": fold, **bag_metrics(logits, bags.labels[evaluated], recipe.metrics)}
     if bags.instance_labels is not None:
         weights = [np.mean(rows, axis=0) for rows in zip(*(member_weights for _, member_weights in answers), strict=True)]
-        outcome["instance_auc"] = instance_auc(weights, [bags.instance_labels[i] for i in scored])
-    return {**outcome, "trained_on": len(train), "bags": scored.tolist(), "logits": logits.round(4).tolist()}
+        outcome["instance_auc"] = instance_auc(weights, [bags.instance_labels[i] for i in evaluated])
+    return {**outcome, "trained_on": len(train), "bags": evaluated.tolist(), "logits": logits.round(4).tolist()}
 
 
 def model_config(recipe: MILRecipe, instance_dim: int | None, names: list[str]) -> UHopMILConfig:
-    """The recipe's configuration for instances of this width, or images of so many channels, and these classes.
+    """The recipe's configuration for the classes and the instances of a data set.
+
+    Args:
+        instance_dim: Width of a vector instance, or number of channels of an image instance.
 
     Raises:
-        RecipeError: If it asks for another number of classes.
+        RecipeError: If the recipe sets another number of classes.
     """
     width = "instance_dim" if recipe.model.get("instance_type", "vector") == "vector" else "num_channels"
     config = UHopMILConfig(**{width: instance_dim, "num_labels": len(names), **recipe.model})
     if config.num_labels != len(names):
-        raise RecipeError(f"model.num_labels is {config.num_labels}, and the bags have {len(names)} classes, {names}")
+        raise RecipeError(f"model.num_labels is {config.num_labels}, but the bags have {len(names)} classes, {names}; leave it out")
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
     return config
@@ -235,7 +258,8 @@ def model_config(recipe: MILRecipe, instance_dim: int | None, names: list[str]) 
 def fit(
     recipe: MILRecipe, instances: list[np.ndarray], labels: np.ndarray, names: list[str], seed: int
 ) -> tuple[UHopMILForBagClassification, UHopMILFeatureExtractor]:
-    """A model trained on bags, and the extractor that was fitted on them."""
+    """Train a model on bags; the model, and the feature extractor that was fitted on the same
+    bags."""
     data = recipe.data
     extractor = UHopMILFeatureExtractor(data.standardize, data.clip, data.num_components).fit(instances)
     examples = [{"instances": bag, "label": label} for bag, label in zip(extractor.transform(instances), labels.tolist(), strict=True)]
@@ -253,7 +277,8 @@ def fit(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    # Without what accelerate wrapped around it, such as half precision.
+    # Because accelerate wraps the model, for instance for half precision, we remove its wrappers
+    # before the evaluation.
     return extract_model_from_parallel(model, keep_fp32_wrapper=False).eval(), extractor
 
 
@@ -261,7 +286,7 @@ def fit(
 def predict(
     model: UHopMILForBagClassification, extractor: UHopMILFeatureExtractor, instances: list[np.ndarray], batch_size: int = 64
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits (bags, classes), and the weights of each bag's instances."""
+    """Logits (bags, classes), and the instance weights of each bag."""
     logits, weights = [], []
     for start in range(0, len(instances), batch_size):
         batch = instances[start : start + batch_size]
@@ -273,13 +298,15 @@ def predict(
 
 
 def instance_auc(weights: list[np.ndarray], truth: list[np.ndarray]) -> float:
-    """How well weights rank the instances that make a bag positive above its others: mean AUC over positive bags."""
+    """How well instance weights rank positive instances above the other instances: the mean AUC
+    over positive bags."""
     mixed = [(marks, row) for marks, row in zip(truth, weights, strict=True) if 0 < marks.sum() < len(marks)]
     return float(np.mean([roc_auc_score(marks, row) for marks, row in mixed]))
 
 
 def summarize(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each metric: mean over folds by repeat, their mean, and the standard deviations over repeats and over folds."""
+    """Summary of each metric: its mean over folds for each repeat, their mean, and standard
+    deviations over repeats and folds."""
     summary: dict[str, Any] = {}
     repeats = sorted({outcome["repeat"] for outcome in outcomes})
     for name in [key for key, value in outcomes[0].items() if isinstance(value, float)]:
@@ -291,12 +318,13 @@ def summarize(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def describe(recipe: MILRecipe, bags: Bags, metrics: dict[str, Any]) -> str:
+    """The data and the cross-validated metrics of a run, as lines of text."""
     sizes = [len(bag) for bag in bags.instances]
     width, *picture = bags.instances[0].shape[1:]
     each = f"{width} channels of {picture[0]} x {picture[1]} pixels" if picture else f"{width} features"
     lines = [
         f"{recipe.name}: {len(sizes)} bags of {min(sizes)} to {max(sizes)} instances, {each}; "
-        f"{recipe.repeats} x {recipe.folds} folds, scored on {recipe.evaluate_on} bags, {metrics['cross_validation_seconds']} s"
+        f"{recipe.repeats} x {recipe.folds} folds, evaluated on {recipe.evaluate_on} bags, {metrics['cross_validation_seconds']} s"
     ]
     for name, value in metrics.items():
         if isinstance(value, dict):

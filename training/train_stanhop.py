@@ -1,11 +1,14 @@
-"""Train STanHop-Net from a recipe, with the separation step: training, test errors beside simple forecasters, model folder, reload.
+"""Train STanHop-Net from a recipe and compare its forecasts with simple baselines.
+
+The separation step is a callback of the Trainer. The model folder is reloaded in a new process as a
+check.
 
 python training/train_stanhop.py configs/stanhop_synthetic.yaml
 python training/train_stanhop.py configs/stanhop_etth1_96.yaml --dataset path/to/ETTh1.csv
 torchrun --standalone --nproc_per_node 2 training/train_stanhop.py configs/stanhop_wth_96.yaml --dataset WTH.csv --set training.use_cpu=true
 accelerate launch --config_file configs/accelerate/gpus.yaml training/train_stanhop.py configs/stanhop_wth_96.yaml --dataset path/to/WTH.csv
 
-The third command runs in two processes on a CPU, which `accelerate launch` does not start without MPI.
+The third command trains in two processes on a CPU; `accelerate launch` needs MPI for this.
 """
 
 from pathlib import Path
@@ -33,7 +36,7 @@ from recipe import (
 )
 from reload import check_reload
 from series import Series, load_series
-from stages import begin, load_weights, take_over, train
+from stages import begin, load_weights, restore_state, train
 from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
@@ -44,7 +47,8 @@ TRAINING_DEFAULTS = {
     "report_to": "none",
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
-    # While a checkpoint is written there is another to go back to.
+    # Because a process may be killed while it writes a checkpoint, we keep a second one to resume
+    # from.
     "save_total_limit": 2,
     "load_best_model_at_end": True,
     "label_names": ["future_values"],
@@ -55,7 +59,8 @@ TRAINING_DEFAULTS = {
 
 
 class Patience(EarlyStoppingCallback):
-    """Ends training after so many evaluations without a lower loss; a resumed run counts those before it too."""
+    """Early stopping that also counts, in a resumed run, the evaluations before the run was
+    stopped."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -74,10 +79,10 @@ def main() -> None:
 
 
 def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Run a recipe and leave everything it makes in `folder`; the metrics.
+    """Run a recipe, save its outputs in `folder` and return the metrics.
 
-    An earlier run is replaced only once all else is known to be right. A finished training is kept: if what follows it fails, `resume`
-    repeats that alone.
+    With `overwrite`, an earlier run is deleted only after the recipe and the data have been
+    checked. If a step after the training fails, `resume` repeats only the steps after the training.
     """
     trained, checkpoint = begin(recipe, folder, overwrite, resume)
     check_evaluate_on(recipe.evaluate_on)
@@ -85,8 +90,10 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     config = STanHopConfig(**{**recipe.model, "num_input_channels": series.values.shape[1]})
     check_skip_start(recipe.skip_start, config)
     if config.memory_type is not None:
-        raise RecipeError(f"model.memory_type={config.memory_type!r} is of a model that stores windows (`store`); this script stores none")
-    check_anchors(recipe, series, config.prediction_length)
+        raise RecipeError(
+            f"model.memory_type={config.memory_type!r} needs stored windows (`store`), but this script stores none; leave it out"
+        )
+    check_baselines(recipe, series, config.prediction_length)
     lengths = (config.context_length, config.prediction_length)
     windows, every = series.windows("train", *lengths), series.windows("validation", *lengths)
     validation: Subset = Subset(every, range(0, len(every), recipe.data.validation_stride))
@@ -94,8 +101,8 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     model = STanHopForPrediction(config)
     load_weights(model, folder, trained, checkpoint)
     if recipe.skip_start == "ridge" and not resume:
-        begin_as_linear_map(model, linear_map(series, *lengths, last_value=False))
-    # Every process checks the folder before one of them changes it.
+        init_as_linear_map(model, linear_map(series, *lengths, last_value=False))
+    # Because one process changes the folder below, we wait until every process has checked it.
     PartialState().wait_for_everyone()
     trainer = Trainer(
         model=model,
@@ -123,10 +130,11 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     if trained is None:
         trained = train(trainer, folder, recipe, checkpoint)
     else:
-        take_over(trainer, trained)
+        restore_state(trainer, trained)
     if not is_main:
         return {}
-    # Without what accelerate wrapped around it, such as half precision.
+    # Because accelerate wraps the model, for instance for half precision, we remove its wrappers
+    # before the evaluation.
     extract_model_from_parallel(model, keep_fp32_wrapper=False).eval().cpu()
     metrics: dict[str, Any] = {}
     for split in dict.fromkeys(("validation", recipe.evaluate_on)):
@@ -154,7 +162,10 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
 
 
 def check_skip_start(start: str, config: STanHopConfig) -> None:
-    """A `RecipeError` for a start that there is not, or that the model has no skip for; the ridge solution is of unscaled windows."""
+    """Raise a `RecipeError` if the model cannot have this initial linear skip.
+
+    Because the ridge solution is for windows without scaling, "ridge" needs `scaling=None`.
+    """
     if start not in ("zero", "ridge"):
         raise RecipeError(f"skip_start must be 'zero' or 'ridge', got {start!r}")
     if start == "ridge" and (not config.use_linear_skip or config.scaling is not None):
@@ -162,8 +173,8 @@ def check_skip_start(start: str, config: STanHopConfig) -> None:
         raise RecipeError(f"skip_start='ridge' needs {needed}, got {config.use_linear_skip} and {config.scaling!r}")
 
 
-def check_anchors(recipe: STanHopRecipe, series: Series, prediction_length: int) -> None:
-    """A `RecipeError` for baselines that would fail once the model is trained."""
+def check_baselines(recipe: STanHopRecipe, series: Series, prediction_length: int) -> None:
+    """Raise a `RecipeError`, before any training, if a baseline cannot be computed."""
     if recipe.season < 1:
         raise RecipeError(f"season must be at least 1, got {recipe.season}")
     for length in recipe.baseline_lengths:
@@ -175,8 +186,9 @@ def check_anchors(recipe: STanHopRecipe, series: Series, prediction_length: int)
 
 
 @torch.no_grad()
-def begin_as_linear_map(model: STanHopForPrediction, start: LinearMap) -> None:
-    """Let a model with a linear skip forecast what a linear map does, and nothing else."""
+def init_as_linear_map(model: STanHopForPrediction, start: LinearMap) -> None:
+    """Initialise a model with a linear skip so that its forecasts equal those of a linear map, in
+    place."""
     skip = cast(torch.nn.Linear, model.linear_skip)
     skip.weight.copy_(start.weight)
     skip.bias.copy_(start.bias)
@@ -186,7 +198,7 @@ def begin_as_linear_map(model: STanHopForPrediction, start: LinearMap) -> None:
 
 
 def forecaster(model: STanHopForPrediction):
-    """The model as a function from past to future values."""
+    """Wrap a model as a function from past values (B, L, C) to forecasts (B, H, C)."""
 
     @torch.no_grad()
     def forecast(past: torch.Tensor) -> torch.Tensor:
@@ -197,13 +209,18 @@ def forecaster(model: STanHopForPrediction):
 
 @torch.no_grad()
 def weights_of(model: STanHopForPrediction, past: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean weights of the first block: (P, P) over time, and (C, C) over series, those of series on prototypes times theirs on series."""
+    """Mean association weights of the first block: (P, P) over time segments and (C, C) over
+    series.
+
+    The weights over series are the product of two: series to prototypes, and prototypes to series.
+    """
     over_time, pooling, over_prototypes = model(past_values=past, output_attentions=True).attentions[:3]
     return over_time.mean((0, 1)).numpy(), (over_prototypes.mean(1) @ pooling.mean(1)).mean(0).numpy()
 
 
 def describe(metrics: dict[str, Any], split: str) -> str:
-    """Errors of the model and of every baseline on a split."""
+    """The errors of the model and of every baseline on a split, as lines of text."""
+
     rows = {"STanHop": metrics, **metrics["baselines"]}
     took = f" ({metrics['train_seconds']} s of training)" if "train_seconds" in metrics else ""
     title = f"{split.capitalize()} errors on scaled values{took}:"

@@ -1,10 +1,13 @@
-"""Train a Hopfield vision transformer from a recipe: separation step, training, one evaluation on the test split, model folder, reload.
+"""Train and evaluate a Hopfield vision transformer from a recipe.
+
+The separation step runs during or before training. The test split is evaluated once, at the end.
+The model folder is then reloaded in a new process as a check.
 
 python training/train_vit.py configs/vit_digits.yaml
 torchrun --standalone --nproc_per_node 2 training/train_vit.py configs/vit_digits.yaml --set training.use_cpu=true
 accelerate launch --config_file configs/accelerate/gpus.yaml training/train_vit.py configs/vit_cifar10.yaml --dataset path/to/cifar10
 
-The second command runs in two processes on a CPU, which `accelerate launch` does not start without MPI.
+The second command trains in two processes on a CPU; `accelerate launch` needs MPI for this.
 """
 
 from pathlib import Path
@@ -33,7 +36,7 @@ from recipe import (
     write_results,
 )
 from reload import check_reload
-from stages import begin, load_weights, take_over, train
+from stages import begin, load_weights, restore_state, train
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -51,13 +54,15 @@ from modeling_uhop.images import as_rgb
 
 
 NUM_PROBES = 64
-# `with_transform` needs the raw columns that the Trainer would otherwise drop.
-# While a checkpoint is written there is another to go back to.
+# Because `with_transform` needs the raw columns, the Trainer must not remove them. Two checkpoints
+# are kept, because a process that is killed while it writes one must be able to resume from the
+# other.
 TRAINING_DEFAULTS = {"remove_unused_columns": False, "report_to": "none", "eval_strategy": "epoch", "save_total_limit": 2}
 
 
 class GramRecorder(TrainerCallback):
-    """Keeps the `feature_grams` of some images as they are when `event` happens."""
+    """Records the `feature_grams` of some images at one event of the Trainer, such as
+    "on_train_end"."""
 
     def __init__(self, event: str, pixel_values: torch.Tensor):
         self.pixel_values = pixel_values
@@ -70,16 +75,17 @@ class GramRecorder(TrainerCallback):
 
 @torch.no_grad()
 def feature_grams(model: Any, pixel_values: torch.Tensor) -> list[np.ndarray]:
-    """For each layer, the cosines (patches, patches) between patch features, averaged over images."""
+    """For each layer, the cosine similarities (patches, patches) of patch features, averaged over
+    images."""
     training = model.training
-    # Without dropout, which would also draw from the random state that training goes on with.
+    # Because dropout would change the random state of the training that follows, we switch it off.
     features = [unit_norm(each.features().float()) for each in model.eval().memory_sets(pixel_values.to(model.device))]
     model.train(training)
     return [(feature @ feature.mT).mean(0).cpu().numpy() for feature in features]
 
 
 def as_lists(matrices: list[np.ndarray]) -> list[list[list[float]]]:
-    """Matrices as JSON has them, with as many digits as a picture shows."""
+    """Matrices as nested lists for JSON, rounded to four digits, which is enough for a figure."""
     return [matrix.round(4).tolist() for matrix in matrices]
 
 
@@ -94,10 +100,10 @@ def main() -> None:
 
 
 def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Run a recipe and leave everything it makes in `folder`; the metrics.
+    """Run a recipe, save its outputs in `folder` and return the metrics.
 
-    An earlier run is replaced only once all else is known to be right. A finished training is kept: if what follows it fails, `resume`
-    repeats that alone.
+    With `overwrite`, an earlier run is deleted only after the recipe and the data have been
+    checked. If a step after the training fails, `resume` repeats only the steps after the training.
     """
     trained, checkpoint = begin(recipe, folder, overwrite, resume)
     set_seed(recipe.seed)
@@ -107,7 +113,7 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     load_weights(model, folder, trained, checkpoint)
     processor = make_image_processor(recipe.data, model.config.image_size)
     separation = None if recipe.separation is None else SeparationCallback(**recipe.separation)
-    # Every process checks the folder before one of them changes it.
+    # Because one process changes the folder below, we wait until every process has checked it.
     PartialState().wait_for_everyone()
     trainer = build_trainer(recipe, folder, model, processor, images, separation)
     is_main = trainer.is_world_process_zero()
@@ -137,7 +143,7 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     if trained is None:
         trained = train(trainer, folder, recipe, checkpoint, details)
     else:
-        take_over(trainer, trained)
+        restore_state(trainer, trained)
     validation = trainer.evaluate(with_pixels(images["validation"], processor), metric_key_prefix="validation")
     test = trainer.evaluate(with_pixels(images["test"], processor), metric_key_prefix="test")
     if not is_main:
@@ -172,13 +178,16 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     shown = [as_rgb(image) for image in images["test"][:NUM_PROBES]["image"]]
     with torch.no_grad():
         pixel_values = processor(shown, return_tensors="pt")["pixel_values"]
-        logits = whole_model(trainer, folder).eval().cpu().float()(pixel_values).logits.numpy()
+        logits = unwrapped_model(trainer, folder).eval().cpu().float()(pixel_values).logits.numpy()
     check_reload(folder, "image-classification", [np.asarray(image) for image in shown], logits)
     return metrics
 
 
-def whole_model(trainer: Trainer, folder: Path) -> PreTrainedModel:
-    """The trained model without what accelerate wrapped around it; as it was saved, where an engine keeps but a part of it here."""
+def unwrapped_model(trainer: Trainer, folder: Path) -> PreTrainedModel:
+    """The trained model without the wrappers of accelerate.
+
+    Because FSDP and DeepSpeed keep only a part of the weights in each process, we load the saved
+    model instead if one of them is used."""
     model = cast(PreTrainedModel, trainer.model)
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return type(model).from_pretrained(folder)
@@ -186,7 +195,12 @@ def whole_model(trainer: Trainer, folder: Path) -> PreTrainedModel:
 
 
 def build_model(recipe: ViTRecipe, names: list[str]) -> PreTrainedModel:
-    """A fresh model of the recipe for these classes; of transformers' own if the recipe asks for the peer."""
+    """A new model for a recipe and its classes: a U-Hop ViT, or the ViT of transformers if the
+    recipe is for the baseline.
+
+    Raises:
+        RecipeError: For an unknown architecture, or a baseline with a separation step.
+    """
     config = UHopViTConfig(**recipe.model, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
     if recipe.architecture == "uhop_vit":
         return UHopViTForImageClassification(config)
@@ -206,7 +220,7 @@ def build_trainer(
     images: DatasetDict,
     separation: SeparationCallback | None,
 ) -> Trainer:
-    """The stock Trainer, with the separation step as its callback."""
+    """The Trainer of transformers with the separation step as a callback."""
     arguments = TrainingArguments(
         output_dir=str(folder),
         seed=recipe.seed,
@@ -224,18 +238,24 @@ def build_trainer(
 
 
 def evaluated_part(images: DatasetDict, split: str, data: DataRecipe) -> Dataset:
-    """What of a split is looked at after each epoch: of both the same number, at most `max_eval_samples`."""
+    """The part of a split that is evaluated after each epoch.
+
+    It has the same number of images for training and validation, and at most `max_eval_samples`.
+    """
     sizes = [len(images["validation"]), len(images["train"]), data.max_eval_samples]
     return images[split].select(range(min(size for size in sizes if size is not None)))
 
 
 def describe(recipe: ViTRecipe, model: PreTrainedModel, images: DatasetDict) -> str:
+    """One line about a run: parameters, images, separation step and seed."""
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in images.items())
     stage_one = "no separation step" if recipe.separation is None else f"separation {recipe.separation}"
     return f"{recipe.name}: {model.num_parameters():,} parameters; images: {sizes}; {stage_one}; seed {recipe.seed}"
 
 
 def summary(metrics: dict[str, Any], folder: Path) -> str:
+    """The metrics of a run as lines of text, after the paths of its results file and figure."""
+
     lines = [f"  {name:<24} {value:.4f}" if isinstance(value, float) else f"  {name:<24} {value}" for name, value in metrics.items()]
     return "\n".join(["", f"Results ({folder / 'results.json'}, {folder / 'training.png'}):", *lines])
 
