@@ -181,9 +181,9 @@ def registered_twice(folder: Path) -> None:
     assert type(AutoModel.from_config(modeling_uhop.UHopMemoryConfig(pattern_dim=3))).__name__ == "UHopMemoryModel"
 
 
-def run_readme(folder: Path) -> None:
-    """Run the example of the README that pushes and loads a model, without a change."""
-    exec(compile((folder / "example.py").read_text(), "README.md", "exec"), {})
+def run_guide(folder: Path) -> None:
+    """Run the example of the Hub guide that pushes and loads a model, without a change."""
+    exec(compile((folder / "example.py").read_text(), "hub.md", "exec"), {})
 
 
 if __name__ == "__main__":

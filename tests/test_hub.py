@@ -125,11 +125,11 @@ def test_importing_twice_registers_once(port, tmp_path):
     _succeed("registered_twice", port, tmp_path)
 
 
-def test_the_hub_example_of_the_readme_runs(hub, port, tmp_path):
-    blocks = (ROOT / "README.md").read_text().split("```python\n")
+def test_the_example_of_the_hub_guide_runs(hub, port, tmp_path):
+    blocks = (ROOT / "docs" / "guides" / "hub.md").read_text().split("```python\n")
     (example,) = [block.partition("```")[0] for block in blocks if "push_to_hub(" in block.partition("```")[0]]
     (tmp_path / "example.py").write_text(example)
-    _succeed("run_readme", port, tmp_path)
+    _succeed("run_guide", port, tmp_path)
     assert any(repository.head.lfs for repository in hub.repositories.values())
 
 
