@@ -17,7 +17,7 @@ from .simplex import (
     cast_by_autocast,
     check_alpha_range,
     entmax_eps_gradient,
-    entmax_recall,
+    entmax_from_threshold,
     entmax_scale,
     entmax_score_gradient,
     entmax_solve,
@@ -137,7 +137,7 @@ class _ChunkedAttention(torch.autograd.Function):
             absent = _mask(scores, mask, piece, scale)
             if shifts is not None:
                 scores.sub_(shifts[piece])
-            weights, escort = entmax_recall(scores, threshold, _of(eps, piece), out=other)
+            weights, escort = entmax_from_threshold(scores, threshold, _of(eps, piece), out=other)
             if absent is not None:
                 weights.masked_fill_(absent, 0.0)
             factor = None if kept is None else kept(weights)
