@@ -193,7 +193,7 @@ def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def cast_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast inputs to the autocast dtype if autocast is enabled; float64 inputs are left unchanged."""
+    """Cast inputs to the autocast dtype if autocast is enabled; float64 inputs stay unchanged."""
     device = tensors[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
@@ -212,7 +212,7 @@ def _entmax(scores: torch.Tensor, alpha: float | torch.Tensor, dim: int) -> torc
 
 
 class _Entmax(torch.autograd.Function):
-    """Alpha-entmax for eps = alpha - 1 in [0, 1], with exact gradients for the scores and for eps."""
+    """Alpha-entmax for eps = alpha - 1 in [0, 1], with exact gradients for scores and eps."""
 
     @staticmethod
     def forward(ctx, scores, eps, dim):
