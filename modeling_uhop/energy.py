@@ -156,8 +156,8 @@ def energy(
     Args:
         queries: States x, (..., Q, d).
         memories: Stored patterns Xi as rows, (..., M, d).
-        beta: Inverse temperature, positive. A tensor with one value per query has shape (..., Q,
-            1).
+        beta: Inverse temperature, positive. A tensor with one value per query has shape
+            (..., Q, 1).
         alpha: Tsallis exponent in [1, 2].
         feature_map: Phi. `None` is the identity, which gives the models without a kernel.
         mask: Boolean, broadcastable to (..., Q, M), True where a memory is present.
@@ -288,14 +288,14 @@ def retrieve(
     $$
 
     The result is a mixture of the raw patterns, not of their features. Without Phi, alpha = 1 is
-    the modern Hopfield network (Ramsauer et al. 2020), alpha = 2 is the sparse one (Hu et al.
-    2023), and values between them are the generalised sparse one (Wu et al. 2024).
+    the modern Hopfield network (Ramsauer et al. 2020), alpha = 2 is the sparse one
+    (Hu et al. 2023), and values between them are the generalised sparse one (Wu et al. 2024).
 
     Args:
         queries: States x, (..., Q, d).
         memories: Stored patterns Xi as rows, (..., M, d), M at least 1.
-        beta: Inverse temperature, positive. A tensor with one value per query has shape (..., Q,
-            1).
+        beta: Inverse temperature, positive. A tensor with one value per query has shape
+            (..., Q, 1).
         alpha: Tsallis exponent in [1, 2].
         feature_map: Phi. `None` is the identity.
         steps: Number of update steps, at least 1.
