@@ -69,7 +69,7 @@ def separation_loss(
 
     Examples:
         >>> from modeling_uhop import separation_loss
-        >>> crowded = torch.nn.functional.normalize(torch.ones(4, 3) + 0.1 * torch.randn(4, 3), dim=-1)
+        >>> crowded = 1.0 + 0.1 * torch.randn(4, 3)
         >>> (separation_loss(torch.eye(4)) < separation_loss(crowded)).item()
         True
     """
@@ -317,7 +317,7 @@ def maximize_separation(
             gradients = torch.autograd.grad(loss, parameters)
         if is_readable(loss) and not is_finite(gradients[0]):
             raise ValueError(
-                "the gradient of the separation loss must be finite, and is not, because the memories are too small or too large; scale them"
+                "the gradient of the separation loss must be finite, and is not: the memories are too small or too large; scale them"
             )
         separation_optimizer.step(gradients)
         if method == "uhop+":
