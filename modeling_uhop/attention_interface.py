@@ -161,7 +161,7 @@ def hopfield_weights(
 
 
 def _grouped_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Compute `left @ right` for (B, H, Q, n) and (B, H_k, n, m), where heads may share one of H_k."""
+    """Compute `left @ right` for (B, H, Q, n) and (B, H_k, n, m), H a multiple of H_k."""
     if left.dim() < 4 or left.shape[1] in (1, right.shape[1]):
         return left @ right
     # Because a broadcast product would copy a shared head for each head of queries, we make the

@@ -133,8 +133,9 @@ def _bind_alpha(layer: Any, owner: Any) -> None:
 
 
 def _on_registration(parent: nn.Module, name: str, module: Any) -> None:
-    """Restore Hopfield attention while transformers builds a model from a configuration with an alpha.
+    """Restore Hopfield attention while transformers builds a model.
 
+    Its configuration holds an alpha if `use_hopfield_attention` was called before it was saved.
     This is a hook that PyTorch calls whenever a module is registered in another.
     """
     owner: Any = vars(parent).get("config")
@@ -163,7 +164,7 @@ def _attention_layers(model: nn.Module) -> list[Any]:
             computed.
     """
     layers: list[Any] = []
-    unsupported: list[str] = []
+    own: list[str] = []
     pooling: list[str] = []
     for name, module in model.named_modules():
         kind: Any = type(module)
@@ -171,8 +172,8 @@ def _attention_layers(model: nn.Module) -> list[Any]:
             layers.append(module)
         elif isinstance(module, nn.MultiheadAttention) or _attention_source(kind) == "own":
             parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            (pooling if "Pool" in kind.__name__ + parent else unsupported).append(f"{name} ({kind.__name__})")
-    if unsupported:
+            (pooling if "Pool" in kind.__name__ + parent else own).append(f"{name} ({kind.__name__})")
+    if own:
         raise ValueError(
             f"{type(model).__name__} has attention that does not go through transformers' attention interface, "
             f"and would stay at softmax: {', '.join(own[:3])}{f' and {len(own) - 3} more' if len(own) > 3 else ''}"
@@ -191,8 +192,8 @@ def _calls_the_interface(module: Any) -> bool:
     return is_layer and _attention_source(kind) == "interface"
 
 
-# Because attention outside the interface is found by its source, these are the calls that reveal it:
-# the first in any class, the second only in a class whose name contains "attention".
+# Because attention outside the interface is found by its source, these are the calls that reveal
+# it: the first in any class, the second only in a class whose name contains "attention".
 _KERNEL_CALLS = re.compile(r"scaled_dot_product_attention\(|multi_head_attention_forward\(")
 _SOFTMAX_CALLS = re.compile(r"softmax\(", re.IGNORECASE)
 
@@ -224,7 +225,10 @@ def _attention_source(kind: type[nn.Module]) -> str | None:
 
 
 def _num_heads(layer: nn.Module) -> int:
-    """Return the number of query heads of an attention layer, under any name that transformers uses."""
+    """Return the number of query heads of an attention layer.
+
+    Models of transformers use different names for it.
+    """
     for owner in (layer, layer.config):
         for name in ("num_heads", "num_attention_heads", "n_heads", "nhead"):
             if isinstance(getattr(owner, name, None), int):
