@@ -155,7 +155,9 @@ def test_a_layer_by_itself_refuses_what_it_would_misread():
     layer, states = _layer(alpha=1.5), torch.randn(2, 5, 12)
     present = torch.rand(2, 5) < 0.6
     present[:, 0] = True
-    with pytest.raises(ValueError, match=r"shape \(B, 1, Q, N\), got \(2, 5\); for a mask of memories \(B, N\), pass mask\[:, None, None\]"):
+    with pytest.raises(
+        ValueError, match=r"shape \(B, 1, Q, N\), got \(2, 5\); for a mask of memories \(B, N\), pass mask\[:, None, None\]"
+    ):
         layer(states, attention_mask=present)
     _, weights = layer(states, attention_mask=present[:, None, None])
     assert (weights[~present[:, None, None].expand_as(weights)] == 0).all()
