@@ -139,7 +139,7 @@ def test_scores_that_half_precision_does_not_hold(alpha, sinks, attend):
     [
         ({"key": np.zeros((1, 2, 5, 4))}, TypeError, "key must be a torch.Tensor, got numpy.ndarray"),
         ({"attention_mask": np.ones((1, 1, 1, 5), bool)}, TypeError, "attention_mask must be a torch.Tensor, got numpy.ndarray"),
-        ({"attention_mask": torch.ones(1, 1, 1, 5, dtype=torch.long)}, ValueError, "must be boolean, or floating .*, got torch.int64"),
+        ({"attention_mask": torch.ones(1, 1, 1, 5, dtype=torch.long)}, ValueError, "must be boolean .* or floating .*, got torch.int64"),
         ({"alpha": "1.5"}, ValueError, r"alpha must lie in \[1, 2\], got '1.5'"),
         ({"dropout": 2.0}, ValueError, r"dropout must lie in \[0, 1\], got 2.0"),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks must have one score for each of the 2 heads, got 3"),
