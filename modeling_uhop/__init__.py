@@ -1,4 +1,7 @@
-"""Kernelized modern Hopfield models (U-Hop, arXiv 2404.03827; U-Hop+, arXiv 2410.23126) as Hugging Face models."""
+"""Kernelized modern Hopfield models as Hugging Face models.
+
+The package implements U-Hop (arXiv 2404.03827) and U-Hop+ (arXiv 2410.23126).
+"""
 
 from transformers import (
     AutoConfig,

@@ -1,7 +1,8 @@
-"""Hopfield attention on a CPU for alpha > 1: a piece of the scores at a time, so that they stay in the cache.
+"""Hopfield attention on a CPU for alpha > 1, computed in pieces that stay in the cache.
 
-Nothing of the size of the scores is kept: what the backward pass needs of a row, besides query, key and value, is its threshold, from
-which the weights follow in one pass. Scores are computed again.
+No tensor of the size of the scores is kept. For the backward pass, only query, key, value and one
+threshold per row are kept. The scores are computed again, and the weights follow from the threshold
+in one pass.
 """
 
 import math
@@ -17,7 +18,7 @@ from .simplex import (
     cast_by_autocast,
     check_alpha_range,
     entmax_eps_gradient,
-    entmax_recall,
+    entmax_from_threshold,
     entmax_scale,
     entmax_score_gradient,
     entmax_solve,
@@ -25,10 +26,15 @@ from .simplex import (
 
 
 def _piece() -> int:
-    """Scores in a piece: 1.25 MB of fp32, or, where the second-level cache is known to be smaller, fewer and larger pieces of 2.5 MB."""
+    """Return the number of scores in a piece.
+
+    It is 1.25 MB of fp32. If the second-level cache is known to be smaller, it is 2.5 MB, which
+    gives fewer pieces.
+    """
     try:
         cache = os.sysconf("SC_LEVEL2_CACHE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Linux alone tells
+    except (AttributeError, ValueError, OSError):
+        # Because only Linux reports the size of the cache, it is unknown elsewhere.
         cache = 0
     scores = 327680
     return 2 * scores if 0 < cache < 4 * scores else scores
@@ -38,7 +44,14 @@ _PIECE = _piece()
 
 
 class Piece(NamedTuple):
-    """Some heads of some examples, counted together, and some of their queries: whole heads where they fit, and whole rows always."""
+    """A part of the scores: some heads of some examples, and some of their queries.
+
+    A piece has whole heads if they fit, and always whole rows.
+
+    Attributes:
+        heads: Range of heads, counted over all examples.
+        rows: Range of queries.
+    """
 
     heads: slice
     rows: slice
@@ -54,18 +67,20 @@ def chunked_hopfield_attention(
     attention_mask: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """`hopfield_attention` for alpha in (1, 2], in pieces; differentiable once, in query, key, value and alpha, not in the mask.
+    """Compute `hopfield_attention` for alpha in (1, 2] in pieces.
 
-    Arguments, return value and errors are those of `hopfield_attention`.
+    It is differentiable once in query, key, value and alpha, and not in the mask. Arguments, return
+    value and errors are those of `hopfield_attention`.
     """
     check_alpha_range(alpha)
     query, key, value = cast_by_autocast(query, key, value)
     eps, dtype = alpha - 1.0, value.dtype
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    common = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
-    query, key, value = (at_least_fp32(x.to(common)) for x in (query, key, value))
+    common_dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    query, key, value = (at_least_fp32(x.to(common_dtype)) for x in (query, key, value))
     mask_shape = () if attention_mask is None else attention_mask.shape
-    # Queries that share a head of keys and values are rows of that head.
+    # Because neighbouring heads of queries may share a head of keys and values, we make these
+    # queries rows of that head.
     groups = query.shape[1] // key.shape[1] if query.shape[1] > key.shape[1] == value.shape[1] > 0 else 1
     batch_size, heads, queries, keys = torch.broadcast_shapes(
         (*query.shape[:3], 1),
@@ -86,7 +101,11 @@ def chunked_hopfield_attention(
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Heads of keys of all examples along the first axis; the mask (B, H_k, H / H_k, Q, N) alone keeps its axes."""
+    """Autograd function of attention in pieces.
+
+    The first axis holds the key heads of all examples. Only the mask keeps its axes
+    (B, H_k, H / H_k, Q, N).
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, eps, scaling, mask, dropout):
@@ -94,21 +113,21 @@ class _ChunkedAttention(torch.autograd.Function):
         output = (query.new_zeros if _is_empty(query, key) else query.new_empty)(*query.shape[:2], value.shape[-1])
         thresholds, shifts = query.new_zeros(*query.shape[:2], 1), None
         seed = int(torch.randint(2**62, ())) if dropout > 0.0 else 0
-        kept = _dropout_factors(seed, dropout)
+        dropout_factors = _dropout_factors(seed, dropout)
         buffers = _buffers(query, key, 1)
         for piece, (q, out, threshold), (k, v) in _pieces((query, output, thresholds), (key, value)):
             (scores,) = buffers(q, k)
             scores.baddbmm_(q, k.mT, beta=0.0, alpha=scaling * scale)
-            absent = _mask(scores, mask, piece, scale)
-            weights, found, shift = entmax_solve(scores, _of(eps, piece))
+            absent = _apply_mask(scores, mask, piece, scale)
+            weights, found, shift = entmax_solve(scores, _eps_of_piece(eps, piece))
             threshold.copy_(found)
             if shift is not None:
                 shifts = torch.zeros_like(thresholds) if shifts is None else shifts
                 shifts[piece] = shift
             if absent is not None:
                 weights.masked_fill_(absent, 0.0)
-            if kept is not None:
-                weights *= kept(weights)
+            if dropout_factors is not None:
+                weights *= dropout_factors(weights)
             torch.bmm(weights, v, out=out)
         ctx.save_for_backward(query, key, value, thresholds, *(x for x in (shifts, eps, mask) if isinstance(x, torch.Tensor)))
         ctx.shifted, ctx.eps, ctx.masked = shifts is not None, None if isinstance(eps, torch.Tensor) else eps, mask is not None
@@ -128,24 +147,25 @@ class _ChunkedAttention(torch.autograd.Function):
         start = torch.zeros_like if _is_empty(query, key) else torch.empty_like
         grad_query, grad_key, grad_value = (start(x) for x in (query, key, value))
         grad_eps = torch.zeros_like(thresholds) if ctx.needs_input_grad[3] else None
-        kept = _dropout_factors(ctx.seed, ctx.dropout)
+        dropout_factors = _dropout_factors(ctx.seed, ctx.dropout)
         buffers = _buffers(query, key, 2)
         rows = (query, grad, thresholds, grad_query)
         for piece, (q, g, threshold, grad_q), (k, v, grad_k, grad_v) in _pieces(rows, (key, value, grad_key, grad_value)):
             scores, other = buffers(q, k)
             scores.baddbmm_(q, k.mT, beta=0.0, alpha=scaling * scale)
-            absent = _mask(scores, mask, piece, scale)
+            absent = _apply_mask(scores, mask, piece, scale)
             if shifts is not None:
                 scores.sub_(shifts[piece])
-            weights, escort = entmax_recall(scores, threshold, _of(eps, piece), out=other)
+            weights, escort = entmax_from_threshold(scores, threshold, _eps_of_piece(eps, piece), out=other)
             if absent is not None:
                 weights.masked_fill_(absent, 0.0)
-            factor = None if kept is None else kept(weights)
+            factor = None if dropout_factors is None else dropout_factors(weights)
             used = weights if factor is None else weights * factor
-            # The first rows of a head overwrite what was there, the others are added.
+            # Because the buffers are not zeroed, the first rows of a head overwrite, and the others
+            # add.
             beta = 0.0 if piece.rows.start == 0 else 1.0
             grad_v.baddbmm_(used.mT, g, beta=beta)
-            # If the weights were here, they are done with.
+            # Because the weights are no longer needed, we may reuse their buffer.
             grad_weights = torch.bmm(g, v.mT, out=other)
             if absent is not None:
                 grad_weights.masked_fill_(absent, 0.0)
@@ -163,21 +183,30 @@ class _ChunkedAttention(torch.autograd.Function):
 def _pieces(
     along_queries: Sequence[torch.Tensor], along_keys: Sequence[torch.Tensor]
 ) -> Iterator[tuple[Piece, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
-    """Views of tensors (heads, queries, ...) and (heads, keys, ...) whose scores are about `_PIECE` in number."""
+    """Yield views of tensors (heads, queries, ...) and (heads, keys, ...), one for each piece.
+
+    A piece has about `_PIECE` scores.
+    """
     query, key = along_queries[0], along_keys[0]
     if _is_empty(query, key):
         return
     (heads, queries), keys = query.shape[:2], key.shape[1]
-    together, rows = _even(heads, _PIECE // (keys * queries)), _even(queries, _PIECE // keys)
-    by_head = zip(*(x.split(together) for x in along_queries), strict=True), zip(*(x.split(together) for x in along_keys), strict=True)
-    for head, of_heads, memories in zip(range(0, heads, together), *by_head, strict=True):
+    heads_per_piece, rows = _balanced_size(heads, _PIECE // (keys * queries)), _balanced_size(queries, _PIECE // keys)
+    by_head = (
+        zip(*(x.split(heads_per_piece) for x in along_queries), strict=True),
+        zip(*(x.split(heads_per_piece) for x in along_keys), strict=True),
+    )
+    for head, of_heads, memories in zip(range(0, heads, heads_per_piece), *by_head, strict=True):
         by_row = zip(*(x.split(rows, 1) for x in of_heads), strict=True) if rows < queries else [of_heads]
         for row, of_rows in zip(range(0, queries, rows), by_row, strict=True):
-            yield Piece(slice(head, head + together), slice(row, row + rows)), of_rows, memories
+            yield Piece(slice(head, head + heads_per_piece), slice(row, row + rows)), of_rows, memories
 
 
-def _even(count: int, most: int) -> int:
-    """The size of parts of which as few as can be make up `count`, with at most `most` each, and at least 1."""
+def _balanced_size(count: int, most: int) -> int:
+    """Return the size of equal parts of `count`, as few as possible.
+
+    A part has at most `most` items, and at least 1.
+    """
     return -(-count // -(-count // max(1, most)))
 
 
@@ -185,12 +214,15 @@ def _is_empty(query: torch.Tensor, key: torch.Tensor) -> bool:
     return query.shape[0] * query.shape[1] * key.shape[1] == 0
 
 
-def _of(eps: float | torch.Tensor, piece: Piece) -> float | torch.Tensor:
+def _eps_of_piece(eps: float | torch.Tensor, piece: Piece) -> float | torch.Tensor:
     return eps[piece] if isinstance(eps, torch.Tensor) else eps
 
 
 def _buffers(query: torch.Tensor, key: torch.Tensor, count: int) -> Callable[[torch.Tensor, torch.Tensor], Iterator[torch.Tensor]]:
-    """A function that returns `count` buffers of the shape of a piece's scores; all pieces share the memory."""
+    """Return a function that gives `count` buffers of the shape of a piece's scores.
+
+    All pieces share the memory of these buffers.
+    """
     work = query.new_empty(count, min(max(_PIECE, key.shape[1]), query.shape[0] * query.shape[1] * key.shape[1]))
 
     def buffers(q: torch.Tensor, k: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -200,11 +232,14 @@ def _buffers(query: torch.Tensor, key: torch.Tensor, count: int) -> Callable[[to
     return buffers
 
 
-def _mask(scores: torch.Tensor, mask: torch.Tensor | None, piece: Piece, scale: float) -> torch.Tensor | None:
-    """Puts -inf for absent keys; returns which rows have no key, after giving these scores of 0, as the solver needs some."""
+def _apply_mask(scores: torch.Tensor, mask: torch.Tensor | None, piece: Piece, scale: float) -> torch.Tensor | None:
+    """Set the scores of absent keys to -inf, in place, and return which rows have no key.
+
+    Because the solver needs a finite score, the scores of these rows are set to 0.
+    """
     if mask is None:
         return None
-    part = _mask_of(mask, piece)
+    part = _mask_of_piece(mask, piece)
     if part.dtype == torch.bool:
         scores.masked_fill_(~part, -torch.inf)
     else:
@@ -214,8 +249,11 @@ def _mask(scores: torch.Tensor, mask: torch.Tensor | None, piece: Piece, scale: 
     return absent
 
 
-def _mask_of(mask: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """The part (heads, rows, keys) of a mask (B, H_k, G, Q, N), whose G heads of Q queries are the rows of a head of keys."""
+def _mask_of_piece(mask: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """Return the part (heads, rows, keys) of a mask (B, H_k, G, Q, N) for a piece.
+
+    The G heads of Q queries are the rows of one head of keys.
+    """
     heads, groups, queries = mask.shape[1:4]
     first, last = piece.heads.start, min(piece.heads.stop, mask.shape[0] * heads)
     example = first // heads
@@ -228,7 +266,10 @@ def _mask_of(mask: torch.Tensor, piece: Piece) -> torch.Tensor:
 
 
 def _dropout_factors(seed: int, dropout: float) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """Factors of dropout for one piece after another, the same again for the same seed; `None` without dropout."""
+    """Return a function that draws the dropout factors of one piece after another.
+
+    The same seed gives the same factors. The result is `None` without dropout.
+    """
     if dropout == 0.0:
         return None
     generator = torch.Generator().manual_seed(seed)

@@ -1,6 +1,7 @@
-"""Hopfield attention as a function, and under the names by which models of transformers find it.
+"""Hopfield attention as a function, and under the names by which transformers finds it.
 
-`hopfield_attention` picks the fastest kernel that fits the call, `plain_hopfield_attention` is the reference that all of them agree with.
+`hopfield_attention` chooses the fastest kernel that supports the call. `plain_hopfield_attention`
+is the reference with which all kernels agree.
 """
 
 from collections.abc import Callable
@@ -35,49 +36,59 @@ def hopfield_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`Sep_alpha(scaling query key^T) value`, the retrieval step of a U-Hop layer (arXiv 2404.03827, equation 3.1).
+    r"""Compute the retrieval step of a U-Hop layer (arXiv 2404.03827, equation 3.1).
 
-    At alpha = 1 it is `torch.nn.functional.scaled_dot_product_attention`, except that a query without any key gets zeros. At alpha > 1,
-    on a CPU, scores are made a piece at a time, and neither they nor the weights are kept. `plain_hopfield_attention` computes what
-    remains: on an accelerator, in a traced graph, and with a soft cap, sinks or a mask that asks for a gradient.
+    $$
+    \mathrm{Sep}_\alpha(\beta \, q k^T) \, v
+    $$
 
-    Differentiable once in query, key, value and alpha.
+    At alpha = 1 it is `torch.nn.functional.scaled_dot_product_attention`, except that a query
+    without any key gets zeros. At alpha > 1 on a CPU, scores are computed in pieces, and neither
+    scores nor weights are kept. `plain_hopfield_attention` computes the remaining calls, such as
+    those at alpha > 1 on an accelerator or in a traced graph, and those with a soft cap, sinks or a
+    mask that needs a gradient.
+
+    The result is differentiable once in query, key, value and alpha.
 
     Args:
-        query: (B, H, Q, d_k).
-        key: (B, H_k, N, d_k), where H is a multiple of H_k; with H_k < H, neighbouring heads of queries share one head of keys and values
-            (grouped-query attention), which is not copied for them.
-        value: (B, H_k, N, d_v).
-        alpha: Tsallis exponent in [1, 2]; a tensor must broadcast to (B, H, Q, 1), for example (H, 1, 1) for one a head.
+        query: Queries (B, H, Q, d_k).
+        key: Keys (B, H_k, N, d_k), where H is a multiple of H_k. If H_k < H, neighbouring heads of
+            queries share one head of keys and values (grouped-query attention), without a copy.
+        value: Values (B, H_k, N, d_v).
+        alpha: Tsallis exponent in [1, 2]. A tensor must broadcast to (B, H, Q, 1); for example,
+            (H, 1, 1) is one exponent per head.
         scaling: The inverse temperature beta; `None` for 1 / sqrt(d_k).
-        attention_mask: Broadcastable to (B, H, Q, N): boolean, True where a key may be attended to, or floating, added to the scores,
-            where -inf or the lowest finite value marks an absent key.
-        dropout: Probability in [0, 1] that a weight is left out.
-        softcap: A bound c on the scores s before the mask, `c tanh(s / c)`, as in Gemma 2.
-        sinks: (H,) or (B, H, Q, 1), the score of a further memory without content, which takes its share of the weight, as in gpt-oss.
+        attention_mask: Broadcastable to (B, H, Q, N). A boolean mask is True where a key is
+            present. A floating mask is added to the scores; -inf or its lowest finite value marks
+            an absent key.
+        dropout: Probability in [0, 1] that a weight is set to zero.
+        softcap: Bound c of the scores s before the mask, $c \tanh(s / c)$, as in Gemma 2.
+        sinks: Scores, (H,) or (B, H, Q, 1), of one additional memory without content, which takes
+            its share of the weight, as in gpt-oss.
 
     Returns:
-        (B, H, Q, d_v), of the dtype of `value`.
+        The output (B, H, Q, d_v), in the dtype of `value`.
 
     Raises:
-        TypeError: For a query, key, value or mask that is no tensor.
-        ValueError: For an alpha outside [1, 2], a dropout outside [0, 1], an integer mask, heads of queries that are no multiple of those
-            of keys, or sinks of another number of heads.
+        TypeError: If the query, key, value or mask is not a tensor.
+        ValueError: If alpha is outside [1, 2], dropout is outside [0, 1], the mask is an integer
+            mask, the number of query heads is not a multiple of the number of key heads, or the
+            number of sinks differs from the number of heads.
 
-    >>> from modeling_uhop import hopfield_attention
-
-    >>> query, key, value = torch.randn(3, 1, 2, 5, 8)
-    >>> softmax = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    >>> torch.allclose(hopfield_attention(query, key, value, alpha=1.0), softmax, atol=1e-5)
-    True
+    Examples:
+        >>> from modeling_uhop import hopfield_attention
+        >>> query, key, value = torch.randn(3, 1, 2, 5, 8)
+        >>> softmax = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        >>> torch.allclose(hopfield_attention(query, key, value, alpha=1.0), softmax, atol=1e-5)
+        True
     """
     check_alpha_range(alpha)
-    _check(query, key, value, attention_mask, dropout, sinks)
+    _check_inputs(query, key, value, attention_mask, dropout, sinks)
     settings: dict[str, Any] = {"scaling": scaling, "attention_mask": attention_mask, "dropout": dropout}
     learned_mask = attention_mask is not None and attention_mask.requires_grad
     if softcap is None and sinks is None and not learned_mask and query.dim() == key.dim() == value.dim() == 4:
         if not isinstance(alpha, torch.Tensor) and alpha == 1.0:
-            if _suits_softmax_kernel(query, key, value):
+            if _softmax_kernel_supports(query, key, value):
                 return _softmax_attention(query, key, value, **settings)
         elif is_readable(query):
             return chunked_hopfield_attention(query, key, value, alpha=alpha, **settings)
@@ -96,10 +107,15 @@ def plain_hopfield_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`hopfield_attention`, with all weights formed at once: the reference for the other kernels, and differentiable in the mask too."""
-    _check(query, key, value, attention_mask, dropout, sinks)
+    """Compute `hopfield_attention` with all weights formed at once.
+
+    It is the reference for the other kernels. Unlike `hopfield_attention`, it is always
+    differentiable in the mask too. Arguments, return value and errors are those of
+    `hopfield_attention`.
+    """
+    _check_inputs(query, key, value, attention_mask, dropout, sinks)
     weights = hopfield_weights(query, key, alpha=alpha, scaling=scaling, attention_mask=attention_mask, softcap=softcap, sinks=sinks)
-    return _product(nn.functional.dropout(weights, dropout).to(value.dtype), value)
+    return _grouped_matmul(nn.functional.dropout(weights, dropout).to(value.dtype), value)
 
 
 def hopfield_weights(
@@ -113,12 +129,23 @@ def hopfield_weights(
     sinks: torch.Tensor | None = None,
     simplex: Callable[..., torch.Tensor] = simplex_map,
 ) -> torch.Tensor:
-    """Association weights (B, H, Q, N) of `hopfield_attention`; `simplex` maps scores to them, as `simplex_map` does."""
+    """Compute the association weights (B, H, Q, N) of `hopfield_attention`.
+
+    Args:
+        query: As in `hopfield_attention`.
+        key: As in `hopfield_attention`.
+        alpha: As in `hopfield_attention`.
+        scaling: As in `hopfield_attention`.
+        attention_mask: As in `hopfield_attention`.
+        softcap: As in `hopfield_attention`.
+        sinks: As in `hopfield_attention`.
+        simplex: The map from scores to weights, with the signature of `simplex_map`.
+    """
     dtype = query.dtype
     if dtype == torch.float16:
-        # Its scores may overflow.
+        # Because scores may overflow fp16, we compute them in fp32.
         query, key = query.float(), key.float()
-    scores = _product(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2))
+    scores = _grouped_matmul(query * (query.shape[-1] ** -0.5 if scaling is None else scaling), key.transpose(-1, -2))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     present = attention_mask
@@ -133,17 +160,18 @@ def hopfield_weights(
     return simplex(torch.cat((scores, sink), -1), alpha, mask=present)[..., :-1].to(dtype)
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right` for (B, H, Q, n) and (B, H_k, n, m), where neighbouring heads on the left may share one on the right."""
+def _grouped_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Compute `left @ right` for (B, H, Q, n) and (B, H_k, n, m), H a multiple of H_k."""
     if left.dim() < 4 or left.shape[1] in (1, right.shape[1]):
         return left @ right
-    # Queries that share a head are its rows: a broadcast product would copy that head for each of them.
+    # Because a broadcast product would copy a shared head for each head of queries, we make the
+    # queries that share it rows of one product.
     groups = left.shape[1] // right.shape[1]
     rows = left.unflatten(1, (right.shape[1], groups)).flatten(2, 3) @ right
     return rows.unflatten(2, (groups, left.shape[2])).flatten(1, 2)
 
 
-def _check(
+def _check_inputs(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -154,7 +182,9 @@ def _check(
     check_tensors(query=query, key=key, value=value)
     check_tensor(attention_mask, "attention_mask")
     if attention_mask is not None and attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
-        raise ValueError(f"attention_mask must be boolean, or floating to be added to the scores, got {attention_mask.dtype}")
+        raise ValueError(
+            f"attention_mask must be boolean (True where a key is present) or floating (added to the scores), got {attention_mask.dtype}"
+        )
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
     if query.dim() < 4:
@@ -166,11 +196,14 @@ def _check(
         raise ValueError(f"sinks must have one score for each of the {heads} heads, got {len(sinks)}")
 
 
-def _suits_softmax_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `scaled_dot_product_attention` takes these tensors without broadcasting or casting, and there is a key."""
-    same_kind = query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1:3] == value.shape[1:3]
-    filled = is_traced() or min(*query.shape, *key.shape, *value.shape) > 0
-    return same_kind and filled and query.dtype == key.dtype == value.dtype and query.shape[1] % key.shape[1] == 0
+def _softmax_kernel_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether `scaled_dot_product_attention` accepts these tensors.
+
+    It does if no tensor must be broadcast or cast, and there is at least one key.
+    """
+    shapes_match = query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1:3] == value.shape[1:3]
+    is_nonempty = is_traced() or min(*query.shape, *key.shape, *value.shape) > 0
+    return shapes_match and is_nonempty and query.dtype == key.dtype == value.dtype and query.shape[1] % key.shape[1] == 0
 
 
 def _softmax_attention(
@@ -182,27 +215,33 @@ def _softmax_attention(
     attention_mask: torch.Tensor | None,
     dropout: float,
 ) -> torch.Tensor:
-    """`hopfield_attention` at alpha = 1 by PyTorch's own kernels, with zeros for a query without any key."""
-    lonely = None
+    """Compute `hopfield_attention` at alpha = 1 by PyTorch's kernels.
+
+    A query without keys gets zeros.
+    """
+    without_keys = None
     if attention_mask is not None:
         is_boolean = attention_mask.dtype == torch.bool
         present = attention_mask if is_boolean else attention_mask > torch.finfo(attention_mask.dtype).min
-        lonely = ~present.any(-1, keepdim=True)
-        # Kernels differ in what they make of a row without any key, so it gets all of them, and zeros after that.
-        attention_mask = present | lonely if is_boolean else attention_mask.masked_fill(~present & ~lonely, -torch.inf)
+        without_keys = ~present.any(-1, keepdim=True)
+        # Because kernels differ in the result for a row without keys, we give it all keys, and set
+        # its output to zero afterwards.
+        attention_mask = present | without_keys if is_boolean else attention_mask.masked_fill(~present & ~without_keys, -torch.inf)
         if not is_boolean:
-            attention_mask = attention_mask.masked_fill(lonely, 0.0).to(query.dtype)
+            attention_mask = attention_mask.masked_fill(without_keys, 0.0).to(query.dtype)
     grouped = bool(query.shape[1] != key.shape[1])
     if grouped and attention_mask is not None and query.device.type != "cpu":
-        # With a mask, kernels of an accelerator share heads only by forming all weights.
+        # Because the kernels of an accelerator form all weights if heads are shared and there is a
+        # mask, we copy the shared heads instead.
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
         grouped = False
     output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=grouped)
-    return output if lonely is None else output.masked_fill(lonely, 0.0)
+    return output if without_keys is None else output.masked_fill(without_keys, 0.0)
 
 
-# What models pass along with a call, and what says nothing that the mask does not say.
-_WITHOUT_EFFECT = {
+# Keywords that models pass and that we ignore, because they have no effect on attention or repeat
+# what the mask says.
+_IGNORED_KEYWORDS = {
     "cache_position",
     "deterministic",
     "logits_to_keep",
@@ -228,11 +267,15 @@ def eager_attention_forward(
     output_attentions: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`plain_hopfield_attention` in the form of transformers' attention functions: output (B, Q, H, d_v) and weights (B, H, Q, N)."""
+    """Compute `plain_hopfield_attention` as an attention function of transformers.
+
+    The output has shape (B, Q, H, d_v), the weights (B, H, Q, N). Keywords are those of
+    `hopfield_attention_forward`; `simplex` is the map from scores to weights.
+    """
     settings = _settings(module, query, key, attention_mask, **kwargs)
     dropout = settings.pop("dropout")
     weights = nn.functional.dropout(hopfield_weights(query, key, simplex=simplex, **settings), dropout)
-    return _product(weights.to(value.dtype), value).transpose(1, 2).contiguous(), weights
+    return _grouped_matmul(weights.to(value.dtype), value).transpose(1, 2).contiguous(), weights
 
 
 def hopfield_attention_forward(
@@ -245,14 +288,18 @@ def hopfield_attention_forward(
     output_attentions: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention that transformers knows as "hopfield": `hopfield_attention`, or `eager_attention_forward` where weights are asked for.
+    """Compute `hopfield_attention` as an attention function of transformers, named "hopfield".
 
-    alpha comes from the call, or else from the module or its configuration; see `exponent_of`. What else a model passes is applied: a mask,
-    `position_bias` (added to the scores), `softcap`, sinks (`s_aux`), `is_causal` without a mask, and dropout in training.
+    If `output_attentions` is set, `eager_attention_forward` computes the output and the weights.
+    Otherwise the weights are `None`. The exponent alpha is taken from the call, or else from the
+    module or its configuration; see `exponent_of`. The following arguments of a model are applied:
+    a mask, `position_bias` (added to the scores), `softcap`, sinks (`s_aux`), `is_causal` if there
+    is no mask, and dropout in training.
 
     Raises:
-        TypeError: For a keyword that is not known, named with the module that passes it.
-        ValueError: For packed sequences and paged caches, and for a window that the mask does not have.
+        TypeError: If a keyword is unknown; the message names it and the module that passes it.
+        ValueError: If the call is for packed sequences or a paged cache, or passes a sliding window
+            without a mask.
     """
     if output_attentions:
         return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -270,12 +317,18 @@ def triton_attention_forward(
     output_attentions: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention that transformers knows as "hopfield_triton": `triton_hopfield_attention` where it supports the call, else "hopfield".
+    """Compute Hopfield attention by the Triton kernels, named "hopfield_triton" in transformers.
 
-    It does not support: softmax, an alpha near it or learnable, dropout, a soft cap, sinks, fp64, wide heads, values of another width,
-    broadcasting, meta tensors, traced graphs, and masks other than of keys alone, (B, 1, 1, N) or expanded from it.
+    If the kernels do not support the call, it falls back to "hopfield". They do not support:
+
+    - softmax, an alpha close to 1, and a learnable alpha;
+    - dropout, a soft cap, and sinks;
+    - fp64, wide heads, values of another width than the keys, and broadcasting;
+    - meta tensors and traced graphs;
+    - masks other than masks of keys, (B, 1, 1, N) or expanded from this shape.
     """
-    from .triton_attention import MAX_WIDTH, MIN_ALPHA, triton_hopfield_attention  # an extra, and slow to import
+    # Because Triton is an optional dependency and slow to import, we import it here.
+    from .triton_attention import MAX_WIDTH, MIN_ALPHA, triton_hopfield_attention
 
     settings = _settings(module, query, key, attention_mask, **kwargs)
     alpha, mask = settings["alpha"], settings["attention_mask"]
@@ -290,11 +343,13 @@ def triton_attention_forward(
     batch_size, heads, queries = query.shape[:3]
     shared = heads > key.shape[1] > 0 and heads % key.shape[1] == 0
     rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3) if shared else query
-    same_kind = rows.shape[:2] == key.shape[:2] and key.shape == value.shape and query.dtype == key.dtype == value.dtype
-    fits = same_kind and query.shape[-1] <= MAX_WIDTH.get(query.dtype, 0)
+    shapes_match = rows.shape[:2] == key.shape[:2] and key.shape == value.shape and query.dtype == key.dtype == value.dtype
+    has_supported_shape = shapes_match and query.shape[-1] <= MAX_WIDTH.get(query.dtype, 0)
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or query.is_meta
-    other = settings["dropout"] > 0.0 or output_attentions or traced or settings["softcap"] is not None or settings["sinks"] is not None
-    if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA or other or not fits or not masks_only_keys:
+    has_unsupported_option = (
+        settings["dropout"] > 0.0 or output_attentions or traced or settings["softcap"] is not None or settings["sinks"] is not None
+    )
+    if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA or has_unsupported_option or not has_supported_shape or not masks_only_keys:
         return hopfield_attention_forward(module, query, key, value, attention_mask, output_attentions=output_attentions, **kwargs)
     key_mask = None if mask is None else mask[:, 0, 0].expand(len(key), key.shape[2])
     output = triton_hopfield_attention(rows, key, value, alpha=alpha, scaling=settings["scaling"], key_mask=key_mask)
@@ -304,36 +359,45 @@ def triton_attention_forward(
 def entmax_attention_forward(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention that transformers knows as "hopfield_entmax" where the entmax library is installed: its solver in the place of ours."""
+    """Compute Hopfield attention by the solver of the entmax library.
+
+    Its name in transformers is "hopfield_entmax". The name is registered only if the entmax library
+    is installed.
+    """
     return eager_attention_forward(module, query, key, value, attention_mask, simplex=_library_simplex_map, **kwargs)
 
 
 def _library_simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """`simplex_map` by bisection in the entmax library; softmax at alpha = 1, which it does not have."""
+    """Compute `simplex_map` by bisection in the entmax library.
+
+    At alpha = 1, which the library does not support, it is softmax.
+    """
     if not isinstance(alpha, torch.Tensor) and alpha == 1.0:
         return simplex_map(scores, alpha, mask=mask)
     wide = at_least_fp32(scores)
     if mask is None:
         return entmax_bisect(wide, alpha=alpha, dim=-1).to(scores.dtype)
-    # Its bisection makes NaN of -inf.
+    # Because the library's bisection turns -inf into NaN, we use a large finite score.
     weights = entmax_bisect(wide.masked_fill(~mask, -1e9), alpha=alpha, dim=-1)
     return weights.masked_fill(~mask, 0.0).to(scores.dtype)
 
 
 def exponent_of(module: nn.Module) -> float | torch.Tensor:
-    """alpha of an attention layer: `hopfield_alpha` of the configuration it belongs to, 1 without one.
+    """Return alpha of an attention layer of a transformers model.
 
-    With `hopfield_learnable_alpha`, what it learns as `hopfield_alpha_logit` (H,), as (H, 1, 1).
+    It is `hopfield_alpha` of the configuration that the layer belongs to, or 1 without one. With
+    `hopfield_learnable_alpha` it is computed from the layer's parameter `hopfield_alpha_logit`
+    (H,), and has shape (H, 1, 1).
 
     Raises:
-        ValueError: If alpha is outside [1, 2], or should be learned and the layer has no such parameter.
+        ValueError: If alpha should be learned and the layer has no such parameter.
     """
     config = getattr(module, "hopfield_config", None) or getattr(module, "config", None)
     if not getattr(config, "hopfield_learnable_alpha", False):
         return getattr(config, "hopfield_alpha", 1.0)
     if getattr(module, "hopfield_alpha_logit", None) is None:
         raise ValueError(
-            f"hopfield_learnable_alpha is set, and {type(module).__name__} has no learned alpha: import modeling_uhop before the model is "
+            f"hopfield_learnable_alpha is set, but {type(module).__name__} has no learned alpha; import modeling_uhop before the model is "
             "loaded, or call use_hopfield_attention(model)"
         )
     return 1.0 + cast(torch.Tensor, module.hopfield_alpha_logit).float().sigmoid().view(-1, 1, 1)
@@ -356,33 +420,38 @@ def _settings(
     sinks: torch.Tensor | None = None,
     **others,
 ) -> dict[str, Any]:
-    """Arguments of `hopfield_attention` out of what a model passes; see `hopfield_attention_forward`."""
+    """Convert what a model passes to arguments of `hopfield_attention`.
+
+    See `hopfield_attention_forward`.
+    """
     name = type(module).__name__
     for keyword, given in others.items():
-        if given is None or keyword in _WITHOUT_EFFECT:
+        if given is None or keyword in _IGNORED_KEYWORDS:
             continue
         if keyword in ("cu_seq_lens_q", "cu_seq_lens_k", "cache"):
             raise ValueError(f"{name} passes {keyword!r}, for packed sequences or a paged cache, which Hopfield attention does not support")
-        raise TypeError(f"{name} passes the keyword {keyword!r}, which Hopfield attention does not know, and does not ignore")
+        raise TypeError(
+            f"{name} passes the keyword {keyword!r}, which Hopfield attention does not know; a keyword is never dropped silently"
+        )
     queries, keys = query.shape[2], key.shape[2]
     if attention_mask is None and sliding_window is not None and keys > sliding_window:
         raise ValueError(
-            f"{name} passes sliding_window={sliding_window} without a mask, and Hopfield attention takes windows from the mask"
+            f"{name} passes sliding_window={sliding_window} without a mask; Hopfield attention needs a mask that contains the window"
         )
     if attention_mask is None and is_causal and queries > 1:
         attention_mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril()
     return {
         "alpha": exponent_of(module) if alpha is None else alpha,
         "scaling": scaling,
-        "attention_mask": _biased(attention_mask, position_bias),
+        "attention_mask": _add_bias_to_mask(attention_mask, position_bias),
         "dropout": dropout if module.training else 0.0,
         "softcap": softcap,
         "sinks": s_aux if sinks is None else sinks,
     }
 
 
-def _biased(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """A mask with a bias of the scores added to it."""
+def _add_bias_to_mask(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Add a bias of the scores to a mask."""
     if mask is None or bias is None:
         return bias if mask is None else mask
     if mask.dtype == torch.bool:
@@ -391,12 +460,16 @@ def _biased(mask: torch.Tensor | None, bias: torch.Tensor | None) -> torch.Tenso
 
 
 def hopfield_mask(*args, **kwargs) -> torch.Tensor | None:
-    """The mask that transformers makes for these attentions: a causal one too is written out, as they know no causality of their own."""
+    """Make the mask for Hopfield attention in transformers.
+
+    A causal mask is always written out, because these attention functions do not apply causality
+    themselves.
+    """
     mask: torch.Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
     return mask
 
 
-# The names under which transformers finds the kernels, for `attn_implementation` and `set_attn_implementation`.
+# Names of the kernels in transformers, for `attn_implementation` and `set_attn_implementation`.
 KERNELS: dict[str, Callable] = {"hopfield": hopfield_attention_forward, "hopfield_triton": triton_attention_forward}
 if entmax_bisect is not None:
     KERNELS["hopfield_entmax"] = entmax_attention_forward
@@ -406,10 +479,14 @@ for registered, function in KERNELS.items():
 
 
 def hopfield_kernel(config, requested: str | None) -> str:
-    """The attention of a model of ours for what was requested: "hopfield" if nothing was, or "eager" where weights are always wanted.
+    """Return the attention implementation of one of our models for a requested one.
+
+    If none was requested, it is "hopfield", or "eager" if the configuration always asks for
+    weights.
 
     Raises:
-        ValueError: For one that does not compute alpha-entmax while the model has alpha > 1.
+        ValueError: If the requested attention does not compute alpha-entmax and the model has alpha
+            > 1.
     """
     if requested is None:
         return "eager" if config.output_attentions else "hopfield"
@@ -417,6 +494,6 @@ def hopfield_kernel(config, requested: str | None) -> str:
         raise ValueError(
             f"attn_implementation={requested!r} does not compute alpha-entmax, and this model has "
             f"alpha={config.alpha}, learnable_alpha={config.learnable_alpha}; use 'eager' or one of {tuple(KERNELS)} "
-            "(a configuration that a model was made from remembers its attention)"
+            "(note that a configuration keeps the attention of a model that was made from it)"
         )
     return requested

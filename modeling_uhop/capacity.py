@@ -1,4 +1,4 @@
-"""What a set of memories can hold: margins, bounds, certificates, confusions, metastable states."""
+"""Capacity of a memory set: margins, error bounds, certificates, confusions, metastable states."""
 
 import math
 from dataclasses import dataclass, fields
@@ -10,9 +10,17 @@ from .feature_map import magnitude, norms
 
 
 def margins(kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Margin `Delta_mu = K_mumu - max_{nu != mu} K_numu` (M,) of a kernel matrix (M, M), and the rival nu that attains it.
+    r"""Compute the margin of each memory, and the rival memory that attains it.
 
-    A single memory has margin +inf and no rival (-1).
+    $$
+    \Delta_\mu = K_{\mu\mu} - \max_{\nu \ne \mu} K_{\nu\mu}
+    $$
+
+    Args:
+        kernel: Kernel matrix K (M, M).
+
+    Returns:
+        The margins (M,) and the rivals (M,). A single memory has margin +inf and rival -1 (none).
     """
     size = kernel.shape[-1]
     if size == 1:
@@ -23,34 +31,52 @@ def margins(kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def retrieval_error_bound(memories: torch.Tensor, features: torch.Tensor, beta: float, radius: float | None = None) -> torch.Tensor:
-    """Bound on `|T(x) - xi_mu|` after one step at alpha = 1, for each memory (M,) (U-Hop equation 1.3, kernelized).
+    r"""Bound the retrieval error of each memory after one step at alpha = 1 (U-Hop, equation 1.3).
 
-    `2 m (M - 1) exp(-beta (Delta_mu - 2 m_Phi r))` with m the largest norm of a memory, m_Phi of a feature, and Delta_mu the margin. It
-    holds for every query whose feature is within r of that of xi_mu; `None` is the paper's radius R_Phi, half the smallest distance in
-    feature space. Of unit-norm features the smallest margin never exceeds 2 R_Phi: for the closest pair the bound at R_Phi is at least
-    2 m (M - 1) and says little, and a smaller radius says more. For the un-kernelized model pass the memories as features.
+    The bound holds with the kernel of U-Hop (arXiv 2404.03827):
+
+    $$
+    |T(x) - \xi_\mu| \le 2 m (M - 1) \exp(-\beta (\Delta_\mu - 2 m_\Phi r))
+    $$
+
+    Here m is the largest norm of a memory, $m_\Phi$ is the largest norm of a feature, and
+    $\Delta_\mu$ is the margin. The bound holds for every query whose feature is within the radius r
+    of the feature of $\xi_\mu$. The radius in the paper is $R_\Phi$, half the smallest distance in
+    feature space. For unit-norm features the smallest margin never exceeds $2 R_\Phi$. Therefore
+    the bound at $R_\Phi$ is at least 2 m (M - 1) for the closest pair, which is vacuous. A smaller
+    radius gives a tighter bound.
+
+    Args:
+        memories: Patterns (M, d).
+        features: Features (M, D) of the memories. Pass the memories for a model without a kernel.
+        beta: Inverse temperature.
+        radius: The radius r; `None` for $R_\Phi$.
+
+    Returns:
+        Bounds (M,); zeros for a single memory.
     """
     count = len(memories)
     if count < 2:
         return torch.zeros(count, dtype=memories.dtype, device=memories.device)
     largest, largest_feature = norms(memories).max(), norms(features).max()
-    reach = 0.5 * smallest_distance(features) if radius is None else radius
+    query_radius = 0.5 * smallest_distance(features) if radius is None else radius
     margin, _ = margins(features @ features.transpose(-1, -2))
-    return 2.0 * largest * (count - 1) * torch.exp(-beta * (margin - 2.0 * largest_feature * reach))
+    return 2.0 * largest * (count - 1) * torch.exp(-beta * (margin - 2.0 * largest_feature * query_radius))
 
 
 def smallest_distance(points: torch.Tensor) -> torch.Tensor:
-    """Euclidean distance of the closest pair of points (M, D), M at least 2."""
-    # Differences of squares that neither overflow nor vanish.
+    """Compute the Euclidean distance of the closest pair of points (M, D), M at least 2."""
+    # Because squared differences may overflow or vanish, we scale the points first.
     size = magnitude(points.flatten())
     return torch.nn.functional.pdist(points / size).min() * size.squeeze()
 
 
 def is_exactly_retrieved(kernel: torch.Tensor, beta: float, alpha: float) -> torch.Tensor:
-    """Which memories are fixed points that retrieve themselves alone, (M,) boolean: `beta Delta_mu >= 1 / (alpha - 1)`.
+    r"""Return which memories (M,) are fixed points that retrieve only themselves.
 
-    This is the inequality of the proof in section E.3 of U-Hop; the statement (2.10) in the text has its sign reversed. At alpha = 1 no
-    memory among several is retrieved exactly.
+    The condition is $\beta \Delta_\mu \ge 1 / (\alpha - 1)$. It is the inequality in the proof of
+    U-Hop (arXiv 2404.03827), section E.3; the statement (2.10) in the text has its sign reversed.
+    At alpha = 1 no memory is retrieved exactly, unless it is the only one.
     """
     margin, _ = margins(kernel)
     if alpha == 1.0:
@@ -59,7 +85,11 @@ def is_exactly_retrieved(kernel: torch.Tensor, beta: float, alpha: float) -> tor
 
 
 def is_well_separated(features: torch.Tensor, beta: float) -> bool:
-    """Whether unit-norm features (M, D) meet `Delta_min >= ln(2 (M - 1) / R_Phi) / beta` (U-Hop+), R_Phi half the smallest distance."""
+    r"""Return whether unit-norm features (M, D) meet the well-separation condition of U-Hop+.
+
+    The condition (arXiv 2410.23126) is $\Delta_{\min} \ge \log(2 (M - 1) / R_\Phi) / \beta$, where
+    $R_\Phi$ is half the smallest distance between two features.
+    """
     if len(features) < 2:
         return True
     margin, _ = margins(features @ features.transpose(-1, -2))
@@ -68,9 +98,26 @@ def is_well_separated(features: torch.Tensor, beta: float) -> bool:
 
 
 def separation_bounds(num_memories: int, feature_dim: int) -> tuple[float, float]:
-    """Lower and upper bound on the largest possible `Delta_min = min (1 - <z_mu, z_nu>)` of M unit vectors (U-Hop+, Proposition 3.1).
+    r"""Bound the best possible separation of M unit vectors in D dimensions.
 
-    `1/2 [sqrt(pi)/M Gamma((D+1)/2)/Gamma(D/2+1)]^(2/(D-1))` and `2 [2 sqrt(pi)/M Gamma((D+1)/2)/Gamma(D/2)]^(1/(D-1))`.
+    This is Proposition 3.1 of U-Hop+ (arXiv 2410.23126). The separation is
+    $\Delta_{\min} = \min_{\mu \ne \nu} (1 - \langle z_\mu, z_\nu \rangle)$. Its largest possible
+    value lies between
+
+    $$
+    \frac{1}{2} \left[ \frac{\sqrt{\pi}}{M}
+    \frac{\Gamma((D + 1) / 2)}{\Gamma(D / 2 + 1)} \right]^{2 / (D - 1)}
+    \quad \text{and} \quad
+    2 \left[ \frac{2 \sqrt{\pi}}{M}
+    \frac{\Gamma((D + 1) / 2)}{\Gamma(D / 2)} \right]^{1 / (D - 1)}
+    $$
+
+    Args:
+        num_memories: M, at least 2.
+        feature_dim: D, at least 2.
+
+    Returns:
+        The lower and the upper bound.
 
     Raises:
         ValueError: If there are fewer than 2 memories or 2 dimensions.
@@ -84,37 +131,55 @@ def separation_bounds(num_memories: int, feature_dim: int) -> tuple[float, float
 
 
 def metastable_sizes(weights: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Number of memories in each retrieval, `|p|_0` (..., Q) of weights (..., Q, M): above 0.01 at alpha = 1, else above 0 (U-Hop+).
+    """Count the memories that take part in each retrieval, $|p|_0$ (U-Hop+, arXiv 2410.23126).
 
-    >>> from modeling_uhop import metastable_sizes
+    A memory counts if its weight is above 0.01 at alpha = 1, and above 0 at alpha > 1.
 
-    >>> metastable_sizes(torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.6, 0.0]]), alpha=2.0).tolist()
-    [1, 2]
+    Args:
+        weights: Association weights (..., Q, M).
+        alpha: Tsallis exponent with which they were computed.
+
+    Returns:
+        Counts (..., Q).
+
+    Examples:
+        >>> from modeling_uhop import metastable_sizes
+        >>> metastable_sizes(torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.6, 0.0]]), alpha=2.0).tolist()
+        [1, 2]
     """
     return (weights > (0.01 if alpha == 1.0 else 0.0)).sum(-1)
 
 
 @dataclass
 class MemoryReport:
-    """What a memory set can hold; one entry a memory unless said otherwise. Print it, or see `to_dataframe` and `plot`.
+    r"""Report on what a memory set can hold; print it, or use `to_dataframe` and `plot`.
+
+    Attributes are tensors with one entry per memory, unless stated otherwise.
 
     Attributes:
-        beta, alpha: The settings that it holds for.
-        margin: `Delta_mu` in feature space.
-        rival: The memory that comes closest, -1 if there is none.
-        error_bound: Bound on the error of one step for queries near the memory, at alpha = 1 (equation 1.3).
-        own_error_bound: The same for the memory itself as the query, which is radius 0: the bound that `error` is checked against.
-        error: Distance between a memory and what it retrieves in one step.
+        beta: The inverse temperature for which the report holds, one number.
+        alpha: The Tsallis exponent for which the report holds, one number.
+        margin: Margin $\Delta_\mu$ in feature space.
+        rival: The most similar other memory; -1 if there is none.
+        error_bound: Bound of the error of one step at alpha = 1, for queries near the memory
+            (U-Hop, equation 1.3).
+        own_error_bound: The same bound for the memory itself as the query (radius 0). `error` is
+            checked against this bound.
+        error: Distance between a memory and the pattern that it retrieves in one step.
         weight: Weight of a memory in its own retrieval.
-        exact: Whether it is certified to retrieve itself alone (alpha > 1), in the memory's own precision.
+        exact: Whether the memory is certified to retrieve only itself (alpha > 1), in the precision
+            of the memory.
         metastable_size: Number of memories that its retrieval mixes.
-        query_metastable_size: The same for each query that was given, (Q,); `None` if none was.
-        separation: Smallest `1 - cos` between two features, one number; nan for fewer than two memories.
-        separation_bounds: Bounds on the largest separation that is possible (Proposition 3.1); nan where they do not apply.
+        query_metastable_size: The same number for each given query, (Q,); `None` without queries.
+        separation: Smallest 1 - cos between two features, one number; nan for fewer than two
+            memories.
+        separation_bounds: Bounds of the best possible separation (U-Hop+, Proposition 3.1); nan
+            where they do not apply.
         well_separated: Whether unit-norm features meet the well-separation condition.
-        confusions: Triples (mu, nu, p): querying with memory mu gives more than 0.01 weight to another memory nu; largest first.
+        confusions: Triples (mu, nu, p), largest p first: the query mu gives the weight p > 0.01 to
+            another memory nu.
         duplicates: Pairs (mu, nu) of equal memories.
-        rounding: How far an error may be off by rounding, in the memory's own dtype.
+        rounding: Largest error that rounding can cause in the dtype of the memory, one number.
     """
 
     beta: float
@@ -137,17 +202,23 @@ class MemoryReport:
 
     @property
     def within_bound(self) -> torch.Tensor | None:
-        """Whether each memory's error keeps to its bound, up to rounding; `None` at alpha > 1, where the bound says nothing."""
+        """Whether the error of each memory is within its bound, up to rounding.
+
+        It is `None` at alpha > 1, where the bound does not apply.
+        """
         return self.error <= self.own_error_bound + self.rounding if self.alpha == 1.0 else None
 
     @property
     def certificate_failures(self) -> list[int]:
-        """Memories certified exact that did not retrieve themselves alone: there should be none."""
+        """Memories that are certified exact but do not retrieve only themselves.
+
+        There should be none.
+        """
         return (self.exact & ~self.alone).nonzero().flatten().tolist()
 
     @property
     def alone(self) -> torch.Tensor:
-        """Which memories retrieve themselves, and no other with them."""
+        """Which memories retrieve only themselves."""
         return (self.metastable_size == 1) & (self.weight > 0.5)
 
     def _columns(self) -> dict[str, list[Any]]:
@@ -155,19 +226,32 @@ class MemoryReport:
         return {name: value.tolist() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
     def to_dataframe(self) -> Any:
-        """A pandas DataFrame with a row for each memory."""
+        """Return a pandas DataFrame with one row per memory.
+
+        Raises:
+            ImportError: If pandas is not installed.
+        """
         try:
             import pandas
         except ImportError as error:
-            raise ImportError("MemoryReport.to_dataframe needs pandas") from error
+            raise ImportError("MemoryReport.to_dataframe needs pandas: pip install pandas") from error
         return pandas.DataFrame(self._columns()).rename_axis("memory")
 
     def plot(self, axis: Any = None) -> Any:
-        """Margins, smallest first, coloured by whether a memory is retrieved exactly or nearly so; the matplotlib axis."""
+        """Plot the margins, smallest first, and return the matplotlib axis.
+
+        A bar is blue if the memory retrieves only itself, and red otherwise.
+
+        Args:
+            axis: The matplotlib axis to draw on; `None` for a new one.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
         try:
             from matplotlib import pyplot
         except ImportError as error:
-            raise ImportError("MemoryReport.plot needs matplotlib") from error
+            raise ImportError("MemoryReport.plot needs matplotlib: pip install matplotlib") from error
         axis = pyplot.subplots(layout="constrained")[1] if axis is None else axis
         order = self.margin.argsort()
         alone = self.alone[order].tolist()
@@ -181,11 +265,11 @@ class MemoryReport:
         return axis
 
     def _checks(self) -> list[str]:
-        """What the theory says against what retrieving gave."""
+        """Compare what the theory guarantees with what retrieval gave."""
         checks = []
         if self.within_bound is not None:
-            beyond = (~self.within_bound).nonzero().flatten().tolist()
-            checks.append(f"errors of memories {beyond} exceed bound (1.3)" if beyond else "all errors within bound (1.3)")
+            above_bound = (~self.within_bound).nonzero().flatten().tolist()
+            checks.append(f"errors of memories {above_bound} exceed bound (1.3)" if above_bound else "all errors within bound (1.3)")
         if self.exact.any():
             failed = self.certificate_failures
             checks.append(f"certificates of memories {failed} failed" if failed else "all certificates verified by retrieving")

@@ -1,4 +1,4 @@
-"""Corrupted copies of patterns: the queries of retrieval experiments, and the positives of a separation step that expects them."""
+"""Corrupted copies of patterns, for retrieval experiments and the "denoising" separation step."""
 
 from collections.abc import Callable
 
@@ -13,16 +13,24 @@ Corruption = Callable[[torch.Tensor], torch.Tensor]
 
 
 def mask_patterns(patterns: torch.Tensor, fraction: float = 0.5, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Patterns (..., d) with each entry set to zero with probability `fraction` in [0, 1]; the others are not rescaled.
+    """Set each entry of the patterns to zero with probability `fraction`; others are not rescaled.
+
+    Args:
+        patterns: Patterns (..., d).
+        fraction: Probability in [0, 1].
+        generator: Random state; `None` for PyTorch's global one.
+
+    Returns:
+        Masked patterns (..., d).
 
     Raises:
-        ValueError: For a fraction outside [0, 1].
-        TypeError: For what is no tensor.
+        ValueError: If the fraction is outside [0, 1].
+        TypeError: If `patterns` is not a tensor.
 
-    >>> from modeling_uhop import mask_patterns
-
-    >>> mask_patterns(torch.full((100, 8), 2.0), fraction=0.25).unique().tolist()
-    [0.0, 2.0]
+    Examples:
+        >>> from modeling_uhop import mask_patterns
+        >>> mask_patterns(torch.full((100, 8), 2.0), fraction=0.25).unique().tolist()
+        [0.0, 2.0]
     """
     (patterns,) = as_floats(patterns=patterns)
     if not 0.0 <= fraction <= 1.0:
@@ -32,18 +40,33 @@ def mask_patterns(patterns: torch.Tensor, fraction: float = 0.5, generator: torc
 
 
 def add_noise(patterns: torch.Tensor, level: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Patterns (..., d) plus Gaussian noise of `level` times each pattern's own norm (U-Hop, section 4.1).
+    r"""Add Gaussian noise with `level` times the norm of each pattern.
+
+    This is the noise of U-Hop (arXiv 2404.03827), section 4.1:
+
+    $$
+    \tilde{x} = x + \mathrm{level} \cdot |x| \, \epsilon / |\epsilon|, \qquad \epsilon \sim N(0, I)
+    $$
+
+    Args:
+        patterns: Patterns (..., d).
+        level: Norm of the noise relative to the norm of the pattern, at least 0.
+        generator: Random state; `None` for PyTorch's global one.
+
+    Returns:
+        Noisy patterns (..., d), in the dtype of `patterns`.
 
     Raises:
-        ValueError: For a negative level, and (on a CPU) where finite patterns with their noise leave the range of their dtype.
-        TypeError: For what is no tensor.
+        ValueError: If the level is negative, or (on a CPU) if finite patterns with noise leave the
+            range of their dtype.
+        TypeError: If `patterns` is not a tensor.
 
-    >>> from modeling_uhop import add_noise
-
-    >>> patterns = torch.randn(3, 8)
-    >>> noise = add_noise(patterns, level=0.5) - patterns
-    >>> torch.allclose(noise.norm(dim=-1), 0.5 * patterns.norm(dim=-1))
-    True
+    Examples:
+        >>> from modeling_uhop import add_noise
+        >>> patterns = torch.randn(3, 8)
+        >>> noise = add_noise(patterns, level=0.5) - patterns
+        >>> torch.allclose(noise.norm(dim=-1), 0.5 * patterns.norm(dim=-1))
+        True
     """
     (patterns,) = as_floats(patterns=patterns)
     if not level >= 0.0:

@@ -1,4 +1,7 @@
-"""The feature map Phi that turns an inner product into a learned kernel K(u, v) = <Phi(u), Phi(v)>."""
+r"""The feature map Phi, which turns an inner product into a learned kernel.
+
+The kernel is $K(u, v) = \langle \Phi(u), \Phi(v) \rangle$ (U-Hop, arXiv 2404.03827, equation 2.1).
+"""
 
 import torch
 from torch import nn
@@ -9,26 +12,35 @@ from .validation import check_tensors
 
 
 class FeatureMap(nn.Module):
-    """Linear feature map `Phi(u) = W u`, W of shape (feature_dim, pattern_dim) (U-Hop, arXiv 2404.03827, equation 2.1).
+    r"""Linear feature map Phi, the learned part of a kernelized Hopfield model.
+
+    $$
+    \Phi(u) = W u, \qquad K(u, v) = \langle \Phi(u), \Phi(v) \rangle
+    $$
+
+    This is U-Hop (arXiv 2404.03827), equation 2.1. W has shape (feature_dim, pattern_dim).
 
     Args:
         pattern_dim: Width d of a pattern, at least 1.
-        feature_dim: Width D of a feature (the papers' D_Phi), at least 1; `None` for `pattern_dim`.
-        feature_init: Initial value of W. "identity": the first min(D, d) coordinates. "orthogonal": orthonormal columns (rows if D < d),
-            so that the kernel is the plain inner product if D >= d. "normal": independent entries of variance 1 / d.
-        normalize: Whether features are scaled to unit norm, `Phi(u) = W u / |W u|` (section D.2); a zero vector stays zero.
+        feature_dim: Width D of a feature (D_Phi in the papers), at least 1. `None` for
+            `pattern_dim`.
+        feature_init: Initial value of W. "identity" keeps the first min(D, d) coordinates.
+            "orthogonal" has orthonormal columns (rows if D < d), so that the kernel is the plain
+            inner product if D >= d. "normal" has independent entries of variance 1 / d. If D > d,
+            prefer "orthogonal" to "identity", because no separation loss can move the added zero
+            rows.
+        normalize: Whether features are scaled to unit norm, $\Phi(u) = W u / |W u|$ (section D.2).
+            A zero vector stays zero.
 
     Raises:
         ValueError: If a width is below 1 or `feature_init` is unknown.
 
-    With "identity" and D > d the added rows are zero, and no separation loss can move them: prefer "orthogonal" there.
-
-    >>> from modeling_uhop import FeatureMap
-
-    >>> phi = FeatureMap(3, 5, feature_init="orthogonal")
-    >>> u, v = torch.randn(2, 3)
-    >>> torch.allclose(phi(u) @ phi(v), u @ v, atol=1e-5)
-    True
+    Examples:
+        >>> from modeling_uhop import FeatureMap
+        >>> phi = FeatureMap(3, 5, feature_init="orthogonal")
+        >>> u, v = torch.randn(2, 3)
+        >>> torch.allclose(phi(u) @ phi(v), u @ v, atol=1e-5)
+        True
     """
 
     def __init__(self, pattern_dim: int, feature_dim: int | None = None, *, feature_init: str = "orthogonal", normalize: bool = False):
@@ -50,22 +62,33 @@ class FeatureMap(nn.Module):
             init.eye_(self.weight)
         elif self.feature_init == "normal":
             init.normal_(self.weight, mean=0.0, std=self.weight.shape[1] ** -0.5)
-        else:  # through fp32: there is no half-precision QR
+        else:
+            # Because QR is not available in half precision, we compute it in fp32.
             weight = torch.empty_like(self.weight, dtype=torch.float32)
             init.copy_(self.weight, nn.init.orthogonal_(weight).to(self.weight.dtype))
 
     @torch.no_grad()
     def normalize_rows(self) -> None:
-        """Scale each row of W to unit norm (U-Hop Algorithm 1, after Stage I); a zero row stays zero."""
+        """Scale each row of W to unit norm, as U-Hop's Algorithm 1 does after Stage I.
+
+        A zero row stays zero.
+        """
         self.weight.copy_(unit_norm(self.weight))
 
     def forward(self, patterns: torch.Tensor) -> torch.Tensor:
-        """Features (..., feature_dim) of patterns (..., pattern_dim), of which integers become W's dtype; a `TypeError` for no tensor."""
+        """Map patterns (..., pattern_dim) to features (..., feature_dim).
+
+        Integer patterns are converted to the dtype of W.
+
+        Raises:
+            TypeError: If `patterns` is not a tensor.
+        """
         check_tensors(patterns=patterns)
         if not patterns.is_floating_point():
             patterns = patterns.to(self.weight.dtype)
         if self.normalize:
-            # The direction of W u is that of W (u / s), which neither overflows nor vanishes.
+            # Because W u may overflow or vanish, we normalise W (u / s) with the size s of u, which
+            # has the same direction.
             return unit_norm(nn.functional.linear(patterns / magnitude(patterns), self.weight))
         return nn.functional.linear(patterns, self.weight)
 
@@ -75,9 +98,10 @@ class FeatureMap(nn.Module):
 
 
 def magnitude(vectors: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """A power of two near the largest entry along `dim`, which is kept, 1 for zeros; without a gradient.
+    """Return a power of two close to the largest absolute entry along `dim`.
 
-    Division by it is exact, and what is left can be squared and added up: it neither overflows nor vanishes.
+    The axis `dim` stays, with size 1. Division by it is exact, and the quotient can be squared and
+    summed without overflow or underflow. It is 1 for zeros, and carries no gradient.
     """
     largest = vectors.detach().abs().amax(dim, keepdim=True)
     tiny = torch.finfo(vectors.dtype).tiny
@@ -85,15 +109,17 @@ def magnitude(vectors: torch.Tensor, dim: int = -1) -> torch.Tensor:
 
 
 def norms(vectors: torch.Tensor) -> torch.Tensor:
-    """Euclidean norms (...) of vectors (..., D) of any finite size, in fp32 or better."""
+    """Compute Euclidean norms (...) of vectors (..., D) of any finite size, in fp32 or better."""
     wide = at_least_fp32(vectors)
     size = magnitude(wide)
     return torch.linalg.vector_norm(wide / size, dim=-1) * size.squeeze(-1)
 
 
 def unit_norm(vectors: torch.Tensor) -> torch.Tensor:
-    """Vectors (..., D) scaled to unit Euclidean norm, computed in fp32 or better, whatever their size; a zero vector stays zero, with a
-    finite gradient."""
+    """Scale vectors (..., D) of any size to unit Euclidean norm, computed in fp32 or better.
+
+    A zero vector stays zero, with a finite gradient.
+    """
     wide = at_least_fp32(vectors)
     wide = wide / magnitude(wide)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)

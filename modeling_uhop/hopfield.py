@@ -1,4 +1,4 @@
-"""Hopfield layers: attention seen as one retrieval step from a memory of tokens."""
+"""Hopfield layers: attention as one retrieval step from a memory of tokens."""
 
 import copy
 import math
@@ -17,27 +17,45 @@ from .validation import check_tensor, check_tensors, is_plain
 
 
 class MemorySet(NamedTuple):
-    """What one layer retrieves from: its feature map, its memories (B, M, d), and which of them are present (B, M)."""
+    """Memories from which one layer retrieves, with the layer's feature map.
+
+    Attributes:
+        feature_map: Phi of the layer; `None` for a layer without one.
+        memories: Stored patterns (B, M, d).
+        mask: Boolean (B, M), True where a memory is present; `None` if all are.
+    """
 
     feature_map: FeatureMap | None
     memories: torch.Tensor
     mask: torch.Tensor | None = None
 
     def features(self) -> torch.Tensor:
-        """The memories in feature space (B, M, D); as they are in a layer without a feature map."""
+        """Map the memories to feature space (B, M, D); without Phi they stay unchanged."""
         return self.memories if self.feature_map is None else self.feature_map(self.memories)
 
 
 class HopfieldAttention(nn.Module):
-    """Multi-head U-Hop layer `Sep_alpha[beta (W_Q Phi(X)) (W_K Phi(Xi))^T] V` (U-Hop, arXiv 2404.03827, equation 3.1).
+    r"""Multi-head attention that retrieves in feature space.
 
-    Phi acts on queries and keys, never on values. V is `W_V Xi` (`config.value_source = "memory"`, as in the authors' code) or
-    `W_V W_K Xi` ("projected_memory", as in equation 3.1). Before the last step, `update_steps - 1` steps retrieve in key space,
-    `q <- Sep_alpha(beta q k^T) k`.
+    This is the U-Hop layer (arXiv 2404.03827, equation 3.1):
 
-    Reads from the configuration: hidden_size, num_attention_heads, head_dim (where it has one), attention_probs_dropout_prob, qkv_bias,
-    alpha, learnable_alpha, beta, use_feature_map, feature_dim, feature_init, update_steps, value_source, and which kernel computes the
-    attention.
+    $$
+    \mathrm{Sep}_\alpha [\beta (W_Q \Phi(X)) (W_K \Phi(\Xi))^T] \, V
+    $$
+
+    Phi acts on queries and keys, never on values. V is $W_V \Xi$ with
+    `config.value_source = "memory"`, as in the authors' code, or $W_V W_K \Xi$ with
+    "projected_memory", as in equation 3.1. Before the last step, `update_steps - 1` steps retrieve
+    in key space: $q \leftarrow \mathrm{Sep}_\alpha(\beta q k^T) k$.
+
+    The layer reads these fields of `config`: hidden_size, num_attention_heads, head_dim
+    (if it has one), attention_probs_dropout_prob, qkv_bias, alpha, learnable_alpha, beta,
+    use_feature_map, feature_dim, feature_init, update_steps, value_source, and the attention
+    implementation.
+
+    Raises:
+        ValueError: If hidden_size is not a multiple of num_attention_heads and there is no
+            head_dim.
     """
 
     def __init__(self, config):
@@ -67,19 +85,19 @@ class HopfieldAttention(nn.Module):
 
     @property
     def alpha(self) -> float | torch.Tensor:
-        """The fixed exponent, or the learned ones (H, 1, 1), which a sigmoid keeps inside (1, 2)."""
+        """The fixed exponent, or the learned exponents (H, 1, 1) in (1, 2)."""
         if self.alpha_logit is None:
             return self.config.alpha
         return 1.0 + self.alpha_logit.float().sigmoid().view(-1, 1, 1)
 
     @property
     def scaling(self) -> float:
-        """The inverse temperature beta: the configuration's, or 1 / sqrt(head width)."""
+        """The inverse temperature beta: that of the configuration, or 1 / sqrt(head width)."""
         return self.head_dim**-0.5 if self.config.beta is None else self.config.beta
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start a learnable alpha anew, at `config.alpha`."""
+        """Set a learnable alpha to `config.alpha`."""
         if self.alpha_logit is not None:
             init.constant_(self.alpha_logit, math.log((self.config.alpha - 1.0) / (2.0 - self.config.alpha)))
 
@@ -91,19 +109,26 @@ class HopfieldAttention(nn.Module):
         contents: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Retrieve for each state pattern (B, Q, hidden_size) from `memories` (B, N, hidden_size), the states themselves by default.
+        """Retrieve from `memories` for each state pattern.
 
-        `contents` (B, N, hidden_size) are what values are made of where that is not the memories.
+        Further keyword arguments go to the attention function.
 
         Args:
-            attention_mask: (B, 1, Q, N) or what broadcasts to it, as in `hopfield_attention`; of memories alone, (B, 1, 1, N).
+            states: State patterns (B, Q, hidden_size).
+            memories: Stored patterns (B, N, hidden_size); `None` for the states themselves.
+            attention_mask: Mask (B, 1, Q, N), or broadcastable to it, as in `hopfield_attention`. A
+                mask of memories only has shape (B, 1, 1, N).
+            contents: Patterns (B, N, hidden_size) from which values are computed; `None` for the
+                memories.
 
         Returns:
-            The output (B, Q, hidden_size), and the association weights (B, H, Q, N) where the kernel in use forms them.
+            The output (B, Q, hidden_size), and the association weights (B, H, Q, N), or `None` if
+                the attention function does not form them.
 
         Raises:
-            TypeError: For inputs that are no tensors.
-            ValueError: For a mask without four axes, and for an attention that does not compute the alpha of the configuration.
+            TypeError: If an input is not a tensor.
+            ValueError: If the mask does not have four axes, or if the attention implementation does
+                not compute the alpha of the configuration.
         """
         check_tensors(states=states)
         for name, given in (("memories", memories), ("contents", contents), ("attention_mask", attention_mask)):
@@ -111,7 +136,7 @@ class HopfieldAttention(nn.Module):
         kernel = hopfield_kernel(self.config, self.config._attn_implementation or "eager")
         if attention_mask is not None and attention_mask.dim() != 4 and kernel in ("eager", *KERNELS):
             raise ValueError(
-                f"attention_mask must have shape (B, 1, Q, N), got {tuple(attention_mask.shape)}; of memories alone, (B, N), pass "
+                f"attention_mask must have shape (B, 1, Q, N), got {tuple(attention_mask.shape)}; for a mask of memories (B, N), pass "
                 "mask[:, None, None]"
             )
         state_features = states if self.feature_map is None else self.feature_map(states)
@@ -135,10 +160,13 @@ class HopfieldAttention(nn.Module):
 
     @torch.no_grad()
     def fold_feature_map(self) -> None:
-        """Take Phi into W_Q and W_K, and W_K into W_V where values come through it: fewer products, and the same function.
+        """Fold Phi into W_Q and W_K: the layer computes the same function with fewer products.
+
+        If values pass through W_K, it is folded into W_V too.
 
         Raises:
-            ValueError: If one of them is no plain matrix, but in an adapter, hooked, offloaded or quantized.
+            ValueError: If Phi or a projection is not a plain matrix: if it is inside an adapter,
+                hooked, offloaded or quantized.
         """
         if self.feature_map is None:
             return
@@ -154,21 +182,21 @@ class HopfieldAttention(nn.Module):
                 )
                 raise ValueError(
                     f"{name} must be a plain {kind.__name__} to be folded, got {what}; "
-                    "of a model with adapters fold what merge_and_unload() returns"
+                    "if the model has adapters, fold the model that merge_and_unload() returns"
                 )
         if self.value_source == "projected_memory":
-            self.v_proj = _composed(self.v_proj, self.k_proj.weight, self.k_proj.bias)
+            self.v_proj = _compose(self.v_proj, self.k_proj.weight, self.k_proj.bias)
             self.value_source = "memory"
-        self.q_proj = _composed(self.q_proj, self.feature_map.weight)
-        self.k_proj = _composed(self.k_proj, self.feature_map.weight)
+        self.q_proj = _compose(self.q_proj, self.feature_map.weight)
+        self.k_proj = _compose(self.k_proj, self.feature_map.weight)
         self.feature_map = None
 
     def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.view(*tokens.shape[:-1], self.num_attention_heads, self.head_dim).transpose(1, 2)
 
 
-def _composed(outer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
-    """The linear layer `outer(weight x + bias)`, composed in fp64."""
+def _compose(outer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
+    """Return the linear layer `outer(weight x + bias)`, composed in fp64."""
     like = {"device": weight.device, "dtype": weight.dtype}
     composed = nn.utils.skip_init(nn.Linear, weight.shape[1], outer.out_features, outer.bias is not None, **like)
     composed.train(outer.training).requires_grad_(outer.weight.requires_grad)
@@ -180,18 +208,20 @@ def _composed(outer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None 
 
 
 class FoldableModel(HopfieldPreTrainedModel):
-    """A model whose layers are `HopfieldAttention`."""
+    """Base of models whose layers are `HopfieldAttention`, which can fold their feature maps."""
 
     read_at_each_call = (*HopfieldPreTrainedModel.read_at_each_call, "attention_probs_dropout_prob")
 
     def fold_feature_maps(self):
-        """A copy of the model for inference, whose feature maps are taken into its projections: fewer products, and the same outputs.
+        """Return a copy for inference with its feature maps folded into its projections.
 
-        It is a model without Phi (`config.use_feature_map` is `False`), and saves and loads as one; this one stays as it is.
+        The copy computes the same outputs with fewer products. It is a model without Phi
+        (`config.use_feature_map` is `False`), and saves and loads as one. The original does not
+        change.
 
         Raises:
-            ValueError: For a model with adapters of Phi or projections, which `merge_and_unload()` merges, or with hooked,
-                offloaded or quantized ones.
+            ValueError: If Phi or a projection is hooked, offloaded, quantized, or inside an
+                adapter; `merge_and_unload()` merges adapters.
         """
         folded = copy.deepcopy(self)
         for module in folded.modules():
@@ -208,13 +238,21 @@ class FoldableModel(HopfieldPreTrainedModel):
 
 
 class HopfieldPooling(nn.Module):
-    """Learned state patterns Q retrieve from a set X: HopfieldPooling (Ramsauer et al., arXiv 2008.02217), with a feature map.
+    r"""Pool a set of items: learned state patterns Q retrieve from the set X.
 
-    `Sep_alpha[beta (W_Q Phi(LN(Q))) (W_K Phi(LN(X)))^T] W_V LN(X)`, each of the three with a layer norm of its own; heads, beta and further
-    retrieval steps as in `HopfieldAttention`. Without Phi and at alpha = 1 it is the published layer. A set without any item gives
-    the bias of the output projection.
+    This is HopfieldPooling (Ramsauer et al., arXiv 2008.02217) with a feature map:
 
-    Reads from the configuration what `HopfieldAttention` does, num_queries, layer_norm_eps and initializer_range.
+    $$
+    \mathrm{Sep}_\alpha [\beta (W_Q \Phi(\mathrm{LN}(Q))) (W_K \Phi(\mathrm{LN}(X)))^T] \,
+    W_V \mathrm{LN}(X)
+    $$
+
+    Each of the three inputs has its own layer norm. Heads, beta and further retrieval steps are as
+    in `HopfieldAttention`. Without Phi and at alpha = 1 it is the published layer. A set without
+    any item gives the bias of the output projection.
+
+    The layer reads the fields of `config` that `HopfieldAttention` reads, and num_queries,
+    layer_norm_eps and initializer_range.
     """
 
     def __init__(self, config):
@@ -229,15 +267,29 @@ class HopfieldPooling(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the state patterns anew."""
+        """Draw new values for the state patterns."""
         init.normal_(self.queries, mean=0.0, std=self.config.initializer_range)
 
     def memories(self, states: torch.Tensor) -> torch.Tensor:
-        """Items as the feature map sees them."""
+        """Return the normalised items, which are the input of the feature map."""
         return self.layernorm_memory(states)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Pool items (B, N, hidden_size), those that the mask (B, N) has, or all, to (B, num_queries, hidden_size); and the weights."""
+        """Pool the items of each set.
+
+        Further keyword arguments go to the attention function.
+
+        Args:
+            states: Items (B, N, hidden_size).
+            mask: Boolean or 0 / 1 mask (B, N), true where an item is present; `None` if all are.
+
+        Returns:
+            The pooled items (B, num_queries, hidden_size), and the association weights, or `None`
+                as in `HopfieldAttention.forward`.
+
+        Raises:
+            TypeError: If the items are not a tensor.
+        """
         check_tensors(states=states)
         queries = self.layernorm_query(self.queries).expand(states.shape[0], -1, -1)
         contents = self.layernorm_content(states)

@@ -1,4 +1,4 @@
-"""What the models of all families share: how they are saved and loaded, and that their configuration says what they compute."""
+"""Base class of all model families: saving, loading, and a configuration that matches the model."""
 
 import copy
 import dataclasses
@@ -12,36 +12,40 @@ from .loading import AutoClassesMixin, SafetensorsOnlyMixin
 from .validation import is_traced
 
 
-# Fields that matter only when weights are drawn.
-_STARTS = {"initializer_range", "init_std", "position_init_std", "feature_init"}
+# Fields that are used only to initialise weights.
+_INITIALIZATION_FIELDS = {"initializer_range", "init_std", "position_init_std", "feature_init"}
 
 
 class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrainedModel):
-    """A `PreTrainedModel` whose configuration says at every time what it computes, so that a saved model is the model that ran.
+    """A `PreTrainedModel` whose configuration always says what the model computes.
 
-    A field of the configuration that is edited after the model was built either takes effect at the next call, in every part of the model
-    (those in `read_at_each_call`: alpha, beta and their like), or is refused there and by `save_pretrained`.
+    Therefore a saved model is the model that ran. If a field of the configuration is edited after
+    the model was built, one of two things happens. Fields in `read_at_each_call`
+    (such as alpha and beta) take effect at the next call, in every part of the model. An edit of
+    another field raises a `ValueError` at the next call and in `save_pretrained`.
     """
 
     read_at_each_call: tuple[str, ...] = ("alpha", "beta", "update_steps")
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
-        # Fields that `from_pretrained` overrides were set one by one, past the configuration's own check.
+        # Because `from_pretrained` sets overridden fields one by one, without the configuration's
+        # own check, we check them here.
         config.validate_hopfield()
         super().__init__(config, *args, **kwargs)
         self.remember_configuration()
 
     def remember_configuration(self) -> None:
-        """Take the configuration as it is for that of the weights."""
+        """Record the current configuration as the one that the weights were built for."""
         self._built_for = self.config
         self._built_with = copy.deepcopy(self._fields())
 
     def check_configuration(self) -> None:
-        """Accept edits of the configuration that calls read, once they are in range.
+        """Accept edits of fields that are read at each call, if the values are in range.
 
         Raises:
-            ValueError: For a field that is read only when the model is built, or a value out of its range, naming the field; and for
-                another configuration than the model was built with, which its layers would not see.
+            ValueError: If a field that is read only when the model is built was edited, or if a
+                value is out of range (the message names the field). Also if the configuration
+                object was replaced, because the layers keep the old one.
         """
         if is_traced():
             return
@@ -57,7 +61,7 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
             return
         for name, value in fields.items():
             before = built[name]
-            if value == before or name in self.read_at_each_call or name in _STARTS:
+            if value == before or name in self.read_at_each_call or name in _INITIALIZATION_FIELDS:
                 continue
             if isinstance(value, dict) and isinstance(before, dict):
                 before, value = ({key: each.get(key) for key in value if value[key] != before.get(key)} for each in (before, value))
@@ -71,27 +75,28 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
         self.remember_configuration()
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """See `PreTrainedModel.save_pretrained`.
+        """Save the model; see `PreTrainedModel.save_pretrained`.
 
         Raises:
-            ValueError: As `check_configuration`: what would be saved is not what ran.
+            ValueError: As in `check_configuration`, if the saved configuration would differ from
+                the model that ran.
         """
         self.check_configuration()
         for name, part in self.named_modules():
             own = getattr(part, "config", None)
             if isinstance(own, type(self.config)) and own is not self.config:
-                raise ValueError(f"{name} has a configuration of its own, which would not be saved; its model's is model.config")
+                raise ValueError(f"{name} has a configuration of its own, which would not be saved; edit model.config instead")
         super().save_pretrained(*args, **kwargs)
 
     def _fields(self) -> dict[str, Any]:
-        """The values of the configuration's own fields."""
+        """Return the values of the configuration's own fields."""
         kind: Any = type(self.config)
         fields = {name: getattr(self.config, name) for name in (*_own_fields(kind), *self._sizes())}
-        # A backbone's own alpha is read at each call.
+        # Because a backbone reads its own alpha at each call, we leave alpha out.
         return {name: _without_alpha(value) if isinstance(value, PreTrainedConfig) else value for name, value in fields.items()}
 
     def _sizes(self) -> dict[str, int]:
-        """What the model itself says of fields that others than the user set: how many labels and memories it has."""
+        """Return fields that code other than the user's sets, such as the number of labels."""
         return {} if getattr(self, "num_labels", None) is None else {"num_labels": cast(int, self.num_labels)}
 
 
@@ -101,7 +106,7 @@ def _without_alpha(config: PreTrainedConfig) -> dict[str, Any]:
 
 @functools.cache
 def _own_fields(kind: Any) -> tuple[str, ...]:
-    """Names of a configuration's fields, without those of every `PreTrainedConfig`."""
+    """Return the names of a configuration's fields, without those of every `PreTrainedConfig`."""
     inherited = {field.name for field in dataclasses.fields(PreTrainedConfig)}
     return tuple(field.name for field in dataclasses.fields(kind) if field.name not in inherited)
 

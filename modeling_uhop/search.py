@@ -1,4 +1,8 @@
-"""Retrieval from many memories: alpha > 1 gives most of them no weight, so that a few candidates are enough, and known to be."""
+"""Exact retrieval from many memories through a few candidates.
+
+At alpha > 1 most memories get no weight. Therefore a few candidates are enough, and a check shows
+that they are.
+"""
 
 import contextlib
 import math
@@ -20,22 +24,24 @@ try:
 except ImportError:
     faiss = None  # type: ignore[assignment]
 
-# Scores formed at once: 64 MB of fp32.
+# Number of scores formed at once: 64 MB of fp32.
 _SCORES = 2**24
 
-# Scores and indices (Q, k) of the k memories whose features are most like those of each query, the best first; -inf where none was found.
+# A function of (queries, k) that returns scores and indices (Q, k) of the k most similar memories
+# in feature space, best first. The score is -inf where no memory was found.
 Candidates = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
-# Entries of vectors that an index gives back at once.
-_HELD = 2**22
-# How far a vector that an index holds may be from a feature beyond what the index rounds off, as a part of the feature's norm.
+# Number of vector entries that are read from an index at once.
+_ENTRIES_AT_ONCE = 2**22
+# Allowed distance between a stored vector and its feature beyond the index's own rounding, relative
+# to the norm of the feature.
 _TOLERANCE = 1e-4
-# The features, and their version, that an index was found to hold.
-_IN_STEP: WeakKeyDictionary[Any, tuple[ReferenceType[torch.Tensor], int]] = WeakKeyDictionary()
+# For each verified index, the features that it holds and their version.
+_VERIFIED: WeakKeyDictionary[Any, tuple[ReferenceType[torch.Tensor], int]] = WeakKeyDictionary()
 
 
 def brute_force(features: torch.Tensor) -> Candidates:
-    """Candidates among memories with features (M, D), by all inner products."""
+    """Find candidates among memories with features (M, D) by all inner products."""
     wide = at_least_fp32(features)
 
     def candidates(queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,10 +55,12 @@ def brute_force(features: torch.Tensor) -> Candidates:
 
 
 def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` largest of each row (Q, M), the best first, and their indices: `torch.topk`, in a pass and a little for few of many.
+    """Return the `count` largest scores of each row (Q, M), best first, and their indices.
 
-    A row is cut into groups. The `count` groups with the largest maxima hold the `count` largest scores: each of these is in a group whose
-    maximum is no less, and of such groups there are at most `count`.
+    This is `torch.topk`, faster if few of many scores are wanted. A row is cut into groups. The
+    `count` groups with the largest maxima contain the `count` largest scores, because each of these
+    scores is in a group whose maximum is at least as large, and there are at most `count` such
+    groups.
     """
     size = math.isqrt(scores.shape[1] // max(1, count))
     groups = scores.shape[1] // max(1, size)
@@ -67,13 +75,17 @@ def largest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 class FaissIndex:
-    """Candidates by an index of the faiss library; see `faiss_index`."""
+    """Candidates from an index of the faiss library; see `faiss_index`."""
 
     def __init__(self, index: Any):
         self.index = index
 
     def check(self, memory_count: int, feature_dim: int) -> None:
-        """A `ValueError` where the index does not hold this many features of this width by their inner products."""
+        """Check that the index holds this many features of this width, ranked by inner products.
+
+        Raises:
+            ValueError: If it does not.
+        """
         name = type(self.index).__name__
         if faiss is not None and getattr(self.index, "metric_type", faiss.METRIC_INNER_PRODUCT) != faiss.METRIC_INNER_PRODUCT:
             raise ValueError(
@@ -93,8 +105,12 @@ class FaissIndex:
             )
 
     def check_features(self, features: torch.Tensor) -> None:
-        """A `ValueError` where the index holds others than these features (M, D), or does not tell; see `faiss_index`."""
-        if _known_in_step(self.index, features):
+        """Check that the index holds these features (M, D); see `faiss_index`.
+
+        Raises:
+            ValueError: If it holds other vectors or does not give its vectors back.
+        """
+        if _is_verified(self.index, features):
             return
         name = type(self.index).__name__
         try:
@@ -102,7 +118,7 @@ class FaissIndex:
         except (NotImplementedError, AttributeError, RuntimeError) as error:
             raise ValueError(
                 f"a faiss index must give back the vectors that it holds, to be compared with the features, but {name} does "
-                f"not ({_said(error)}); let the memory keep its own index, which is always in step with it: memory.index(...)"
+                f"not ({_faiss_message(error)}); let the memory keep its own index, which it always updates: memory.index(...)"
             ) from error
         if wrong is not None:
             raise ValueError(
@@ -115,21 +131,28 @@ class FaissIndex:
     def __call__(self, queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         scores, indices = self.index.search(queries.float().cpu().contiguous().numpy(), count)
         found = torch.from_numpy(indices).to(queries.device)
-        # What an index does not find has the index -1.
+        # Because faiss returns index -1 where it found nothing, we set the score to -inf there.
         return torch.from_numpy(scores).to(queries.device).masked_fill_(found < 0, -torch.inf), found.clamp_(min=0)
 
 
 def faiss_index(index: Any) -> Candidates:
-    """Candidates by an inner-product index of the faiss library that holds `memory.stored_features()`, in their order.
+    """Make candidates from an inner-product index of the faiss library.
 
-    Retrieval is exact if the index is (`IndexFlatIP`). One that overlooks memories retrieves from those that it finds. Before every search
-    the index is asked for its metric, its width and how many vectors it holds. Before the first one, and again when memories or Phi have
-    changed, every vector that it holds is compared with the feature of its memory: it must be as near to this as the index's own code of
-    the feature is. A change of the index alone that keeps the number of its vectors is not seen. An index that does not give its vectors
-    back (`IndexShards`) is refused. What does not fit is a `ValueError`; `UHopMemoryModel.index` keeps an index that always fits.
+    The index must hold `memory.stored_features()`, in their order. Retrieval is exact if the index
+    is exact (`IndexFlatIP`). An index that misses memories retrieves from those that it finds.
+
+    Before every search, the metric, the width and the number of vectors of the index are checked.
+    Before the first search, and again when memories or Phi have changed, every stored vector is
+    compared with the feature of its memory: it must be as close to the feature as the index's own
+    code of the feature is. A later change of the index that keeps the number of its vectors is not
+    detected. An index that does not give its vectors back (`IndexShards`) cannot be used. A failed
+    check raises a `ValueError`. `UHopMemoryModel.index` keeps an index that always passes.
+
+    Args:
+        index: An index of faiss.
 
     Raises:
-        TypeError: For what is no index of faiss.
+        TypeError: If `index` is not an index of faiss.
     """
     if not callable(getattr(index, "search", None)):
         raise TypeError(f"faiss_index needs an index of the faiss library, such as faiss.IndexFlatIP, got {type(index).__name__}")
@@ -137,7 +160,11 @@ def faiss_index(index: Any) -> Candidates:
 
 
 def as_candidates(given: Any) -> Candidates:
-    """Candidates as they are, or those of an index of faiss; a `TypeError` for what is neither."""
+    """Convert an index of faiss to candidates; return a candidate function unchanged.
+
+    Raises:
+        TypeError: If the input is neither.
+    """
     if callable(given):
         return given
     if not callable(getattr(given, "search", None)):
@@ -148,29 +175,37 @@ def as_candidates(given: Any) -> Candidates:
 
 
 def mark_in_step(index: Any, features: torch.Tensor) -> None:
-    """Note that an index of faiss holds these features as they are now; tensors of inference mode have no version to tell that by."""
+    """Record that an index of faiss holds these features in their current version.
+
+    Tensors of inference mode have no version, and are not recorded.
+    """
     if not features.is_inference():
-        _IN_STEP[index] = ref(features), features._version
+        _VERIFIED[index] = ref(features), features._version
 
 
-def _known_in_step(index: Any, features: torch.Tensor) -> bool:
-    held = _IN_STEP.get(index)
+def _is_verified(index: Any, features: torch.Tensor) -> bool:
+    held = _VERIFIED.get(index)
     return held is not None and not features.is_inference() and held[0]() is features and held[1] == features._version
 
 
 def first_difference(index: Any, features: np.ndarray) -> int | None:
-    """The first of the features (M, D) that an index of faiss holds another vector for, beyond what the index rounds off.
+    """Return the first of the features (M, D) for which an index of faiss holds another vector.
+
+    Differences within the index's own rounding are ignored. The result is `None` if there is no
+    other difference.
 
     Raises:
-        NotImplementedError, AttributeError, RuntimeError: If the index does not give its vectors back.
+        NotImplementedError: If the index does not give its vectors back.
+        AttributeError: If the index does not give its vectors back.
+        RuntimeError: If the index does not give its vectors back.
     """
     if faiss is not None and isinstance(index, faiss.Index):
         index = faiss.downcast_index(index)
         if isinstance(index, faiss.IndexIDMap):
             ids = faiss.vector_to_array(index.id_map)
-            strange = np.flatnonzero(np.bincount(ids[(ids >= 0) & (ids < len(features))], minlength=len(features)) != 1)
-            if len(strange) > 0:
-                return int(strange[0])
+            not_once = np.flatnonzero(np.bincount(ids[(ids >= 0) & (ids < len(features))], minlength=len(features)) != 1)
+            if len(not_once) > 0:
+                return int(not_once[0])
             place = first_difference(index.index, features[ids])
             return None if place is None else int(ids[place])
         if isinstance(index, faiss.IndexPreTransform):
@@ -183,16 +218,18 @@ def first_difference(index: Any, features: np.ndarray) -> int | None:
         if isinstance(index, faiss.IndexHNSW):
             return first_difference(index.storage, features)
     if faiss is None or not isinstance(index, faiss.IndexIVF):
-        # What has no `reconstruct` ends the process in `reconstruct_n`.
+        # Because `reconstruct_n` ends the process if the index has no `reconstruct`, we call
+        # `reconstruct` first.
         index.reconstruct(0)
-    size = max(1, _HELD // max(1, features.shape[1]))
+    size = max(1, _ENTRIES_AT_ONCE // max(1, features.shape[1]))
     for start in range(0, len(features), size):
-        some = features[start : start + size]
-        # An inverted list leaves a vector that it does not hold as it was.
-        held = index.reconstruct_n(start, len(some), np.full_like(some, np.nan))
-        norms, far = np.linalg.norm(some.astype(np.float64), axis=1), _distances(some, held)
+        chunk = features[start : start + size]
+        # Because an inverted list leaves the output of a missing vector unchanged, we fill it with
+        # NaN first.
+        held = index.reconstruct_n(start, len(chunk), np.full_like(chunk, np.nan))
+        norms, far = np.linalg.norm(chunk.astype(np.float64), axis=1), _distances(chunk, held)
         if not (far <= _TOLERANCE * norms).all():
-            near = _distances(some, _coded(index, some))
+            near = _distances(chunk, _as_stored(index, chunk))
             wrong = np.flatnonzero(~(far <= (1.0 + 1e-3) * near + _TOLERANCE * norms))
             if len(wrong) > 0:
                 return start + int(wrong[0])
@@ -204,23 +241,31 @@ def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return distances
 
 
-def _coded(index: Any, vectors: np.ndarray) -> np.ndarray:
-    """What an index would hold of vectors: themselves, unless it compresses."""
+def _as_stored(index: Any, vectors: np.ndarray) -> np.ndarray:
+    """Return what an index would store: the vectors themselves unless it compresses."""
     with contextlib.suppress(AttributeError, RuntimeError):
         vectors = index.sa_decode(index.sa_encode(vectors))
     return vectors
 
 
-def _said(error: BaseException) -> str:
-    """A message of faiss without the C++ function and the source file that it begins with."""
+def _faiss_message(error: BaseException) -> str:
+    """Return a message of faiss without the C++ function and source file at its start."""
     return re.sub(r"^Error in .* at \S+:\d+: (Error: )?", "", str(error), flags=re.DOTALL)
 
 
 def trained_index(factory: str, parameters: str, features: torch.Tensor) -> Any:
-    """An inner-product index of faiss with these features (M, D), made by `faiss.index_factory`; without any it is not trained.
+    """Make an inner-product index of faiss with these features (M, D), by `faiss.index_factory`.
+
+    Without any feature the index is not trained.
+
+    Args:
+        factory: The factory string, such as "HNSW32".
+        parameters: Search parameters in the form of `faiss.ParameterSpace`, or an empty string.
+        features: Features (M, D) of the memories.
 
     Raises:
-        ValueError: For a factory string or parameters that faiss refuses, or too few features to train it, with faiss's message.
+        ValueError: If faiss refuses the factory string, the parameters or too few training features
+            (with faiss's message), or if the index does not rank by inner products.
         ImportError: If faiss is not installed.
     """
     if faiss is None:
@@ -237,9 +282,9 @@ def trained_index(factory: str, parameters: str, features: torch.Tensor) -> Any:
             space.set_index_parameters(index, parameters)
     except (RuntimeError, TypeError) as error:
         given = f"{factory!r}" + (f" with {parameters!r}" if parameters else "")
-        raise ValueError(f"faiss refuses an index of {given} for {len(vectors)} memories: {_said(error)}") from error
+        raise ValueError(f"faiss refuses an index of {given} for {len(vectors)} memories: {_faiss_message(error)}") from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise ValueError(f"an index must rank by inner products, which {factory!r} does not")
+        raise ValueError(f"an index must rank by inner products, which {factory!r} does not; choose another factory string")
     return index
 
 
@@ -254,27 +299,40 @@ def sparse_association(
     top_k: int = 64,
     features: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Association weights of the memories that have any, `p = Sep_alpha(beta <Phi(Xi), Phi(x)>)` (U-Hop, arXiv 2404.03827, equation 2.4).
+    r"""Compute the association weights of those memories that have any weight.
 
-    Weights of the k best candidates are those of all memories exactly if the last of them gets none: the threshold is above its score,
-    and above every lower one. Queries for which it does get some are asked again with four times as many.
+    $$
+    p = \mathrm{Sep}_\alpha(\beta \langle \Phi(\Xi), \Phi(x) \rangle)
+    $$
+
+    This is U-Hop (arXiv 2404.03827), equation 2.4. The weights of the k best candidates equal those
+    of all memories if the last candidate gets no weight, because the threshold is then above its
+    score and every lower score. Queries whose last candidate gets weight are searched again with
+    four times as many candidates.
 
     Args:
         queries: Features (Q, D) of the queries.
-        memory_count: Number of memories M.
-        candidates: `brute_force`, or an index whose answers are exact; one of faiss as it is, or through `faiss_index`.
-        beta, alpha: As in `retrieve`. At alpha = 1 every memory has some weight, and all are candidates.
-        top_k: Candidates to begin with, at least 1.
-        features: Features (M, D) of the memories, where the scores of candidates may not be their inner products: these are computed of
-            what is found. An index of faiss is compared with them.
+        memory_count: Number M of memories.
+        candidates: `brute_force(features)`, or an index with exact answers. An index of faiss can
+            be passed directly or through `faiss_index`.
+        beta: Inverse temperature, as in `retrieve`.
+        alpha: Tsallis exponent, as in `retrieve`. At alpha = 1 every memory has weight, and all are
+            candidates.
+        top_k: Number of candidates at first, at least 1.
+        features: Features (M, D) of the memories. They are needed if the scores of the candidates
+            may differ from the inner products: the scores are then computed again for the memories
+            that were found. An index of faiss is compared with them.
 
     Returns:
-        Weights and indices (Q, K), with as many columns as the query that needed most; a weight of 0 fills up the others.
+        Weights and indices (Q, K). K is the largest number of memories that any query needed; other
+            queries have weights of 0 at the end.
 
     Raises:
-        ValueError: If there is no memory, `top_k` is below 1, candidates have a wrong shape, indices that no memory has or that occur
-            twice, or scores that are not numbers, or scores overflow fp64.
-        TypeError: For candidates that are no function and no index of faiss, or give something else than two tensors.
+        ValueError: If there is no memory, if `top_k` is below 1, or if scores overflow fp64. Also
+            if the candidates have a wrong shape, an index that is out of range or occurs twice, or
+            a NaN score.
+        TypeError: If the candidates are neither a function nor an index of faiss, or do not return
+            two tensors.
     """
     if memory_count < 1 or top_k < 1:
         raise ValueError(f"there must be at least one memory and one candidate, got {memory_count} memories and top_k={top_k}")
@@ -310,7 +368,12 @@ def sparse_association(
 
 
 def _check_candidates(scores: torch.Tensor, found: torch.Tensor, shape: tuple[int, int], memory_count: int) -> None:
-    """A `ValueError` for candidates that no search can have found."""
+    """Check the scores and indices that candidates returned.
+
+    Raises:
+        ValueError: If no search can have found them.
+        TypeError: If they are not tensors or the indices are not integers.
+    """
     for name, tensor in (("scores", scores), ("indices", found)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"candidates must give scores and indices as tensors, got {name} of {type(tensor).__name__}")
@@ -322,29 +385,30 @@ def _check_candidates(scores: torch.Tensor, found: torch.Tensor, shape: tuple[in
         raise ValueError(f"candidates must have indices in [0, {memory_count}), got {found.min().item()} to {found.max().item()}")
     if bool(scores.isnan().any()):
         raise ValueError(f"candidates must have scores that are numbers, got {int(scores.isnan().sum())} NaN")
-    # What was not found has any index; each such place gets a number of its own.
-    nothing = -1 - torch.arange(shape[1], device=found.device)
-    named = torch.where(scores == -torch.inf, nothing, found).sort(dim=-1).values
-    if bool((named[:, 1:] == named[:, :-1]).any()):
+    # Because a place where nothing was found may have any index, we give each such place its own
+    # negative number.
+    missing = -1 - torch.arange(shape[1], device=found.device)
+    memory_of = torch.where(scores == -torch.inf, missing, found).sort(dim=-1).values
+    if bool((memory_of[:, 1:] == memory_of[:, :-1]).any()):
         raise ValueError("candidates must name each memory at most once for a query, got some twice")
 
 
 def _exact_scores(queries: torch.Tensor, features: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Inner products (Q, k) of queries (Q, D) and the features (M, D) of what was found for each."""
+    """Compute inner products (Q, k) of queries (Q, D) and found features of (M, D)."""
     if 4 * found.shape[1] >= len(features):
         return inner_products(queries, features).gather(1, found)
     size = max(1, _SCORES // (found.shape[1] * features.shape[1]))
     parts = zip(queries.split(size), found.split(size), strict=True)
-    return torch.cat([in_range(lambda x, xi: torch.einsum("qd,qkd->qk", x, xi), "scores", x, features[some]) for x, some in parts])
+    return torch.cat([in_range(lambda x, xi: torch.einsum("qd,qkd->qk", x, xi), "scores", x, features[chunk]) for x, chunk in parts])
 
 
 def _scaled(scores: torch.Tensor, beta: float) -> torch.Tensor:
-    """`beta * scores`, of which some may be -inf, in fp64 where others overflow."""
+    """Compute `beta * scores`, where some may be -inf; in fp64 if others overflow."""
     scaled = beta * scores
     lost = is_readable(scaled) and not torch.equal(scaled.isfinite(), scores.isfinite())
     return beta * scores.double() if lost else scaled
 
 
 def mixture(memories: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """`sum_k weights_k memories[indices_k]`, (Q, d)."""
+    r"""Compute $\sum_k w_k \xi_{i_k}$ (Q, d) from weights w (Q, K) and memory indices i (Q, K)."""
     return torch.nn.functional.embedding_bag(indices, memories, per_sample_weights=weights.to(memories.dtype), mode="sum")

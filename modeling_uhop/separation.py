@@ -1,4 +1,4 @@
-"""Stage I, the separation step: spread the stored patterns over the unit sphere of the feature space."""
+"""Separation step (Stage I): spread the stored patterns over the unit sphere in feature space."""
 
 import copy
 import math
@@ -28,41 +28,50 @@ def separation_loss(
     mask: torch.Tensor | None = None,
     sample: int | None = None,
 ) -> torch.Tensor:
-    """How crowded memories are in feature space; the lower, the better separated.
+    r"""Measure how crowded memories are in feature space; a lower loss is a better separation.
 
-    With features scaled to unit norm, K = <Phi_mu, Phi_nu> and tau the temperature (tau = 1 / (2 t); the papers use t = 2, tau = 0.25):
+    Features are scaled to unit norm, $K_{\mu\nu} = \langle \Phi_\mu, \Phi_\nu \rangle$, and $\tau$
+    is the temperature ($\tau = 1 / (2 t)$; the papers use $t = 2$, that is $\tau = 0.25$). The
+    choices of `kind` are:
 
-    - "average":    log mean_{mu != nu} exp((K - 1) / tau), that is log E exp(-t |Phi_mu - Phi_nu|^2)   (U-Hop, 2404.03827, equation 2.6)
-    - "squared":    log mean_{mu != nu} exp((K^2 - 1) / tau), least when features are orthogonal        (U-Hop, equation 3.2)
-    - "nearest":    max_{mu != nu} (K - 1) / tau, the closest pair alone                                (U-Hop, section G.2)
-    - "per_memory": mean_mu log sum_{nu != mu} exp(K / tau), whose minimiser tends to an optimal
-                    spherical code as tau -> 0                                                          (U-Hop+, 2410.23126)
+    - "average": $\log \mathrm{mean}_{\mu \ne \nu} \exp((K_{\mu\nu} - 1) / \tau)$, that is
+        $\log E \exp(-t |\Phi_\mu - \Phi_\nu|^2)$ (U-Hop, arXiv 2404.03827, equation 2.6).
+    - "squared": $\log \mathrm{mean}_{\mu \ne \nu} \exp((K_{\mu\nu}^2 - 1) / \tau)$, which is
+        smallest for orthogonal features (U-Hop, equation 3.2).
+    - "nearest": $\max_{\mu \ne \nu} (K_{\mu\nu} - 1) / \tau$, which depends on the closest pair
+        only (U-Hop, section G.2).
+    - "per_memory": $\mathrm{mean}_\mu \log \sum_{\nu \ne \mu} \exp(K_{\mu\nu} / \tau)$, whose
+        minimiser tends to an optimal spherical code as $\tau \to 0$ (U-Hop+, arXiv 2410.23126).
 
     Args:
-        features: Features (..., M, D) of M memories, of any norm: they are scaled to the unit sphere here. Leading axes hold
-            independent memory sets.
-        kind: One of the four above.
-        temperature: tau > 0.
-        mask: Boolean, either (..., M), True where a memory is present, or (..., M, M), True where a pair counts; told apart by
-            their number of axes. An absent memory has no influence, even if it is NaN.
-        sample: Look at this many memories, at least 2, drawn anew at every call: for millions of them. The mean of the exponentials over
-            pairs stays unbiased, and the loss is its log. `None` for all, which a mask needs.
+        features: Features (..., M, D) of M memories, of any norm. Leading axes hold independent
+            memory sets.
+        kind: One of the four kinds above.
+        temperature: The temperature tau, positive.
+        mask: Boolean. A mask (..., M) is True where a memory is present; a mask (..., M, M) is True
+            where a pair counts. The number of axes tells them apart. An absent memory has no
+            influence, even if it is NaN.
+        sample: Number of memories to use, at least 2, drawn again at each call; useful for millions
+            of memories. The mean of the exponentials over pairs stays unbiased; the loss is its
+            logarithm. `None` uses all memories, and a mask requires `None`.
 
     Returns:
-        The mean loss over the sets that have a pair, a scalar in fp32 or better, differentiable once (twice with a mask of pairs). Memory
-        grows with M, not with its square, save with a mask of pairs. Sets without a pair contribute nothing; if no set
-        has one, the loss is 0 and so is its gradient.
+        The mean loss over the sets that have a pair, a scalar in fp32 or better. Sets without a
+            pair contribute nothing. If no set has a pair, the loss and its gradient are 0. The loss
+            is differentiable once, or twice with a mask of pairs. Its use of computer memory grows
+            with M, or with M squared with a mask of pairs.
 
     Raises:
-        ValueError: For an unknown kind, a temperature that is not positive, a mask of another number of axes, or a sample below 2,
-            with a mask, or for the nearest pair, which it hardly ever has.
-        TypeError: For what is no tensor.
+        ValueError: If the kind is unknown, the temperature is not positive, or the mask has another
+            number of axes. Also if `sample` is below 2, or is combined with a mask or with
+            `kind="nearest"`: a random sample rarely contains the closest pair.
+        TypeError: If an input is not a tensor.
 
-    >>> from modeling_uhop import separation_loss
-
-    >>> crowded = torch.nn.functional.normalize(torch.ones(4, 3) + 0.1 * torch.randn(4, 3), dim=-1)
-    >>> (separation_loss(torch.eye(4)) < separation_loss(crowded)).item()
-    True
+    Examples:
+        >>> from modeling_uhop import separation_loss
+        >>> crowded = 1.0 + 0.1 * torch.randn(4, 3)
+        >>> (separation_loss(torch.eye(4)) < separation_loss(crowded)).item()
+        True
     """
     (features,) = as_floats(features=features)
     check_tensor(mask, "mask")
@@ -72,7 +81,9 @@ def separation_loss(
         raise ValueError(f"temperature must be positive, got {temperature}")
     if sample is not None and (sample < 2 or kind == "nearest" or mask is not None):
         given = f"sample={sample}, kind={kind!r}" + (" and a mask" if mask is not None else "")
-        raise ValueError(f"sample must be at least 2, without a mask, and of a kind other than 'nearest', got {given}")
+        raise ValueError(
+            f"sample must be at least 2, without a mask, and of a kind other than 'nearest', got {given}; use sample=None for these"
+        )
     if mask is not None and mask.dim() not in (features.dim() - 1, features.dim()):
         raise ValueError(
             f"mask must have {features.dim() - 1} axes (memories) or {features.dim()} (pairs) for features of shape "
@@ -86,12 +97,13 @@ def separation_loss(
     else:
         loss = _loss_of_sets(features, kind, temperature, mask)
     if kind == "per_memory" and features.shape[-2] < count:
-        loss = loss + math.log((count - 1) / (features.shape[-2] - 1))  # a sum over the others, of which fewer are here
+        # Because this loss is a sum over the other memories, we scale the sum over the sample up.
+        loss = loss + math.log((count - 1) / (features.shape[-2] - 1))
     return loss
 
 
 def _loss_of_sets(features: torch.Tensor, kind: str, temperature: float, mask: torch.Tensor | None) -> torch.Tensor:
-    """`separation_loss` over all pairs of present memories."""
+    """Compute `separation_loss` over all pairs of present memories."""
     size = features.shape[-2]
     if size < 2:
         return (features * 0.0).nan_to_num().sum()
@@ -106,7 +118,10 @@ def _loss_of_sets(features: torch.Tensor, kind: str, temperature: float, mask: t
 
 
 def _loss_of_counted_pairs(features: torch.Tensor, kind: str, temperature: float, mask: torch.Tensor) -> torch.Tensor:
-    """`separation_loss` over the pairs (..., M, M) that count, whose similarities are all there at once."""
+    """Compute `separation_loss` over the pairs (..., M, M) that count.
+
+    All similarities are formed at once.
+    """
     if features.shape[-2] < 2:
         return (features * 0.0).nan_to_num().sum()
     different = ~torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
@@ -135,7 +150,10 @@ def _loss_of_counted_pairs(features: torch.Tensor, kind: str, temperature: float
 
 
 def _log_sum(exponents: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log-sum-exp over the last axis of what is counted, 0 where nothing is, and where anything is."""
+    """Compute log-sum-exp over the entries of the last axis that count, and whether there are any.
+
+    The sum is 0 if no entry counts.
+    """
     present = counted.any(-1)
     exponents = exponents.masked_fill(~counted, -math.inf).masked_fill(~present.unsqueeze(-1), 0.0)
     return torch.where(present, torch.logsumexp(exponents, -1), 0.0), present
@@ -148,23 +166,31 @@ def denoising_loss(
     temperature: float = 0.1,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """How badly memories are recognised from corrupted copies: `mean_mu -log softmax_nu(<Phi(x_mu), Phi(xi_nu)> / tau)_mu` (InfoNCE).
+    r"""Measure how badly memories are recognised from corrupted copies (InfoNCE loss).
 
-    The per-memory loss of U-Hop+ with a corrupted copy x_mu of the memory as its positive: beside spreading memories it keeps the copies
-    where they belong. At tau = 1 / beta it is minus the log weight of the right memory in a retrieval at alpha = 1.
+    $$
+    \mathrm{mean}_\mu \; -\log \mathrm{softmax}_\nu
+    \left( \langle \Phi(x_\mu), \Phi(\xi_\nu) \rangle / \tau \right)_\mu
+    $$
+
+    This is the per-memory loss of U-Hop+ with a corrupted copy $x_\mu$ of each memory $\xi_\mu$ as
+    its positive. It spreads the memories and keeps each copy close to its memory. At
+    $\tau = 1 / \beta$ it is minus the log weight of the correct memory in a retrieval at alpha = 1.
+    It is not in the papers.
 
     Args:
-        corrupted_features: Features (..., Q, D) of copies, in the order of the memories that they are of.
-        features: Features (..., M, D) of memories, Q of them first.
-        temperature: tau > 0.
-        mask: Boolean (..., M), True where a memory is present: others are no choice, and their copies do not count.
+        corrupted_features: Features (..., Q, D) of copies, in the order of their memories.
+        features: Features (..., M, D) of memories. The first Q are the memories of the copies.
+        temperature: The temperature tau, positive.
+        mask: Boolean (..., M), True where a memory is present. An absent memory is not a candidate,
+            and its copy does not count.
 
     Returns:
-        The mean over copies, a scalar in fp32 or better; 0 without any.
+        The mean over copies, a scalar in fp32 or better; 0 without any copy.
 
     Raises:
-        ValueError: For a temperature that is not positive.
-        TypeError: For what is no tensor.
+        ValueError: If the temperature is not positive.
+        TypeError: If an input is not a tensor.
     """
     corrupted_features, features = as_floats(corrupted_features=corrupted_features, features=features)
     check_tensor(mask, "mask")
@@ -180,7 +206,7 @@ def denoising_loss(
     if mask is None:
         losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
         return losses.sum() / max(1, losses.numel())
-    # Finite, so that a set without any memory has a finite gradient.
+    # Because a set without any memory needs a finite gradient, we use a finite value, not -inf.
     scores = scores.masked_fill(~stored_mask.mT, torch.finfo(scores.dtype).min)
     losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
     mask = mask.expand_as(losses)
@@ -202,39 +228,51 @@ def maximize_separation(
     batch_size: int | None = None,
     mask: torch.Tensor | None = None,
 ) -> list[float]:
-    """Stage I on one feature map: gradient steps on W alone.
+    r"""Run the separation step (Stage I) on one feature map: gradient steps on its matrix W.
 
-    - "uhop" (U-Hop Algorithm 1): `separation_loss` at a fixed temperature, then the rows of W are scaled to unit norm. Default kind
-      "average", temperature 0.25.
-    - "uhop+" (U-Hop+, projected gradient descent `W <- Proj(W - lr dL)`): the rows are scaled to unit norm after every step, while the
-      temperature falls geometrically from `temperature` (0.25) to `final_temperature`. Default kind "per_memory".
-    - "denoising": `denoising_loss` of fresh corrupted copies in every step, at a fixed temperature (0.1).
+    The choices of `method` are:
+
+    - "uhop" (U-Hop, Algorithm 1): minimise `separation_loss` at a fixed temperature, then scale the
+        rows of W to unit norm. The default kind is "average", the default temperature 0.25.
+    - "uhop+" (U-Hop+): projected gradient descent, $W \leftarrow \mathrm{Proj}(W - \eta \nabla L)$.
+        The rows are scaled to unit norm after every step, and the temperature falls geometrically
+        from `temperature` (0.25) to `final_temperature`. The default kind is "per_memory".
+    - "denoising": minimise `denoising_loss` of new corrupted copies in every step, at a fixed
+        temperature (0.1).
 
     Args:
-        feature_map: The map to move, in place; one in half precision by way of fp32. Nothing else moves, and no `.grad` is left behind.
+        feature_map: The map to train, in place. A map in half precision is trained in fp32. Nothing
+            else changes, and no `.grad` is left behind.
         memories: Patterns (..., M, d).
-        steps: Gradient steps N, at least 0.
+        method: "uhop", "uhop+" or "denoising".
+        steps: Number of gradient steps, at least 0.
         lr: Learning rate.
         optimizer: "adam" or "sgd".
-        kind, temperature, mask: As in `separation_loss`; "denoising" has no kind and takes no mask.
+        kind: As in `separation_loss`; not used by "denoising".
+        temperature: As in `separation_loss`; `None` for the default of the method.
+        final_temperature: The last temperature of "uhop+".
         corruption: For "denoising", a function from patterns to corrupted patterns.
-        batch_size: How many memories, drawn anew in every step, a step looks at; `None` for all. At least 2.
+        batch_size: Number of memories that each step uses, at least 2, drawn again in every step.
+            `None` uses all.
+        mask: As in `separation_loss`; not accepted by "denoising".
 
     Returns:
-        The loss before each step, then the loss of the final map (before it is rounded to half precision, if it is): `steps + 1` values.
-        Under "uhop+" each is at its own step's temperature.
+        The `steps + 1` losses: the loss before each step, then the loss of the final map (before it
+            is rounded to half precision, if it is). With "uhop+", each loss is at the temperature
+            of its step.
 
     Raises:
-        ValueError: For an unknown method or optimizer, a number out of its range, or a frozen map.
-        TypeError: For memories that are no tensor.
-        RuntimeError: Under `torch.inference_mode()`.
+        ValueError: If the method or the optimizer is unknown, a number is out of its range, the
+            feature map is frozen, the gradient is not finite, or "denoising" gets a kind or a mask.
+        TypeError: If the memories are not a tensor.
+        RuntimeError: If called under `torch.inference_mode()`.
 
-    >>> from modeling_uhop import FeatureMap, maximize_separation
-
-    >>> phi = FeatureMap(8, normalize=True)
-    >>> history = maximize_separation(phi, 1.0 + torch.rand(6, 8), steps=20, lr=1e-2)
-    >>> history[-1] < history[0]
-    True
+    Examples:
+        >>> from modeling_uhop import FeatureMap, maximize_separation
+        >>> phi = FeatureMap(8, normalize=True)
+        >>> history = maximize_separation(phi, 1.0 + torch.rand(6, 8), steps=20, lr=1e-2)
+        >>> history[-1] < history[0]
+        True
     """
     check_tensors(memories=memories)
     memories = memories if memories.is_floating_point() else memories.to(feature_map.weight.dtype)
@@ -246,32 +284,32 @@ def maximize_separation(
     if batch_size is not None and batch_size < 2:
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
     if method == "denoising" and (kind is not None or mask is not None):
-        raise ValueError("method 'denoising' must come without a kind or a mask")
+        raise ValueError("method 'denoising' accepts neither a kind nor a mask; leave both at None")
     for name, tau in (("temperature", temperature), ("final_temperature", final_temperature)):
         if tau is not None and not tau > 0:
             raise ValueError(f"{name} must be positive, got {tau}")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("separation needs gradients, which torch.inference_mode() forbids; torch.no_grad() does not")
     if not feature_map.weight.requires_grad:
-        raise ValueError("the feature map must be able to move, but it is frozen (requires_grad=False)")
+        raise ValueError("the feature map is frozen (requires_grad=False); call feature_map.requires_grad_() first")
     kind = kind or ("per_memory" if method == "uhop+" else "average")
     temperature = temperature or (0.1 if method == "denoising" else 0.25)
     final_temperature = final_temperature if method == "uhop+" else temperature
     moving = feature_map
     is_half = _is_half(feature_map.weight)
     if is_half:
-        # The whole step, normalising of rows too, in fp32.
+        # Because small steps would be lost in half precision, we train a copy in fp32.
         moving, memories = copy.deepcopy(feature_map).float(), memories.float()
 
     def loss_at(step: int) -> torch.Tensor:
         tau = annealed(temperature, final_temperature, max(0, min(step, steps - 1)), steps)
-        seen, seen_mask = _subsample(memories, mask, batch_size)
+        batch, batch_mask = _subsample(memories, mask, batch_size)
         if method == "denoising":
-            return denoising_loss(moving(corruption(seen)), moving(seen), temperature=tau)
-        return separation_loss(moving(seen), kind=kind, temperature=tau, mask=seen_mask)
+            return denoising_loss(moving(corruption(batch)), moving(batch), temperature=tau)
+        return separation_loss(moving(batch), kind=kind, temperature=tau, mask=batch_mask)
 
     parameters = [moving.weight]
-    private = SeparationOptimizer(optimizer, parameters, lr)
+    separation_optimizer = SeparationOptimizer(optimizer, parameters, lr)
     history = []
     for step in logging.tqdm(range(steps), desc="separation", leave=False, delay=3):
         with torch.enable_grad():
@@ -279,9 +317,9 @@ def maximize_separation(
             gradients = torch.autograd.grad(loss, parameters)
         if is_readable(loss) and not is_finite(gradients[0]):
             raise ValueError(
-                "the gradient of the separation loss must be finite, but that of memories so small or so large is not; scale them"
+                "the gradient of the separation loss must be finite, and is not: the memories are too small or too large; scale them"
             )
-        private.step(gradients)
+        separation_optimizer.step(gradients)
         if method == "uhop+":
             moving.normalize_rows()
         history.append(loss.item())
@@ -295,7 +333,7 @@ def maximize_separation(
 
 
 def _subsample(memories: torch.Tensor, mask: torch.Tensor | None, batch_size: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A random part of the memories (..., M, d), with its part of the mask."""
+    """Draw a random subset of the memories (..., M, d), and the same subset of the mask."""
     count = memories.shape[-2]
     if batch_size is None or batch_size >= count:
         return memories, mask
@@ -306,22 +344,23 @@ def _subsample(memories: torch.Tensor, mask: torch.Tensor | None, batch_size: in
 
 
 def annealed(start: float, end: float, step: int, steps: int) -> float:
-    """Geometric path from `start` at step 0 to `end` at step `steps - 1`."""
+    """Interpolate geometrically from `start` at step 0 to `end` at step `steps - 1`."""
     return start * (end / start) ** (step / max(steps - 1, 1))
 
 
 class SeparationOptimizer:
-    """Stage I's private optimizer, which leaves the parameters' own `.grad` as it was.
+    """Optimizer of Stage I, which leaves the parameters' own `.grad` unchanged.
 
-    Steps of half-precision parameters are taken in fp32: small ones would be lost in rounding, and Adam's epsilon is 0 in fp16.
+    Half-precision parameters are updated through fp32 copies, because small steps would be lost in
+    rounding, and Adam's epsilon is 0 in fp16.
 
     Args:
-        name: "sgd" (the papers') or "adam".
-        parameters: What it moves.
+        name: "sgd" (used in the papers) or "adam".
+        parameters: The parameters to update.
         lr: Learning rate, at least 0.
 
     Raises:
-        ValueError: For another name, or a negative rate.
+        ValueError: If the name is unknown or the rate is negative.
     """
 
     def __init__(self, name: str, parameters: Iterable[nn.Parameter], lr: float):
@@ -335,26 +374,26 @@ class SeparationOptimizer:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """One step with a gradient for each parameter, or `None` for one that stays."""
-        kept = [wide.grad for wide in self.wide]
+        """Take one step with a gradient for each parameter, or `None` to leave it unchanged."""
+        own_gradients = [wide.grad for wide in self.wide]
         for parameter, wide, gradient in zip(self.parameters, self.wide, gradients, strict=True):
             if wide is not parameter:
-                # Others may have moved it since.
+                # Because other code may have changed the parameter, we refresh its fp32 copy.
                 wide.copy_(torch.where(wide.to(parameter.dtype) == parameter, wide, parameter.float()))
             wide.grad = None if gradient is None else at_least_fp32(gradient)
         self.inner.step()
-        for parameter, wide, before in zip(self.parameters, self.wide, kept, strict=True):
-            wide.grad = before
+        for parameter, wide, own_gradient in zip(self.parameters, self.wide, own_gradients, strict=True):
+            wide.grad = own_gradient
             if wide is not parameter:
                 parameter.copy_(wide)
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs, with the fp32 copies by the places of their parameters."""
+        """Return the state for an exact resume, including the fp32 copies."""
         copies = {place: wide for place, wide in enumerate(self.wide) if wide is not self.parameters[place]}
         return {**self.inner.state_dict(), "wide": copies}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore the state that `state_dict` returned."""
         self.inner.load_state_dict({name: part for name, part in state.items() if name != "wide"})
         for place, wide in state.get("wide", {}).items():
             self.wide[place].copy_(wide)

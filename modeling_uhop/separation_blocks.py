@@ -1,7 +1,9 @@
-"""Separation losses a block of pairs at a time: no matrix of all pairs, and the gradient in the same pass as the loss.
+r"""Separation losses in blocks of pairs, without a matrix of all pairs.
 
-A pair (mu, nu) of unit features enters by K = <Phi_mu, Phi_nu> alone, so that its share of the gradient is a multiple of Phi_nu for mu and
-of Phi_mu for nu: a block adds two matrix products to the gradient, and is forgotten. Blocks lie on and above the diagonal.
+The gradient is computed in the same pass as the loss. A pair (mu, nu) of unit features enters the
+loss only through $K = \langle \Phi_\mu, \Phi_\nu \rangle$. Therefore its share of the gradient is a
+multiple of $\Phi_\nu$ for mu, and of $\Phi_\mu$ for nu. Each block adds two matrix products to the
+gradient and is then discarded. Blocks lie on and above the diagonal.
 """
 
 import math
@@ -15,12 +17,18 @@ from .feature_map import magnitude
 from .validation import is_readable
 
 
-# Rows and columns of a block: 1 MB of fp32.
+# Number of rows and of columns of a block: 1 MB of fp32.
 _BLOCK = 512
 
 
 class Block(NamedTuple):
-    """Similarities (S, rows, columns) between two ranges of memories, -inf where a pair does not count."""
+    """Similarities between two ranges of memories.
+
+    Attributes:
+        rows: The range of the first memories.
+        columns: The range of the second memories.
+        similarity: Similarities (S, rows, columns), -inf where a pair does not count.
+    """
 
     rows: slice
     columns: slice
@@ -28,23 +36,27 @@ class Block(NamedTuple):
 
 
 def blocked_separation_loss(features: torch.Tensor, members: torch.Tensor | None, kind: str, temperature: float) -> torch.Tensor:
-    """Losses (S,) of S sets of features (S, M, D), as in `separation_loss`; 0 for a set without a pair. Differentiable once.
+    """Compute the separation losses (S,) of S sets of features.
+
+    The equations are those of `separation_loss`. The loss of a set without a pair is 0. It is
+    differentiable once.
 
     Args:
-        features: In fp32 or better, of any norm.
-        members: Boolean (S, M), which memories are present; `None` for all.
-        kind, temperature: As in `separation_loss`.
+        features: Features (S, M, D) in fp32 or better, of any norm.
+        members: Boolean (S, M), True where a memory is present; `None` if all are.
+        kind: As in `separation_loss`.
+        temperature: As in `separation_loss`.
     """
-    wanted = torch.is_grad_enabled() and features.requires_grad
-    losses: torch.Tensor = _BlockedSeparation.apply(features, members, kind, temperature, wanted)
+    needs_gradient = torch.is_grad_enabled() and features.requires_grad
+    losses: torch.Tensor = _BlockedSeparation.apply(features, members, kind, temperature, needs_gradient)
     return losses
 
 
 class _BlockedSeparation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, features, members, kind, temperature, wanted):
+    def forward(ctx, features, members, kind, temperature, needs_gradient):
         losses = features.new_empty(len(features))
-        gradient = torch.empty_like(features) if wanted else None
+        gradient = torch.empty_like(features) if needs_gradient else None
         sets = max(1, _BLOCK**2 // (features.shape[1] * max(features.shape[1:])))
         for first in range(0, len(features), sets):
             part = slice(first, first + sets)
@@ -55,13 +67,13 @@ class _BlockedSeparation(torch.autograd.Function):
             unit.div_(norm)
             present = None if members is None else members[part]
             if gradient is None:
-                losses[part] = _KINDS[kind](unit, present, temperature, None)
+                losses[part] = _LOSSES[kind](unit, present, temperature, None)
                 continue
-            slope = torch.zeros_like(unit)
-            losses[part] = _KINDS[kind](unit, present, temperature, slope)
-            along = torch.linalg.vecdot(unit, slope).unsqueeze(-1)
-            torch.div(slope.addcmul_(unit, along, value=-1.0), norm * size, out=gradient[part])
-        if wanted:
+            unit_gradient = torch.zeros_like(unit)
+            losses[part] = _LOSSES[kind](unit, present, temperature, unit_gradient)
+            radial = torch.linalg.vecdot(unit, unit_gradient).unsqueeze(-1)
+            torch.div(unit_gradient.addcmul_(unit, radial, value=-1.0), norm * size, out=gradient[part])
+        if needs_gradient:
             ctx.save_for_backward(gradient)
         return losses
 
@@ -73,7 +85,7 @@ class _BlockedSeparation(torch.autograd.Function):
 
 
 def _blocks(features: torch.Tensor, members: torch.Tensor | None, scale: float = 1.0) -> Iterator[Block]:
-    """Blocks of pairs mu < nu, their similarities times `scale`, each in the place of the one before."""
+    """Yield blocks of pairs mu < nu with scaled similarities; all blocks share one buffer."""
     ranges = [slice(start, start + _BLOCK) for start in range(0, features.shape[1], _BLOCK)]
     size = min(_BLOCK, features.shape[1])
     buffer = features.new_empty(len(features) * size**2)
@@ -92,7 +104,7 @@ def _blocks(features: torch.Tensor, members: torch.Tensor | None, scale: float =
 
 
 def _add_to_gradient(gradient: torch.Tensor, features: torch.Tensor, block: Block, weights: torch.Tensor) -> None:
-    """Adds what the pairs of a block give, each with its weight."""
+    """Add the gradient of the pairs of a block, each with its weight."""
     if block.rows == block.columns:
         gradient[:, block.rows].baddbmm_(weights + weights.mT, features[:, block.rows])
     else:
@@ -103,7 +115,10 @@ def _add_to_gradient(gradient: torch.Tensor, features: torch.Tensor, block: Bloc
 def _mean_of_exponentials(
     features: torch.Tensor, members: torch.Tensor | None, power: int, temperature: float, gradient: torch.Tensor | None
 ) -> torch.Tensor:
-    """`log mean exp((K^power - 1) / temperature)` over pairs, for a power of 1 or 2; the largest exponent so far is taken off."""
+    r"""Compute $\log \mathrm{mean} \exp((K^n - 1) / \tau)$ over pairs, for a power n of 1 or 2.
+
+    The largest exponent so far is subtracted from all exponents.
+    """
     largest = features.new_full((len(features), 1, 1), -torch.inf)
     total = features.new_zeros(len(features), 1, 1)
     for block in _blocks(features, members, 1.0 / temperature if power == 1 else 1.0):
@@ -117,7 +132,7 @@ def _mean_of_exponentials(
         weights = exponents.sub_(torch.where(above == -torch.inf, 0.0, above)).exp_()
         total = total * shrunk + weights.sum((1, 2), keepdim=True)
         if gradient is not None:
-            # After a few blocks the largest seldom rises.
+            # Because the largest exponent seldom rises after a few blocks, we often skip this.
             if not is_readable(shrunk) or bool((shrunk != 1.0).any()):
                 gradient *= shrunk
             slopes = weights if power == 1 else weights.mul_(similarity.clamp_(min=-1.0))
@@ -130,7 +145,8 @@ def _mean_of_exponentials(
     return torch.where(present, largest - 1.0 / temperature + total.log(), 0.0).flatten() - pairs.clamp(min=1).log()
 
 
-# Each kind returns losses (S,) and, where a gradient is wanted, adds it to zeros (S, M, D).
+# Each of the following functions returns losses (S,). It adds the gradient to `gradient` (S, M, D),
+# which is zero at first; `None` if no gradient is needed.
 def _average(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
     return _mean_of_exponentials(features, members, 1, temperature, gradient)
 
@@ -140,7 +156,7 @@ def _squared(features: torch.Tensor, members: torch.Tensor | None, temperature: 
 
 
 def _nearest(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
-    """The gradient goes to one closest pair of a set, the first."""
+    """Compute the loss of the closest pair; only the first such pair gets a gradient."""
     largest = features.new_full((len(features),), -torch.inf)
     pairs = torch.zeros(len(features), 2, dtype=torch.long, device=features.device)
     for block in _blocks(features, members):
@@ -158,7 +174,11 @@ def _nearest(features: torch.Tensor, members: torch.Tensor | None, temperature: 
 
 
 def _per_memory(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
-    """Two passes: the sums of all rows, then, for the gradient, the weights that are made with them."""
+    """Compute the loss of U-Hop+ in two passes.
+
+    The first pass computes the sums of all rows. The second, if a gradient is needed, computes the
+    weights from these sums.
+    """
     log_sums = features.new_full(features.shape[:2], -torch.inf)
     for block in _blocks(features, members, 1.0 / temperature):
         exponents = block.similarity
@@ -180,9 +200,9 @@ def _per_memory(features: torch.Tensor, members: torch.Tensor | None, temperatur
 
 
 def _pairs(features: torch.Tensor, members: torch.Tensor | None) -> torch.Tensor:
-    """Number of pairs of each set (S,)."""
+    """Count the pairs of each set (S,)."""
     count = features.new_full((len(features),), features.shape[1]) if members is None else members.sum(-1).to(features.dtype)
     return count * (count - 1.0) / 2.0
 
 
-_KINDS = {"average": _average, "squared": _squared, "nearest": _nearest, "per_memory": _per_memory}
+_LOSSES = {"average": _average, "squared": _squared, "nearest": _nearest, "per_memory": _per_memory}

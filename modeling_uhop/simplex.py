@@ -1,17 +1,30 @@
-"""Simplex maps: from similarity scores to association weights.
+r"""Simplex maps turn similarity scores into association weights: softmax, entmax and sparsemax.
 
-A modern Hopfield network turns the scores `z` of a query against the stored patterns into a distribution over them,
+A modern Hopfield network maps the scores $z$ of a query against the stored patterns to a
+probability distribution $p$ over these patterns:
 
-    p*(z) = argmax_{p in simplex} <p, z> - Omega_alpha(p),      Omega_alpha(p) = 1 / (alpha (alpha - 1)) sum_i (p_i^alpha - p_i),
+$$
+p^*(z) = \arg\max_{p \in \mathrm{simplex}} \langle p, z \rangle - \Omega_\alpha(p),
+\qquad
+\Omega_\alpha(p) = \frac{1}{\alpha (\alpha - 1)} \sum_i (p_i^\alpha - p_i)
+$$
 
-the gradient of the convex conjugate Psi*_alpha(z) of the Tsallis regulariser Omega_alpha (U-Hop, arXiv 2404.03827, equations 2.3 and D.1).
-`alpha = 1` is softmax (Omega_1 is the negative Shannon entropy), `alpha = 2` sparsemax, and everything between them is alpha-entmax.
+This map is the gradient of $\Psi^*_\alpha(z)$, the convex conjugate of the Tsallis regulariser
+$\Omega_\alpha$ (U-Hop, arXiv 2404.03827, equations 2.3 and D.1). `alpha = 1` is softmax, because
+$\Omega_1$ is the negative Shannon entropy. `alpha = 2` is sparsemax. Values between 1 and 2 are
+alpha-entmax.
 
-With `eps = alpha - 1` the solution is a q-exponential around one threshold `c` per row,
+With $\epsilon = \alpha - 1$, the solution is a q-exponential around one threshold $c$ per row:
 
-    log p_i = log1p(eps (z_i - c)) / eps   where 1 + eps (z_i - c) > 0,   p_i = 0 elsewhere,   sum_i p_i = 1,
+$$
+\log p_i = \frac{\log(1 + \epsilon (z_i - c))}{\epsilon}
+\quad \text{where } 1 + \epsilon (z_i - c) > 0,
+\qquad p_i = 0 \text{ elsewhere},
+\qquad \sum_i p_i = 1
+$$
 
-which tends to softmax as eps -> 0, so one formula, one solver and one gradient serve the whole range.
+This expression tends to softmax as $\epsilon \to 0$. Therefore one formula, one solver and one
+gradient serve the whole range of alpha.
 """
 
 import math
@@ -24,45 +37,57 @@ import torch
 from .validation import as_floats, is_readable, is_traced
 
 
-# Below this a score is so far from the largest that its weight is zero for every alpha; finite, so 0 * it is not NaN.
-_LOWEST = -1e30
-# Newton steps until the threshold is exact to rounding, on the hardest inputs found (near-uniform rows of 16,384 at alpha = 2).
+# A score this low, relative to the largest, has weight zero for every alpha. The value is finite
+# because 0 * -inf would be NaN.
+_LOWEST_SCORE = -1e30
+# This many Newton steps make the threshold exact to rounding on the hardest inputs that we found:
+# near-uniform rows of 16,384 scores at alpha = 2.
 _NEWTON_STEPS = 12
-# Steps before the first look at whether it is.
+# Number of Newton steps before the first convergence check.
 _UNCHECKED_STEPS = 3
-# Where scores times the length of a row exceed this, they are taken relative to the largest: a threshold of their size would round by more
-# than a thousandth of weights of one over that length.
-_LARGE = 2.0**15
-# Rows of so many scores begin with the maxima of so many groups of them.
-_LONG = 512
+# If the largest score times the row length exceeds this, we subtract the row maximum first, because
+# a threshold of that size would be rounded by more than a thousandth of a weight of 1 / row length.
+_SHIFT_LIMIT = 2.0**15
+# Because a pass over a long row is expensive, rows of at least `_LONG_ROW` scores start from the
+# threshold of the maxima of `_GROUPS` groups of scores.
+_LONG_ROW = 512
 _GROUPS = 32
 
 
 def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: int = -1, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Distribution `p*(scores)` along `dim`: softmax, alpha-entmax or sparsemax (U-Hop equation 2.3, `Sep_alpha`).
+    r"""Map scores to a probability distribution along `dim`: softmax, alpha-entmax or sparsemax.
+
+    This is the map $\mathrm{Sep}_\alpha$ of U-Hop (arXiv 2404.03827, equation 2.3):
+
+    $$
+    p^*(z) = \arg\max_{p \in \mathrm{simplex}} \langle p, z \rangle - \Omega_\alpha(p)
+    $$
 
     Args:
-        scores: Scores of any shape. `-inf` marks an absent item. Half-precision scores are mapped in fp32, and integers are floats.
-        alpha: Tsallis exponent in [1, 2]: 1 softmax, 1.5 entmax, 2 sparsemax. A tensor must broadcast against `scores` with size 1
-            along `dim`; it receives its exact gradient (also at 1), which is what a learnable alpha needs.
-        dim: The axis that becomes a distribution.
-        mask: Boolean, broadcastable to `scores`, True where an item is present. An absent item gets weight 0 and has no influence.
+        scores: Scores $z$ of any shape. A score of `-inf` marks an absent item. Half-precision
+            scores are mapped in fp32. Integer scores are converted to floats.
+        alpha: Tsallis exponent in [1, 2]: 1 is softmax, 1.5 is 1.5-entmax, 2 is sparsemax. A tensor
+            must broadcast against `scores` and have size 1 along `dim`. It receives its exact
+            gradient, also at 1, so that alpha can be learned.
+        dim: The axis along which the weights sum to 1.
+        mask: Boolean, broadcastable to `scores`, True where an item is present. An absent item gets
+            weight 0 and has no influence.
 
     Returns:
-        Weights of the shape and dtype of `scores`. Each row sums to 1; a row without any present item is all zeros, and its
-        gradient is zero.
+        Weights with the shape and dtype of `scores`. Each row sums to 1. A row without any present
+            item is all zeros, and its gradient is zero.
 
     Raises:
-        ValueError: If `alpha` is outside [1, 2] (or, as a tensor, not a single value along `dim`).
-        TypeError: For scores that are no tensor.
+        ValueError: If `alpha` is outside [1, 2], or is a tensor whose size along `dim` is not 1.
+        TypeError: If `scores` is not a tensor.
 
-    >>> from modeling_uhop import simplex_map
-
-    >>> scores = torch.tensor([2.0, 1.5, -1.0])
-    >>> [round(weight, 3) for weight in simplex_map(scores, alpha=1.0).tolist()]
-    [0.604, 0.366, 0.03]
-    >>> simplex_map(scores, alpha=2.0).tolist()
-    [0.75, 0.25, 0.0]
+    Examples:
+        >>> from modeling_uhop import simplex_map
+        >>> scores = torch.tensor([2.0, 1.5, -1.0])
+        >>> [round(weight, 3) for weight in simplex_map(scores, alpha=1.0).tolist()]
+        [0.604, 0.366, 0.03]
+        >>> simplex_map(scores, alpha=2.0).tolist()
+        [0.75, 0.25, 0.0]
     """
     (scores,) = as_floats(scores=scores)
     _check_alpha(alpha, scores, dim)
@@ -82,21 +107,37 @@ def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: in
 def simplex_conjugate(
     scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: int = -1, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Convex conjugate `Psi*_alpha(scores) = max_p <p, scores> - Omega_alpha(p)` along `dim` (U-Hop equation 2.3 at beta = 1).
+    r"""Compute the convex conjugate of the Tsallis regulariser, a generalised log-sum-exp.
 
-    Its gradient is `simplex_map(scores, alpha, dim, mask)`. `alpha = 1` is log-sum-exp; `alpha = 2` is
-    `1/2 |z|^2 - 1/2 |p - z|^2 + 1/2`. At another inverse temperature, `Psi*_alpha(beta, z) = Psi*_alpha(beta z) / beta`.
+    This is U-Hop (arXiv 2404.03827), equation 2.3, at inverse temperature beta = 1:
 
-    Args and errors are those of `simplex_map`.
+    $$
+    \Psi^*_\alpha(z) = \max_{p \in \mathrm{simplex}} \langle p, z \rangle - \Omega_\alpha(p)
+    $$
+
+    Its gradient is `simplex_map(scores, alpha, dim, mask)`. At `alpha = 1` it is log-sum-exp. At
+    `alpha = 2` it is $\frac{1}{2} |z|^2 - \frac{1}{2} |p - z|^2 + \frac{1}{2}$. At another inverse
+    temperature, $\Psi^*_\alpha(\beta, z) = \Psi^*_\alpha(\beta z) / \beta$.
+
+    Args:
+        scores: As in `simplex_map`.
+        alpha: As in `simplex_map`.
+        dim: The axis that is reduced.
+        mask: As in `simplex_map`.
 
     Returns:
-        `scores` reduced along `dim`, in fp32 or better. A row without any present item gives 0.
+        The conjugate, with the shape of `scores` without `dim`, in fp32 or better. A row without
+            any present item gives 0.
 
-    >>> from modeling_uhop import simplex_conjugate
+    Raises:
+        ValueError: If `alpha` is outside [1, 2], or is a tensor whose size along `dim` is not 1.
+        TypeError: If `scores` is not a tensor.
 
-    >>> scores = torch.tensor([2.0, 1.5, -1.0])
-    >>> torch.isclose(simplex_conjugate(scores, alpha=1.0), scores.logsumexp(-1)).item()
-    True
+    Examples:
+        >>> from modeling_uhop import simplex_conjugate
+        >>> scores = torch.tensor([2.0, 1.5, -1.0])
+        >>> torch.isclose(simplex_conjugate(scores, alpha=1.0), scores.logsumexp(-1)).item()
+        True
     """
     (scores,) = as_floats(scores=scores)
     _check_alpha(alpha, scores, dim)
@@ -114,7 +155,10 @@ def simplex_conjugate(
 
 
 def tsallis_entropy_terms(weights: torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:
-    """Terms `(p_i - p_i^alpha) / (alpha (alpha - 1))` whose sum is the Tsallis entropy `-Omega_alpha(p)`; at alpha = 1, `-p_i log p_i`."""
+    r"""Compute the terms of the Tsallis entropy $-\Omega_\alpha(p)$, one for each weight.
+
+    Each term is $(p_i - p_i^\alpha) / (\alpha (\alpha - 1))$. At alpha = 1 it is $-p_i \log p_i$.
+    """
     log_weights = _safe_log(weights)
     eps = torch.as_tensor(alpha, dtype=weights.dtype, device=weights.device) - 1.0
     return -weights * log_weights * _expm1_ratio(eps * log_weights) / (1.0 + eps)
@@ -127,7 +171,10 @@ def _check_alpha(alpha: float | torch.Tensor, scores: torch.Tensor, dim: int) ->
 
 
 def check_alpha_range(alpha: float | torch.Tensor) -> None:
-    """A `ValueError` for an alpha outside [1, 2]; a tensor's values are looked at only where that costs little."""
+    """Raise a `ValueError` if alpha is outside [1, 2].
+
+    The values of a tensor are checked only if Python can read them cheaply; see `is_readable`.
+    """
     if not isinstance(alpha, torch.Tensor):
         if not isinstance(alpha, Real) or not 1.0 <= alpha <= 2.0:
             raise ValueError(f"alpha must lie in [1, 2], got {alpha!r}")
@@ -136,17 +183,17 @@ def check_alpha_range(alpha: float | torch.Tensor) -> None:
 
 
 def _aligned(alpha: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """`alpha` with leading axes of size 1, so that its axes line up with those of `scores`."""
+    """Add leading axes of size 1 to `alpha`, so that its axes line up with those of `scores`."""
     return alpha.reshape((1,) * (scores.dim() - alpha.dim()) + alpha.shape)
 
 
 def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or in fp32 if it is half precision."""
+    """Convert half precision to fp32; return every other tensor unchanged."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def cast_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Factors of a product as autocast has them, where it is on: in its dtype, but for those of fp64."""
+    """Cast inputs to the autocast dtype if autocast is enabled; float64 inputs stay unchanged."""
     device = tensors[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
@@ -157,14 +204,15 @@ def _entmax(scores: torch.Tensor, alpha: float | torch.Tensor, dim: int) -> torc
     if isinstance(alpha, torch.Tensor):
         alpha = _aligned(alpha, scores).to(scores.dtype)
     if torch.jit.is_tracing():
-        # ONNX's TorchScript exporter loses what a function of our own changes in place.
+        # Because ONNX's TorchScript exporter loses the in-place changes of a custom autograd
+        # function, we call the solver directly.
         return entmax_solve(scores * entmax_scale(alpha - 1.0), alpha - 1.0, dim).weights
     weights: torch.Tensor = _Entmax.apply(scores, alpha - 1.0, dim)
     return weights
 
 
 class _Entmax(torch.autograd.Function):
-    """alpha-entmax for eps = alpha - 1 in [0, 1], with exact gradients for the scores and for eps."""
+    """Alpha-entmax for eps = alpha - 1 in [0, 1], with exact gradients for scores and eps."""
 
     @staticmethod
     def forward(ctx, scores, eps, dim):
@@ -183,21 +231,27 @@ class _Entmax(torch.autograd.Function):
 
 
 def entmax_scale(eps: float | torch.Tensor) -> float:
-    """What scores are multiplied with for `entmax_solve`."""
+    """Return the factor by which scores must be multiplied before `entmax_solve`."""
     return 1.0 if isinstance(eps, torch.Tensor) or not has_root(eps) else eps
 
 
 def has_root(eps: float | torch.Tensor) -> bool:
-    """Whether weights are a power of a difference, which needs no logarithm: those of 1.5-entmax and sparsemax."""
+    """Return whether weights need no logarithm, because they are a power of a difference.
+
+    This holds for 1.5-entmax (eps = 0.5) and sparsemax (eps = 1).
+    """
     return not isinstance(eps, torch.Tensor) and eps in (0.5, 1.0)
 
 
 class Solution(NamedTuple):
-    """Weights of rows of scores, with their sum at 1 but for rounding, and what `entmax_recall` makes them from again.
+    """Result of `entmax_solve`: weights of rows of scores, and the values that restore them later.
 
     Attributes:
-        threshold: What is above it, of scores less their shift, has weight.
-        shift: The largest score of each row, where some are so large that a threshold beside them would be lost in rounding.
+        weights: Weights whose sum along each row is 1 up to rounding.
+        threshold: The threshold of each row. A score, less the shift of its row, has weight if it
+            is above the threshold.
+        shift: The largest score of each row if any scores are so large that the threshold would
+            lose precision, or if values cannot be read; otherwise `None`.
     """
 
     weights: torch.Tensor
@@ -206,69 +260,82 @@ class Solution(NamedTuple):
 
 
 def entmax_solve(scores: torch.Tensor, eps: float | torch.Tensor, dim: int = -1) -> Solution:
-    """Weights by Newton's method on the (1 / eps)-norm of the truncated scores.
+    """Solve for the weights by Newton's method on the (1 / eps)-norm of the truncated scores.
 
-    It is convex and falls in the threshold, so that from the left (where the largest weight is 1) the steps climb to the root without
-    overshooting. At eps = 0 one step is exact.
+    This norm is convex and decreases as the threshold rises. Therefore steps that start on the
+    left, where the largest weight is 1, rise to the root without overshooting it. At eps = 0 one
+    step is exact.
 
     Args:
-        scores: Scores, times `entmax_scale(eps)`. Overwritten.
+        scores: Scores times `entmax_scale(eps)`. They are overwritten.
+        eps: alpha - 1, in [0, 1].
+        dim: The axis along which the weights sum to 1.
     """
-    # A traced graph serves rows of every length.
-    long = has_root(eps) and dim == -1 and not is_traced() and scores.shape[-1] >= _LONG
-    leaders = _group_maxima(scores) if long else scores
+    # Because a traced graph serves rows of every length, we do not branch on the length there.
+    is_long = has_root(eps) and dim == -1 and not is_traced() and scores.shape[-1] >= _LONG_ROW
+    leaders = _group_maxima(scores) if is_long else scores
     largest = leaders.amax(dim, keepdim=True)
-    # Values are not looked at while tracing, or where that would stall an accelerator.
+    # Because reading values is impossible in a traced graph and stalls an accelerator, we always
+    # shift the scores there.
     magnitude, shift, readable = largest.abs(), None, is_readable(scores)
-    if not readable or not magnitude.amax().item() * scores.shape[dim] <= _LARGE:
+    if not readable or not magnitude.amax().item() * scores.shape[dim] <= _SHIFT_LIMIT:
         shift, largest = largest, _zeros(largest)
         magnitude = _zeros(largest)
         scores.sub_(shift)
-        if long:
+        if is_long:
             leaders.sub_(shift)
-    risen = _zeros(largest)
+    threshold_offset = _zeros(largest)
     precision = torch.finfo(scores.dtype).eps
     if not has_root(eps):
         scores.sub_(largest)
         for step in range(_NEWTON_STEPS):
-            weights, slopes = _q_exponential(scores - risen, eps)
+            weights, slopes = _q_exponential(scores - threshold_offset, eps)
             total = weights.sum(dim, keepdim=True)
             excess = total.log()
-            risen += total * excess * _expm1_ratio(-eps * excess) / slopes.sum(dim, keepdim=True)
+            threshold_offset += total * excess * _expm1_ratio(-eps * excess) / slopes.sum(dim, keepdim=True)
             if readable and step >= _UNCHECKED_STEPS and not excess.abs().amax().item() > 16.0 * precision:
                 break
-        return Solution(_newton_correction(*_q_exponential(scores.sub_(risen), eps), dim), largest.add_(risen), shift)
+        return Solution(_newton_correction(*_q_exponential(scores.sub_(threshold_offset), eps), dim), largest.add_(threshold_offset), shift)
 
-    # Of n items, the next norm at alpha = 1.5 is off 1 by n / 2 times the square of a fall at most.
-    enough = (64.0 * precision / scores.shape[dim]) ** 0.5 if eps == 0.5 else 4.0 * precision
-    unchecked = _UNCHECKED_STEPS - 1 if long else _UNCHECKED_STEPS
-    # A little less than a whole step, lest rounding make it too long: from beyond the threshold there is no way back.
-    caution = 1.0 - 64.0 * precision
-    origin = largest.sub_(magnitude.add_(0.5 / precision), alpha=2.0 * precision)  # where the largest weight is 1, or more by rounding
-    if long:
-        origin = _towards_threshold(leaders, origin, eps)
+    # With n items at alpha = 1.5, the norm after a step differs from 1 by at most n / 2 times the
+    # square of that step.
+    tolerance = (64.0 * precision / scores.shape[dim]) ** 0.5 if eps == 0.5 else 4.0 * precision
+    unchecked = _UNCHECKED_STEPS - 1 if is_long else _UNCHECKED_STEPS
+    # Because the iteration cannot return once it is beyond the threshold, each step is slightly
+    # shorter than a full Newton step, so that rounding does not make it too long.
+    damping = 1.0 - 64.0 * precision
+    # The starting point, where the largest weight is 1, or slightly more because of rounding.
+    origin = largest.sub_(magnitude.add_(0.5 / precision), alpha=2.0 * precision)
+    if is_long:
+        origin = _warm_start(leaders, origin, eps)
     truncate_ = _truncation(scores)
     truncate_(scores, origin, alpha=-1)
     for step in range(_NEWTON_STEPS):
-        fall = _fall(scores, eps, dim).clamp_(max=0.0)
-        risen.sub_(fall, alpha=caution)
-        truncate_(scores, fall, alpha=caution)
+        decrement = _newton_decrement(scores, eps, dim).clamp_(max=0.0)
+        threshold_offset.sub_(decrement, alpha=damping)
+        truncate_(scores, decrement, alpha=damping)
         if readable and step >= unchecked:
-            lowest = fall.amin().item()
+            lowest = decrement.amin().item()
             if lowest != lowest:
-                scores.masked_fill_(risen.isnan(), torch.nan)  # which truncation drops
-            if not lowest < -enough:
+                # Because truncation drops NaN, we write it back.
+                scores.masked_fill_(threshold_offset.isnan(), torch.nan)
+            if not lowest < -tolerance:
                 break
-    return Solution(scores.mul_(scores) if eps == 0.5 else _newton_correction(scores, scores.sign(), dim), origin.add_(risen), shift)
+    return Solution(
+        scores.mul_(scores) if eps == 0.5 else _newton_correction(scores, scores.sign(), dim), origin.add_(threshold_offset), shift
+    )
 
 
 def _zeros(numbers: torch.Tensor) -> torch.Tensor:
-    """Zeros of this shape, which ONNX's TorchScript exporter would take for a constant one if it were asked for zeros."""
+    """Return zeros of the shape of `numbers`.
+
+    ONNX's TorchScript exporter would turn `torch.zeros_like` into a constant of fixed shape.
+    """
     return numbers.clamp(0.0, 0.0)
 
 
 def _group_maxima(scores: torch.Tensor) -> torch.Tensor:
-    """The largest of every `_GROUPS`-th score, (..., _GROUPS)."""
+    """Compute the maxima of `_GROUPS` interleaved groups of scores, (..., _GROUPS)."""
     size, rest = divmod(scores.shape[-1], _GROUPS)
     maxima = scores[..., : size * _GROUPS].unflatten(-1, (size, _GROUPS)).amax(-2)
     if rest > 0:
@@ -276,18 +343,22 @@ def _group_maxima(scores: torch.Tensor) -> torch.Tensor:
     return maxima
 
 
-def _towards_threshold(leaders: torch.Tensor, origin: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
-    """Steps from the origin towards the threshold of some of the scores, which is left of that of all."""
+def _warm_start(leaders: torch.Tensor, origin: torch.Tensor, eps: float | torch.Tensor) -> torch.Tensor:
+    """Take Newton steps from the origin towards the threshold of a subset of the scores.
+
+    This threshold is a lower bound for the threshold of all scores.
+    """
     root = leaders.sub_(origin)
     for _ in range(_UNCHECKED_STEPS):
-        fall = _fall(root.relu_(), eps, -1)
-        root.add_(fall)
-        origin.sub_(fall)
-    return origin.sub_(origin.abs().add_(1.0), alpha=4.0 * torch.finfo(origin.dtype).eps)  # less what rounding may have added
+        decrement = _newton_decrement(root.relu_(), eps, -1)
+        root.add_(decrement)
+        origin.sub_(decrement)
+    # Because rounding may have raised the result, we subtract a bound of the rounding error.
+    return origin.sub_(origin.abs().add_(1.0), alpha=4.0 * torch.finfo(origin.dtype).eps)
 
 
-def _fall(root: torch.Tensor, eps: float | torch.Tensor, dim: int) -> torch.Tensor:
-    """Newton's step for the sum of weights of `root`, the scores above a threshold: minus what the threshold rises by."""
+def _newton_decrement(root: torch.Tensor, eps: float | torch.Tensor, dim: int) -> torch.Tensor:
+    """Compute minus the Newton step of the threshold, from the truncated scores `root`."""
     total = root.sum(dim, keepdim=True)
     if eps == 0.5:
         norm = torch.linalg.vector_norm(root, dim=dim, keepdim=True)
@@ -296,17 +367,28 @@ def _fall(root: torch.Tensor, eps: float | torch.Tensor, dim: int) -> torch.Tens
 
 
 def _newton_correction(weights: torch.Tensor, escort: torch.Tensor, dim: int) -> torch.Tensor:
-    """Weights, in place, less what rounding the threshold added to their sum: a last step of Newton's method, from near the root."""
+    """Correct weights in place, so that their sum is 1 up to rounding.
+
+    This is a last Newton step near the root. It removes the error that the rounding of the
+    threshold added to the sum.
+    """
     remainder = (weights.sum(dim, keepdim=True) - 1.0) / escort.sum(dim, keepdim=True)
     return weights.addcmul_(escort, remainder, value=-1.0).relu_()
 
 
-def entmax_recall(
+def entmax_from_threshold(
     scores: torch.Tensor, threshold: torch.Tensor, eps: float | torch.Tensor, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights that `entmax_solve` made of these scores, less their shift, and their escort `p^(2 - alpha)`, 0 off the support.
+    r"""Compute the weights of `entmax_solve` again from shifted scores and a known threshold.
 
-    Scores are overwritten; weights at alpha = 1.5 take the place of `out`, if it is given.
+    Args:
+        scores: Scores times `entmax_scale(eps)`, less their shift. They are overwritten.
+        threshold: The threshold that `entmax_solve` returned.
+        eps: alpha - 1, in [0, 1].
+        out: Buffer for the weights at alpha = 1.5.
+
+    Returns:
+        The weights and their escort $p^{2 - \alpha}$, which is 0 where the weight is 0.
     """
     if not has_root(eps):
         return _q_exponential(scores.sub_(threshold), eps)
@@ -318,20 +400,28 @@ def entmax_recall(
 
 
 def _truncation(scores: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A function of (x, y, alpha) that puts `[x + alpha y]_+` in the place of x: in one pass on CPUs, which alone have it, but drop NaN."""
+    r"""Return an in-place function of (x, y, alpha) that replaces x by $[x + \alpha y]_+$.
+
+    On CPUs this is a single pass; only CPUs have that operation. It drops NaN.
+    """
     return torch.ops.aten._add_relu_ if is_readable(scores) else lambda x, y, alpha: x.add_(y, alpha=alpha).relu_()
 
 
 def entmax_score_gradient(escort: torch.Tensor, grad: torch.Tensor, dim: int = -1, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Gradient for the scores: `(diag(u) - u u^T / sum u) grad` with the escort u."""
+    r"""Compute the gradient for the scores from the gradient g for the weights.
+
+    It is $(\mathrm{diag}(u) - u u^T / \sum u)\, g$ with the escort u.
+    """
     product = torch.mul(escort, grad, out=out)
     return product.addcmul_(escort, product.sum(dim, keepdim=True) / escort.sum(dim, keepdim=True), value=-1.0)
 
 
 def entmax_eps_gradient(weights: torch.Tensor, escort: torch.Tensor, grad: torch.Tensor, eps: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """Terms along `dim` of the gradient for eps: Correia et al. (2019), equation 10, its two poles at alpha = 1 cancelled by hand.
+    r"""Compute the terms along `dim` of the gradient for eps (Correia et al. 2019, equation 10).
 
-    `first` and `second` are `(p^-eps - 1) / eps` and `(p^-eps - 1 + eps log p) / eps^2`, both finite at eps = 0.
+    The two poles of this equation at alpha = 1 are cancelled analytically. `first` is
+    $(p^{-\epsilon} - 1) / \epsilon$, and `second` is
+    $(p^{-\epsilon} - 1 + \epsilon \log p) / \epsilon^2$; both are finite at eps = 0.
     """
     log_weights = _safe_log(weights)
     power = -eps * log_weights
@@ -346,15 +436,19 @@ def entmax_eps_gradient(weights: torch.Tensor, escort: torch.Tensor, grad: torch
 
 
 def _q_exponential(scores: torch.Tensor, eps: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`p = (1 + eps z)_+^(1 / eps)`, exp(z) at eps = 0, and its slope `p^(1 - eps)`, both 0 off the support."""
+    r"""Compute $p = (1 + \epsilon z)_+^{1 / \epsilon}$ and its slope $p^{1 - \epsilon}$.
+
+    At eps = 0, p is exp(z). Both are 0 where $1 + \epsilon z \le 0$.
+    """
     eps = torch.as_tensor(eps, dtype=scores.dtype, device=scores.device)
-    scores = scores.clamp(min=_LOWEST)
-    # Off the support the root is held above 0, as exponentials of -inf are slow, and the weight is set to 0 behind it.
+    scores = scores.clamp(min=_LOWEST_SCORE)
+    # Because exponentials of -inf are slow, we keep the argument of the logarithm above 0 where the
+    # weight is 0, and multiply the weight by 0 afterwards.
     root = (1.0 + eps * scores).relu_()
     present = root.sign()
-    held = (eps * scores).clamp_(min=torch.finfo(scores.dtype).eps - 1.0)
-    log_weights = torch.log1p(held).div_(torch.where(eps > 0, eps, 1.0))
-    # Where eps = 0 this adds the scores themselves: the limit is exp(z).
+    clamped = (eps * scores).clamp_(min=torch.finfo(scores.dtype).eps - 1.0)
+    log_weights = torch.log1p(clamped).div_(torch.where(eps > 0, eps, 1.0))
+    # Because the limit at eps = 0 is exp(z), we add the scores themselves there.
     log_weights = log_weights.addcmul_(scores, (eps == 0).to(scores.dtype))
     weights = log_weights.exp_().mul_(present)
     return weights, weights / root.clamp_(min=torch.finfo(scores.dtype).tiny)
@@ -365,14 +459,17 @@ def _safe_log(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _expm1_ratio(x: torch.Tensor) -> torch.Tensor:
-    """`(exp(x) - 1) / x`, 1 at 0; differentiable there too."""
+    """Compute $(e^x - 1) / x$, which is 1 at 0; it is differentiable there too."""
     small = x.abs() < 0.5
     large = torch.where(small, 1.0, x)
     return torch.where(small, 1.0 + x * _expm1_remainder(x), (large.exp() - 1.0) / large)
 
 
 def _expm1_remainder(x: torch.Tensor) -> torch.Tensor:
-    """`(exp(x) - 1 - x) / x^2`, 1/2 at 0; by its series where the subtraction would cancel."""
+    """Compute $(e^x - 1 - x) / x^2$, which is 1/2 at 0.
+
+    Near 0 the series is used, because the subtraction would cancel.
+    """
     small = x.abs() < 0.5
     one = _zeros(x) + 1.0
     near, series = torch.where(small, x, 0.0), one

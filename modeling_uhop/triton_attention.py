@@ -1,10 +1,16 @@
-"""Hopfield attention on a GPU for alpha > 1: two Triton kernels for the gradients and one for the output, none of which keeps scores.
+"""Hopfield attention on a GPU for alpha > 1, as three Triton kernels that do not keep the scores.
 
-Scores of a block of queries are computed again in every pass over the keys: one pass for the largest of every so many, whose threshold is
-a first guess, a few from there to the threshold of all, and one for the output, which also makes the escort mean of the values. With it
-the backward pass needs one pass over the keys for queries, and one over the queries for keys and values (the idea of AdaSplash,
-arXiv 2502.12082). Inner products are taken relative to the largest of a row before they are scaled, as thresholds of large scores
-would be too coarse for small weights.
+One kernel computes the output, two compute the gradients. Each pass over the keys computes the
+scores of a block of queries again. The forward pass consists of
+
+1. one pass for the largest of every so many scores, whose threshold is a first guess; 2. a few
+passes from this guess to the threshold of all scores; 3. one pass for the output and the escort
+mean of the values.
+
+With the escort mean, the backward pass needs one pass over the keys for the gradient of the
+queries, and one pass over the queries for the gradients of keys and values. This is the idea of
+AdaSplash (arXiv 2502.12082). The largest inner product of a row is subtracted before scaling,
+because a threshold of large scores is too coarse for small weights.
 """
 
 from __future__ import annotations
@@ -23,11 +29,11 @@ try:
 except ImportError:
     triton = None
 
-# Widest heads that the kernels take, of each dtype: what fits the registers.
+# The widest heads that the kernels support, by dtype, because wider ones do not fit the registers.
 MAX_WIDTH = {torch.float32: 128, torch.bfloat16: 256, torch.float16: 256}
-# Powers of a nearer alpha lose their digits in fp32.
+# The smallest alpha that is supported, because powers for a smaller one lose precision in fp32.
 MIN_ALPHA = 1.01
-# Newton steps at most, as in `entmax_solve`; most rows need three.
+# Largest number of Newton steps, as in `entmax_solve`; most rows need three.
 _NEWTON_STEPS = 12
 
 
@@ -46,26 +52,39 @@ def triton_hopfield_attention(
     block_queries: int | None = None,
     block_keys: int | None = None,
 ) -> torch.Tensor:
-    """`hopfield_attention` for one alpha in [1.01, 2] on a CUDA device, differentiable once in query, key and value.
+    r"""Compute `hopfield_attention` on a CUDA device by Triton kernels, for one alpha in [1.01, 2].
 
-    Made for NVIDIA's GPUs since Ampere. Every alpha is compiled for on its own, which takes seconds.
+    $$
+    \mathrm{Sep}_\alpha(\beta \, q k^T) \, v
+    $$
+
+    This is U-Hop (arXiv 2404.03827), equation 3.1. It is differentiable once in query, key and
+    value. The kernels are made for NVIDIA GPUs since Ampere. They are compiled for each alpha,
+    which takes seconds.
 
     Args:
-        query, key, value: (B, H, Q, d), (B, H, N, d) and (B, H, N, d), of one dtype: fp32 (d up to 128), bf16 or fp16 (up to 256).
-            Sums are in fp32. Products of fp32 are made from three of TF32 each on NVIDIA's GPUs. Under autocast they are cast to its dtype.
-        alpha: Tsallis exponent in [1.01, 2]. A learnable one needs `hopfield_attention`.
-        scaling: Inverse temperature beta; `None` for `1 / sqrt(d)`.
-        key_mask: Boolean (B, N), True where a key is present. A query without any key retrieves zeros.
-        block_queries, block_keys: Powers of two, at least 16: how many of each a program holds at once; `None` for what fits.
+        query: Queries (B, H, Q, d), in fp32 (d up to 128), bf16 or fp16 (d up to 256). Sums are in
+            fp32. On NVIDIA GPUs, products of fp32 are made from three products of TF32. Under
+            autocast the inputs are cast to its dtype.
+        key: Keys (B, H, N, d), in the dtype of the query.
+        value: Values (B, H, N, d), in the dtype of the query.
+        alpha: Tsallis exponent in [1.01, 2]. For a learnable one, use `hopfield_attention`.
+        scaling: Inverse temperature beta; `None` for 1 / sqrt(d).
+        key_mask: Boolean (B, N), True where a key is present. A query without any key retrieves
+            zeros.
+        block_queries: Number of queries that a program holds at once, a power of two, at least 16;
+            `None` for a number that fits.
+        block_keys: The same for keys.
 
     Returns:
-        (B, H, Q, d), in the dtype of the query.
+        The output (B, H, Q, d), in the dtype of the query.
 
     Raises:
         ImportError: If Triton is not installed.
-        ValueError: If alpha is a tensor or outside [1.01, 2], shapes or dtypes do not fit, blocks are of another size, or there is no
-            CUDA device; with TRITON_INTERPRET=1 in the environment, Triton's interpreter takes a CPU's tensors, but for bf16, which it
-            multiplies wrongly.
+        ValueError: If alpha is a tensor or outside [1.01, 2], if shapes, dtypes or block sizes are
+            not supported, or if there is no CUDA device. With TRITON_INTERPRET=1 in the
+            environment, Triton's interpreter accepts CPU tensors, except bf16, which it multiplies
+            incorrectly.
     """
     if triton is None:
         raise ImportError("triton_hopfield_attention needs Triton: pip install 'modeling_uhop[gpu]'")
@@ -75,7 +94,10 @@ def triton_hopfield_attention(
     query, key, value = cast_by_autocast(query, key, value)
     same_shape = query.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3:] == key.shape[3:]
     if not same_shape or key.shape != value.shape:
-        raise ValueError(f"query, key and value do not fit: {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}")
+        raise ValueError(
+            "query must have shape (B, H, Q, d), key and value must have shape (B, H, N, d), "
+            f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
     if not query.dtype == key.dtype == value.dtype or query.dtype not in MAX_WIDTH:
         raise ValueError(f"query, key and value must be of one dtype, fp32, bf16 or fp16, got {query.dtype}, {key.dtype}, {value.dtype}")
     if query.shape[-1] > MAX_WIDTH[query.dtype]:
@@ -94,18 +116,23 @@ def triton_hopfield_attention(
         if size < 16 or size & (size - 1):
             raise ValueError(f"blocks must have powers of two of queries and keys, at least 16, got {size}")
     if query.numel() == 0 or key.numel() == 0:
-        return query @ key.mT @ value  # nothing, or zeros
+        # Because there is no query or no key, the result is empty or zero.
+        return query @ key.mT @ value
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # The kernels look for the largest product, and scale it afterwards.
+    # Because the kernels subtract the largest product before scaling, the scaling must be positive.
     if scaling <= 0.0:
         query, scaling = (-query, -scaling) if scaling < 0.0 else (query * 0.0, 1.0)
-    kept = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    output: torch.Tensor = _TritonAttention.apply(query, key, value, key_mask, alpha - 1.0, scaling, launch, kept)
+    needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    output: torch.Tensor = _TritonAttention.apply(query, key, value, key_mask, alpha - 1.0, scaling, launch, needs_gradient)
     return output
 
 
 def launch_of(dtype: torch.dtype, width: int) -> dict[str, int]:
-    """Block sizes and warps with which the kernels fit the registers and the 99 KB of shared memory of NVIDIA's GPUs since Ampere."""
+    """Return block sizes and number of warps for the kernels.
+
+    With them the kernels fit the registers and the 99 KB of shared memory of NVIDIA GPUs since
+    Ampere.
+    """
     block_width = max(16, 1 << (width - 1).bit_length())
     if dtype == torch.float32:
         rows, columns, warps = (32, 32, 8) if block_width <= 64 else (16, 16, 8)
@@ -118,14 +145,14 @@ def launch_of(dtype: torch.dtype, width: int) -> dict[str, int]:
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, key_mask, eps, scaling, launch, kept):
+    def forward(ctx, query, key, value, key_mask, eps, scaling, launch, needs_gradient):
         query, key, value = (x.contiguous() for x in (query, key, value))
         mask = query if key_mask is None else key_mask.to(torch.int8).contiguous()
         batch_size, heads, queries, _ = query.shape
         keys = key.shape[2]
         output = torch.empty_like(query)
         escort_mean, top, threshold = output, output, output
-        if kept:
+        if needs_gradient:
             escort_mean = torch.empty(query.shape, dtype=torch.float32, device=query.device)
             top, threshold = torch.empty(2, batch_size * heads, queries, dtype=torch.float32, device=query.device)
         sizes = (heads, queries, keys, eps * scaling)
@@ -140,7 +167,7 @@ class _TritonAttention(torch.autograd.Function):
         grid = (batch_size * heads * triton.cdiv(queries, launch["BLOCK_Q"]),)
         with torch.cuda.device_of(query):
             made = (output, escort_mean, top, threshold)
-            _forward_kernel[grid](query, key, value, mask, *made, *sizes, KEPT=kept, STEPS=_NEWTON_STEPS, **constants)
+            _forward_kernel[grid](query, key, value, mask, *made, *sizes, KEPT=needs_gradient, STEPS=_NEWTON_STEPS, **constants)
         ctx.save_for_backward(query, key, value, mask, escort_mean, top, threshold)
         ctx.sizes, ctx.constants, ctx.scaling = sizes, constants, scaling
         return output
@@ -165,23 +192,26 @@ class _TritonAttention(torch.autograd.Function):
 
 
 @_kernel
-def _place(count, BLOCK: tl.constexpr):
-    """Which head a program is of, and which positions of its `count` it holds, those of a head by neighbouring programs."""
+def _program_positions(count, BLOCK: tl.constexpr):
+    """Return the head of a program, and the positions of this head that the program holds.
+
+    Neighbouring programs hold the positions of one head.
+    """
     blocks = tl.cdiv(count, BLOCK)
     program = tl.program_id(0)
     return program // blocks, (program % blocks) * BLOCK + tl.arange(0, BLOCK)
 
 
 @_kernel
-def _block(pointer, head, positions, count, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows (positions, BLOCK_D) of one head, 0 beyond its end and width."""
+def _load_block(pointer, head, positions, count, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load rows (positions, BLOCK_D) of one head; entries beyond its end and width are 0."""
     columns = tl.arange(0, BLOCK_D)
     inside = (positions[:, None] < count) & (columns[None, :] < WIDTH)
     return tl.load(pointer + head.to(tl.int64) * count * WIDTH + (positions[:, None] * WIDTH + columns[None, :]), mask=inside, other=0.0)
 
 
 @_kernel
-def _put(pointer, values, head, positions, count, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store_block(pointer, values, head, positions, count, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
     inside = (positions[:, None] < count) & (columns[None, :] < WIDTH)
     places = pointer + head.to(tl.int64) * count * WIDTH + (positions[:, None] * WIDTH + columns[None, :])
@@ -193,7 +223,7 @@ def _products(
     q, k, mask, head, heads, positions, keys,
     HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Inner products of a block, -inf for keys that are not there."""
+    """Compute the inner products of a block; they are -inf for absent keys."""
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if not ALL_PRESENT:
         present = _present(mask, head, heads, positions, keys, HAS_MASK)
@@ -211,7 +241,10 @@ def _present(mask, head, heads, positions, keys, HAS_MASK: tl.constexpr):
 
 @_kernel
 def _powers(root, EPS: tl.constexpr):
-    """`t^(1 / eps)`, which is a weight, and `t^(1 / eps - 1)`, its escort, of t = max(root, 0)."""
+    """Compute weights and their escort from t = max(root, 0).
+
+    A weight is `t^(1 / eps)`, its escort is `t^(1 / eps - 1)`.
+    """
     root = tl.maximum(root, 0.0)
     if EPS == 0.5:
         weights, escort = root * root, root
@@ -225,8 +258,11 @@ def _powers(root, EPS: tl.constexpr):
 
 
 @_kernel
-def _rise(weight_sum, escort_sum, absent, EPS: tl.constexpr):
-    """What Newton's method on the (1 / eps)-norm adds to thresholds whose weights and escorts have these sums; see `entmax_solve`."""
+def _newton_step(weight_sum, escort_sum, absent, EPS: tl.constexpr):
+    """Compute the Newton step of thresholds from the sums of their weights and escorts.
+
+    The step is that of the (1 / eps)-norm; see `entmax_solve`.
+    """
     below = tl.exp2(tl.log2(tl.where(absent, 1.0, weight_sum)) * (1.0 - EPS))
     return tl.where(absent, 0.0, (weight_sum - below) / tl.where(absent, 1.0, escort_sum))
 
@@ -237,48 +273,50 @@ def _forward_kernel(
     KEPT: tl.constexpr, STEPS: tl.constexpr, HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    head, rows = _place(queries, BLOCK_Q)
+    head, rows = _program_positions(queries, BLOCK_Q)
     offsets = tl.arange(0, BLOCK_N)
-    q = _block(query, head, rows, queries, WIDTH, BLOCK_D)
+    q = _load_block(query, head, rows, queries, WIDTH, BLOCK_D)
 
     leaders = tl.full((BLOCK_Q, BLOCK_N), float("-inf"), tl.float32)
     for start in range(0, keys, BLOCK_N):
-        k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
+        k = _load_block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
         products = _products(q, k, mask, head, heads, start + offsets, keys, HAS_MASK, ALL_PRESENT, PRECISION)
         leaders = tl.maximum(leaders, products, propagate_nan=tl.PropagateNan.ALL)
-    # A row with a NaN is lost, which maxima are silent about; it is left out, like one without keys, and given NaN at the end.
+    # Because the largest value of a row ignores NaN, we treat a row with a NaN like a row without
+    # keys, and set its output to NaN at the end.
     unknown = leaders != leaders
     lost = tl.max(unknown.to(tl.int32), 1) > 0
     top = tl.max(tl.where(unknown, float("-inf"), leaders), 1)
     absent = (top == float("-inf")) | lost
     top = tl.where(absent, 0.0, top)
 
-    # From where the largest weight is 1 to the threshold of the leaders alone, which is left of that of all.
+    # Newton steps from the point where the largest weight is 1 to the threshold of the leaders
+    # only, which is a lower bound for the threshold of all scores.
     tau = tl.full((BLOCK_Q,), -1.0, tl.float32)
     for _ in range(4):
         weights, escort = _powers((leaders - top[:, None]) * scale - tau[:, None], EPS)
-        tau += _rise(tl.sum(weights, 1), tl.sum(escort, 1), absent, EPS)
+        tau += _newton_step(tl.sum(weights, 1), tl.sum(escort, 1), absent, EPS)
 
     step, excess = tl.full((), 0, tl.int32), tl.full((), 1.0, tl.float32)
-    # A step squares what is left, and the last pass takes one of its own.
+    # Because a Newton step squares the error and the last pass takes one more step, 1e-3 is enough.
     while (step < STEPS) & (excess > 1e-3):
         weight_tile, escort_tile = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32), tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
         for start in range(0, keys, BLOCK_N):
-            k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
+            k = _load_block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
             products = _products(q, k, mask, head, heads, start + offsets, keys, HAS_MASK, ALL_PRESENT, PRECISION)
             weights, escort = _powers((products - top[:, None]) * scale - tau[:, None], EPS)
             weight_tile += weights
             escort_tile += escort
         weight_sum, escort_sum = tl.sum(weight_tile, 1), tl.sum(escort_tile, 1)
-        tau += _rise(weight_sum, escort_sum, absent, EPS)
+        tau += _newton_step(weight_sum, escort_sum, absent, EPS)
         excess = tl.max(tl.where(absent, 0.0, tl.abs(weight_sum - 1.0)), 0)
         step += 1
 
     mixed, escorted = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32), tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     weight_sum, escort_sum = tl.zeros((BLOCK_Q,), tl.float32), tl.zeros((BLOCK_Q,), tl.float32)
     for start in range(0, keys, BLOCK_N):
-        k = _block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
-        v = _block(value, head, start + offsets, keys, WIDTH, BLOCK_D)
+        k = _load_block(key, head, start + offsets, keys, WIDTH, BLOCK_D)
+        v = _load_block(value, head, start + offsets, keys, WIDTH, BLOCK_D)
         products = _products(q, k, mask, head, heads, start + offsets, keys, HAS_MASK, ALL_PRESENT, PRECISION)
         weights, escort = _powers((products - top[:, None]) * scale - tau[:, None], EPS)
         weight_sum += tl.sum(weights, 1)
@@ -287,9 +325,9 @@ def _forward_kernel(
         escorted += tl.dot(escort.to(v.dtype), v, input_precision=PRECISION)
     escorted = tl.where(lost[:, None], float("nan"), escorted / tl.where(absent, 1.0, escort_sum)[:, None])
     excess_weight = tl.where(absent, 0.0, weight_sum - 1.0)
-    _put(output, mixed - excess_weight[:, None] * escorted, head, rows, queries, WIDTH, BLOCK_D)
+    _store_block(output, mixed - excess_weight[:, None] * escorted, head, rows, queries, WIDTH, BLOCK_D)
     if KEPT:
-        _put(escort_mean, escorted, head, rows, queries, WIDTH, BLOCK_D)
+        _store_block(escort_mean, escorted, head, rows, queries, WIDTH, BLOCK_D)
         places, inside = head * queries + rows, rows < queries
         tl.store(top_of + places, top, mask=inside)
         tl.store(threshold + places, tau + EPS * excess_weight / tl.where(absent, 1.0, escort_sum), mask=inside)
@@ -301,22 +339,22 @@ def _grad_query_kernel(
     HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    head, rows = _place(queries, BLOCK_Q)
+    head, rows = _program_positions(queries, BLOCK_Q)
     inside, places = rows < queries, head * queries + rows
-    q, g = _block(query, head, rows, queries, WIDTH, BLOCK_D), _block(grad, head, rows, queries, WIDTH, BLOCK_D)
-    mean = tl.sum(g.to(tl.float32) * _block(escort_mean, head, rows, queries, WIDTH, BLOCK_D), 1)
+    q, g = _load_block(query, head, rows, queries, WIDTH, BLOCK_D), _load_block(grad, head, rows, queries, WIDTH, BLOCK_D)
+    mean = tl.sum(g.to(tl.float32) * _load_block(escort_mean, head, rows, queries, WIDTH, BLOCK_D), 1)
     tl.store(along + places, mean, mask=inside)
     top = tl.load(top_of + places, mask=inside, other=0.0)
     tau = tl.load(threshold + places, mask=inside, other=0.0)
     result = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for start in range(0, keys, BLOCK_N):
         positions = start + tl.arange(0, BLOCK_N)
-        k, v = _block(key, head, positions, keys, WIDTH, BLOCK_D), _block(value, head, positions, keys, WIDTH, BLOCK_D)
+        k, v = _load_block(key, head, positions, keys, WIDTH, BLOCK_D), _load_block(value, head, positions, keys, WIDTH, BLOCK_D)
         products = _products(q, k, mask, head, heads, positions, keys, HAS_MASK, ALL_PRESENT, PRECISION)
         _, escort = _powers((products - top[:, None]) * scale - tau[:, None], EPS)
         grad_scores = escort * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - mean[:, None])
         result += tl.dot(grad_scores.to(k.dtype), k, input_precision=PRECISION)
-    _put(grad_query, result * scaling, head, rows, queries, WIDTH, BLOCK_D)
+    _store_block(grad_query, result * scaling, head, rows, queries, WIDTH, BLOCK_D)
 
 
 @_kernel
@@ -325,18 +363,18 @@ def _grad_memory_kernel(
     HAS_MASK: tl.constexpr, ALL_PRESENT: tl.constexpr, EPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    head, positions = _place(keys, BLOCK_N)
-    k, v = _block(key, head, positions, keys, WIDTH, BLOCK_D), _block(value, head, positions, keys, WIDTH, BLOCK_D)
+    head, positions = _program_positions(keys, BLOCK_N)
+    k, v = _load_block(key, head, positions, keys, WIDTH, BLOCK_D), _load_block(value, head, positions, keys, WIDTH, BLOCK_D)
     for_keys, for_values = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for start in range(0, queries, BLOCK_Q):
         rows = start + tl.arange(0, BLOCK_Q)
         inside, places = rows < queries, head * queries + rows
-        q, g = _block(query, head, rows, queries, WIDTH, BLOCK_D), _block(grad, head, rows, queries, WIDTH, BLOCK_D)
-        # Rows beyond the end have products of 0, and weights of 0 at this threshold.
+        q, g = _load_block(query, head, rows, queries, WIDTH, BLOCK_D), _load_block(grad, head, rows, queries, WIDTH, BLOCK_D)
+        # Rows beyond the end have products of 0 and, at this threshold, weights of 0.
         top = tl.load(top_of + places, mask=inside, other=0.0)
         tau = tl.load(threshold + places, mask=inside, other=0.0)
         means = tl.load(along + places, mask=inside, other=0.0)
-        # Keys come first here, so that weights need not be transposed for the products.
+        # Because the weights would otherwise have to be transposed, keys come first here.
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         weights, escort = _powers((products - top[None, :]) * scale - tau[None, :], EPS)
         grad_scores = escort * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - means[None, :])
@@ -346,5 +384,5 @@ def _grad_memory_kernel(
         present = _present(mask, head, heads, positions, keys, HAS_MASK)
         for_keys = tl.where(present[:, None], for_keys, 0.0)
         for_values = tl.where(present[:, None], for_values, 0.0)
-    _put(grad_key, for_keys * scaling, head, positions, keys, WIDTH, BLOCK_D)
-    _put(grad_value, for_values, head, positions, keys, WIDTH, BLOCK_D)
+    _store_block(grad_key, for_keys * scaling, head, positions, keys, WIDTH, BLOCK_D)
+    _store_block(grad_value, for_values, head, positions, keys, WIDTH, BLOCK_D)

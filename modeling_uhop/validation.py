@@ -1,4 +1,4 @@
-"""Checks that several models share, and the loss on checked labels."""
+"""Checks of inputs and configurations that several models share, and the loss on checked labels."""
 
 import copy
 import functools
@@ -14,7 +14,13 @@ logger = logging.get_logger(__name__)
 
 
 def check_hopfield(config) -> None:
-    """Ranges and combinations of a configuration's Hopfield fields that types alone do not express; a `ValueError` names the field."""
+    """Check the ranges and combinations of the Hopfield fields of a configuration.
+
+    Types alone cannot express them.
+
+    Raises:
+        ValueError: If a field is out of range; the message names it.
+    """
     if not 1.0 <= config.alpha <= 2.0:
         raise ValueError(f"alpha must lie in [1, 2], got {config.alpha}")
     if config.learnable_alpha and not 1.0 < config.alpha < 2.0:
@@ -32,32 +38,38 @@ def check_hopfield(config) -> None:
 
 
 def check_at_least_one(config, *names: str) -> None:
-    """A `ValueError` for the first of these fields that is below 1."""
+    """Raise a `ValueError` for the first of these fields that is below 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
 
 
 def check_dropouts(config, *names: str) -> None:
-    """A `ValueError` for the first of these fields that is no probability below 1."""
+    """Raise a `ValueError` for the first of these fields that is not a probability below 1."""
     for name in names:
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
 
 
 def is_traced() -> bool:
-    """Whether a graph is being made of what runs, by `torch.compile`, `torch.export` or `torch.jit.trace`: it cannot branch on values."""
+    """Return whether `torch.compile`, `torch.export` or `torch.jit.trace` is recording a graph.
+
+    A graph cannot branch on values.
+    """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether Python may look at values: on an accelerator this would stall every step, and a traced graph, or a function that torch.func
-    transforms, cannot branch on them."""
+    """Return whether Python may read the values of a tensor.
+
+    It may on a CPU. On an accelerator, reading would stall every step. A traced graph, or a
+    function that torch.func transforms, cannot branch on values.
+    """
     return tensor.device.type == "cpu" and not is_traced() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_tensor(value, name: str) -> None:
-    """A `TypeError` for an input of a model that is no dense tensor of real numbers, such as a NumPy array or a list; `None` passes."""
+    """Raise a `TypeError` if an input is not a dense tensor of real numbers; `None` is accepted."""
     if value is None:
         return
     if not isinstance(value, torch.Tensor):
@@ -71,7 +83,7 @@ def check_tensor(value, name: str) -> None:
 
 
 def check_tensors(**inputs) -> None:
-    """A `TypeError` for the first of these required inputs that is `None` or no tensor."""
+    """Raise a `TypeError` for the first of these required inputs that is `None` or not a tensor."""
     for name, value in inputs.items():
         if value is None:
             raise TypeError(f"{name} must be a torch.Tensor, got None")
@@ -79,7 +91,13 @@ def check_tensors(**inputs) -> None:
 
 
 def as_floats(**inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Tensors as they are, but integers as floats, of the dtype of the others or the default one; a `TypeError` for what is no tensor."""
+    """Convert integer tensors to floats; return floating tensors unchanged.
+
+    The dtype is that of the floating inputs, or the default dtype if there are none.
+
+    Raises:
+        TypeError: If an input is not a tensor.
+    """
     check_tensors(**inputs)
     if all(tensor.is_floating_point() for tensor in inputs.values()):
         return tuple(inputs.values())
@@ -89,7 +107,17 @@ def as_floats(**inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def as_mask(mask: torch.Tensor, name: str, one: str, zero: str) -> torch.Tensor:
-    """A mask as booleans; a `ValueError` (on CPU) for values other than 1, which `name` has for `one`, and 0, which it has for `zero`."""
+    """Convert a mask of 0 and 1 to booleans.
+
+    Args:
+        mask: The mask; booleans are returned unchanged.
+        name: Name of the mask, for the error message.
+        one: What 1 means, for the error message.
+        zero: What 0 means, for the error message.
+
+    Raises:
+        ValueError: If (on a CPU) the mask has other values.
+    """
     if mask.dtype != torch.bool and is_readable(mask):
         other = mask[(mask != 0) & (mask != 1)]
         if len(other) > 0:
@@ -98,20 +126,30 @@ def as_mask(mask: torch.Tensor, name: str, one: str, zero: str) -> torch.Tensor:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module does what its class does, with weights of its own: no subclass or adapter, and not hooked, patched, offloaded or
-    quantized, which leaves a tensor of another class for a weight."""
+    """Return whether a module computes exactly what its class defines, with its own weights.
+
+    A subclass, an adapter, or a hooked, patched, offloaded or quantized module is not plain. A
+    quantized module has weights of another tensor class.
+    """
     hooked = module._forward_hooks or module._forward_pre_hooks or getattr(module.forward, "__func__", None) is not kind.forward
     plain = all(type(weight) is nn.Parameter and not weight.is_meta for weight in module.parameters())
     return type(module) is kind and not hooked and plain
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether every value is finite. If their sum is, they all are; if it is not, it may only have overflowed, and each is looked at."""
+    """Return whether every value of a tensor is finite.
+
+    If the sum is finite, all values are. If it is not, it may only have overflowed, and each value
+    is checked.
+    """
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def largest(tensor: torch.Tensor) -> float:
-    """The largest magnitude of a tensor's values, nan if any is nan; 0 of a tensor without values, and where they are not read."""
+    """Return the largest absolute value of a tensor; nan if any value is nan.
+
+    It is 0 for an empty tensor, and if the values cannot be read.
+    """
     if not is_readable(tensor) or tensor.numel() == 0:
         return 0.0
     low, high = tensor.detach().aminmax()
@@ -119,7 +157,16 @@ def largest(tensor: torch.Tensor) -> float:
 
 
 def check_no_overflow(states: torch.Tensor, example: str, limit: float = math.inf) -> None:
-    """A `ValueError` (on CPU) that names the first example of a batch, say a "bag", that has a value not below `limit`."""
+    """Check (on a CPU) that every value of a batch is below `limit` in magnitude.
+
+    Args:
+        states: States (B, ...).
+        example: What one example is called, such as "bag", for the error message.
+        limit: The limit; by default, values must be finite.
+
+    Raises:
+        ValueError: If a value is not; the message names the first such example.
+    """
     if not largest(states) < limit:
         index = (~(states.detach().abs() < limit)).flatten(1).any(1).nonzero()[0].item()
         raise ValueError(
@@ -128,7 +175,8 @@ def check_no_overflow(states: torch.Tensor, example: str, limit: float = math.in
         )
 
 
-# Inputs beyond `LARGE` may make states beyond `MAX_STATE`, whose squares overflow: a layer norm in fp32 would divide them by infinity.
+# Because inputs above `LARGE` may lead to states above `MAX_STATE`, whose squares overflow (a layer
+# norm in fp32 would then divide by infinity), we check such states.
 LARGE, MAX_STATE = 1e9, 1e18
 
 
@@ -140,28 +188,36 @@ _ACCEPTED_LABELS = {
 
 
 def decided_labels(labels: torch.Tensor, batch_size: int, config: Any) -> tuple[torch.Tensor, Any]:
-    """What labels mean to a model: `config.problem_type` decides, and if it is `None`, `num_labels` and the shape of the labels do.
+    """Decide what labels mean to a model, and convert them for the loss.
 
-    A model with one label is a regression. With more, labels (B,) or (B, 1) are class indices, and labels (B, num_labels) are several
-    labels. Class indices may be whole floats; the loss ignores -100.
+    `config.problem_type` decides. If it is `None`, `num_labels` and the shape of the labels decide:
+    a model with one label is a regression; with more labels, labels (B,) or (B, 1) are class
+    indices, and labels (B, num_labels) mean that an example has several labels. Class indices may
+    be whole floats; the loss ignores -100.
+
+    Args:
+        labels: The labels of a batch.
+        batch_size: Number B of examples.
+        config: The configuration of the model.
 
     Returns:
-        Labels as transformers' losses take them: long (B,) for class indices, else (B, num_labels). And the configuration, or a copy of
-        it with the decided problem type.
+        Labels as the losses of transformers expect them: long (B,) for class indices, otherwise
+            (B, num_labels). Also the configuration, or a copy of it with the decided problem type.
 
     Raises:
-        TypeError: For labels that are no dense tensor of real numbers.
-        ValueError: For labels of another shape, and (on CPU) for an example whose label is no number of the accepted range.
+        TypeError: If the labels are not a dense tensor of real numbers.
+        ValueError: If the labels have another shape, or (on a CPU) if the label of an example is
+            not in the accepted range.
     """
     check_tensor(labels, "labels")
     num_labels, problem = config.num_labels or 0, config.problem_type
-    single = labels.shape in ((batch_size,), (batch_size, 1))
+    is_single_label_shape = labels.shape in ((batch_size,), (batch_size, 1))
     if problem is None:
-        several = "single_label_classification" if single else "multi_label_classification"
+        several = "single_label_classification" if is_single_label_shape else "multi_label_classification"
         problem = "regression" if num_labels == 1 else several
     classes = problem == "single_label_classification"
-    fits = single if classes or num_labels == 1 else labels.shape == (batch_size, num_labels)
-    if num_labels < 1 or not fits:
+    has_valid_shape = is_single_label_shape if classes or num_labels == 1 else labels.shape == (batch_size, num_labels)
+    if num_labels < 1 or not has_valid_shape:
         accepted = [problem] if config.problem_type or num_labels == 1 else list(_ACCEPTED_LABELS)[:2]
         raise ValueError(
             f"labels must be {' or '.join(_ACCEPTED_LABELS[name] for name in accepted)}, got {labels.dtype} of shape {tuple(labels.shape)} "
@@ -174,7 +230,8 @@ def decided_labels(labels: torch.Tensor, batch_size: int, config: Any) -> tuple[
         whole = labels == labels.trunc()
         _check_examples(labels, whole, "be class indices, which are whole numbers (set num_labels=1 for a regression)")
         _check_examples(labels, ((labels >= 0) & (labels < num_labels)) | (labels == -100), f"lie in [0, {num_labels})")
-        # Where values are not read, a fraction becomes an index that the loss refuses.
+        # Because fractions are not detected if values cannot be read, we turn them into an index
+        # that the loss refuses.
         labels = labels.masked_fill(~whole, -1).long()
     elif problem == "multi_label_classification":
         rule = "lie in [0, 1] where an example has several (set config.problem_type='regression' for other numbers)"
@@ -192,25 +249,29 @@ def decided_labels(labels: torch.Tensor, batch_size: int, config: Any) -> tuple[
     return labels, config
 
 
-def _check_examples(labels: torch.Tensor, right: torch.Tensor, rule: str) -> None:
-    """A `ValueError` with the rule and the first label that is not right."""
-    if is_readable(labels) and not right.all():
-        place = (~right).nonzero()[0].tolist()
+def _check_examples(labels: torch.Tensor, is_valid: torch.Tensor, rule: str) -> None:
+    """Raise a `ValueError` with the rule and the first label that is not valid."""
+    if is_readable(labels) and not is_valid.all():
+        place = (~is_valid).nonzero()[0].tolist()
         raise ValueError(f"labels must {rule}, got {labels[tuple(place)].item()} for example {place[0]} of the batch")
 
 
 def label_loss(
     model: Any, labels: torch.Tensor, logits: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs
 ) -> torch.Tensor:
-    """A classifier's loss: transformers' `loss_function` for the problem that the labels pose, at least in fp32.
+    """Compute the loss of a classifier for any kind of labels, in fp32 or better.
+
+    It is the `loss_function` of transformers for the problem type of the labels.
 
     Args:
-        labels: As `decided_labels` takes them.
-        logits: (B, num_labels).
-        num_items_in_batch: Number of labels that the loss is an average over, where B is only a part of them.
+        model: The model.
+        labels: As in `decided_labels`.
+        logits: Logits (B, num_labels).
+        num_items_in_batch: Number of labels over which the loss is averaged, if B is only a part of
+            them.
 
     Returns:
-        A scalar, 0 where every label is ignored.
+        A scalar; 0 if every label is ignored.
     """
     labels, config = decided_labels(labels, logits.shape[0], model.config)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -218,5 +279,6 @@ def label_loss(
         count = labels.ne(-100).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         return model.loss_function(labels, logits, config, num_items_in_batch=count.clamp(min=1), **kwargs)
     loss = model.loss_function(labels.to(logits.dtype), logits, config, **kwargs)
-    # Of several labels and of regression transformers takes the mean over this batch, which may be one of several that a step accumulates.
+    # Because transformers averages these losses over this batch, which may be one of several that a
+    # step accumulates, we scale the mean to the number of items in all of them.
     return loss if num_items_in_batch is None else loss * labels.numel() / num_items_in_batch

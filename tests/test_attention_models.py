@@ -539,7 +539,7 @@ def test_peft_models_are_supported():
     ids = _ids()
     expected = use_hopfield_attention(copy.deepcopy(model).get_base_model(), 2.0)(ids).logits
     assert_close(use_hopfield_attention(model, 2.0)(ids).logits, expected)
-    with pytest.raises(ValueError, match="adapter of PEFT is saved without the exponents"):
+    with pytest.raises(ValueError, match="learnable alpha cannot be saved with an adapter of PEFT"):
         use_hopfield_attention(model, 1.5, learnable=True)
 
 

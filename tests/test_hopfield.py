@@ -140,7 +140,7 @@ def test_scores_beyond_the_range_of_half_precision(alpha, sinks, attend):
     [
         ({"key": np.zeros((1, 2, 5, 4))}, TypeError, "key must be a torch.Tensor, got numpy.ndarray"),
         ({"attention_mask": np.ones((1, 1, 1, 5), bool)}, TypeError, "attention_mask must be a torch.Tensor, got numpy.ndarray"),
-        ({"attention_mask": torch.ones(1, 1, 1, 5, dtype=torch.long)}, ValueError, "must be boolean, or floating .*, got torch.int64"),
+        ({"attention_mask": torch.ones(1, 1, 1, 5, dtype=torch.long)}, ValueError, "must be boolean .* or floating .*, got torch.int64"),
         ({"alpha": "1.5"}, ValueError, r"alpha must lie in \[1, 2\], got '1.5'"),
         ({"dropout": 2.0}, ValueError, r"dropout must lie in \[0, 1\], got 2.0"),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks must have one score for each of the 2 heads, got 3"),
@@ -156,7 +156,9 @@ def test_a_standalone_layer_refuses_ambiguous_inputs():
     layer, states = _layer(alpha=1.5), torch.randn(2, 5, 12)
     present = torch.rand(2, 5) < 0.6
     present[:, 0] = True
-    with pytest.raises(ValueError, match=r"shape \(B, 1, Q, N\), got \(2, 5\); of memories alone, \(B, N\), pass mask\[:, None, None\]"):
+    with pytest.raises(
+        ValueError, match=r"shape \(B, 1, Q, N\), got \(2, 5\); for a mask of memories \(B, N\), pass mask\[:, None, None\]"
+    ):
         layer(states, attention_mask=present)
     _, weights = layer(states, attention_mask=present[:, None, None])
     assert (weights[~present[:, None, None].expand_as(weights)] == 0).all()

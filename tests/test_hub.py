@@ -234,7 +234,7 @@ def test_no_pickle_is_read(name, config, tmp_path):
         torch.save(content, tmp_path / "pytorch_model.bin")
         with pytest.raises(OSError, match=r"model\.safetensors"):
             model_class.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="loads safetensors files alone, got use_safetensors=False"):
+    with pytest.raises(ValueError, match="loads only safetensors files, got use_safetensors=False"):
         model_class.from_pretrained(tmp_path / "safe", use_safetensors=False)
     assert not marker.exists()
     (tmp_path / "pytorch_model.bin").rename(tmp_path / "safe" / "pytorch_model.bin")

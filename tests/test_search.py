@@ -522,5 +522,5 @@ def test_search_works_for_patterns_of_any_norm(size, similarity):
 def test_scores_beyond_double_precision_are_refused():
     memory = _memory(similarity="dot")
     memory.store(1e200 * memory.memories)
-    with pytest.raises(ValueError, match="scores must be finite, but these patterns are so large"):
+    with pytest.raises(ValueError, match="scores must be finite, but those of these patterns overflow"):
         memory.search(memory.memories[:2])
