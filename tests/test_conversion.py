@@ -232,7 +232,7 @@ def test_a_distillation_token_is_no_memory_unless_asked_for():
     patches, tokens = (next(iter(ours.memory_sets(images, include_class_token=asked))).memories for asked in (False, True))
     assert patches.shape[1] == 9
     assert_close(patches, tokens[:, 2:])
-    with pytest.raises(ValueError, match="use_distillation_token needs encoder_type 'transformer'"):
+    with pytest.raises(ValueError, match="use_distillation_token=True needs encoder_type='transformer'"):
         UHopViTConfig(**SMALL, use_distillation_token=True, encoder_type="class_query")
 
 

@@ -112,7 +112,7 @@ def test_round_trip(tmp_path):
     [
         ({"alpha": 1.0}, "strictly between 1 and 2, got alpha=1.0"),
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
-        ({"merge_window": 1}, "merge_window must be at least 2 where there are several scales, got 1"),
+        ({"merge_window": 1}, "merge_window must be at least 2 if num_hidden_layers is above 1, got 1"),
         ({"num_memories": -1}, "num_memories must be at least 0, got -1"),
         ({"memory_beta": 0.0}, "memory_beta must be positive and finite, got 0.0"),
         ({"memory_alpha": 2.5}, r"memory_alpha must lie in \[1, 2\], got 2.5"),
