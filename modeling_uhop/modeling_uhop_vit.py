@@ -236,18 +236,19 @@ class UHopViTPreTrainedModel(FoldableModel):
         therefore gives the same outputs as the source.
 
         Args:
-            source: A model, a folder or a Hub id. Accepted are `ViTModel`,
-                `ViTForImageClassification`, the same classes of DeiT (the distillation token is
-                converted too), and ViT-MSN. If the checkpoint has no classifier (or no pooler) and
-                this class has one, that part is newly initialized.
+            source (PreTrainedModel | str | os.PathLike): A model, a folder or a Hub id. Accepted
+                are `ViTModel`, `ViTForImageClassification`, the same classes of DeiT (the
+                distillation token is converted too), and ViT-MSN. If the checkpoint has no
+                classifier (or no pooler) and this class has one, that part is newly initialized.
             alpha: Tsallis exponent in [1, 2]. Above 1 the same weights define a different function,
                 so the model needs fine-tuning.
-            fields: Fields of `UHopViTConfig` that the weights do not determine: for example
+            fields (Any): Fields of `UHopViTConfig` that the weights do not determine: for example
                 learnable_alpha, beta, update_steps, use_feature_map, dropout, or num_labels (a
                 different number gives a newly initialized classifier).
 
         Returns:
-            The converted model, on the device, in the dtype and in the mode of the source.
+            UHopViTPreTrainedModel: The converted model, on the device, in the dtype and in the mode
+                of the source.
 
         Raises:
             ValueError: If the architecture is not supported, or a field is determined by the
@@ -363,7 +364,6 @@ class UHopViTModel(UHopViTPreTrainedModel):
             interpolate_pos_encoding: As in `forward`.
             attention_mask: As in `forward`; tokens that may not be retrieved from are not memories.
             include_class_token: Whether the CLS token (and the distillation token) is a memory too.
-            kwargs: Other entries of a batch, such as labels; they are ignored.
 
         Yields:
             One `MemorySet` per layer, with memories (batch_size, num_patches, hidden_size).
