@@ -629,7 +629,9 @@ def test_values_that_cannot_be_held_are_named():
         memory(torch.randn(2, 6))
     plain = _memory(3e38 * torch.ones(2, 6).tril(), normalize_features=False)
     torch.nn.init.ones_(plain.feature_map.weight)
-    with pytest.raises(ValueError, match=r"features of memories must be finite in torch.float32, but Phi gives some that are not"):
+    with pytest.raises(
+        ValueError, match=r"features of memories must be finite in torch.float32, but the feature map returned infinite or NaN values"
+    ):
         plain(torch.ones(1, 6))
     tiny = _memory(1e-40 * torch.randn(7, 6), normalize_features=False)
     with pytest.raises(ValueError, match=r"the gradient of the separation loss must be finite"):
