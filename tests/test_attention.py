@@ -322,7 +322,7 @@ def test_every_part_of_a_forecaster_follows_its_kernel():
 
 
 def test_bags_need_weights():
-    with pytest.raises(ValueError, match="attn_implementation must be 'eager', .* got 'hopfield'"):
+    with pytest.raises(ValueError, match=r"attn_implementation must be 'eager', .* got 'hopfield'"):
         UHopMILForBagClassification(UHopMILConfig(alpha=1.5, attn_implementation="hopfield"))
 
 
