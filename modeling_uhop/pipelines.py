@@ -1,4 +1,6 @@
-"""The pipeline "multiple-instance-classification"."""
+"""The pipeline "multiple-instance-classification": classify bags and name the instances with large
+weight.
+"""
 
 from typing import Any
 
@@ -14,20 +16,25 @@ TASK = "multiple-instance-classification"
 
 
 class MultipleInstanceClassificationPipeline(Pipeline):
-    """Classifies bags, and says which instances the model looked at.
+    """Pipeline that classifies bags and reports the weight of each instance.
 
-    A bag is an array (instances, features), one of images (instances, channels, height, width), or a DataFrame; call it with one, or with a
-    list of them. For each bag:
+    A bag is an array (instances, features), an array of images (instances, channels, height,
+    width), or a DataFrame. Call the pipeline with one bag or with a list of bags. It returns a
+    dictionary for each bag:
 
-    - `label` and `score` of the likeliest class; of every class with a score of at least `threshold`, as lists, under
-      "multi_label_classification"; of a model with one label, its value as it is;
-    - `instances`: `{"index": i, "weight": w}` for each instance, largest weight first, the first `top_k` of them.
+    - `label` and `score`: the most likely class. With "multi_label_classification" these are lists
+      of all classes with a score of at least `threshold`. For a model with one label, `score` is
+      its value, without an activation.
+    - `instances`: `{"index": i, "weight": w}` for each instance, largest weight first, limited to
+      `top_k` instances.
 
-    Arguments of a call, or of `pipeline(...)`:
-        top_k: How many instances to name; `None` for all.
-        threshold: For "multi_label_classification", 0.5.
+    A call, or `pipeline(...)`, accepts these arguments:
 
-    Weights say what the model retrieved from, averaged over heads. They are not a cause: other instances may carry the same evidence.
+    - `top_k`: number of instances to report, at least 1; `None` for all.
+    - `threshold`: smallest score for "multi_label_classification", 0.5 by default.
+
+    The weights say from which instances the model retrieved, averaged over heads. They do not prove
+    a cause, because other instances may carry the same evidence.
     """
 
     _load_processor: Any = False
@@ -38,11 +45,12 @@ class MultipleInstanceClassificationPipeline(Pipeline):
     def _sanitize_parameters(self, **kwargs):
         given = {name: kwargs[name] for name in ("top_k", "threshold") if name in kwargs}
         if given.get("top_k") is not None and given["top_k"] < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all, got {given['top_k']}")
+            raise ValueError(f"top_k must be at least 1, or None for all instances, got {given['top_k']}")
         return {}, {}, given
 
     def __call__(self, inputs: Any, *args, **kwargs) -> Any:
-        # A list is several inputs to a pipeline, and so is an array to us where it is several bags.
+        # Because a pipeline treats a list as several inputs, we first check whether a list or an
+        # array is a single bag.
         if not isinstance(inputs, (list, np.ndarray, torch.Tensor)):
             return super().__call__(inputs, *args, **kwargs)
         extractor: Any = self.feature_extractor
