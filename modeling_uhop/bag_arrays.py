@@ -107,9 +107,7 @@ def _as_array(index: int, bag: Any, feature_names: list[str] | None) -> np.ndarr
 
 
 def _numbers(bag: Any) -> np.ndarray:
-    """Convert any array of real numbers to float32, or to float64 if float32 cannot hold all values
-    of its dtype.
-    """
+    """Convert real numbers to float32, or to float64 if float32 cannot hold their dtype."""
     if isinstance(bag, (list, tuple)) and any(isinstance(row, torch.Tensor) for row in bag):
         bag = torch.stack([torch.as_tensor(row) for row in bag])
     if isinstance(bag, torch.Tensor):

@@ -1,6 +1,4 @@
-"""SeparationCallback: the separation step (Stage I of U-Hop) inside the stock `Trainer` of
-transformers.
-"""
+"""SeparationCallback: the separation step (Stage I of U-Hop) inside the stock `Trainer`."""
 
 import copy
 import hashlib
@@ -297,8 +295,7 @@ class SeparationCallback(TrainerCallback):
         }
 
     def _attach_to_optimizer(self, optimizer: Any) -> dict[str, Any] | None:
-        """Save the Stage I state inside the optimizer state of the Trainer; return the state that
-        was loaded with it, or `None`.
+        """Save the Stage I state with the Trainer's optimizer; return the state loaded with it.
 
         Callbacks are not told which folder training resumes from. PyTorch keeps entries of an
         optimizer state that belong to no parameter, so the Trainer saves and loads this entry with
@@ -318,8 +315,7 @@ class SeparationCallback(TrainerCallback):
         return cast(dict[Any, Any], inner.state).pop(self._file_name, None)
 
     def _round(self, args: TrainingArguments, state: TrainerState, model: nn.Module, record: bool = False, measure: bool = True) -> None:
-        """Do `steps` gradient steps; with `measure`, log the loss of the first batch before and
-        after.
+        """Do `steps` gradient steps; with `measure`, log the loss before and after.
 
         The round is skipped if no supervised step has followed the last round of this model.
         """
@@ -437,8 +433,7 @@ class SeparationCallback(TrainerCallback):
         return {"schedule": self.schedule, "parameters": self.parameters, "optimizer": self.optimizer, "kind": self.kind}
 
     def _load(self, args: TrainingArguments, state: TrainerState, had_callback: bool, loaded_state: dict[str, Any] | None) -> bool:
-        """Load the Stage I state of the checkpoint that training resumes from; return whether there
-        was one.
+        """Load the Stage I state of the checkpoint to resume from; return whether it has one.
 
         Args:
             args: Arguments of the Trainer.
@@ -519,9 +514,7 @@ def _feature_maps(model: Any, needed: bool) -> list[Any]:
 
 
 def _sampler(loader: DataLoader, batch_size: int) -> Callable[[int, int], dict[str, Any]]:
-    """Return a function of (seed, index) that makes this process's part of Stage I batch number
-    `index`.
-    """
+    """Return a function of (seed, index) that makes Stage I batch `index` for this process."""
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDatasetShard):
         dataset = dataset.dataset
@@ -596,9 +589,7 @@ def _report_out_of_memory(batch_size: int) -> Iterator[None]:
 
 @contextmanager
 def _isolated_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Use a separate random state, so that Stage I (with its augmentations) does not change the
-    random numbers of Stage II.
-    """
+    """Give Stage I its own random state, so that Stage II draws the same numbers without it."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     count = torch.get_device_module(device).device_count() if device.type in ("cuda", "xpu") else 0
     with torch.random.fork_rng(range(count), device_type=device.type if count else "cuda"):
@@ -623,9 +614,7 @@ def _combined_seed(*parts: int) -> int:
 
 
 def _state_file_name(state: TrainerState) -> str:
-    """Name of the state file of a callback; it counts the callbacks of this class that began this
-    run before it.
-    """
+    """Name of the state file of a callback, numbered by its position in the Trainer."""
     before = getattr(state, "_separation_callbacks", 0)
     state._separation_callbacks = before + 1  # type: ignore[attr-defined]
     return f"separation_{before}.pt" if before > 0 else STATE_FILE

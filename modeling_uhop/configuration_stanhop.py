@@ -11,8 +11,7 @@ from .validation import check_at_least_one, check_dropouts, check_hopfield
 
 @strict
 class STanHopConfig(PreTrainedConfig):
-    r"""Configuration of STanHop-Net, a forecaster of multivariate series that retrieves over time
-    and over series.
+    r"""Configuration of STanHop-Net, which forecasts series by retrieval over time and over series.
 
     The model is described in arXiv 2312.17346; its Hopfield layers use the feature map $\Phi$ of
     U-Hop (arXiv 2404.03827). Fields that also exist in `PatchTSTConfig` have the same meaning here.

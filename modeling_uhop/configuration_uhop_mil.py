@@ -14,8 +14,7 @@ from .validation import check_at_least_one, check_dropouts, check_hopfield
 
 @strict
 class UHopMILConfig(PreTrainedConfig):
-    r"""Configuration of a multiple-instance classifier that retrieves from a bag with learned
-    queries.
+    r"""Configuration of a classifier of bags, which retrieves from a bag with learned queries.
 
     The model has three parts. It embeds each instance of a bag. Learned queries then retrieve from
     the embedded instances through a kernelized Hopfield layer: HopfieldPooling (arXiv 2008.02217)

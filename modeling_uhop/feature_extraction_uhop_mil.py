@@ -1,6 +1,4 @@
-"""Feature extractor and data collator of the U-Hop multiple-instance model: standardize and pad
-bags.
-"""
+"""Feature extractor and data collator of UHopMIL: standardize and pad bags."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +23,7 @@ _LABELS = ("label", "labels", "label_ids")
 
 
 class UHopMILFeatureExtractor(FeatureExtractionMixin):
-    r"""Convert bags of any length into the padded tensors that a U-Hop multiple-instance model
-    takes.
+    r"""Convert bags of any length into the padded tensors that a UHopMIL model takes.
 
     The extractor is saved beside the model as `preprocessor_config.json`. Call `fit` on training
     bags only. `fit` measures mean and standard deviation of each feature (for images: of each
@@ -114,9 +111,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
 
     @property
     def instance_dim(self) -> int | None:
-        """Width of the vectors that the model receives, its configuration's `instance_dim`; `None`
-        before `fit`.
-        """
+        """Width of the vectors for the model (its `instance_dim`); `None` before `fit`."""
         return self.num_features if self.components is None else len(self.components)
 
     @property
@@ -262,9 +257,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         return array.shape[1:] if self.components is None else (len(self.components),)
 
     def padded(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Transform and pad bags that `arrays` has checked; return `instances` and
-        `attention_mask`.
-        """
+        """Transform and pad checked bags; return `instances` and `attention_mask`."""
         return _padded(arrays, self._instance_shape(arrays[0]), self._write)
 
     def __call__(self, bags: Any, return_tensors: str | None = None, padding: bool = True) -> BatchFeature:
@@ -291,9 +284,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
 
 
 def _overflow(arrays: list[np.ndarray]) -> ValueError:
-    """The error for bags whose standard deviation overflows; it names the bag with the largest
-    entry.
-    """
+    """Error for bags whose standard deviation overflows; names the bag of the largest entry."""
     largest = max(range(len(arrays)), key=lambda index: np.abs(arrays[index]).max(initial=0.0))
     return ValueError(
         f"bag {largest} has entries whose squares overflow in float64, so their standard deviation cannot be computed; scale them"

@@ -16,8 +16,7 @@ TASK, OURS = "image-classification", "uhop_vit"
 
 
 class UHopImageClassificationPipeline(ImageClassificationPipeline):
-    """Image classification pipeline that converts images to RGB with `as_rgb` for U-Hop vision
-    transformers.
+    """Image classification pipeline that converts images to RGB with `as_rgb` for UHopViT.
 
     Other models get what the pipeline of transformers passes to them. Accepted images are those of
     transformers: a PIL image, a path, a URL, or base64. Arrays and tensors go to the image
@@ -25,6 +24,7 @@ class UHopImageClassificationPipeline(ImageClassificationPipeline):
     """
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]
+        """Prepare one image; for a U-Hop vision transformer, convert it to RGB first."""
         if self.model.config.model_type == OURS and not isinstance(image, (np.ndarray, torch.Tensor)):
             image = _as_rgb(image, timeout)
         return super().preprocess(image, timeout=timeout)

@@ -128,8 +128,9 @@ class STanHopRetrieval(nn.Module):
 
 
 class STanHopBlock(GradientCheckpointingLayer):
-    """Encoder block: retrieval over time (TimeGSH), then over series (SeriesGSH); (B, C, P,
-    d_model) to the same shape.
+    """Encoder block: retrieval over time (TimeGSH), then over series (SeriesGSH).
+
+    States (B, C, P, d_model) keep their shape.
 
     Over time, each series retrieves from its own patches; all series share the weights. Over
     series, a few learned queries (the prototypes) retrieve from the C patches at one position. The
@@ -153,9 +154,7 @@ class STanHopBlock(GradientCheckpointingLayer):
         return hidden_states.transpose(1, 2).flatten(0, 1)
 
     def pooled(self, series: torch.Tensor, **kwargs) -> torch.Tensor:
-        """What the prototypes retrieve from the series at one position, (B P, num_prototypes,
-        d_model).
-        """
+        """What the prototypes retrieve at one position, (B P, num_prototypes, d_model)."""
         return self.pooling(self.prototypes.expand(series.shape[0], -1, -1), series, **kwargs)[0]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -200,8 +199,7 @@ class STanHopCoarseGraining(nn.Module):
 
 
 class STanHopDecoderLayer(GradientCheckpointingLayer):
-    """Decoder layer: a block over the output patches, which then retrieve from one scale of the
-    encoder.
+    """Decoder layer: output patches pass a block, then retrieve from one encoder scale.
 
     A linear head gives the contribution of this scale to the forecast.
     """
@@ -220,8 +218,7 @@ class STanHopDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, self.head(hidden_states).flatten(2)
 
     def memory_sets(self, hidden_states: torch.Tensor, encoded: torch.Tensor) -> Iterator[MemorySet]:
-        """Yield what the layers of the block retrieve from, then what the output patches retrieve
-        from.
+        """Yield what the block retrieves from, then what the output patches retrieve from.
 
         The latter are the patches of a series in one scale of the encoder.
         """
@@ -262,8 +259,7 @@ class STanHopScaler(nn.Module):
 
 
 class STanHopWindowMemory(nn.Module):
-    r"""Stored windows: each series retrieves stored windows of its own by the cosine of their
-    pasts.
+    r"""Stored windows, from which each series retrieves by the cosine of the pasts.
 
     For a past $R$ and the stored pasts $Y$ the weights are $p = \mathrm{Sep}_\alpha(\beta \cos(R,
     Y))$. The recalled past is $p Y$, and the recalled future is $p Y_{\mathrm{future}}$. All
@@ -353,6 +349,9 @@ class STanHopPreTrainedModel(FoldableModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         # Because "hopfield" can return weights when a call requests them, softmax uses it too.
+        """Choose the attention kernel: "hopfield", or "eager" if the configuration requests
+        attentions.
+        """
         requested_attention = hopfield_kernel(self.config, requested_attention)
         if requested_attention is None:
             requested_attention = "eager" if self.config.output_attentions else "hopfield"
@@ -523,8 +522,7 @@ class STanHopModel(STanHopPreTrainedModel):
 
     @torch.no_grad()
     def recall(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None) -> torch.Tensor:
-        r"""Forecast without training: return what followed the stored windows that are similar to
-        this one.
+        r"""Forecast without training, from what followed similar stored windows.
 
         The weights of the stored windows are $\mathrm{Sep}_\alpha(\beta \cos(R, Y))$, with
         `memory_alpha` and `memory_beta`.
@@ -575,9 +573,7 @@ class STanHopModel(STanHopPreTrainedModel):
         return values, observed.to(values.dtype)
 
     def _cast(self, scaled: torch.Tensor, name: str) -> torch.Tensor:
-        """Convert scaled values to the dtype of the model; raise a `ValueError` if they become
-        infinite.
-        """
+        """Convert scaled values to the dtype of the model; they must stay finite."""
         narrow = scaled.to(self.dtype)
         if is_readable(narrow) and not is_finite(narrow):
             raise ValueError(f"{name} must be finite in {self.dtype} after scaling, got values up to {scaled.abs().max():.4g}")
@@ -601,8 +597,9 @@ class STanHopModel(STanHopPreTrainedModel):
         return self.layernorm(self.patch_embedding(patches) + self.position_embeddings)
 
     def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """Yield the memories that Stage I separates, block by block; see
-        `STanHopBlock.memory_sets`.
+        """Yield the memories that Stage I separates, block by block.
+
+        See `STanHopBlock.memory_sets`.
         """
         yield from self.memory_sets_of(self(past_values, past_observed_mask, return_dict=True).scales)
 
@@ -654,8 +651,9 @@ class STanHopDecoder(STanHopPreTrainedModel):
         return STanHopDecoderOutput(forecast=cast(torch.Tensor, forecast)[..., : self.config.prediction_length].transpose(1, 2))
 
     def memory_sets(self, scales: tuple[torch.Tensor, ...]) -> Iterator[MemorySet]:
-        """Yield the memories that Stage I separates, layer by layer; see
-        `STanHopDecoderLayer.memory_sets`.
+        """Yield the memories that Stage I separates, layer by layer.
+
+        See `STanHopDecoderLayer.memory_sets`.
 
         The memories of the first block are the same for every window, so they appear only once.
         """
@@ -668,8 +666,7 @@ class STanHopDecoder(STanHopPreTrainedModel):
 
 
 class STanHopForPrediction(STanHopPreTrainedModel):
-    """STanHop-Net for forecasting: the encoder, a decoder that retrieves from each scale, and
-    optional linear maps.
+    """STanHop-Net for forecasting: an encoder, and a decoder that retrieves from each scale.
 
     A linear skip (`use_linear_skip`) and the futures of stored windows (`memory_type="tune"`) can
     be added to the forecast.
@@ -774,9 +771,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         return SampleTSPredictionOutput(sequences=outputs.prediction_outputs.unsqueeze(1))
 
     def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """Yield the memories that Stage I separates: those of the encoder, then those of the
-        decoder.
-        """
+        """Yield the memories that Stage I separates: first of the encoder, then of the decoder."""
         scales = self.model(past_values, past_observed_mask, return_dict=True).scales
         yield from self.model.memory_sets_of(scales)
         yield from self.decoder.memory_sets(scales)
@@ -809,8 +804,9 @@ class STanHopForPrediction(STanHopPreTrainedModel):
 
 
 def _varies_in_past(values: torch.Tensor, observed: torch.Tensor, centred: bool) -> torch.Tensor:
-    """Which series (B, C) have an observed value that differs from 0; if `centred`, from another
-    observed value.
+    """Which series (B, C) vary over their observed values.
+
+    A series varies if a value differs from 0; if `centred`, from another value.
     """
     least, most = (torch.where(observed, values, bound) for bound in (torch.inf, -torch.inf))
     return most.amax(1) > least.amin(1) if centred else (values * observed).any(1)

@@ -1,6 +1,4 @@
-"""U-Hop associative memory: a PyTorch model that stores patterns, separates them, and retrieves
-from them.
-"""
+"""U-Hop associative memory: a PyTorch model that stores, separates and retrieves patterns."""
 
 import copy
 import warnings
@@ -34,8 +32,8 @@ from .spherical import are_independent, separate_optimally
 from .validation import check_tensors, is_finite, is_plain, is_traced
 
 
-# "uhop+" searches an optimal code for at most this many memories if there are more than
-# 2 * feature_dim; a separation step samples at most the second number of memories.
+# Because the optimal spherical code of more than 2 * feature_dim memories must be searched, "uhop+"
+# computes it for at most 1000 memories. A separation step samples at most 4096 memories.
 _SEARCHED_CODES, _MEMORIES_IN_A_STEP = 1000, 4096
 
 
@@ -86,8 +84,7 @@ class UHopMemoryOutput(ModelOutput):
 
 @dataclass
 class UHopMemorySearchOutput(ModelOutput):
-    """What `UHopMemoryModel.search` retrieved for Q queries, with the nonzero association weights
-    only.
+    """What `UHopMemoryModel.search` retrieved for Q queries, with the nonzero weights.
 
     Attributes:
         retrieved: (Q, pattern_dim), the states after the last update.
@@ -124,8 +121,7 @@ class UHopMemoryPreTrainedModel(HopfieldPreTrainedModel):
 
 
 class UHopMemoryModel(UHopMemoryPreTrainedModel):
-    r"""Associative memory that stores patterns, separates them (Stage I) and retrieves from them
-    (Stage II).
+    r"""Associative memory that stores, separates (Stage I) and retrieves (Stage II) patterns.
 
     This is Algorithm 1 of U-Hop (arXiv 2404.03827). A query $x$ retrieves from the memories $\xi_1,
     \dots, \xi_M$ by equation 2.4, with the feature map $\Phi(u) = W u$ and the simplex map
@@ -168,21 +164,16 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the memories; a model without a feature map has no parameter that could define
-        it.
-        """
+        """Dtype of the memories, because a model without a feature map has no parameter."""
         return self.memories.dtype
 
     @property
     def device(self) -> torch.device:
-        """Device of the memories; a model without a feature map has no parameter that could define
-        it.
-        """
+        """Device of the memories, because a model without a feature map has no parameter."""
         return self.memories.device
 
     def stored_features(self) -> torch.Tensor:
-        """Features (M, feature_dim) of the memories; without a feature map, the memories
-        themselves.
+        """Features (M, feature_dim) of the memories; the memories if there is no feature map.
 
         The features are cached for the next retrieval. They are computed again if the memories or
         the feature map have changed. PyTorch does not count changes of memories through `.data`, a
@@ -332,9 +323,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         return maximize_separation(self.feature_map, self.memories, method=method, steps=steps, lr=1e-3 if lr is None else lr, **options)
 
     def _separate_optimally(self) -> list[float]:
-        """Set the feature map to the optimal spherical code; return minus the smallest margin
-        before and after.
-        """
+        """Reach the optimal spherical code; return minus the smallest margin before and after."""
         assert self.feature_map is not None
         before, _ = margins(self._unit_kernel())
         separate_optimally(self.feature_map, self.memories)
@@ -461,8 +450,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         return UHopMemorySearchOutput(retrieved=states, indices=indices, weights=weights)
 
     def index(self, factory: str = "flat", parameters: str = "") -> None:
-        r"""Select how `search` finds memories: by all inner products, or with an index of the faiss
-        library.
+        r"""Select how `search` finds memories: by all inner products, or with a faiss index.
 
         The index holds the features of the memories. The first search after a change of the
         memories or of $\Phi$ builds it, and trains it where its type needs training. The index
@@ -521,9 +509,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         return features
 
     def _check_finite(self, retrieved: torch.Tensor) -> None:
-        """Raise a `ValueError` if memories became infinite or NaN in a narrower dtype than they
-        were stored in.
-        """
+        """Raise a `ValueError` if a narrower dtype made memories infinite or NaN."""
         if not is_traced() and not is_finite(retrieved):
             bad = int((~self.memories.isfinite()).sum())
             raise ValueError(
@@ -593,8 +579,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         return features @ features.transpose(-1, -2)
 
     def _validated(self, patterns: torch.Tensor, name: str) -> torch.Tensor:
-        """Move patterns to the device and dtype of the memory; check their width and that they are
-        finite.
+        """Move patterns to the memory's device and dtype; check width and finite values.
 
         A traced graph skips the check for finite values, because it cannot branch on values.
         """

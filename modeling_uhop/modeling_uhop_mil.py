@@ -1,6 +1,4 @@
-"""U-Hop multiple-instance model: a PyTorch classifier of bags that retrieves from a bag with
-learned queries.
-"""
+"""U-Hop multiple-instance model: classify bags by retrieval with learned queries (PyTorch)."""
 
 import math
 from collections.abc import Iterator
@@ -68,11 +66,10 @@ class UHopMILBagClassifierOutput(ModelOutput):
 
 
 class UHopMILImageEmbedding(nn.Module):
-    """Small convolutional network: images (n, num_channels, height, width) to vectors (n,
-    hidden_size).
+    """Small convolutional network that embeds images (n, num_channels, height, width).
 
-    Two convolutions with a max pooling between them, then the mean over the remaining positions.
-    """
+    Two convolutions with a max pooling between them, then the mean over the remaining positions;
+    the result is (n, hidden_size)."""
 
     def __init__(self, config: UHopMILConfig):
         super().__init__()
@@ -165,6 +162,7 @@ class UHopMILPreTrainedModel(FoldableModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Return "eager", the only attention kernel that returns the association weights."""
         if requested_attention not in (None, "eager"):
             raise ValueError(
                 f"attn_implementation must be 'eager', because the model returns instance weights, got {requested_attention!r}"
@@ -172,9 +170,7 @@ class UHopMILPreTrainedModel(FoldableModel):
         return super().get_correct_attn_implementation("eager", is_init_check)
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """Save the model, with an entry that lets `pipeline("multiple-instance-classification")`
-        load it.
-        """
+        """Save the model, with an entry for `pipeline("multiple-instance-classification")`."""
         pipeline = {
             "impl": f"pipelines.{MultipleInstanceClassificationPipeline.__name__}",
             "pt": ["AutoModelForSequenceClassification"],
@@ -278,9 +274,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
         yield MemorySet(pooling.attention.feature_map, pooling.memories(hidden_states[-1]), mask)
 
     def _embed(self, instances: torch.Tensor | None, attention_mask: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Output of each embedding layer, (B, N, hidden_size) with zeros for padding, and the
-        boolean mask (B, N).
-        """
+        """Outputs of the embedding layers (B, N, hidden_size), zeros for padding; mask (B, N)."""
         self.check_configuration()
         if instances is None:
             raise ValueError("instances is required, got None")
@@ -332,8 +326,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
 
 
 class UHopMILForBagClassification(UHopMILPreTrainedModel):
-    """U-Hop multiple-instance classifier: a linear classifier on what the queries retrieve from a
-    bag.
+    """U-Hop classifier of bags: a linear classifier on what the queries retrieve from a bag.
 
     `config.problem_type` selects the loss, as in all models of transformers:
     "single_label_classification" (two classes or more), "multi_label_classification" or
@@ -413,9 +406,7 @@ def _broadcast_mask(mask: torch.Tensor, instances: torch.Tensor) -> torch.Tensor
 
 
 def _instance_dropout(mask: torch.Tensor, probability: float) -> torch.Tensor:
-    """Remove each instance from the mask with this probability, but always keep one instance per
-    bag.
-    """
+    """Remove each instance from the mask with this probability, but keep one per bag."""
     draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
     kept = (draw >= probability) | (draw == draw.amax(-1, keepdim=True))
     return kept & mask

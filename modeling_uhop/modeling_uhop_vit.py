@@ -24,8 +24,10 @@ from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tens
 
 
 class UHopViTPatchEmbeddings(nn.Module):
-    """Turn pixel values (batch_size, num_channels, height, width) into patch embeddings
-    (batch_size, num_patches, hidden_size).
+    """Embed the patches of images.
+
+    Pixel values (batch_size, num_channels, height, width) become (batch_size, num_patches,
+    hidden_size).
     """
 
     def __init__(self, config: UHopViTConfig):
@@ -46,8 +48,7 @@ class UHopViTPatchEmbeddings(nn.Module):
 
 
 class UHopViTEmbeddings(nn.Module):
-    """Input tokens of the encoder: CLS token, optional distillation token, then patches, plus
-    position embeddings.
+    """Input tokens of the encoder: CLS, optional distillation token, patches; with positions.
 
     With `use_mask_token`, a learned mask token can replace patches.
     """
@@ -63,9 +64,7 @@ class UHopViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
-        """Position embeddings for images of another size, by bicubic interpolation over the patch
-        grid.
-        """
+        """Position embeddings for another image size, by bicubic interpolation of the grid."""
         grid = self.patch_embeddings.grid_size
         patch_height, patch_width = self.patch_embeddings.patch_size
         new_grid = (height // patch_height, width // patch_width)
@@ -138,6 +137,7 @@ class UHopViTLayer(UHopViTEncoderLayer):
         self.mlp = UHopViTMLP(config)
 
     def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Tokens after the first layer norm."""
         return self.layernorm_before(hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
@@ -147,15 +147,14 @@ class UHopViTLayer(UHopViTEncoderLayer):
 
 
 class UHopViTClassQueryLayer(UHopViTEncoderLayer):
-    """The papers' CIFAR encoder: only the CLS token queries the patches; the patches stay
-    unchanged.
-    """
+    """The papers' CIFAR encoder: only the CLS token queries the patches, which stay unchanged."""
 
     def __init__(self, config: UHopViTConfig):
         super().__init__(config)
         self.activation_fn = ACT2FN[config.hidden_act]
 
     def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Tokens as they are."""
         return hidden_states
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
@@ -179,9 +178,7 @@ class UHopViTPooler(nn.Module):
 
 
 class UHopViTPreTrainedModel(FoldableModel):
-    """Base class of the U-Hop vision transformers: initialization, loading, and conversion from and
-    to ViT.
-    """
+    """Base class of the U-Hop vision transformers: initialization, loading, conversion."""
 
     config: UHopViTConfig
     config_class = UHopViTConfig
@@ -219,6 +216,7 @@ class UHopViTPreTrainedModel(FoldableModel):
             module.reset_parameters()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Choose the attention kernel; refuse kernels that cannot mask a single query."""
         requested_attention = hopfield_kernel(self.config, requested_attention)
         if self.config.encoder_type == "class_query" and requested_attention not in (None, "eager", "sdpa", "hopfield"):
             raise ValueError(
@@ -229,8 +227,7 @@ class UHopViTPreTrainedModel(FoldableModel):
 
     @classmethod
     def from_vit(cls, source, *, alpha: float = 1.0, **fields):
-        r"""Convert a ViT of transformers into a Hopfield model that is ready for the separation
-        step.
+        r"""Convert a ViT of transformers into a Hopfield model, ready for the separation step.
 
         The feature map starts as the identity, $\Phi(u) = u$. At `alpha=1` the converted model
         therefore gives the same outputs as the source.
@@ -247,8 +244,8 @@ class UHopViTPreTrainedModel(FoldableModel):
                 different number gives a newly initialized classifier).
 
         Returns:
-            UHopViTPreTrainedModel: The converted model, on the device, in the dtype and in the mode
-                of the source.
+            converted (UHopViTPreTrainedModel): The converted model, on the device, in the dtype and
+                in the mode of the source.
 
         Raises:
             ValueError: If the architecture is not supported, or a field is determined by the
@@ -409,8 +406,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
 
 
 class UHopViTForImageClassification(UHopViTPreTrainedModel):
-    """U-Hop vision transformer for image classification: a linear classifier on the final CLS
-    token.
+    """U-Hop vision transformer for image classification, with a linear classifier.
 
     Args:
         config: The configuration; `config.num_labels` is the number of classes.
@@ -467,9 +463,7 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
 
 
 def num_prefix_tokens(config: UHopViTConfig) -> int:
-    """Number of tokens before the patches: the CLS token, and the distillation token if there is
-    one.
-    """
+    """Number of tokens before the patches: CLS, and the distillation token if there is one."""
     return 2 if config.use_distillation_token else 1
 
 

@@ -1,6 +1,4 @@
-"""The pipeline "multiple-instance-classification": classify bags and name the instances with large
-weight.
-"""
+"""The pipeline "multiple-instance-classification": classify bags, with instance weights."""
 
 from typing import Any
 
@@ -59,6 +57,7 @@ class MultipleInstanceClassificationPipeline(Pipeline):
         return super().__call__(list(inputs), *args, **kwargs)
 
     def preprocess(self, input_: Any, **preprocess_parameters) -> Any:
+        """Transform one bag with the feature extractor."""
         extractor: Any = self.feature_extractor
         return extractor([input_], return_tensors="pt")
 
@@ -69,6 +68,7 @@ class MultipleInstanceClassificationPipeline(Pipeline):
     def postprocess(  # type: ignore[override]
         self, model_outputs: Any, top_k: int | None = None, threshold: float = 0.5, **postprocess_parameters
     ) -> dict[str, Any]:
+        """Turn logits and weights of one bag into label, score and instances."""
         names: dict[int, str] = self.model.config.id2label  # type: ignore[assignment]
         logits = model_outputs["logits"][0].float()
         weights = model_outputs["weights"][0][model_outputs["attention_mask"][0].bool()].float()
