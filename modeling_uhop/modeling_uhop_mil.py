@@ -162,7 +162,7 @@ class UHopMILPreTrainedModel(FoldableModel):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Return "eager", the only attention kernel that returns the association weights."""
+        """Return "eager", because every call returns instance weights; refuse other kernels."""
         if requested_attention not in (None, "eager"):
             raise ValueError(
                 f"attn_implementation must be 'eager', because the model returns instance weights, got {requested_attention!r}"
