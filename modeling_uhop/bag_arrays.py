@@ -1,4 +1,7 @@
-"""Bags as a user has them, as NumPy arrays: read in one way by the extractor, the collator, the pipeline and the recipes."""
+"""Convert bags from what users have (arrays, tensors, lists, DataFrames) into NumPy arrays.
+
+The feature extractor, the collator, the pipeline and the recipes all read bags through this module.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,16 +11,22 @@ import numpy as np
 import torch
 
 
-# Entries of a bag that are handled at a time, because copies of a whole bag in float64 would take several times its memory.
+# Because float64 copies of a whole bag would need several times its memory, we process a bag in
+# blocks of about this many entries.
 _BLOCK = 2**18
 
 
 def is_one_bag(bags: Any, *, vectors: bool = False) -> bool:
-    """Whether this is one bag: a DataFrame, an array with 2 axes (or 4, of images, unless `vectors`), or lists nested so deep."""
+    """Whether the input is a single bag and not a list of bags.
+
+    A single bag is a DataFrame, an array with 2 axes (or 4, for images, unless `vectors`), or lists
+    with the same depth of nesting.
+    """
     return hasattr(bags, "columns") or _depth(bags) in ((2,) if vectors else (2, 4))
 
 
 def _depth(entry: Any) -> int:
+    """Number of axes of an array, or depth of nested lists."""
     if isinstance(entry, np.ndarray) and entry.dtype == object and entry.size > 0:
         return entry.ndim + _depth(entry.flat[0])
     if hasattr(entry, "ndim"):
@@ -33,15 +42,24 @@ def as_arrays(
     empty_shape: tuple[int, ...] | None = None,
     arrange: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> list[np.ndarray]:
-    """Bags as arrays whose instances have one shape, in float32, or in float64 where the values need it; without a copy where that can be.
+    """Convert bags into float arrays whose instances all have one shape.
+
+    Arrays are float32, or float64 if the values need it. They are not copied where that can be
+    avoided.
 
     Args:
-        num_features, feature_names: What every bag must have.
-        empty_shape: The shape of the instances of an empty bag, if all are empty.
-        arrange: Applied to each array before its shape is checked.
+        bags: The bags; see `UHopMILFeatureExtractor` for the accepted kinds.
+        num_features: Number of features that every bag must have; `None` accepts any number.
+        feature_names: Column names that every DataFrame must have, in this order.
+        empty_shape: Shape of an instance, for the case that all bags are empty.
+        arrange: Function applied to each array before its shape is checked.
+
+    Returns:
+        One array per bag.
 
     Raises:
-        ValueError: For bags that differ from each other or from what is asked for, or are not finite; naming the bag.
+        ValueError: If there is no bag, or if a bag differs from the others or from what is
+            required, or is not finite. The message names the bag.
     """
     arrays = []
     first, shape = 0, None
@@ -51,7 +69,9 @@ def as_arrays(
         if len(array) > 0:
             if array.ndim not in (2, 4):
                 saved = (
-                    f"; of vectors saved as (1, instances, features) pass bag[{index}][0]" if array.ndim == 3 and len(array) == 1 else ""
+                    f"; if vectors were saved as (1, instances, features), pass bag[{index}][0]"
+                    if array.ndim == 3 and len(array) == 1
+                    else ""
                 )
                 raise ValueError(
                     f"bag {index} must have shape (instances, features), or (instances, channels, height, width), got {array.shape}{saved}"
@@ -59,70 +79,75 @@ def as_arrays(
             if shape is None:
                 first, shape = index, array.shape[1:]
             if array.shape[1:] != shape:
-                raise ValueError(f"bag {index} has instances of shape {array.shape[1:]}, and bag {first} of {shape}")
+                raise ValueError(f"bag {index} has instances of shape {array.shape[1:]}, but bag {first} has {shape}")
             if num_features not in (None, array.shape[1]):
                 raise ValueError(
-                    f"bag {index} has {array.shape[1]} features, and the extractor was fitted on {num_features}; its shape is {array.shape}"
+                    f"bag {index} has {array.shape[1]} features, but the extractor was fitted on {num_features}; its shape is {array.shape}"
                 )
             check_finite(index, array)
         arrays.append(array)
     if not arrays:
-        raise ValueError("there are no bags")
+        raise ValueError("at least one bag is needed, got none")
     filled = shape or empty_shape or (0,)
     return [array if len(array) > 0 else np.zeros((0, *filled)) for array in arrays]
 
 
 def _as_array(index: int, bag: Any, feature_names: list[str] | None) -> np.ndarray:
+    """Convert one bag into an array, with its number in every error."""
     columns = getattr(bag, "columns", None)
     if columns is not None and feature_names is not None and [str(name) for name in columns] != feature_names:
         raise ValueError(f"bag {index} must have the columns {feature_names}, in this order, got {list(columns)}")
     try:
         array = _numbers(bag)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"bag {index} is not numbers of one shape for every instance: {error}") from error
+        raise ValueError(f"bag {index} must consist of numbers, with one shape for every instance: {error}") from error
     if array.ndim == 0:
         raise ValueError(f"bag {index} must be a set of instances, got {bag!r}")
     return array
 
 
 def _numbers(bag: Any) -> np.ndarray:
-    """Real numbers of any kind of array as float32, or as float64 where float32 does not have all of their dtype's values."""
+    """Convert real numbers to float32, or to float64 if float32 cannot hold their dtype."""
     if isinstance(bag, (list, tuple)) and any(isinstance(row, torch.Tensor) for row in bag):
         bag = torch.stack([torch.as_tensor(row) for row in bag])
     if isinstance(bag, torch.Tensor):
         if bag.is_meta:
-            raise ValueError("a tensor on the meta device has no values")
+            raise ValueError("got a tensor on the meta device, which has no values")
         bag = bag.detach().cpu().to_dense()
-        # NumPy has no bfloat16 and no 8-bit floats.
+        # Because NumPy has no bfloat16 and no 8-bit floats, we convert through float32.
         array = (bag.float() if bag.is_floating_point() and bag.dtype != torch.float64 else bag).numpy()
     elif isinstance(bag, np.ma.MaskedArray):
         array = np.ma.filled(bag.astype(np.float64), np.nan)
     else:
         array = np.asarray(bag.toarray() if hasattr(bag, "toarray") else bag)
     if array.dtype.kind in "OUS":
-        # A DataFrame with missing values, or an array of rows.
+        # Because DataFrames with missing values and arrays of rows have an object dtype, we convert
+        # them to float64.
         array = np.asarray(bag.astype(np.float64) if hasattr(bag, "iloc") and array.ndim == 2 else array.tolist(), dtype=np.float64)
     if array.dtype.kind not in "biuf":
-        raise TypeError(f"got {array.dtype}")
+        raise TypeError(f"got dtype {array.dtype}, which is not a real number type")
     return array.astype(np.result_type(array.dtype, np.float32) if array.dtype != np.longdouble else np.float64, copy=False)
 
 
 def channels_first(array: np.ndarray) -> np.ndarray:
-    """Pictures (instances, height, width, channels) with their channels first: a last axis of 1, 3 or 4 after two larger ones, of which
-    the first could be no channels."""
+    """Move the channels of images (instances, height, width, channels) to the front.
+
+    An array is read as such images if it has 4 axes, its last axis has length 1, 3 or 4, and the
+    two axes before it are longer. Its second axis must not be a possible number of channels.
+    """
     if array.ndim != 4 or array.shape[3] not in (1, 3, 4) or array.shape[1] in (1, 3, 4) or min(array.shape[1:3]) <= array.shape[3]:
         return array
     return np.moveaxis(array, 3, 1)
 
 
 def blocks(array: np.ndarray) -> list[slice]:
-    """Slices of a bag's rows, of about `_BLOCK` entries each."""
+    """Slices of the rows of a bag with about `_BLOCK` entries each."""
     size = max(1, _BLOCK // max(1, math.prod(array.shape[1:])))
     return [slice(start, start + size) for start in range(0, len(array), size)]
 
 
 def check_finite(index: int, array: np.ndarray, when: str = "") -> None:
-    """A `ValueError` that names the first instance of a bag with an entry that is not finite."""
+    """Raise a `ValueError` that names the first instance of a bag with an infinite or NaN entry."""
     for rows in blocks(array):
         bad = np.flatnonzero(~np.isfinite(array[rows]).reshape(len(array[rows]), -1).all(1))
         if len(bad) > 0:

@@ -1,4 +1,4 @@
-"""STanHop model configuration"""
+"""Configuration of the STanHop-Net forecasting model."""
 
 from typing import Literal
 
@@ -11,57 +11,86 @@ from .validation import check_at_least_one, check_dropouts, check_hopfield
 
 @strict
 class STanHopConfig(PreTrainedConfig):
-    r"""
-    Configuration of STanHop-Net (arXiv 2312.17346), a forecaster of multivariate series whose layers retrieve over time and over series,
-    with the feature map of U-Hop (arXiv 2404.03827). Fields it shares with `PatchTSTConfig` mean what they mean there.
+    r"""Configuration of STanHop-Net, which forecasts series by retrieval over time and over series.
+
+    The model is described in arXiv 2312.17346; its Hopfield layers use the feature map $\Phi$ of
+    U-Hop (arXiv 2404.03827). Fields that also exist in `PatchTSTConfig` have the same meaning here.
 
     Args:
         num_input_channels (`int`, defaults to 7): Number of series C.
-        context_length (`int`, defaults to 168): Time steps L that are seen.
-        prediction_length (`int`, defaults to 96): Time steps H that are predicted.
-        patch_length (`int`, defaults to 12): Time steps in a patch; patches do not overlap. A window whose length is no multiple of it is
-            continued to the left by its first value.
-        num_hidden_layers (`int`, defaults to 1): Scales of the encoder: blocks, each but the first on patches merged `merge_window` by
+        context_length (`int`, defaults to 168): Length L of the input window, in time steps.
+        prediction_length (`int`, defaults to 96): Horizon H, in time steps.
+        patch_length (`int`, defaults to 12): Time steps per patch; patches do not overlap. If the
+            window length is not a multiple of it, the window is extended to the left with its first
+            value.
+        num_hidden_layers (`int`, defaults to 1): Number of encoder blocks. Each block works at one
+            scale: every block after the first receives patches that were merged in groups of
             `merge_window`.
-        merge_window (`int`, defaults to 2): How many neighbouring patches become one from a scale to the next.
-        num_prototypes (`int`, defaults to 10): Learned prototypes that a position's series are pooled to.
-        d_model (`int`, defaults to 256): Width of a patch.
-        num_attention_heads (`int`, defaults to 4): Number of heads.
-        ffn_dim (`int`, defaults to 512): Width inside the MLPs.
+        merge_window (`int`, defaults to 2): Number of neighbouring patches that are merged into one
+            from one scale to the next.
+        num_prototypes (`int`, defaults to 10): Number of learned prototypes that pool the series at
+            one position.
+        d_model (`int`, defaults to 256): Width of an embedded patch.
+        num_attention_heads (`int`, defaults to 4): Number of attention heads.
+        ffn_dim (`int`, defaults to 512): Hidden width of the MLPs.
         activation_function (`str`, defaults to `"gelu"`): Activation of the MLPs.
-        attention_dropout (`float`, defaults to 0.1): Dropout of association weights.
-        ff_dropout (`float`, defaults to 0.1): Dropout of each sub-layer's output.
-        norm_eps (`float`, defaults to 1e-5): Epsilon of layer norms.
-        init_std (`float`, defaults to 0.02): Standard deviation of fresh prototypes.
-        position_init_std (`float`, defaults to 1): Standard deviation of fresh position embeddings. The decoder has no other input at
-            first: begun close to zero, its patches cannot be told apart.
-        scaling (`str`, *optional*, defaults to `"std"`): How each window is scaled, and the forecast back: "std" (its mean and standard
-            deviation), "mean" (its mean of absolute values), or `None`.
-        minimum_scale (`float`, defaults to 1e-2): Least scale, in the units of the values; a constant window is divided by it.
-        use_linear_skip (`bool`, defaults to `False`): Whether a linear map from the scaled window to the horizon, one for all series, is
-            added to the forecast.
-        memory_type (`str`, *optional*): What stored windows are for, beside `STanHopModel.recall`. The papers' equations of both are not
-            available to us, and these are reconstructions. "plug": a window is completed by what it retrieves, with nothing learned,
-            `LN(R + Sep_alpha(beta cos(R, Y)) Y)`. "tune": the futures of retrieved windows go through a linear map that is trained with the
-            model, and are added to the forecast; train it on other windows than those stored and their neighbours, as a window that
-            retrieves itself has its own future before it.
+        attention_dropout (`float`, defaults to 0.1): Dropout of the association weights, in [0, 1).
+        ff_dropout (`float`, defaults to 0.1): Dropout of the output of each sub-layer, in [0, 1).
+        norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
+        init_std (`float`, defaults to 0.02): Standard deviation of newly initialized prototypes.
+        position_init_std (`float`, defaults to 1): Standard deviation of newly initialized position
+            embeddings. They are the only initial input of the decoder: if they start close to zero,
+            its patches cannot be told apart.
+        scaling (`str`, *optional*, defaults to `"std"`): How each window is scaled; the forecast is
+            scaled back. "std": by its mean and standard deviation. "mean": by the mean of its
+            absolute values. `None`: no scaling.
+        minimum_scale (`float`, defaults to 1e-2): Smallest scale, positive, in the units of the
+            values. A constant window is divided by it.
+        use_linear_skip (`bool`, defaults to `False`): Whether a linear map from the scaled window
+            to the horizon, shared by all series, is added to the forecast.
+        memory_type (`str`, *optional*): How stored windows are used inside the model, in addition
+            to `STanHopModel.recall`. The papers' equations for both modes are not available to us;
+            these are reconstructions. "plug": the window is combined with what it retrieves,
+            without any trained parameter: $\mathrm{LN}(R + \mathrm{Sep}_\alpha(\beta \cos(R, Y))
+            Y)$. "tune": the futures of the retrieved windows pass through a linear map, trained
+            with the model, and are added to the forecast. Train it on windows other than the stored
+            ones and their neighbours, because a window that retrieves itself sees its own future.
         num_memories (`int`, defaults to 0): Number of stored windows; `store` sets it.
-        memory_beta (`float`, defaults to 12): Inverse temperature of their retrieval.
-        memory_alpha (`float`, defaults to 1): Tsallis exponent in [1, 2] of their retrieval.
-        loss (`str`, defaults to `"mse"`): "mse" or "mae", over observed future values in their own units.
-        qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
-        alpha, learnable_alpha (default to 1.5 and `True`), beta, use_feature_map, feature_dim, feature_init, update_steps: The Hopfield
-            layers, as in `UHopViTConfig`.
-        value_source (`str`, defaults to `"projected_memory"`): As in `UHopViTConfig`; STanHop's values are W_V W_K Y.
+        memory_beta (`float`, defaults to 12): Inverse temperature for the retrieval of stored
+            windows, positive.
+        memory_alpha (`float`, defaults to 1): Tsallis exponent in [1, 2] for the retrieval of
+            stored windows.
+        loss (`str`, defaults to `"mse"`): "mse" or "mae", over the observed future values in their
+            own units.
+        qkv_bias (`bool`, defaults to `True`): Whether the query, key and value projections have a
+            bias.
+        alpha (`float`, defaults to 1.5): Tsallis exponent of the Hopfield layers, in [1, 2]; as in
+            `UHopViTConfig`.
+        learnable_alpha (`bool`, defaults to `True`): Whether each head learns its own exponent; as
+            in `UHopViTConfig`.
+        beta (`float`, *optional*): Inverse temperature of the Hopfield layers, positive; `None`
+            means 1 / sqrt(head width).
+        use_feature_map (`bool`, defaults to `True`): Whether queries and keys pass through a
+            feature map; as in `UHopViTConfig`.
+        feature_dim (`int`, *optional*): Width D of a feature, at least 1; `None` means `d_model`.
+        feature_init (`str`, defaults to `"orthogonal"`): Initial value of the feature map:
+            "identity", "orthogonal" or "normal"; see `FeatureMap`.
+        update_steps (`int`, defaults to 1): Retrieval steps per layer, at least 1.
+        value_source (`str`, defaults to `"projected_memory"`): What the values are, as in
+            `UHopViTConfig`. STanHop uses $W_V W_K Y$, "projected_memory".
 
     Raises:
-        A validation error that names the field, its value and what is accepted.
+        ValueError: If a value is out of range or two fields do not fit together. The message names
+            the field, its value and what is accepted.
+        StrictDataclassFieldValidationError: If a value has the wrong type or is not one of the
+            choices (an error class of `huggingface_hub`).
 
-    >>> from modeling_uhop import STanHopConfig, STanHopForPrediction
+    Examples:
+        >>> from modeling_uhop import STanHopConfig, STanHopForPrediction
 
-    >>> model = STanHopForPrediction(STanHopConfig(num_input_channels=3, context_length=48, prediction_length=24, d_model=32))
-    >>> model.config.hidden_size
-    32
+        >>> model = STanHopForPrediction(STanHopConfig(num_input_channels=3, context_length=48, prediction_length=24, d_model=32))
+        >>> model.config.hidden_size
+        32
     """
 
     model_type = "stanhop"
@@ -106,11 +135,11 @@ class STanHopConfig(PreTrainedConfig):
         self.validate_hopfield()
 
     def validate_hopfield(self):
-        """Ranges and combinations that types alone do not express."""
+        """Check ranges and combinations of fields that the type annotations do not express."""
         check_at_least_one(self, "num_input_channels", "context_length", "prediction_length", "patch_length", "num_hidden_layers")
         check_at_least_one(self, "num_prototypes", "d_model", "num_attention_heads", "ffn_dim", "update_steps")
         if self.merge_window < 2 and self.num_hidden_layers > 1:
-            raise ValueError(f"merge_window must be at least 2 where there are several scales, got {self.merge_window}")
+            raise ValueError(f"merge_window must be at least 2 if num_hidden_layers is above 1, got {self.merge_window}")
         if self.activation_function not in ACT2FN:
             raise ValueError(f"activation_function must be one of {sorted(ACT2FN)}, got {self.activation_function!r}")
         check_dropouts(self, "attention_dropout", "ff_dropout")

@@ -1,4 +1,4 @@
-"""UHopMIL model configuration"""
+"""Configuration of the U-Hop multiple-instance learning model."""
 
 from typing import Literal
 
@@ -14,46 +14,87 @@ from .validation import check_at_least_one, check_dropouts, check_hopfield
 
 @strict
 class UHopMILConfig(PreTrainedConfig):
-    r"""
-    Configuration of a multiple-instance classifier: each instance of a bag is embedded, learned queries retrieve from the bag through a
-    kernelized Hopfield layer (HopfieldPooling, arXiv 2008.02217, with the feature map of U-Hop, arXiv 2404.03827), and a linear
-    classifier reads what they retrieved.
+    r"""Configuration of a classifier of bags, which retrieves from a bag with learned queries.
+
+    The model has three parts. It embeds each instance of a bag. Learned queries then retrieve from
+    the embedded instances through a kernelized Hopfield layer: HopfieldPooling (arXiv 2008.02217)
+    with the feature map $\Phi$ of U-Hop (arXiv 2404.03827). Last, a linear classifier maps the
+    retrieved vectors to logits:
+
+    $$
+    \mathrm{Sep}_\alpha\left[\beta\, (W_Q \Phi(R)) (W_K \Phi(\Xi))^\top\right] V
+    $$
+
+    Here $R$ are the learned queries, $\Xi$ the embedded instances of one bag (the memories), and
+    $\mathrm{Sep}_\alpha$ the simplex map (scores to weights).
 
     Args:
-        instance_dim (`int`, defaults to 166): Width F of an instance, where instances are vectors.
-        instance_type (`str`, defaults to `"vector"`): What an instance is, and what embeds it first. "vector": a row of numbers, as it
-            is. "image": pixels, through a small convolutional network. "backbone": pixels, through a vision backbone of transformers.
-        num_channels (`int`, defaults to 3): Channels of an image.
-        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the backbone; needed by "backbone" alone.
+        instance_dim (`int`, defaults to 166): Width F of an instance; used if instances are
+            vectors.
+        instance_type (`str`, defaults to `"vector"`): What an instance is, and how it is first
+            embedded. "vector": a row of numbers, used as it is. "image": pixels, embedded by a
+            small convolutional network. "backbone": pixels, embedded by a vision backbone of
+            transformers.
+        num_channels (`int`, defaults to 3): Number of image channels.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the backbone.
+            Required for "backbone", not allowed for the other instance types.
         hidden_size (`int`, defaults to 64): Width of an embedded instance.
-        num_embedding_layers (`int`, defaults to 1): Linear layers, each with `hidden_act` and dropout, that an instance goes through.
-        hidden_act (`str`, defaults to `"relu"`): Their activation, and that before the classifier.
-        hidden_dropout_prob (`float`, defaults to 0.25): Dropout of embedded instances, and before the classifier.
-        attention_probs_dropout_prob (`float`, defaults to 0): Dropout of association weights.
-        bag_dropout_prob (`float`, defaults to 0): Probability that training leaves an instance out of its bag; one instance always stays.
-        pooling (`str`, defaults to `"hopfield"`): How a bag becomes one vector: "hopfield", or as baselines the "mean" or the "max".
-        num_queries (`int`, defaults to 1): Learned state patterns that retrieve from a bag.
-        num_attention_heads (`int`, defaults to 4): Number of heads.
-        head_dim (`int`, *optional*): Width of a head; `None` for `hidden_size // num_attention_heads`.
-        qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
-        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of layer norms.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh queries.
-        alpha, learnable_alpha, beta, use_feature_map, feature_dim, feature_init, update_steps, value_source: The Hopfield layer, as in
+        num_embedding_layers (`int`, defaults to 1): Number of linear layers that embed an instance;
+            each is followed by `hidden_act` and dropout.
+        hidden_act (`str`, defaults to `"relu"`): Activation of the embedding layers, also applied
+            before the classifier.
+        hidden_dropout_prob (`float`, defaults to 0.25): Dropout of embedded instances and before
+            the classifier, in [0, 1).
+        attention_probs_dropout_prob (`float`, defaults to 0): Dropout of the association weights,
+            in [0, 1).
+        bag_dropout_prob (`float`, defaults to 0): Probability, in [0, 1), that an instance is
+            removed from its bag during training. At least one instance always remains.
+        pooling (`str`, defaults to `"hopfield"`): How a bag becomes one vector: "hopfield", or one
+            of the baselines "mean" and "max".
+        num_queries (`int`, defaults to 1): Number of learned queries that retrieve from a bag.
+        num_attention_heads (`int`, defaults to 4): Number of attention heads.
+        head_dim (`int`, *optional*): Width of a head; `None` means `hidden_size //
+            num_attention_heads`.
+        qkv_bias (`bool`, defaults to `True`): Whether the query, key and value projections have a
+            bias.
+        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of newly initialized
+            queries.
+        alpha (`float`, defaults to 1): Tsallis exponent of the simplex map, in [1, 2]; as in
             `UHopViTConfig`.
+        learnable_alpha (`bool`, defaults to `False`): Whether each head learns its own exponent; as
+            in `UHopViTConfig`.
+        beta (`float`, *optional*): Inverse temperature, positive; `None` means 1 / sqrt(head
+            width).
+        use_feature_map (`bool`, defaults to `True`): Whether queries and keys pass through a
+            feature map; as in `UHopViTConfig`.
+        feature_dim (`int`, *optional*): Width D of a feature, at least 1; `None` means
+            `hidden_size`.
+        feature_init (`str`, defaults to `"orthogonal"`): Initial value of the feature map:
+            "identity", "orthogonal" or "normal"; see `FeatureMap`.
+        update_steps (`int`, defaults to 1): Retrieval steps, at least 1.
+        value_source (`str`, defaults to `"memory"`): What the values are, "memory" or
+            "projected_memory"; as in `UHopViTConfig`.
 
     Raises:
-        A validation error that names the field, its value and what is accepted.
+        ValueError: If a value is out of range or two fields do not fit together. The message names
+            the field, its value and what is accepted.
+        StrictDataclassFieldValidationError: If a value has the wrong type or is not one of the
+            choices (an error class of `huggingface_hub`).
 
-    >>> from modeling_uhop import UHopMILConfig, UHopMILForBagClassification
+    Examples:
+        >>> from modeling_uhop import UHopMILConfig, UHopMILForBagClassification
 
-    >>> model = UHopMILForBagClassification(UHopMILConfig(instance_dim=64, alpha=1.5))
-    >>> model.config.num_labels
-    2
+        >>> model = UHopMILForBagClassification(UHopMILConfig(instance_dim=64, alpha=1.5))
+        >>> model.config.num_labels
+        2
     """
 
     model_type = "uhop_mil"
-    # So that `compute_metrics` gets logits alone; `trainer.predict(bags, ignore_keys=["attentions"])` has the weights too, and the hidden
-    # states if they are returned. The Trainer cannot join attentions (B, H, num_queries, N) of batches that are padded to different N.
+    # Because `compute_metrics` should receive the logits alone, the Trainer ignores these outputs.
+    # `trainer.predict(bags, ignore_keys=["attentions"])` also returns the instance weights, and the
+    # hidden states if the model returns them. Attentions must stay ignored, because the Trainer
+    # cannot concatenate (B, H, num_queries, N) of batches that are padded to different N.
     keys_to_ignore_at_inference = ["instance_weights", "hidden_states", "attentions"]
     attribute_map = {"num_hidden_layers": "num_embedding_layers"}
 
@@ -87,17 +128,18 @@ class UHopMILConfig(PreTrainedConfig):
         if isinstance(self.backbone_config, dict):
             if self.backbone_config.get("model_type") not in CONFIG_MAPPING:
                 raise ValueError(
-                    f"backbone_config needs a model_type that transformers knows, got {self.backbone_config.get('model_type')!r}"
+                    f"backbone_config must have a model_type that transformers knows, got {self.backbone_config.get('model_type')!r}"
                 )
             self.backbone_config = CONFIG_MAPPING[self.backbone_config["model_type"]](**self.backbone_config)
         if TASK in PIPELINE_REGISTRY.get_supported_tasks():
-            # The task is known here, and transformers would run the folder's copy of its code instead, and ask for trust.
+            # Because this package has registered the task, we drop the folder's entry: with it,
+            # transformers would run the folder's copy of the code and ask for `trust_remote_code`.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         self.validate_hopfield()
 
     def validate_hopfield(self):
-        """Ranges and combinations that types alone do not express."""
+        """Check ranges and combinations of fields that the type annotations do not express."""
         sizes = (
             "instance_dim",
             "num_channels",
@@ -115,7 +157,7 @@ class UHopMILConfig(PreTrainedConfig):
         check_dropouts(self, "hidden_dropout_prob", "attention_probs_dropout_prob", "bag_dropout_prob")
         if (self.instance_type == "backbone") != (self.backbone_config is not None):
             raise ValueError(
-                "instance_type 'backbone' needs a backbone_config, and no other takes one, got "
+                "backbone_config must be given if, and only if, instance_type is 'backbone'; got "
                 f"instance_type={self.instance_type!r} and backbone_config={self.backbone_config}"
             )
         check_hopfield(self)

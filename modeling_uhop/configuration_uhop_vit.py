@@ -1,4 +1,4 @@
-"""UHopViT model configuration"""
+"""Configuration of the U-Hop vision transformer."""
 
 from typing import Literal
 
@@ -11,52 +11,79 @@ from .validation import check_at_least_one, check_dropouts, check_hopfield
 
 @strict
 class UHopViTConfig(PreTrainedConfig):
-    r"""
-    Configuration of a vision transformer whose attention is a kernelized Hopfield layer (U-Hop, arXiv 2404.03827, equation 3.1).
-    Fields it shares with `ViTConfig` mean what they mean there.
+    r"""Configuration of a vision transformer whose attention layers are kernelized Hopfield layers.
+
+    Each layer computes equation 3.1 of U-Hop (arXiv 2404.03827):
+
+    $$
+    \mathrm{Sep}_\alpha\left[\beta\, (W_Q \Phi(X)) (W_K \Phi(\Xi))^\top\right] V
+    $$
+
+    Here $X$ are the queries, $\Xi$ the memories, $\Phi(u) = W u$ the feature map, and
+    $\mathrm{Sep}_\alpha$ the simplex map (scores to weights). Fields that also exist in `ViTConfig`
+    have the same meaning here.
 
     Args:
-        hidden_size (`int`, defaults to 768): Width of a token, a multiple of `num_attention_heads`.
+        hidden_size (`int`, defaults to 768): Width of a token; a multiple of `num_attention_heads`.
         num_hidden_layers (`int`, defaults to 12): Number of encoder layers.
-        num_attention_heads (`int`, defaults to 12): Number of heads.
-        intermediate_size (`int`, defaults to 3072): Width inside the MLP; not used by the "class_query" encoder.
-        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP, or after the Hopfield layer of the "class_query" encoder (the
-            papers: `"relu"`).
-        hidden_dropout_prob (`float`, defaults to 0): Dropout of embeddings and of each sub-layer's output.
-        attention_probs_dropout_prob (`float`, defaults to 0): Dropout of association weights.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
-        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of layer norms.
-        image_size, patch_size (`int` or pair (height, width), default to 224 and 16): Pixels of an image and of a patch.
-        num_channels (`int`, defaults to 3): Channels of an image.
-        qkv_bias (`bool`, defaults to `True`): Whether query, key and value projections have a bias.
-        pooler_output_size (`int`, *optional*): Width of the pooler; `None` for `hidden_size`.
+        num_attention_heads (`int`, defaults to 12): Number of attention heads.
+        intermediate_size (`int`, defaults to 3072): Hidden width of the MLP. The "class_query"
+            encoder does not use it.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLP. In the "class_query"
+            encoder, the activation after the Hopfield layer (the papers use `"relu"`).
+        hidden_dropout_prob (`float`, defaults to 0): Dropout of the embeddings and of the output of
+            each sub-layer, in [0, 1).
+        attention_probs_dropout_prob (`float`, defaults to 0): Dropout of the association weights,
+            in [0, 1).
+        initializer_range (`float`, defaults to 0.02): Standard deviation of newly initialized
+            weights.
+        layer_norm_eps (`float`, defaults to 1e-12): Epsilon of the layer norms.
+        image_size (`int` or pair (height, width), defaults to 224): Size of an image in pixels.
+        patch_size (`int` or pair (height, width), defaults to 16): Size of a patch in pixels.
+        num_channels (`int`, defaults to 3): Number of image channels.
+        qkv_bias (`bool`, defaults to `True`): Whether the query, key and value projections have a
+            bias.
+        pooler_output_size (`int`, *optional*): Output width of the pooler; `None` means
+            `hidden_size`.
         pooler_act (`str`, defaults to `"tanh"`): Activation of the pooler.
-        alpha (`float`, defaults to 1): Tsallis exponent in [1, 2] of the simplex map: 1 softmax (modern Hopfield), 2 sparsemax (sparse
-            Hopfield), between them alpha-entmax.
-        learnable_alpha (`bool`, defaults to `False`): Whether each head learns its own exponent in (1, 2), beginning at `alpha`, which
-            must then lie strictly between 1 and 2, say 1.5.
-        beta (`float`, *optional*): Inverse temperature, positive; `None` for 1 / sqrt(head width).
-        use_feature_map (`bool`, defaults to `True`): Whether queries and keys go through a feature map Phi; without one the model is a
-            plain Hopfield vision transformer, and there is nothing to separate.
-        feature_dim (`int`, *optional*): Width D of a feature, at least 1; `None` for `hidden_size`.
-        feature_init (`str`, defaults to `"orthogonal"`): How Phi begins: "identity", "orthogonal" or "normal"; see `FeatureMap`.
-        update_steps (`int`, defaults to 1): Retrieval steps in a layer, at least 1.
-        value_source (`str`, defaults to `"memory"`): "memory": values are W_V Xi, as in the authors' code. "projected_memory":
-            W_V W_K Xi, as in equation 3.1; this needs `feature_dim` to equal `hidden_size`.
-        encoder_type (`str`, defaults to `"transformer"`): "transformer": pre-norm blocks of self-attention and MLP (the papers'
-            three-layer encoder). "class_query": the papers' CIFAR encoder, where the CLS token alone queries the patches, and the
-            result goes through `hidden_act` and a layer norm to the classifier.
-        use_distillation_token (`bool`, defaults to `False`): Whether a second token of its own stands behind the CLS token, as in DeiT;
-            the "class_query" encoder has none.
+        alpha (`float`, defaults to 1): Tsallis exponent $\alpha$ of the simplex map, in [1, 2]: 1
+            is softmax (modern Hopfield model), 2 is sparsemax (sparse Hopfield model), and values
+            between them are alpha-entmax.
+        learnable_alpha (`bool`, defaults to `False`): Whether each head learns its own exponent in
+            (1, 2). The exponents start at `alpha`, which must then lie strictly between 1 and 2,
+            for example 1.5.
+        beta (`float`, *optional*): Inverse temperature $\beta$, positive; `None` means 1 /
+            sqrt(head width).
+        use_feature_map (`bool`, defaults to `True`): Whether queries and keys pass through a
+            feature map $\Phi$. Without it the model is a plain Hopfield vision transformer and has
+            no feature map to separate.
+        feature_dim (`int`, *optional*): Width D of a feature, at least 1; `None` means
+            `hidden_size`.
+        feature_init (`str`, defaults to `"orthogonal"`): Initial value of $\Phi$: "identity",
+            "orthogonal" or "normal"; see `FeatureMap`.
+        update_steps (`int`, defaults to 1): Retrieval steps per layer, at least 1.
+        value_source (`str`, defaults to `"memory"`): What the values $V$ are. "memory": $W_V \Xi$,
+            as in the authors' code. "projected_memory": $W_V W_K \Xi$, as in equation 3.1; this
+            needs `feature_dim` to equal `hidden_size`.
+        encoder_type (`str`, defaults to `"transformer"`): "transformer": pre-norm blocks of
+            self-attention and MLP (the papers' three-layer encoder). "class_query": the papers'
+            CIFAR encoder, in which only the CLS token queries the patches; the result passes
+            through `hidden_act` and a layer norm to the classifier.
+        use_distillation_token (`bool`, defaults to `False`): Whether a second, separate token
+            follows the CLS token, as in DeiT. The "class_query" encoder does not support it.
 
     Raises:
-        A validation error that names the field, its value and what is accepted.
+        ValueError: If a value is out of range or two fields do not fit together. The message names
+            the field, its value and what is accepted.
+        StrictDataclassFieldValidationError: If a value has the wrong type or is not one of the
+            choices (an error class of `huggingface_hub`).
 
-    >>> from modeling_uhop import UHopViTConfig, UHopViTModel
+    Examples:
+        >>> from modeling_uhop import UHopViTConfig, UHopViTModel
 
-    >>> model = UHopViTModel(UHopViTConfig(image_size=32, patch_size=4, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
-    >>> model.config.alpha
-    1.0
+        >>> model = UHopViTModel(UHopViTConfig(image_size=32, patch_size=4, hidden_size=64, num_hidden_layers=2, num_attention_heads=4))
+        >>> model.config.alpha
+        1.0
     """
 
     model_type = "uhop_vit"
@@ -93,7 +120,7 @@ class UHopViTConfig(PreTrainedConfig):
         self.validate_hopfield()
 
     def validate_hopfield(self):
-        """Ranges and combinations that types alone do not express."""
+        """Check ranges and combinations of fields that the type annotations do not express."""
         check_at_least_one(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
         check_at_least_one(self, "update_steps")
         check_dropouts(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -103,11 +130,11 @@ class UHopViTConfig(PreTrainedConfig):
         image, patch = ([size, size] if isinstance(size, int) else list(size) for size in (self.image_size, self.patch_size))
         if len(image) != 2 or len(patch) != 2 or not all(1 <= small <= large for small, large in zip(patch, image, strict=True)):
             raise ValueError(
-                "image_size and patch_size must be a number or a pair (height, width), the patch at least 1 and no larger than the image, "
-                f"got {self.image_size} and {self.patch_size}"
+                "image_size and patch_size must each be an integer or a pair (height, width), with 1 <= patch_size <= image_size; "
+                f"got image_size={self.image_size} and patch_size={self.patch_size}"
             )
         if self.use_distillation_token and self.encoder_type == "class_query":
-            raise ValueError("use_distillation_token needs encoder_type 'transformer', got 'class_query'")
+            raise ValueError("use_distillation_token=True needs encoder_type='transformer', got 'class_query'")
         check_hopfield(self)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' vision transformers as U-Hop models, and back."""
+"""Convert vision transformers of transformers to U-Hop models, and back."""
 
 import os
 from typing import Any
@@ -22,7 +22,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Blocks of the same arithmetic under the same names. Others bias their scores (BEiT), scale their layers (DINOv2), shift windows (Swin).
+# Architectures whose blocks compute the same function with the same parameter names. Not supported:
+# BEiT (score biases), DINOv2 (layer scaling), Swin (shifted windows).
 ARCHITECTURES = ("vit", "deit", "vit_msn")
 SIZES = (
     "hidden_size",
@@ -50,27 +51,30 @@ SETTINGS = (
 
 
 def from_vit(cls, source, *, alpha: float = 1.0, **fields):
-    """See `UHopViTPreTrainedModel.from_vit`."""
+    """Convert a ViT into a Hopfield model; see `UHopViTPreTrainedModel.from_vit`."""
     is_path = isinstance(source, (str, os.PathLike))
     if not is_path and not isinstance(source, PreTrainedModel):
-        raise TypeError(f"a vision transformer must be given as a model, a folder or a Hub id, got {type(source).__name__}")
-    given = AutoConfig.from_pretrained(source) if is_path else source.config
-    if given.model_type not in ARCHITECTURES:
-        raise ValueError(f"a vision transformer must be one of {ARCHITECTURES} to be converted, got {given.model_type!r}")
-    decided = {
-        **_shared(given, SIZES),
+        raise TypeError(f"source must be a model, a folder or a Hub id, got {type(source).__name__}")
+    source_config = AutoConfig.from_pretrained(source) if is_path else source.config
+    if source_config.model_type not in ARCHITECTURES:
+        raise ValueError(f"from_vit converts the architectures {ARCHITECTURES}, got {source_config.model_type!r}")
+    determined = {
+        **_shared(source_config, SIZES),
         "feature_dim": None,
         "feature_init": "identity",
         "value_source": "memory",
         "encoder_type": "transformer",
-        "use_distillation_token": given.model_type == "deit",
+        "use_distillation_token": source_config.model_type == "deit",
     }
     for name in fields:
-        if name in decided:
-            raise ValueError(f"{name} is decided by the weights, and cannot be chosen, got {fields[name]!r}")
-    relabelled = not fields.keys().isdisjoint(("id2label", "label2id")) or fields.get("num_labels", given.num_labels) != given.num_labels
+        if name in determined:
+            raise ValueError(f"{name} is determined by the weights of the source and must not be given, got {fields[name]!r}")
+    relabelled = (
+        not fields.keys().isdisjoint(("id2label", "label2id"))
+        or fields.get("num_labels", source_config.num_labels) != source_config.num_labels
+    )
     settings = [name for name in SETTINGS if not (relabelled and name in ("id2label", "label2id"))]
-    converted = cls(cls.config_class(**{**_shared(given, settings), **decided, "alpha": alpha, **fields}))
+    converted = cls(cls.config_class(**{**_shared(source_config, settings), **determined, "alpha": alpha, **fields}))
     if is_path:
         auto_class = AutoModelForImageClassification if hasattr(converted, "classifier") else AutoModel
         source = auto_class.from_pretrained(source, use_safetensors=True)
@@ -80,37 +84,42 @@ def from_vit(cls, source, *, alpha: float = 1.0, **fields):
 
 @torch.no_grad()
 def _copy_weights(source: PreTrainedModel, converted: PreTrainedModel) -> None:
+    """Copy the weights of a ViT into a converted model; raise a `ValueError` if they do not fit."""
     name = type(source).__name__
     if hasattr(source, "distillation_classifier"):
         raise ValueError(
-            f"the logits of {name} are the mean of two classifiers, which no model here has; "
-            "convert its `deit` part with UHopViTModel.from_vit, or give a DeiTForImageClassification its cls_classifier and convert that"
+            f"{name} averages two classifiers, which no model of this package supports; "
+            "convert its `deit` part with UHopViTModel.from_vit, or copy its cls_classifier into a DeiTForImageClassification "
+            "and convert that"
         )
     missing, unexpected = converted.base_model.load_state_dict(source.base_model.state_dict(), strict=False)
-    lost = [key for key in unexpected if not key.startswith("pooler.") and key != "embeddings.mask_token"]
-    fresh = [key for key in missing if not key.endswith(("feature_map.weight", "alpha_logit"))]
-    if lost or any(not key.startswith("pooler.") for key in fresh):
-        raise ValueError(f"{name} does not fit: {lost} have no place here, and it has no {fresh}")
+    unexpected_keys = [key for key in unexpected if not key.startswith("pooler.") and key != "embeddings.mask_token"]
+    new_keys = [key for key in missing if not key.endswith(("feature_map.weight", "alpha_logit"))]
+    if unexpected_keys or any(not key.startswith("pooler.") for key in new_keys):
+        raise ValueError(f"the weights of {name} do not fit: unexpected {unexpected_keys}, missing {new_keys}")
     old, new = getattr(source, "classifier", None), getattr(converted, "classifier", None)
     if isinstance(new, torch.nn.Linear):
         if isinstance(old, torch.nn.Linear) and old.weight.shape == new.weight.shape:
             new.load_state_dict(old.state_dict())
         else:
-            fresh.append("classifier")
-    if fresh:
-        logger.warning(f"{fresh} of {type(converted).__name__} are not taken from {name} but new; train them before use")
+            new_keys.append("classifier")
+    if new_keys:
+        logger.warning(f"{new_keys} of {type(converted).__name__} are newly initialized, not taken from {name}; train them before use")
 
 
 @torch.no_grad()
 def to_vit(model: Any) -> PreTrainedModel:
-    """See `UHopViTPreTrainedModel.to_vit`."""
+    """Convert a Hopfield model into a ViT; see `UHopViTPreTrainedModel.to_vit`."""
     config = model.config
     if config.alpha != 1.0 or config.learnable_alpha:
-        raise ValueError(f"a ViT has alpha = 1, this model alpha={config.alpha}, learnable_alpha={config.learnable_alpha}")
+        raise ValueError(f"to_vit needs a fixed alpha=1, got alpha={config.alpha} and learnable_alpha={config.learnable_alpha}")
     if config.update_steps != 1 or config.encoder_type != "transformer":
-        raise ValueError(f"a ViT has blocks of one step, this model {config.encoder_type!r} layers of update_steps={config.update_steps}")
+        raise ValueError(
+            f"to_vit needs encoder_type='transformer' and update_steps=1, "
+            f"got {config.encoder_type!r} and update_steps={config.update_steps}"
+        )
     if config.value_source != "memory" and not config.use_feature_map:
-        raise ValueError(f"a ViT has values W_V Xi, this model value_source={config.value_source!r}")
+        raise ValueError(f"to_vit without a feature map needs value_source='memory', got {config.value_source!r}")
     folded = model.fold_feature_maps()
     for layer in folded.base_model.layers:
         attention = layer.attention
@@ -121,16 +130,17 @@ def to_vit(model: Any) -> PreTrainedModel:
     if config.use_distillation_token:
         classes = (DeiTConfig, DeiTModel, DeiTForImageClassification)
     config_class, base_class, head_class = classes
-    theirs = config_class(**_shared(config, (*SIZES, *SETTINGS)))
+    vit_config = config_class(**_shared(config, (*SIZES, *SETTINGS)))
     if hasattr(folded, "classifier"):
-        vit = head_class(theirs)
+        vit = head_class(vit_config)
         vit.classifier.load_state_dict(folded.classifier.state_dict())
     else:
         masks = folded.embeddings.mask_token is not None
-        vit = base_class(theirs, add_pooling_layer=folded.pooler is not None, use_mask_token=masks)
+        vit = base_class(vit_config, add_pooling_layer=folded.pooler is not None, use_mask_token=masks)
     vit.base_model.load_state_dict(folded.base_model.state_dict())
     return vit.to(model.device, model.dtype).train(model.training)
 
 
 def _shared(config: PreTrainedConfig, names) -> dict:
+    """The fields of a configuration with these names that are not `None`."""
     return {name: getattr(config, name) for name in names if getattr(config, name, None) is not None}

@@ -1,4 +1,4 @@
-"""Feature extractor of UHopMIL: ragged bags in, standardised and padded tensors out."""
+"""Feature extractor and data collator of UHopMIL: standardize and pad bags."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -18,39 +18,60 @@ except ImportError:
     PCA = None
 
 
-# The columns that transformers' collators take labels from.
+# Because the collators of transformers accept these column names for labels, we do too.
 _LABELS = ("label", "labels", "label_ids")
 
 
 class UHopMILFeatureExtractor(FeatureExtractionMixin):
-    r"""
-    Turns bags into what a UHopMIL model takes, and is saved beside it as `preprocessor_config.json`.
+    r"""Convert bags of any length into the padded tensors that a UHopMIL model takes.
 
-    Call `fit` on training bags, and on no others: it measures mean and standard deviation of each feature (of each channel, where
-    instances are images), and principal components where they are asked for. A feature that is constant in training becomes 0.
+    The extractor is saved beside the model as `preprocessor_config.json`. Call `fit` on training
+    bags only. `fit` measures mean and standard deviation of each feature (for images: of each
+    channel), and principal components if requested. With mean $m$ and standard deviation $s$, a
+    standardized feature is
 
-    A bag is a set of vectors (instances, features) or of images (instances, channels, height, width): an array, a tensor, nested lists or
-    a DataFrame, of any real dtype. Values are read in float32, or in float64 where they have more digits; means and deviations are
-    float64. Two other layouts are recognised: images (instances, height, width, channels), and vectors that were saved as
-    (1, instances, features), once `fit` has seen vectors.
+    $$
+    z = \mathrm{clip}\left((x - m) / s, -c, c\right)
+    $$
+
+    A feature that is constant in the training bags becomes 0.
+
+    A bag is a set of vectors (instances, features) or of images (instances, channels, height,
+    width). It may be an array, a tensor, nested lists or a DataFrame, of any real dtype. Values are
+    read in float32, or in float64 if they have more digits; means and deviations are float64. Two
+    other layouts are recognized: images (instances, height, width, channels), and vectors that were
+    saved as (1, instances, features), if `fit` has received vectors.
 
     Args:
-        standardize (`bool`, defaults to `True`): Whether features are shifted and scaled to mean 0 and standard deviation 1.
-        clip (`float`, *optional*, defaults to 5): Standardised values are clipped to [-clip, clip]; `None` for no clipping.
-        num_components (`int`, *optional*): Number of principal components that replace the features, divided by the first one's standard
-            deviation so that they stay of order 1; `None` to keep the features. For vectors only; needs scikit-learn to fit.
-        mean, scale, components, component_mean, feature_names, image_size: What `fit` measured.
+        standardize (`bool`, defaults to `True`): Whether features are scaled to mean 0 and standard
+            deviation 1.
+        clip (`float`, *optional*, defaults to 5): Limit $c$: standardized values are clipped to
+            [-clip, clip]. `None` means no clipping.
+        num_components (`int`, *optional*): Number of principal components that replace the
+            features, at least 1. They are divided by the standard deviation of the first component,
+            so that they stay of order 1. `None` keeps the features. Only for vectors; `fit` then
+            needs scikit-learn.
+        mean (`list`, *optional*): Mean of each feature; measured by `fit`, as are all arguments
+            below.
+        scale (`list`, *optional*): Standard deviation of each feature.
+        components (`list`, *optional*): The principal components.
+        component_mean (`list`, *optional*): Mean that is subtracted before the projection on the
+            components.
+        feature_names (`list`, *optional*): Column names, if the training bags were DataFrames.
+        image_size (`list`, *optional*): Height and width of an image; an empty list for vectors.
+        kwargs (Any): Further arguments of `FeatureExtractionMixin`.
 
     Raises:
-        ValueError: For a clip that is not positive, or fewer than one component.
+        ValueError: If `clip` is not positive, or `num_components` is below 1.
 
-    >>> import numpy as np
-    >>> from modeling_uhop import UHopMILFeatureExtractor
+    Examples:
+        >>> import numpy as np
+        >>> from modeling_uhop import UHopMILFeatureExtractor
 
-    >>> bags = [np.random.randn(3, 5), np.random.randn(7, 5)]
-    >>> extractor = UHopMILFeatureExtractor().fit(bags)
-    >>> {name: tuple(tensor.shape) for name, tensor in extractor(bags, return_tensors="pt").items()}
-    {'instances': (2, 7, 5), 'attention_mask': (2, 7)}
+        >>> bags = [np.random.randn(3, 5), np.random.randn(7, 5)]
+        >>> extractor = UHopMILFeatureExtractor().fit(bags)
+        >>> {name: tuple(tensor.shape) for name, tensor in extractor(bags, return_tensors="pt").items()}
+        {'instances': (2, 7, 5), 'attention_mask': (2, 7)}
     """
 
     model_input_names = ["instances", "attention_mask"]
@@ -85,32 +106,40 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
 
     @property
     def num_features(self) -> int | None:
-        """Features, or channels, that a bag must have; `None` before `fit`."""
+        """Number of features (or channels) that a bag must have; `None` before `fit`."""
         return None if self.mean is None else len(self.mean)
 
     @property
     def instance_dim(self) -> int | None:
-        """Width of the vectors that the model gets: its configuration's `instance_dim`; `None` before `fit`."""
+        """Width of the vectors for the model (its `instance_dim`); `None` before `fit`."""
         return self.num_features if self.components is None else len(self.components)
 
     @property
     def takes_vectors(self) -> bool:
-        """Whether `fit` has seen vectors, and not images."""
+        """Whether `fit` has received vectors and not images."""
         return self.image_size == []
 
     def fit(self, bags: Sequence[Any]) -> "UHopMILFeatureExtractor":
-        """Measure the training bags; the extractor itself.
+        """Measure the training bags.
 
-        Bags of vectors that were all saved as (1, instances, features) are read as such if their numbers of instances differ. Otherwise
-        they could be images.
+        Vectors saved as (1, instances, features) are recognized if all bags were saved so and their
+        numbers of instances differ; otherwise they could be images.
+
+        Args:
+            bags: The training bags.
+
+        Returns:
+            The extractor itself.
 
         Raises:
-            ValueError: For bags that differ in their features, entries that are not finite, or no instance at all; naming the bag.
+            ValueError: If bags differ in their features, an entry is not finite, or there is no
+                instance at all. The message names the bag.
+            ImportError: If `num_components` is set and scikit-learn is not installed.
         """
         bags = bags if hasattr(bags, "columns") or getattr(bags, "ndim", 1) != 1 else _without_leading_axis(list(bags))
         if is_one_bag(bags):
             raise ValueError(
-                "fit takes a list of bags, arrays (instances, features) or (instances, channels, height, width); got " + _one_bag(bags)
+                "fit needs a list of bags (instances, features) or (instances, channels, height, width), got " + _one_bag(bags)
             )
         bags = list(bags)
         columns = next((bag.columns for bag in bags if hasattr(bag, "columns")), None)
@@ -118,7 +147,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         arrays = as_arrays(bags, feature_names=names, arrange=channels_first)
         count, shape = sum(map(len, arrays)), arrays[0].shape[1:]
         if count == 0:
-            raise ValueError("there is no instance to fit on")
+            raise ValueError("fit needs at least one instance, got only empty bags")
         self._check_components(count, shape)
         fitted = copy.copy(self)
         fitted.mean, fitted.scale = _mean_and_scale(arrays) if self.standardize else (np.zeros(shape[0]), np.ones(shape[0]))
@@ -130,19 +159,21 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         return self
 
     def _check_components(self, count: int, shape: tuple[int, ...]) -> None:
+        """Check that `num_components` fits the training bags."""
         if self.num_components is None:
             return
         if PCA is None:
-            raise ImportError("num_components needs scikit-learn to fit")
+            raise ImportError("fit with num_components needs scikit-learn; install it with pip install scikit-learn")
         if len(shape) != 1:
-            raise ValueError("num_components is for vectors, and these instances are images")
+            raise ValueError("num_components needs vectors, got images; set num_components=None")
         if self.num_components > min(count, *shape):
             raise ValueError(
-                f"num_components must be at most the {min(count, *shape)} that {count} instances of {shape[0]} features have, "
+                f"num_components must be at most {min(count, *shape)} for {count} instances of {shape[0]} features, "
                 f"got {self.num_components}"
             )
 
     def _fit_components(self, arrays: list[np.ndarray]) -> None:
+        """Measure the principal components of the standardized instances."""
         pca = PCA(self.num_components, svd_solver="full")
         with np.errstate(over="ignore", invalid="ignore"):
             pca.fit(np.concatenate([self._standardized(array) for array in arrays]))
@@ -152,9 +183,11 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         self.components = pca.components_ / np.sqrt(max(pca.explained_variance_[0], np.finfo(float).tiny))
 
     def _standardized(self, rows: np.ndarray) -> np.ndarray:
+        """Standardize instances, in float64."""
         assert self.mean is not None
         assert self.scale is not None
-        # A channel's mean and scale are those of all of its pixels; a constant feature divided by infinity becomes 0.
+        # Because a constant feature must become 0, its scale 0 is replaced by infinity. The mean
+        # and the scale of a channel are those of all its pixels.
         mean, scale = (values.reshape(-1, *(1,) * (rows.ndim - 2)) for values in (self.mean, np.where(self.scale > 0, self.scale, np.inf)))
         with np.errstate(over="ignore", invalid="ignore"):
             standardized = np.subtract(rows, mean, dtype=np.float64)
@@ -164,17 +197,21 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         return standardized
 
     def _write(self, index: int, array: np.ndarray, out: np.ndarray) -> None:
-        """Transform a bag into float32 `out`, a block at a time."""
+        """Transform a bag into the float32 array `out`, one block at a time."""
         with np.errstate(over="ignore", invalid="ignore"):
             for rows in blocks(array):
                 block = self._standardized(array[rows])
                 out[rows] = block if self.components is None else (block - self.component_mean) @ self.components.T
-        check_finite(index, out, " in float32 when they are transformed")
+        check_finite(index, out, " in float32 after the transformation")
 
     def arrays(self, bags: Sequence[Any]) -> list[np.ndarray]:
-        """Bags as float32 or float64 arrays that are not yet transformed; raises what `transform` does."""
+        """Check bags and return them as float arrays that are not yet transformed.
+
+        Raises:
+            ValueError: As `transform`.
+        """
         if self.mean is None:
-            raise ValueError("the extractor knows no mean and scale yet: call fit on the training bags")
+            raise ValueError("the extractor is not fitted: call fit on the training bags first")
         arrays = as_arrays(
             bags,
             num_features=len(self.mean),
@@ -186,21 +223,28 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         for index, array in enumerate(arrays):
             if size is not None and array.ndim != 2 + len(size):
                 given, fitted = ("images", "vectors") if self.takes_vectors else ("vectors", "images")
-                raise ValueError(f"bag {index} has {given}, and the extractor was fitted on {fitted}; its shape is {array.shape}")
+                raise ValueError(f"bag {index} has {given}, but the extractor was fitted on {fitted}; its shape is {array.shape}")
         return arrays
 
     def _arranged(self, array: np.ndarray) -> np.ndarray:
+        """Reorder the axes of a bag that was saved in another known layout."""
         if self.takes_vectors and array.ndim == 3 and len(array) == 1 and array.shape[2] == self.num_features:
             return array[0]
         last = array.ndim == 4 and not self.takes_vectors and array.shape[1] != self.num_features == array.shape[3]
         return np.moveaxis(array, 3, 1) if last else array
 
     def transform(self, bags: Sequence[Any]) -> list[np.ndarray]:
-        """Each bag standardised and projected, float32, of its own length.
+        """Standardize and project each bag, without padding.
+
+        Args:
+            bags: A list of bags.
+
+        Returns:
+            One float32 array per bag, each of its own length.
 
         Raises:
-            ValueError: If the extractor was not fitted, or for a bag with other features, or with entries that are not finite, now or after
-                the transformation; naming the bag.
+            ValueError: If the extractor is not fitted, if a bag has other features, or if an entry
+                is not finite, before or after the transformation. The message names the bag.
         """
         arrays = self.arrays(bags)
         transformed = [np.empty((len(array), *self._instance_shape(array)), dtype=np.float32) for array in arrays]
@@ -209,23 +253,28 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
         return transformed
 
     def _instance_shape(self, array: np.ndarray) -> tuple[int, ...]:
+        """Shape of a transformed instance."""
         return array.shape[1:] if self.components is None else (len(self.components),)
 
     def padded(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """What `__call__` makes of bags that `arrays` has checked: `instances` and `attention_mask`."""
+        """Transform and pad checked bags; return `instances` and `attention_mask`."""
         return _padded(arrays, self._instance_shape(arrays[0]), self._write)
 
     def __call__(self, bags: Any, return_tensors: str | None = None, padding: bool = True) -> BatchFeature:
-        """Transform bags and pad them to the longest.
+        """Transform bags and pad them to the length of the longest.
 
         Args:
-            bags: A list of bags: arrays, tensors or lists (instances, features), images (instances, channels, height, width), or DataFrames
-                with a row for each instance. A single bag is taken for a list of one. A bag may be empty.
+            bags: A list of bags: arrays, tensors or lists (instances, features), images (instances,
+                channels, height, width), or DataFrames with one row per instance. A single bag is
+                treated as a list with one bag. A bag may be empty.
             return_tensors: "pt" for torch, "np" or `None` for NumPy.
-            padding: `False` for lists of unpadded arrays.
+            padding: `False` to return lists of arrays without padding.
 
         Returns:
-            `instances` (B, N, ...) and `attention_mask` (B, N), 1 where there is an instance.
+            `instances` (B, N, ...), and `attention_mask` (B, N) with 1 where there is an instance.
+
+        Raises:
+            ValueError: As `transform`.
         """
         bags = [bags] if is_one_bag(bags, vectors=self.takes_vectors) else bags
         if not padding:
@@ -235,55 +284,70 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
 
 
 def _overflow(arrays: list[np.ndarray]) -> ValueError:
+    """Error for bags whose standard deviation overflows; names the bag of the largest entry."""
     largest = max(range(len(arrays)), key=lambda index: np.abs(arrays[index]).max(initial=0.0))
-    return ValueError(f"bag {largest} has entries whose squares overflow in float64, so that they have no standard deviation")
+    return ValueError(
+        f"bag {largest} has entries whose squares overflow in float64, so their standard deviation cannot be computed; scale them"
+    )
 
 
 def _mean_and_scale(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each feature over all bags, in float64; the deviation of a constant feature is exactly 0."""
+    """Mean and standard deviation of each feature over all bags, in float64.
+
+    The standard deviation of a constant feature is exactly 0.
+    """
     parts = [(array, rows) for array in arrays for rows in blocks(array)]
     axes = (0, *range(2, arrays[0].ndim))
     first = parts[0][0][:1].mean(axes, keepdims=True, dtype=np.float64)
     count = sum(array.size for array in arrays) // first.size
     with np.errstate(over="ignore", invalid="ignore"):
-        # Sums of differences from a value of the feature are exact for features far from zero too.
+        # Because sums of values far from zero lose digits, we sum differences from one value of the
+        # feature.
         mean = first + sum((array[rows] - first).sum(axes, keepdims=True) for array, rows in parts) / count
         variance = sum(np.square(array[rows] - mean).sum(axes) for array, rows in parts) / count
     if not np.isfinite(variance).all():
         raise _overflow(arrays)
-    # Rounding leaves a little spread in a constant feature.
+    # Because rounding leaves a small deviation in a constant feature, we compare its minimum and
+    # maximum.
     highest = np.max([array[rows].max(axes) for array, rows in parts], axis=0)
     lowest = np.min([array[rows].min(axes) for array, rows in parts], axis=0)
     return mean.reshape(-1), np.where(highest > lowest, np.sqrt(variance), 0.0)
 
 
 def _without_leading_axis(bags: list[Any]) -> list[Any]:
-    """Vectors that were all saved as (1, instances, features) without that axis. No images (channels, height, width) of a bag differ in
-    their size."""
+    """Remove the first axis if all bags were saved as (1, instances, features).
+
+    Bags of different lengths cannot be the images (channels, height, width) of one bag, because
+    those have one size.
+    """
     saved = all(getattr(bag, "ndim", 0) == 3 and bag.shape[0] == 1 for bag in bags)
     return [bag[0] for bag in bags] if saved and len({bag.shape[1] for bag in bags}) > 1 else bags
 
 
 def _one_bag(bags: Any) -> str:
-    """What was given instead of bags, and what to pass."""
+    """Text of an error: what was given instead of a list of bags, and what to pass."""
     if hasattr(bags, "columns"):
         return "one DataFrame, which is a single bag: pass [bag]"
     first = np.shape(bags[0])
     if len(first) == 3 and first[0] == 1:
         return (
-            f"entries of one shape {first}: of vectors saved as (1, instances, features) pass [bag[0] for bag in bags], "
-            "and of one bag of images with one channel pass [bag]"
+            f"entries of one shape {first}: for vectors saved as (1, instances, features) pass [bag[0] for bag in bags], "
+            "for a single bag of images with one channel pass [bag]"
         )
     kind = "vectors" if len(first) == 1 else "images"
     return f"{kind} of shape {first}, which make a single bag: pass [bag]"
 
 
 def _as_labels(labels: list[Any]) -> torch.Tensor:
-    """One label of each bag, (B,), as integers if all are, else as floats; or several of each, floats (B, num_labels)."""
+    """Labels of bags as one tensor.
+
+    One label per bag gives (B,), as integers if all are integers, otherwise as floats. Several
+    labels per bag give floats (B, num_labels).
+    """
     stacked: list[torch.Tensor] = []
     for index, label in enumerate(labels):
         try:
-            # An array of objects may hold numbers.
+            # Because an array of objects may hold numbers, we convert it through a list.
             array = label if isinstance(label, torch.Tensor) else np.asarray(label)
             array = np.asarray(array.tolist()) if array.dtype == object else array
             tensor = array.detach().cpu().to_dense() if isinstance(array, torch.Tensor) else torch.tensor(array)
@@ -293,23 +357,27 @@ def _as_labels(labels: list[Any]) -> torch.Tensor:
             tensor = tensor[0]
         if tensor is None or tensor.is_complex() or tensor.dim() > 1 or (stacked and tensor.shape != stacked[0].shape):
             hint = "; config.label2id has the class index of a name" if isinstance(label, str) else ""
-            raise ValueError(f"bag {index} of the batch has a label that is no number, or not shaped like the first one's: {label!r}{hint}")
+            raise ValueError(f"the label of bag {index} of the batch is not a number, or its shape differs from the first: {label!r}{hint}")
         tensor = tensor.float() if tensor.is_floating_point() or tensor.dim() > 0 else tensor.long()
         if not tensor.isfinite().all():
-            raise ValueError(f"bag {index} of the batch has a label that is missing or not finite in float32: {label!r}")
+            raise ValueError(f"the label of bag {index} of the batch is missing or not finite in float32: {label!r}")
         stacked.append(tensor)
     floats = any(tensor.is_floating_point() for tensor in stacked)
     return torch.stack([tensor.float() if floats else tensor for tensor in stacked])
 
 
 def _array(values: Any) -> np.ndarray | None:
+    """Convert a list to a float64 array; `None` stays `None`."""
     return None if values is None else np.asarray(values, dtype=np.float64)
 
 
 def _padded(
     arrays: list[np.ndarray], shape: tuple[int, ...], write: Callable[[int, np.ndarray, np.ndarray], None]
 ) -> dict[str, np.ndarray]:
-    """`instances` (B, N, *shape), into which `write` puts each array at its index, and `attention_mask` (B, N)."""
+    """Build `instances` (B, N, *shape) and `attention_mask` (B, N).
+
+    `write` writes each array into its place.
+    """
     lengths = np.array([len(array) for array in arrays])
     instances = np.zeros((len(arrays), lengths.max(), *shape), dtype=np.float32)
     for index, array in enumerate(arrays):
@@ -318,6 +386,7 @@ def _padded(
 
 
 def _copy(index: int, array: np.ndarray, out: np.ndarray) -> None:
+    """Copy a bag into the float32 array `out`."""
     with np.errstate(over="ignore"):
         out[:] = array
     check_finite(index, out, " in float32")
@@ -325,21 +394,29 @@ def _copy(index: int, array: np.ndarray, out: np.ndarray) -> None:
 
 @dataclass
 class DataCollatorForBags:
-    """Makes a batch of a model's inputs from examples `{"instances": bag, "label": class}`; other columns are left out.
+    """Make a batch of model inputs from examples `{"instances": bag, "label": class}`.
 
-    Whole floats stay floats, as a batch does not tell classes from numbers of a regression. The models take them for classes. The Trainer's
-    `label_smoothing_factor`, which computes the loss without the model, needs integers.
+    Other columns are left out. Labels that are whole floats stay floats, because a batch does not
+    show whether they are classes or regression targets; the models read them as classes.
+    `label_smoothing_factor` of the Trainer, which computes the loss outside the model, needs
+    integers.
+
+    With `TrainingArguments(train_sampling_strategy="group_by_length")` the Trainer batches bags of
+    similar length. It needs a feature extractor as `processing_class`, or a column `length`. The
+    Trainer also evaluates through this collator, so `selection="random"` makes evaluation random
+    too.
 
     Args:
-        feature_extractor: A fitted `UHopMILFeatureExtractor`, or `None` for bags that went through its `transform`, which are padded only.
-        max_instances: Bags with more instances are reduced to this many; `None` for no limit.
-        selection: Which ones: "random" (drawn anew each time, from torch's random state), "first", or "spread" (evenly over the bag).
-
-    The Trainer batches bags of similar length with `TrainingArguments(train_sampling_strategy="group_by_length")`, given a feature
-    extractor as its `processing_class` or a column `length`. It evaluates through the same collator: "random" makes that random too.
+        feature_extractor: A fitted `UHopMILFeatureExtractor`. `None` for bags that went through its
+            `transform`; these are only padded.
+        max_instances: Largest number of instances in a bag, at least 1; larger bags are reduced to
+            it. `None` means no limit.
+        selection: Which instances remain: "random" (drawn again each time, from torch's random
+            state), "first", or "spread" (evenly over the bag).
 
     Raises:
-        ValueError: If `max_instances` is below 1, `selection` is unknown, or some examples have a label and others not.
+        ValueError: If `max_instances` is below 1, if `selection` is unknown, or if only some
+            examples have a label.
     """
 
     feature_extractor: UHopMILFeatureExtractor | None = None
@@ -360,12 +437,13 @@ class DataCollatorForBags:
         labels = [next((example[name] for name in _LABELS if example.get(name) is not None), None) for example in examples]
         unlabelled = [index for index, label in enumerate(labels) if label is None]
         if 0 < len(unlabelled) < len(labels):
-            raise ValueError(f"bag {unlabelled[0]} of the batch has no label, and others have")
+            raise ValueError(f"bag {unlabelled[0]} of the batch has no label, but others have one; give a label to all bags or to none")
         if not unlabelled:
             batch["labels"] = _as_labels(labels)
         return batch
 
     def _reduced(self, bag: np.ndarray) -> np.ndarray:
+        """Reduce a bag to `max_instances` instances."""
         count, limit = len(bag), self.max_instances
         if limit is None or count <= limit:
             return bag

@@ -1,4 +1,4 @@
-"""The pipeline "image-classification", with pictures of every mode for the models of this package."""
+"""The pipeline "image-classification" for images of every PIL mode."""
 
 import base64
 import io
@@ -16,20 +16,26 @@ TASK, OURS = "image-classification", "uhop_vit"
 
 
 class UHopImageClassificationPipeline(ImageClassificationPipeline):
-    """Transformers' own pipeline, except that a UHopViT gets each picture through `as_rgb`; other models get what they always do.
+    """Image classification pipeline that converts images to RGB with `as_rgb` for UHopViT.
 
-    Pictures are those of transformers: a PIL image, a path, a URL, or base64. Arrays and tensors go to the processor as they are.
+    Other models get what the pipeline of transformers passes to them. Accepted images are those of
+    transformers: a PIL image, a path, a URL, or base64. Arrays and tensors go to the image
+    processor unchanged.
     """
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:  # type: ignore[override]
+        """Prepare one image; for a U-Hop vision transformer, convert it to RGB first."""
         if self.model.config.model_type == OURS and not isinstance(image, (np.ndarray, torch.Tensor)):
             image = _as_rgb(image, timeout)
         return super().preprocess(image, timeout=timeout)
 
 
 def _as_rgb(image: Any, timeout: float | None) -> Any:
-    """A picture that `load_image` of transformers reads, in RGB; what it refuses is left for it to refuse."""
-    # The package is imported without Pillow, too.
+    """Convert an image that `load_image` of transformers can read to RGB.
+
+    An input that cannot be opened is returned unchanged, so that transformers raises its own error.
+    """
+    # Because the package can be imported without Pillow, we import it only here.
     from PIL import Image
 
     from .images import as_rgb
@@ -45,14 +51,16 @@ def _as_rgb(image: Any, timeout: float | None) -> Any:
 
 
 def _file(image: str, timeout: float | None) -> Any:
+    """File or byte stream of an image that is given as a URL, a path or base64."""
     if image.startswith(("http://", "https://")):
         return io.BytesIO(httpx.get(image, timeout=timeout, follow_redirects=True).content)
     return image if os.path.isfile(image) else io.BytesIO(base64.decodebytes(image.rpartition(",")[2].encode()))
 
 
 def register() -> None:
-    """Let `pipeline("image-classification")` be this one."""
-    # `register_pipeline` would warn that the task is known.
+    """Make `pipeline("image-classification")` use this class."""
+    # Because `register_pipeline` would warn that the task is already known, we set the entry
+    # directly.
     PIPELINE_REGISTRY.supported_tasks[TASK]["impl"] = UHopImageClassificationPipeline
 
 

@@ -1,4 +1,4 @@
-"""PyTorch STanHop model: forecasting by retrieval over time and over series."""
+"""STanHop-Net: a PyTorch model that forecasts series by retrieval over time and over series."""
 
 import copy
 import math
@@ -27,15 +27,18 @@ from .validation import as_mask, check_tensor, check_tensors, is_finite, is_read
 
 @dataclass
 class STanHopModelOutput(ModelOutput):
-    """
-    Args:
+    """What the encoder of STanHop-Net returns for a batch of B windows of C series.
+
+    Attributes:
         last_hidden_state: (B, C, patches, d_model), the coarsest scale.
-        scales: Embedded patches, then each scale, (B, C, patches of the scale, d_model).
-        hidden_states: The same, where hidden states were asked for.
-        attentions: Association weights of every Hopfield layer, in the order they are computed: over time (B C, H, P, P), of prototypes
-            (B P, H, num_prototypes, C), over series (B P, H, C, num_prototypes), for each block.
-        loc, scale: (B, 1, C), what the window was scaled by.
-        scaled_values: (B, L, C), the scaled window; zeros where it was not observed.
+        scales: The embedded patches, then each scale, (B, C, patches of the scale, d_model).
+        hidden_states: The same tensors, if hidden states were requested.
+        attentions: Association weights of every Hopfield layer in the order of computation. For
+            each block: over time (B C, H, P, P), of the prototypes (B P, H, num_prototypes, C), and
+            over series (B P, H, C, num_prototypes).
+        loc: (B, 1, C), the location that was subtracted from the window.
+        scale: (B, 1, C), the scale that the window was divided by.
+        scaled_values: (B, L, C), the scaled window; zeros where a value was not observed.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -49,14 +52,19 @@ class STanHopModelOutput(ModelOutput):
 
 @dataclass
 class STanHopForPredictionOutput(ModelOutput):
-    """
-    Args:
-        loss: A scalar, where future values are given.
-        prediction_outputs: (B, H, C), in the units of the past values; in their precision and at least in fp32, as these may be far from
-            zero.
-        hidden_states, attentions, loc, scale: As in `STanHopModelOutput`.
-        decoder_attentions: Association weights of the decoder's layers: those of its block, then from output patches to a scale of the
-            encoder, (B C, H, output patches, patches of the scale).
+    """Forecasts of STanHop-Net for a batch of B windows of C series over a horizon of H steps.
+
+    Attributes:
+        loss: A scalar, if future values are given.
+        prediction_outputs: (B, H, C), in the units of the past values. The dtype is that of the
+            past values and at least fp32, because these values may be far from zero.
+        hidden_states: As in `STanHopModelOutput`.
+        attentions: As in `STanHopModelOutput`.
+        decoder_attentions: Association weights of the decoder layers: first those of the block,
+            then those of the retrieval from a scale of the encoder, (B C, H, output patches,
+            patches of the scale).
+        loc: As in `STanHopModelOutput`.
+        scale: As in `STanHopModelOutput`.
     """
 
     loss: torch.Tensor | None = None
@@ -70,9 +78,10 @@ class STanHopForPredictionOutput(ModelOutput):
 
 @dataclass
 class STanHopDecoderOutput(ModelOutput):
-    """
-    Args:
-        forecast: (B, H, C), in the scale of the scaled window.
+    """What the decoder of STanHop-Net returns.
+
+    Attributes:
+        forecast: (B, H, C), in the units of the scaled window.
         attentions: As `decoder_attentions` of `STanHopForPredictionOutput`.
     """
 
@@ -81,6 +90,8 @@ class STanHopDecoderOutput(ModelOutput):
 
 
 class STanHopMLP(nn.Module):
+    """Two-layer MLP of a sub-block."""
+
     def __init__(self, config: STanHopConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
@@ -92,7 +103,15 @@ class STanHopMLP(nn.Module):
 
 
 class STanHopRetrieval(nn.Module):
-    """Post-norm sub-block: states retrieve from memories, then an MLP: `LN(LN(X + GSH(X, Y)) + MLP(...))`."""
+    r"""Post-norm sub-block: states retrieve from memories, then an MLP follows.
+
+    $$
+    X' = \mathrm{LN}(X + \mathrm{GSH}(X, Y)), \qquad
+    \mathrm{output} = \mathrm{LN}(X' + \mathrm{MLP}(X'))
+    $$
+
+    GSH is the Hopfield layer with states $X$ and memories $Y$.
+    """
 
     def __init__(self, config: STanHopConfig):
         super().__init__()
@@ -109,10 +128,13 @@ class STanHopRetrieval(nn.Module):
 
 
 class STanHopBlock(GradientCheckpointingLayer):
-    """TimeGSH, then SeriesGSH: (B, C, P, d_model) to the same.
+    """Encoder block: retrieval over time (TimeGSH), then over series (SeriesGSH).
 
-    Over time each series retrieves from its own patches, with weights shared by all series. Over series the C patches of a position are
-    first pooled to a few prototypes, learned queries that retrieve from them, and then retrieve from these.
+    States (B, C, P, d_model) keep their shape.
+
+    Over time, each series retrieves from its own patches; all series share the weights. Over
+    series, a few learned queries (the prototypes) retrieve from the C patches at one position. The
+    C patches then retrieve from these pooled prototypes.
     """
 
     def __init__(self, config: STanHopConfig):
@@ -123,15 +145,16 @@ class STanHopBlock(GradientCheckpointingLayer):
         self.series = STanHopRetrieval(config)
 
     def over_time(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Retrieve over time: each series from its own patches."""
         tokens = hidden_states.flatten(0, 1)
         return self.time(tokens, tokens, **kwargs).unflatten(0, (-1, hidden_states.shape[1]))
 
     def series_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The patches of all series at one position, (B P, C, d_model)."""
+        """Patches of all series at one position, (B P, C, d_model)."""
         return hidden_states.transpose(1, 2).flatten(0, 1)
 
     def pooled(self, series: torch.Tensor, **kwargs) -> torch.Tensor:
-        """What the prototypes retrieve from a position's series, (B P, num_prototypes, d_model)."""
+        """What the prototypes retrieve at one position, (B P, num_prototypes, d_model)."""
         return self.pooling(self.prototypes.expand(series.shape[0], -1, -1), series, **kwargs)[0]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -141,7 +164,11 @@ class STanHopBlock(GradientCheckpointingLayer):
         return mixed.unflatten(0, (-1, hidden_states.shape[2])).transpose(1, 2)
 
     def memory_sets(self, hidden_states: torch.Tensor) -> Iterator[MemorySet]:
-        """What the three Hopfield layers retrieve from: a series' patches, a position's series, a position's pooled series."""
+        """Yield what the three Hopfield layers retrieve from.
+
+        These are the patches of a series, the series at a position, and the pooled series at a
+        position.
+        """
         yield MemorySet(self.time.attention.feature_map, hidden_states.flatten(0, 1))
         series = self.series_of(self.over_time(hidden_states))
         yield MemorySet(self.pooling.feature_map, series)
@@ -149,7 +176,10 @@ class STanHopBlock(GradientCheckpointingLayer):
 
 
 class STanHopCoarseGraining(nn.Module):
-    """Merges `merge_window` neighbouring patches; a last group that is short is filled with the last patches."""
+    """Merge `merge_window` neighbouring patches into one.
+
+    If the last group is incomplete, it is filled with the last patches.
+    """
 
     def __init__(self, config: STanHopConfig):
         super().__init__()
@@ -160,7 +190,8 @@ class STanHopCoarseGraining(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         missing = -hidden_states.shape[2] % self.window
         if missing > 0:
-            # The last patches again; where there are fewer than are missing, the last one.
+            # Because the last group is incomplete, the last patches are repeated; if there are too
+            # few, the very last one.
             order = torch.arange(hidden_states.shape[2] + missing, device=hidden_states.device)
             order = torch.where(order < hidden_states.shape[2], order, order - missing).clamp(max=hidden_states.shape[2] - 1)
             hidden_states = hidden_states[:, :, order]
@@ -168,7 +199,10 @@ class STanHopCoarseGraining(nn.Module):
 
 
 class STanHopDecoderLayer(GradientCheckpointingLayer):
-    """A block over the output patches, which then retrieve from a scale of the encoder; and what this scale adds to the forecast."""
+    """Decoder layer: output patches pass a block, then retrieve from one encoder scale.
+
+    A linear head gives the contribution of this scale to the forecast.
+    """
 
     def __init__(self, config: STanHopConfig):
         super().__init__()
@@ -177,20 +211,23 @@ class STanHopDecoderLayer(GradientCheckpointingLayer):
         self.head = nn.Linear(config.d_model, config.patch_length)
 
     def forward(self, hidden_states: torch.Tensor, encoded: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output patches (B, C, Q, d_model), and their values (B, C, Q * patch_length)."""
+        """Return output patches (B, C, Q, d_model) and their values (B, C, Q * patch_length)."""
         hidden_states = self.block(hidden_states, **kwargs)
         crossed = self.cross(hidden_states.flatten(0, 1), encoded.flatten(0, 1), **kwargs)
         hidden_states = crossed.unflatten(0, (-1, hidden_states.shape[1]))
         return hidden_states, self.head(hidden_states).flatten(2)
 
     def memory_sets(self, hidden_states: torch.Tensor, encoded: torch.Tensor) -> Iterator[MemorySet]:
-        """What the block's layers retrieve from, then what the output patches do: a series' patches in a scale of the encoder."""
+        """Yield what the block retrieves from, then what the output patches retrieve from.
+
+        The latter are the patches of a series in one scale of the encoder.
+        """
         yield from self.block.memory_sets(hidden_states)
         yield MemorySet(self.cross.attention.feature_map, encoded.flatten(0, 1))
 
 
 class STanHopScaler(nn.Module):
-    """Location and scale of each series over its observed values, of a window (B, L, C) and its mask."""
+    """Location and scale of each series of a window (B, L, C) over its observed values."""
 
     def __init__(self, config: STanHopConfig):
         super().__init__()
@@ -198,11 +235,15 @@ class STanHopScaler(nn.Module):
         self.minimum_scale = config.minimum_scale
 
     def forward(self, values: torch.Tensor, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, 1, C) each; a series without any observed value has location 0 and scale 1."""
+        """Return location and scale, each (B, 1, C).
+
+        A series without an observed value has location 0 and scale 1.
+        """
         count = observed.sum(1, keepdim=True)
         if self.scaling is None:
             return torch.zeros_like(count), torch.ones_like(count)
-        # Sums and squares of what is left neither overflow nor vanish.
+        # Because sums and squares of large or small values overflow or underflow, we divide by
+        # their magnitude first.
         size = magnitude(values, dim=1)
         values, count = values / size, count.clamp(min=1)
         if self.scaling == "mean":
@@ -218,10 +259,11 @@ class STanHopScaler(nn.Module):
 
 
 class STanHopWindowMemory(nn.Module):
-    """Stored windows, scaled: each series retrieves windows of its own, by the cosine of their pasts.
+    r"""Stored windows, from which each series retrieves by the cosine of the pasts.
 
-    `p = Sep_alpha(beta cos(R, Y))` for a past R and the stored pasts Y; it recalls `p Y`, and what followed, `p Y_future`. A stored past of
-    zeros has no direction, and is never retrieved.
+    For a past $R$ and the stored pasts $Y$ the weights are $p = \mathrm{Sep}_\alpha(\beta \cos(R,
+    Y))$. The recalled past is $p Y$, and the recalled future is $p Y_{\mathrm{future}}$. All
+    windows are scaled. A stored past of zeros has no direction and is never retrieved.
     """
 
     def __init__(self, config: STanHopConfig):
@@ -233,12 +275,13 @@ class STanHopWindowMemory(nn.Module):
         self.futures: torch.Tensor
 
     def shapes(self, count: int) -> dict[str, tuple[int, int, int]]:
-        """The shapes of the buffers that hold `count` windows."""
+        """Shapes of the buffers that hold `count` windows."""
         channels = self.config.num_input_channels
         return {"pasts": (channels, count, self.config.context_length), "futures": (channels, count, self.config.prediction_length)}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Set the stored windows to zero."""
         if self.pasts is not None:
             init.zeros_(self.pasts)
             init.zeros_(self.futures)
@@ -250,22 +293,27 @@ class STanHopWindowMemory(nn.Module):
         return simplex_map(self.config.memory_beta * at_least_fp32(similarity), self.config.memory_alpha, mask=present).to(scaled.dtype)
 
     def series(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The recalled past (B, C, L) and future (B, C, H) of windows (B, L, C)."""
+        """Recalled past (B, C, L) and future (B, C, H) of windows (B, L, C)."""
         weights = self.weights(scaled)
         return (weights @ self.pasts).transpose(0, 1), (weights @ self.futures).transpose(0, 1)
 
     def forward(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The recalled past (B, L, C) and future (B, H, C) of windows (B, L, C)."""
+        """Recalled past (B, L, C) and future (B, H, C) of windows (B, L, C)."""
         past, future = self.series(scaled)
         return past.transpose(1, 2), future.transpose(1, 2)
 
 
 class STanHopSkip(nn.Linear):
-    """A linear map that is added to the forecast, and adds nothing before it is trained: of directions in which windows hardly vary,
-    training would leave random weights as they are."""
+    """Linear map that is added to the forecast and starts at zero.
+
+    It starts at zero because training would leave random initial weights unchanged in directions in
+    which windows hardly vary.
+    """
 
 
 class STanHopPreTrainedModel(FoldableModel):
+    """Base class of the STanHop models: initialization, loading and saving."""
+
     config: STanHopConfig
     config_class = STanHopConfig
     base_model_prefix = "model"
@@ -279,7 +327,7 @@ class STanHopPreTrainedModel(FoldableModel):
     input_modalities = ["time"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # The loss is a mean over what was observed, whatever `num_items_in_batch` says.
+    # Because the loss is a mean over observed values, `num_items_in_batch` has no use.
     accepts_loss_kwargs = False
     _no_split_modules = ["STanHopBlock", "STanHopDecoderLayer"]
     _input_embed_layer = "patch_embedding"
@@ -292,7 +340,7 @@ class STanHopPreTrainedModel(FoldableModel):
         elif isinstance(module, STanHopSkip):
             init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
-            # PyTorch's own scale, as in the authors' code.
+            # Because the authors' code does the same, we use PyTorch's default scale.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
         elif isinstance(module, STanHopBlock):
             init.normal_(module.prototypes, mean=0.0, std=self.config.init_std)
@@ -300,7 +348,10 @@ class STanHopPreTrainedModel(FoldableModel):
             init.normal_(module.position_embeddings, mean=0.0, std=self.config.position_init_std)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        # Softmax through "hopfield" too, which has weights where a call asks for them.
+        # Because "hopfield" can return weights when a call requests them, softmax uses it too.
+        """Choose the attention kernel: "hopfield", or "eager" if the configuration requests
+        attentions.
+        """
         requested_attention = hopfield_kernel(self.config, requested_attention)
         if requested_attention is None:
             requested_attention = "eager" if self.config.output_attentions else "hopfield"
@@ -308,7 +359,14 @@ class STanHopPreTrainedModel(FoldableModel):
 
 
 class STanHopModel(STanHopPreTrainedModel):
-    """The bare encoder: a window of C series to patches at several scales."""
+    r"""Encoder of STanHop-Net: a window of C series to patches at several scales.
+
+    The Hopfield layers compute equation 3.1 of U-Hop (arXiv 2404.03827),
+    $\mathrm{Sep}_\alpha[\beta\, (W_Q \Phi(X)) (W_K \Phi(Y))^\top]\, V$.
+
+    Args:
+        config: The configuration. The model keeps a copy of it.
+    """
 
     _can_record_outputs = {
         "hidden_states": STanHopBlock,
@@ -316,7 +374,8 @@ class STanHopModel(STanHopPreTrainedModel):
     }
 
     def __init__(self, config: STanHopConfig):
-        # A copy: `store` keeps num_memories up to date, and two models may be built from one configuration.
+        # Because `store` updates num_memories and several models may be built from one
+        # configuration, each model keeps its own copy.
         config = copy.deepcopy(config)
         super().__init__(config)
         self.num_patches = math.ceil(config.context_length / config.patch_length)
@@ -331,7 +390,10 @@ class STanHopModel(STanHopPreTrainedModel):
         self.post_init()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        """Takes on as many stored windows as the checkpoint has: none, if it has the encoder without windows."""
+        """Resize the stored windows to the number that the checkpoint holds, then load it.
+
+        If the checkpoint has the encoder but no windows, none are stored afterwards.
+        """
         given = {name: state_dict.get(f"{prefix}memory.{name}") for name in ("pasts", "futures")}
         sizes = {name: tuple(tensor.shape) for name, tensor in given.items() if tensor is not None}
         count = max((shape[1] for shape in sizes.values() if len(shape) == 3), default=0)
@@ -358,85 +420,122 @@ class STanHopModel(STanHopPreTrainedModel):
     def forward(
         self, past_values: torch.Tensor | None = None, past_observed_mask: torch.Tensor | None = None, **kwargs
     ) -> STanHopModelOutput:
-        """
+        """Encode windows at every scale.
+
         Args:
             past_values: (B, context_length, num_input_channels).
-            past_observed_mask: The same shape, 1 where a value was observed; others are never looked at, and may be NaN. `None`: all that
-                are not NaN were.
+            past_observed_mask: The same shape, 1 where a value was observed. The other values have
+                no influence and may be NaN. `None` means that all values except NaN were observed.
+            kwargs (Any): Options of transformers, such as `output_attentions` and
+                `output_hidden_states`.
+
+        Returns:
+            The patches at every scale, and how the window was scaled.
 
         Raises:
-            ValueError: If `past_values` is missing, of a wrong shape, or (on CPU) infinite where it was observed, or so once it is scaled
-                and in the model's precision.
+            TypeError: If an input is not a tensor.
+            ValueError: If `past_values` is missing, has a wrong shape, or (on CPU) is infinite
+                where it was observed; or if the scaled values are infinite in the dtype of the
+                model.
         """
         scaled, loc, scale = self.scaled(past_values, past_observed_mask)
         hidden_states = self.embed(scaled)
         if self.config.scaling is None and is_readable(scaled) and scaled.numel() > 0:
-            # Layer norms square what they are given.
+            # Because layer norms square their input, it must be far below the largest number of its
+            # dtype.
             largest = scaled.abs().max().item()
             if largest > torch.finfo(hidden_states.dtype).max ** 0.5 / 100 > 100 or not is_finite(hidden_states):
                 raise ValueError(
-                    f"past_values that are not scaled must be small enough for layer norms in {hidden_states.dtype}, got some as large as "
-                    f"{largest:.4g}; scaling='std' and scaling='mean' take values of any size"
+                    f"without scaling, past_values must be small enough for layer norms in {hidden_states.dtype}, got values up to "
+                    f"{largest:.4g}; use scaling='std' or scaling='mean'"
                 )
         scales = [hidden_states]
         for index, block in enumerate(self.blocks):
-            hidden_states = block(self._merged(hidden_states, index), **kwargs)
+            hidden_states = block(self._block_input(hidden_states, index), **kwargs)
             scales.append(hidden_states)
         return STanHopModelOutput(last_hidden_state=hidden_states, scales=tuple(scales), loc=loc, scale=scale, scaled_values=scaled)
 
     def scaled(
         self, past_values: torch.Tensor | None, past_observed_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The window with location and scale taken off, zeros where it was not observed; and both, (B, 1, C), at least in fp32 and in the
-        precision of the values."""
+        """Scale windows.
+
+        Args:
+            past_values: As in `forward`.
+            past_observed_mask: As in `forward`.
+
+        Returns:
+            The window after subtraction of its location and division by its scale, with zeros where
+                it was not observed; the location and the scale, each (B, 1, C), in the dtype of the
+                values and at least in fp32.
+        """
         values, observed = self.checked(past_values, past_observed_mask)
         loc, scale = self.scaler(values, observed)
-        # Differences of the largest values overflow, those of what is left do not.
+        # Because differences of very large values overflow, we divide by their magnitude first.
         size = magnitude(values, dim=1)
         return self._cast((values / size - loc / size) / (scale / size) * observed, "past_values"), loc, scale
 
     @torch.no_grad()
     def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
-        """Replace the stored windows by these, (M, context_length, C) and what followed, (M, prediction_length, C); NaN where a value was
-        not observed.
+        """Replace the stored windows by new ones.
 
-        Each window is scaled by its own past. Missing futures count as the window's location. A series without an observed past, or with a
-        constant one where windows are scaled by standard deviation, says nothing of the scale of its future, and is never retrieved.
+        Each window is scaled by its own past. Missing future values count as the location of the
+        window. A series is never retrieved if its past was not observed. The same holds for a
+        constant past if windows are scaled by standard deviation, because it does not determine the
+        scale of the future.
+
+        Args:
+            past_values: (M, context_length, C), NaN where a value was not observed.
+            future_values: (M, prediction_length, C), what followed; NaN where a value was not
+                observed.
 
         Raises:
-            ValueError: As `forward`, without any window, and for futures of a wrong shape or infinite ones.
+            TypeError: If an input is not a tensor.
+            ValueError: As `forward`; also if there is no window, or if futures have a wrong shape
+                or are infinite.
         """
         check_tensors(past_values=past_values, future_values=future_values)
         expected = (len(past_values), self.config.prediction_length, self.config.num_input_channels)
         if len(past_values) == 0 or future_values.shape != expected:
             given = f"got {len(past_values)} windows and futures {tuple(future_values.shape)}"
-            raise ValueError(f"at least one window is needed, and future_values of shape (M, prediction_length, C) = {expected}, {given}")
+            raise ValueError(f"store needs at least one window, and future_values of shape (M, prediction_length, C) = {expected}, {given}")
         if bool(future_values.isinf().any()):
-            raise ValueError("future_values must be finite or NaN, where they were not observed, got infinite ones")
+            raise ValueError("future_values must be finite, or NaN where they were not observed, got infinite values")
         scaled, loc, scale = self.scaled(past_values.to(self.device), None)
-        # What is left of a window whose mean was taken off has both signs, or is the rounding of a constant.
+        # Because a window minus its mean has both signs, values of one sign are only the rounding
+        # error of a constant.
         varies = (scaled > 0).any(1) & (scaled < 0).any(1) if self.config.scaling == "std" else scaled.any(1)
         values, observed = self.checked(past_values.to(self.device), None)
-        lost = ~varies & _differs(values, observed.bool(), centred=self.config.scaling == "std")
+        lost = ~varies & _varies_in_past(values, observed.bool(), centred=self.config.scaling == "std")
         if lost.any():
             warnings.warn(
-                f"{int(lost.sum())} series of the windows are not told from constant ones in {self.dtype} once they are scaled by at least "
-                f"minimum_scale={self.config.minimum_scale}, and are never retrieved: as (window, series), {lost.nonzero().tolist()[:10]}",
+                f"{int(lost.sum())} series of the windows become constant in {self.dtype} when scaled by at least "
+                f"minimum_scale={self.config.minimum_scale}, and are never retrieved; (window, series): {lost.nonzero().tolist()[:10]}",
                 stacklevel=3,
             )
-        silent = ~varies.unsqueeze(1)
+        unretrievable = ~varies.unsqueeze(1)
         futures = (future_values.to(self.device, loc.dtype) - loc) / scale
-        futures = self._cast(futures.masked_fill(futures.isnan() | silent, 0.0), "future_values")
-        pasts = scaled.masked_fill(silent, 0.0)
+        futures = self._cast(futures.masked_fill(futures.isnan() | unretrievable, 0.0), "future_values")
+        pasts = scaled.masked_fill(unretrievable, 0.0)
         self.memory.pasts, self.memory.futures = pasts.permute(2, 0, 1).contiguous(), futures.permute(2, 0, 1).contiguous()
         self.config.num_memories = len(past_values)
 
     @torch.no_grad()
     def recall(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """A forecast (B, prediction_length, C) without training: what followed the stored windows that are like this one.
+        r"""Forecast without training, from what followed similar stored windows.
+
+        The weights of the stored windows are $\mathrm{Sep}_\alpha(\beta \cos(R, Y))$, with
+        `memory_alpha` and `memory_beta`.
+
+        Args:
+            past_values: As in `forward`.
+            past_observed_mask: As in `forward`.
+
+        Returns:
+            A forecast (B, prediction_length, C), in the units of the past values.
 
         Raises:
-            ValueError: If nothing that can be retrieved is stored; and as `forward`.
+            ValueError: If no window that can be retrieved is stored; also as `forward`.
         """
         if self.config.num_memories == 0 or not self.memory.pasts.any():
             raise ValueError("no window is stored: call store(past_values, future_values) first")
@@ -444,8 +543,11 @@ class STanHopModel(STanHopPreTrainedModel):
         return in_units(self.memory(scaled)[1], scale, loc)
 
     def checked(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values with zeros where nothing was observed, and the mask as numbers, in no less precision than they have, and at least in fp32:
-        what a narrower one keeps of values far from zero has lost their differences."""
+        """Return values (zeros where not observed) and the mask as numbers, at least in fp32.
+
+        Values keep their dtype if it is wider, because a narrower dtype would lose the differences
+        between values far from zero.
+        """
         self.check_configuration()
         if past_values is None:
             raise ValueError("past_values is required, got None")
@@ -471,9 +573,10 @@ class STanHopModel(STanHopPreTrainedModel):
         return values, observed.to(values.dtype)
 
     def _cast(self, scaled: torch.Tensor, name: str) -> torch.Tensor:
+        """Convert scaled values to the dtype of the model; they must stay finite."""
         narrow = scaled.to(self.dtype)
         if is_readable(narrow) and not is_finite(narrow):
-            raise ValueError(f"{name} must be finite in {self.dtype} once they are scaled, got some as large as {scaled.abs().max():.4g}")
+            raise ValueError(f"{name} must be finite in {self.dtype} after scaling, got values up to {scaled.abs().max():.4g}")
         return narrow
 
     def _sizes(self) -> dict[str, int]:
@@ -482,7 +585,7 @@ class STanHopModel(STanHopPreTrainedModel):
         return {"num_memories": 0 if self.memory.pasts is None else self.memory.pasts.shape[1]}
 
     def embed(self, scaled: torch.Tensor) -> torch.Tensor:
-        """A scaled window (B, L, C) as embedded patches (B, C, num_patches, d_model)."""
+        """Embed a scaled window (B, L, C) as patches (B, C, num_patches, d_model)."""
         series = scaled.transpose(1, 2)
         if self.config.memory_type == "plug" and self.config.num_memories > 0:
             completed = series + self.memory.series(scaled)[0]
@@ -494,21 +597,30 @@ class STanHopModel(STanHopPreTrainedModel):
         return self.layernorm(self.patch_embedding(patches) + self.position_embeddings)
 
     def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """The memories that Stage I separates, block by block, as each layer's feature map sees them; see `STanHopBlock.memory_sets`."""
+        """Yield the memories that Stage I separates, block by block.
+
+        See `STanHopBlock.memory_sets`.
+        """
         yield from self.memory_sets_of(self(past_values, past_observed_mask, return_dict=True).scales)
 
     def memory_sets_of(self, scales: tuple[torch.Tensor, ...]) -> Iterator[MemorySet]:
-        """The same of the scales of `STanHopModelOutput`."""
+        """Yield the same memories, given the scales of a `STanHopModelOutput`."""
         for index, block in enumerate(self.blocks):
-            yield from cast(STanHopBlock, block).memory_sets(self._merged(scales[index], index))
+            yield from cast(STanHopBlock, block).memory_sets(self._block_input(scales[index], index))
 
-    def _merged(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
-        """What the block of this index is given of the scale before it."""
+    def _block_input(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
+        """Input of the block with this index: the scale before it, merged after the first block."""
         return self.mergers[index - 1](hidden_states) if index > 0 else hidden_states
 
 
 class STanHopDecoder(STanHopPreTrainedModel):
-    """Output patches, which begin as position embeddings, retrieve from one scale of the encoder after another."""
+    """Decoder of STanHop-Net: output patches retrieve from one scale of the encoder after another.
+
+    The output patches start as position embeddings.
+
+    Args:
+        config: The configuration.
+    """
 
     _can_record_outputs = {"attentions": HopfieldAttention}
 
@@ -522,7 +634,15 @@ class STanHopDecoder(STanHopPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(self, scales: tuple[torch.Tensor, ...], **kwargs) -> STanHopDecoderOutput:
-        """The forecast of the encoder's scales (num_hidden_layers + 1 of them), scaled."""
+        """Forecast, in the units of the scaled window.
+
+        Args:
+            scales: The num_hidden_layers + 1 scales of the encoder.
+            kwargs (Any): Options of transformers, such as `output_attentions`.
+
+        Returns:
+            The forecast (B, prediction_length, num_input_channels).
+        """
         hidden_states = self.position_embeddings.expand(scales[0].shape[0], -1, -1, -1)
         forecast = None
         for layer, encoded in zip(self.layers, scales, strict=True):
@@ -531,8 +651,12 @@ class STanHopDecoder(STanHopPreTrainedModel):
         return STanHopDecoderOutput(forecast=cast(torch.Tensor, forecast)[..., : self.config.prediction_length].transpose(1, 2))
 
     def memory_sets(self, scales: tuple[torch.Tensor, ...]) -> Iterator[MemorySet]:
-        """The memories that Stage I separates, layer by layer; see `STanHopDecoderLayer.memory_sets`. Those of the first block are the same
-        for every window, and are there once."""
+        """Yield the memories that Stage I separates, layer by layer.
+
+        See `STanHopDecoderLayer.memory_sets`.
+
+        The memories of the first block are the same for every window, so they appear only once.
+        """
         hidden_states: torch.Tensor = self.position_embeddings
         for index, (layer, encoded) in enumerate(zip(self.layers, scales, strict=True)):
             if index > 0:
@@ -542,21 +666,30 @@ class STanHopDecoder(STanHopPreTrainedModel):
 
 
 class STanHopForPrediction(STanHopPreTrainedModel):
-    """STanHop-Net: the encoder, and a decoder whose patches retrieve from each of its scales; optionally beside a linear skip.
+    """STanHop-Net for forecasting: an encoder, and a decoder that retrieves from each scale.
 
-    >>> from modeling_uhop import STanHopConfig, STanHopForPrediction
+    A linear skip (`use_linear_skip`) and the futures of stored windows (`memory_type="tune"`) can
+    be added to the forecast.
 
-    >>> model = STanHopForPrediction(STanHopConfig(num_input_channels=2, context_length=24, prediction_length=12, d_model=16, ffn_dim=16))
-    >>> past = torch.randn(3, 24, 2)
-    >>> past[0, :5, 1] = float("nan")
-    >>> model.generate(past).sequences.shape
-    torch.Size([3, 1, 12, 2])
+    Args:
+        config: The configuration. The model keeps a copy of it.
+
+    Examples:
+        >>> from modeling_uhop import STanHopConfig, STanHopForPrediction
+
+        >>> config = STanHopConfig(num_input_channels=2, context_length=24, prediction_length=12, d_model=16, ffn_dim=16)
+        >>> model = STanHopForPrediction(config)
+        >>> past = torch.randn(3, 24, 2)
+        >>> past[0, :5, 1] = float("nan")
+        >>> model.generate(past).sequences.shape
+        torch.Size([3, 1, 12, 2])
     """
 
     def __init__(self, config: STanHopConfig):
         super().__init__(config)
         self.model = STanHopModel(config)
-        # The model keeps its configuration's num_memories up to date, and with it that of all parts.
+        # Because the encoder updates num_memories in its configuration, all parts share that
+        # configuration.
         self.config = config = self.model.config
         self.remember_configuration()
         self.decoder = STanHopDecoder(config)
@@ -575,17 +708,28 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         return_loss: bool = True,
         **kwargs,
     ) -> STanHopForPredictionOutput:
-        """
+        """Forecast windows.
+
         Args:
-            past_values, past_observed_mask: As in `STanHopModel.forward`.
-            future_values: (B, prediction_length, num_input_channels), for a loss.
-            future_observed_mask: The same shape, 1 where a value was observed; `None`: all that are not NaN were. Others have no part in
-                the loss; where none was observed it is 0.
-            return_loss: Whether to compute a loss where there are future values. The Trainer looks for this name.
+            past_values: As in `STanHopModel.forward`.
+            past_observed_mask: As in `STanHopModel.forward`.
+            future_values: (B, prediction_length, num_input_channels), the targets of the loss.
+            future_observed_mask: The same shape, 1 where a value was observed; `None` means that
+                all values except NaN were observed. The other values do not count in the loss; if
+                none was observed, the loss is 0.
+            return_loss: Whether to compute the loss if future values are given. The Trainer expects
+                an argument of this name.
+            kwargs (Any): Options of transformers, such as `output_attentions` and
+                `output_hidden_states`.
+
+        Returns:
+            The forecast (B, prediction_length, num_input_channels), and the loss if future values
+                are given.
 
         Raises:
-            ValueError: As `STanHopModel.forward`, for future values or a mask of a wrong shape, and (on CPU) for future values that are
-                infinite where they were observed.
+            TypeError: If an input is not a tensor.
+            ValueError: As `STanHopModel.forward`; also if future values or a mask have a wrong
+                shape, or (on CPU) if future values are infinite where they were observed.
         """
         self.check_configuration()
         outputs: STanHopModelOutput = self.model(past_values, past_observed_mask, return_dict=True, **kwargs)
@@ -610,21 +754,24 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         )
 
     def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
-        """Store windows; see `STanHopModel.store`."""
+        """Replace the stored windows by new ones; see `STanHopModel.store`."""
         self.model.store(past_values, future_values)
 
     def recall(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """A forecast from stored windows alone; see `STanHopModel.recall`."""
+        """Forecast from stored windows alone, without training; see `STanHopModel.recall`."""
         return self.model.recall(past_values, past_observed_mask)
 
     @torch.no_grad()
     def generate(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None) -> SampleTSPredictionOutput:
-        """The forecast as `sequences` (B, 1, prediction_length, num_input_channels): a point forecast is one sample."""
+        """Forecast as `sequences` (B, 1, prediction_length, num_input_channels).
+
+        The second axis has length 1, because a point forecast is a single sample.
+        """
         outputs = self(past_values, past_observed_mask=past_observed_mask, return_dict=True)
         return SampleTSPredictionOutput(sequences=outputs.prediction_outputs.unsqueeze(1))
 
     def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """The memories that Stage I separates: the encoder's, then the decoder's; see their `memory_sets`."""
+        """Yield the memories that Stage I separates: first of the encoder, then of the decoder."""
         scales = self.model(past_values, past_observed_mask, return_dict=True).scales
         yield from self.model.memory_sets_of(scales)
         yield from self.decoder.memory_sets(scales)
@@ -633,6 +780,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         return self.model._sizes() if "model" in self._modules else {}
 
     def _loss(self, prediction: torch.Tensor, future: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Mean error of the forecast over the observed future values."""
         for name, tensor in (("future_values", future), ("future_observed_mask", mask)):
             check_tensor(tensor, name)
             if tensor is not None and tensor.shape != prediction.shape:
@@ -650,24 +798,36 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         if is_readable(loss) and not is_finite(loss) and is_finite(prediction):
             raise ValueError(
                 f"the {self.config.loss} loss must be finite in {loss.dtype}, but forecasts and future_values are too far apart; "
-                "give values in larger units, or past_values in torch.float64"
+                "use larger units, or pass past_values in torch.float64"
             )
         return loss
 
 
-def _differs(values: torch.Tensor, observed: torch.Tensor, centred: bool) -> torch.Tensor:
-    """Which series (B, C) of windows have an observed value other than 0, or, where the mean is taken off, than another of them."""
+def _varies_in_past(values: torch.Tensor, observed: torch.Tensor, centred: bool) -> torch.Tensor:
+    """Which series (B, C) vary over their observed values.
+
+    A series varies if a value differs from 0; if `centred`, from another value.
+    """
     least, most = (torch.where(observed, values, bound) for bound in (torch.inf, -torch.inf))
     return most.amax(1) > least.amin(1) if centred else (values * observed).any(1)
 
 
 def in_units(forecast: torch.Tensor, scale: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
-    """A scaled forecast in the units of its window; a `ValueError` where it leaves the range of their dtype."""
+    """Convert a scaled forecast to the units of its window.
+
+    Args:
+        forecast: The scaled forecast (B, H, C).
+        scale: The scale of the window, (B, 1, C).
+        loc: The location of the window, (B, 1, C).
+
+    Raises:
+        ValueError: If (on CPU) the result exceeds the range of its dtype.
+    """
     prediction = forecast * scale + loc
     if is_readable(prediction) and not is_finite(prediction) and is_finite(forecast):
         raise ValueError(
-            f"forecasts must be finite in {prediction.dtype}, but {int((~prediction.isfinite()).sum())} are not, of windows with values as "
-            f"large as {max(loc.abs().max().item(), scale.max().item()):.4g}; give past_values in larger units, or in torch.float64"
+            f"forecasts must be finite in {prediction.dtype}, but {int((~prediction.isfinite()).sum())} are not, for windows with values "
+            f"up to {max(loc.abs().max().item(), scale.max().item()):.4g}; pass past_values in larger units, or in torch.float64"
         )
     return prediction
 

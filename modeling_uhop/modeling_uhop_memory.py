@@ -1,4 +1,4 @@
-"""PyTorch UHopMemory model: a kernelized associative memory that stores patterns, separates them, and retrieves."""
+"""U-Hop associative memory: a PyTorch model that stores, separates and retrieves patterns."""
 
 import copy
 import warnings
@@ -32,11 +32,13 @@ from .spherical import are_independent, separate_optimally
 from .validation import check_tensors, is_finite, is_plain, is_traced
 
 
+# Because the optimal spherical code of more than 2 * feature_dim memories must be searched, "uhop+"
+# computes it for at most 1000 memories. A separation step samples at most 4096 memories.
 _SEARCHED_CODES, _MEMORIES_IN_A_STEP = 1000, 4096
 
 
 class CachedFeatures(NamedTuple):
-    """Features of what a memory model stores, and what they were computed from."""
+    """Features of the stored memories, with what they were computed from."""
 
     memories: torch.Tensor
     state: tuple[int, torch.dtype, bool]
@@ -44,8 +46,11 @@ class CachedFeatures(NamedTuple):
     features: torch.Tensor
 
 
-class Indexed(NamedTuple):
-    """What `UHopMemoryModel.index` was asked for, and the index of faiss with the features and their version that it holds."""
+class FaissIndexState(NamedTuple):
+    """What `UHopMemoryModel.index` was asked for, and the faiss index built for it so far.
+
+    `features` and `version` identify the feature tensor (and its version) that the index holds.
+    """
 
     factory: str
     parameters: str
@@ -54,19 +59,21 @@ class Indexed(NamedTuple):
     candidates: Candidates | None = None
 
 
-# Apart from the models, so that a copy of one has no part in them.
+# Because a copy of a model must not share its cache or index, we keep both outside the models.
 _FEATURES: WeakKeyDictionary[nn.Module, CachedFeatures] = WeakKeyDictionary()
-_INDEXES: WeakKeyDictionary[nn.Module, Indexed] = WeakKeyDictionary()
+_INDEXES: WeakKeyDictionary[nn.Module, FaissIndexState] = WeakKeyDictionary()
 
 
 @dataclass
 class UHopMemoryOutput(ModelOutput):
-    """
-    Args:
+    """What a memory retrieved for Q queries.
+
+    Attributes:
         retrieved: (Q, pattern_dim), the states after the last update.
-        association: (Q, M), the weights of the last update.
-        energy: (Q,), the energy (2.2) of the retrieved states; `None` for similarities that have none.
-        steps: (Q,), how many updates each query took.
+        association: (Q, M), the association weights of the last update.
+        energy: (Q,), the energy (2.2) of the retrieved states; `None` for similarities that have no
+            energy.
+        steps: (Q,), the number of updates of each query.
     """
 
     retrieved: torch.Tensor | None = None
@@ -77,10 +84,13 @@ class UHopMemoryOutput(ModelOutput):
 
 @dataclass
 class UHopMemorySearchOutput(ModelOutput):
-    """
-    Args:
+    """What `UHopMemoryModel.search` retrieved for Q queries, with the nonzero weights.
+
+    Attributes:
         retrieved: (Q, pattern_dim), the states after the last update.
-        indices, weights: (Q, K), the memories that have any weight in the last update, the largest first; 0 beyond them.
+        indices: (Q, K), the memories with nonzero weight in the last update, largest weight first.
+        weights: (Q, K), the weights of these memories. A query with fewer than K such memories has
+            weight 0 in the remaining places.
     """
 
     retrieved: torch.Tensor | None = None
@@ -89,6 +99,8 @@ class UHopMemorySearchOutput(ModelOutput):
 
 
 class UHopMemoryPreTrainedModel(HopfieldPreTrainedModel):
+    """Base class of the U-Hop memory: initialization, loading and saving."""
+
     config: UHopMemoryConfig
     config_class = UHopMemoryConfig
     base_model_prefix = "memory"
@@ -109,23 +121,37 @@ class UHopMemoryPreTrainedModel(HopfieldPreTrainedModel):
 
 
 class UHopMemoryModel(UHopMemoryPreTrainedModel):
-    """Associative memory of U-Hop (arXiv 2404.03827), Algorithm 1: store, separate (Stage I), retrieve (Stage II).
+    r"""Associative memory that stores, separates (Stage I) and retrieves (Stage II) patterns.
+
+    This is Algorithm 1 of U-Hop (arXiv 2404.03827). A query $x$ retrieves from the memories $\xi_1,
+    \dots, \xi_M$ by equation 2.4, with the feature map $\Phi(u) = W u$ and the simplex map
+    $\mathrm{Sep}_\alpha$ (scores to weights):
+
+    $$
+    T(x) = \sum_\mu p_\mu \xi_\mu, \qquad p = \mathrm{Sep}_\alpha(\beta K(\Xi, x)), \qquad
+    K(u, v) = \langle \Phi(u), \Phi(v) \rangle
+    $$
 
     The stored patterns are saved with the model.
 
-    >>> import torch
-    >>> from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
+    Args:
+        config: The configuration. The model keeps a copy of it.
 
-    >>> patterns = torch.rand(20, 64)
-    >>> memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=64))
-    >>> memory.store(patterns)
-    >>> history = memory.separate(steps=50)
-    >>> memory(patterns).retrieved.shape
-    torch.Size([20, 64])
+    Examples:
+        >>> import torch
+        >>> from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
+
+        >>> patterns = torch.rand(20, 64)
+        >>> memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=64))
+        >>> memory.store(patterns)
+        >>> history = memory.separate(steps=50)
+        >>> memory(patterns).retrieved.shape
+        torch.Size([20, 64])
     """
 
     def __init__(self, config: UHopMemoryConfig):
-        # A copy: `store` keeps num_memories up to date, and two memories may be built from one configuration.
+        # Because `store` updates num_memories and several memories may be built from one
+        # configuration, each memory keeps its own copy.
         super().__init__(copy.deepcopy(config))
         self.feature_map = (
             FeatureMap(config.pattern_dim, config.feature_dim, feature_init=config.feature_init, normalize=config.normalize_features)
@@ -138,37 +164,44 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the memories: without a feature map there is no parameter to tell."""
+        """Dtype of the memories, because a model without a feature map has no parameter."""
         return self.memories.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the memories, likewise."""
+        """Device of the memories, because a model without a feature map has no parameter."""
         return self.memories.device
 
     def stored_features(self) -> torch.Tensor:
-        """Features (M, feature_dim) of the memories, or these themselves without a feature map.
+        """Features (M, feature_dim) of the memories; the memories if there is no feature map.
 
-        They are kept for the next retrieval, and computed again when the memories or the map have changed (memories not through `.data`,
-        a NumPy view or a collective, which PyTorch does not count), where a gradient has to pass, Phi is offloaded, hooked or in an
-        adapter, under autocast and inference mode, and in a traced graph.
+        The features are cached for the next retrieval. They are computed again if the memories or
+        the feature map have changed. PyTorch does not count changes of memories through `.data`, a
+        NumPy view or a collective operation, so these are not noticed. The cache is not used in
+        these cases:
+
+        - a gradient has to pass through the features;
+        - the feature map is offloaded, has hooks or is wrapped in an adapter;
+        - autocast or inference mode is on;
+        - the graph is traced.
         """
         return self.memories if self.feature_map is None else self._cached_features().clone()
 
     def _cached_features(self) -> torch.Tensor:
-        """`stored_features`, not to be written to."""
+        """Return `stored_features` without a copy; callers must not write to the result."""
         self.check_configuration()
         if self.feature_map is None:
             return self.memories
         if is_traced() or not is_plain(self.feature_map, FeatureMap):
             return self._features(self.memories, "memories")
         memories, weight = self.memories, self.feature_map.weight
-        passing = torch.is_grad_enabled() and (weight.requires_grad or memories.requires_grad)
-        if passing or torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or memories.is_inference():
+        needs_gradient = torch.is_grad_enabled() and (weight.requires_grad or memories.requires_grad)
+        if needs_gradient or torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or memories.is_inference():
             return self._features(memories, "memories")
         cached = _FEATURES.get(self)
         state = (memories._version, weight.dtype, self.feature_map.normalize)
-        # The weight's own version tells nothing of fused optimizers and collectives.
+        # Because fused optimizers and collective operations do not increase the version counter of
+        # the weight, we compare its values.
         if cached is None or cached.memories is not memories or cached.state != state or not torch.equal(cached.weight, weight):
             cached = _FEATURES[self] = CachedFeatures(memories, state, weight.detach().clone(), self._features(memories, "memories"))
         return cached.features
@@ -177,29 +210,49 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         return len(self.memories)
 
     def store(self, patterns: torch.Tensor) -> None:
-        """Replace all memories by `patterns` (M, pattern_dim).
+        """Replace all memories by new patterns.
 
-        Integer patterns are stored in the dtype of the memory. Equal patterns are stored, with a warning that names them.
+        Integer patterns are converted to the dtype of the memory. Equal patterns are stored too,
+        with a warning that lists them.
+
+        Args:
+            patterns: (M, pattern_dim), finite.
 
         Raises:
-            ValueError: For a wrong shape, or entries that are not finite.
-            TypeError: For what is no tensor.
+            ValueError: If the shape is wrong or an entry is not finite.
+            TypeError: If `patterns` is not a tensor.
         """
-        patterns = self._checked(patterns, "patterns")
+        patterns = self._validated(patterns, "patterns")
         if patterns.dim() != 2:
             raise ValueError(f"patterns must have shape (M, {self.config.pattern_dim}), got {tuple(patterns.shape)}")
         self.memories = patterns.detach().clone()
         self.config.num_memories = len(patterns)
         duplicates = _duplicates(self.memories)
         if duplicates:
-            warnings.warn(f"{len(duplicates)} memories equal an earlier one, as pairs: {duplicates[:10]}", stacklevel=2)
+            warnings.warn(f"{len(duplicates)} memories equal an earlier one; pairs (first, later): {duplicates[:10]}", stacklevel=2)
 
     def append(self, patterns: torch.Tensor) -> None:
-        """Store `patterns` (M, pattern_dim), or one (pattern_dim,), behind those that are stored."""
-        self.store(torch.cat([self.memories, torch.atleast_2d(self._checked(patterns, "patterns"))]))
+        """Store further patterns after those that are already stored.
+
+        Args:
+            patterns: (M, pattern_dim), or a single pattern (pattern_dim,); finite.
+
+        Raises:
+            ValueError: If the shape is wrong or an entry is not finite.
+            TypeError: If `patterns` is not a tensor.
+        """
+        self.store(torch.cat([self.memories, torch.atleast_2d(self._validated(patterns, "patterns"))]))
 
     def delete(self, indices: int | list[int] | torch.Tensor) -> None:
-        """Forget the memories at `indices`; an index that does not exist is an `IndexError`, and one that is no integer a `TypeError`."""
+        """Delete the memories at the given indices.
+
+        Args:
+            indices: One index or several, as integers; a negative index counts from the end.
+
+        Raises:
+            IndexError: If an index does not exist.
+            TypeError: If an index is not an integer.
+        """
         count = len(self)
         given = torch.as_tensor(indices)
         if given.numel() == 0:
@@ -209,13 +262,13 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         positions = given.reshape(-1).tolist()
         for position in positions:
             if not -count <= position < count:
-                raise IndexError(f"there is no memory {position}; {count} are stored")
+                raise IndexError(f"memory index {position} is out of range: {count} memories are stored")
         kept = torch.ones(count, dtype=torch.bool, device=self.memories.device)
         kept[positions] = False
         self.store(self.memories[kept])
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Takes on as many memories as the checkpoint has."""
+        """Resize the memories to the number that the checkpoint holds, then load it."""
         given = state_dict.get(f"{prefix}memories")
         if given is not None and given.dim() == 2 and given.shape[1] == self.memories.shape[1]:
             if len(given) != len(self):
@@ -277,6 +330,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         return maximize_separation(self.feature_map, self.memories, method=method, steps=steps, lr=1e-3 if lr is None else lr, **options)
 
     def _separate_optimally(self) -> list[float]:
+        """Reach the optimal spherical code; return minus the smallest margin before and after."""
         assert self.feature_map is not None
         before, _ = margins(self._unit_kernel())
         separate_optimally(self.feature_map, self.memories)
@@ -291,49 +345,59 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         output_energies: bool = True,
         return_dict: bool | None = None,
     ) -> UHopMemoryOutput | tuple:
-        """Retrieve (Stage II).
+        r"""Retrieve the memories that are most similar to each query (Stage II).
+
+        One update is $x \leftarrow T(x) = \sum_\mu p_\mu \xi_\mu$ with $p =
+        \mathrm{Sep}_\alpha(\beta K(\Xi, x))$, equation 2.4.
 
         Args:
-            queries: (Q, pattern_dim), or one (pattern_dim,).
-            update_steps: Updates to do, at least 1; `None` for `config.update_steps`.
-            tolerance: Stop updating a query once no entry of it changes by more than this; `None` to do all updates.
-            output_energies: Whether to compute the energies of what was retrieved, which cost about as much as an update.
-            return_dict: `False` for a tuple; `None` for what the configuration has.
+            queries: (Q, pattern_dim), or a single query (pattern_dim,); finite.
+            update_steps: Number of updates, at least 1; `None` means `config.update_steps`.
+            tolerance: Stop updating a query once no entry changes by more than this; `None` means
+                do all updates.
+            output_energies: Whether to compute the energies of the retrieved states. They cost
+                about as much as one update.
+            return_dict: `False` to return a tuple; `None` means `config.return_dict`.
+
+        Returns:
+            The retrieved states, association weights, energies and number of updates.
 
         Raises:
-            ValueError: If nothing is stored, queries have a wrong shape or entries that are not finite, or features, scores or energies
-                leave the range of their dtype (scores and energies that of fp64).
-            TypeError: For what is no tensor.
+            ValueError: If nothing is stored, if queries have a wrong shape or entries that are not
+                finite, or if features, scores or energies exceed the range of their dtype (for
+                scores and energies: of fp64).
+            TypeError: If `queries` is not a tensor.
         """
         steps = self.config.update_steps if update_steps is None else update_steps
         if steps < 1:
             raise ValueError(f"update_steps must be at least 1, got {steps}")
         self.check_configuration()
-        states = torch.atleast_2d(self._checked(queries, "queries"))
+        states = torch.atleast_2d(self._validated(queries, "queries"))
         settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha}
         similarity: dict[str, Any] = {"similarity": self.config.similarity, "degree": self.config.degree}
         features = self._cached_features()
-        moving = torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
-        taken = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
+        active = torch.ones(states.shape[0], dtype=torch.bool, device=states.device)
+        steps_taken = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
         weights = association_of(self._features(states), features, **settings, **similarity)
         for step in range(steps):
             if step > 0:
                 updated = association_of(self._features(states), features, **settings, **similarity)
-                weights = torch.where(moving.unsqueeze(-1), updated, weights)
-            next_states = torch.where(moving.unsqueeze(-1), mixed(weights, self.memories), states)
-            taken = taken + moving
+                weights = torch.where(active.unsqueeze(-1), updated, weights)
+            next_states = torch.where(active.unsqueeze(-1), mixed(weights, self.memories), states)
+            steps_taken = steps_taken + active
             if tolerance is not None:
-                moving = moving & ((next_states - states).abs().amax(-1) > tolerance)
+                active = active & ((next_states - states).abs().amax(-1) > tolerance)
             states = next_states
-            # A traced graph, which cannot branch on values, does all updates, and those past the tolerance change nothing.
-            if tolerance is not None and not is_traced() and not moving.any():
+            # Because a traced graph cannot branch on values, it does all updates; updates after the
+            # tolerance is reached change nothing.
+            if tolerance is not None and not is_traced() and not active.any():
                 break
         self._check_finite(states)
         weights = weights.to(states.dtype)
         energies = None
         if output_energies and self.config.similarity in ("kernel", "dot"):
             energies = energy(self._features(states), features, **settings)
-        output = UHopMemoryOutput(retrieved=states, association=weights, energy=energies, steps=taken)
+        output = UHopMemoryOutput(retrieved=states, association=weights, energy=energies, steps=steps_taken)
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
@@ -346,34 +410,40 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         top_k: int = 64,
         candidates: Candidates | Any | None = None,
     ) -> UHopMemorySearchOutput:
-        """Retrieve (Stage II) from many memories, without forming the weights of those that have none; see `sparse_association`.
+        """Retrieve (Stage II) from many memories without computing the weights that are zero.
 
-        Exact, except by candidates that overlook memories.
-
-        At alpha = 1 every memory has weight, and room for all of them is taken, (Q, M).
+        The result is exact, unless `candidates` misses memories; see `sparse_association`. At alpha
+        = 1 every memory has nonzero weight, so the full (Q, M) weights are allocated.
 
         Args:
-            queries: (Q, pattern_dim), or one (pattern_dim,).
-            update_steps: Updates to do, at least 1; `None` for `config.update_steps`.
-            top_k: Candidates to begin with; queries that spread over more memories are asked again.
-            candidates: What finds the memories whose features are most like a query's: a function, or an index of faiss; see
-                `faiss_index`. `None` for what `index` has chosen. Weights are made of the exact inner products of what is found, whatever
-                scores it has.
+            queries: (Q, pattern_dim), or a single query (pattern_dim,); finite.
+            update_steps: Number of updates, at least 1; `None` means `config.update_steps`.
+            top_k: Number of candidates to start with. Queries with weight on more memories are
+                searched again with more candidates.
+            candidates: What finds the memories whose features are most similar to a query's
+                features: a function, or a faiss index; see `faiss_index`. `None` means what `index`
+                has selected. Weights are computed from exact inner products with the memories
+                found, whatever scores `candidates` returns.
+
+        Returns:
+            The retrieved states, with indices and weights of the memories that have nonzero weight.
 
         Raises:
-            ValueError: As `forward`, if the similarity is not an inner product, and for candidates that are out of step with the memory.
+            ValueError: As `forward`; also if the similarity is not an inner product, or if the
+                candidates do not match the current memories.
         """
         steps = self.config.update_steps if update_steps is None else update_steps
         if steps < 1:
             raise ValueError(f"update_steps must be at least 1, got {steps}")
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"search needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
-        states = torch.atleast_2d(self._checked(queries, "queries"))
+        states = torch.atleast_2d(self._validated(queries, "queries"))
         features = self._cached_features()
         own = candidates is None and self not in _INDEXES
         if candidates is None:
-            candidates = brute_force(features) if own else self._indexed(features)
-        # All inner products are exact. Scores of others need not be.
+            candidates = brute_force(features) if own else self._faiss_candidates(features)
+        # Because candidates other than our own inner products may return approximate scores, the
+        # exact scores are computed from the features.
         settings: dict[str, Any] = {
             "beta": self.config.beta,
             "alpha": self.config.alpha,
@@ -387,25 +457,30 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         return UHopMemorySearchOutput(retrieved=states, indices=indices, weights=weights)
 
     def index(self, factory: str = "flat", parameters: str = "") -> None:
-        """Choose what `search` finds memories by: all inner products ("flat"), or an index of the faiss library, which this memory keeps.
+        r"""Select how `search` finds memories: by all inner products, or with a faiss index.
 
-        The index holds the features of the memories. It is made, and trained where it has to be, by the first search after memories or
-        Phi have changed. It belongs to this object alone: it is not saved, and a copy of the memory has none.
-
-        >>> memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=8, alpha=1.5))
-        >>> memory.store(torch.randn(1000, 8))
-        >>> memory.index("HNSW32", "efSearch=64")
-        >>> memory.search(memory.memories[:2]).indices[:, 0].tolist()
-        [0, 1]
+        The index holds the features of the memories. The first search after a change of the
+        memories or of $\Phi$ builds it, and trains it where its type needs training. The index
+        belongs to this object: it is not saved, and a copy of the memory has none.
 
         Args:
-            factory: "flat", or a string of faiss's `index_factory`, such as "HNSW32" or "IVF16,Flat"; always of inner products.
-            parameters: Settings of the index by which searches trade time for accuracy, as in faiss's `ParameterSpace`: "nprobe=8".
+            factory: "flat" for all inner products, or a string for faiss's `index_factory` such as
+                "HNSW32" or "IVF16,Flat". The metric is always the inner product.
+            parameters: Search settings that trade time for accuracy, in the format of faiss's
+                `ParameterSpace`, for example "nprobe=8".
 
         Raises:
-            ValueError: If the similarity is not an inner product, or for a string that faiss refuses, with its message; from `search`
-                too, where the memories are too few to train it.
+            ValueError: If the similarity is not an inner product, or if faiss rejects a string
+                (with the message of faiss). `search` also raises it if there are too few memories
+                to train the index.
             ImportError: If faiss is not installed.
+
+        Examples:
+            >>> memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=8, alpha=1.5))
+            >>> memory.store(torch.randn(1000, 8))
+            >>> memory.index("HNSW32", "efSearch=64")
+            >>> memory.search(memory.memories[:2]).indices[:, 0].tolist()
+            [0, 1]
         """
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"an index needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
@@ -413,18 +488,19 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         if factory != "flat":
             width = self.config.pattern_dim if self.feature_map is None else self.config.feature_dim or self.config.pattern_dim
             trained_index(factory, parameters, torch.zeros(0, width))
-            _INDEXES[self] = Indexed(factory, parameters)
+            _INDEXES[self] = FaissIndexState(factory, parameters)
 
-    def _indexed(self, features: torch.Tensor) -> Candidates:
-        """The index that was asked for, with these features."""
+    def _faiss_candidates(self, features: torch.Tensor) -> Candidates:
+        """Return the selected faiss index, built again if it does not hold these features."""
         held = _INDEXES[self]
-        # Tensors of inference mode have no version.
+        # Because tensors created in inference mode have no version counter, their index is always
+        # built again.
         version = -1 if features.is_inference() else features._version
         if held.candidates is None or held.features is not features or held.version != version or version < 0:
             index = trained_index(held.factory, held.parameters, features)
             mark_in_step(index, features)
             candidates = faiss_index(index)
-            held = _INDEXES[self] = Indexed(held.factory, held.parameters, features, version, candidates)
+            held = _INDEXES[self] = FaissIndexState(held.factory, held.parameters, features, version, candidates)
         assert held.candidates is not None
         return held.candidates
 
@@ -434,13 +510,13 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         features = self.feature_map(patterns)
         if not is_traced() and not is_finite(features):
             raise ValueError(
-                f"features of {name} must be finite in {features.dtype}, but Phi gives some that are not; "
-                "use a wider dtype, or smaller patterns"
+                f"features of {name} must be finite in {features.dtype}, but the feature map returned infinite or NaN values; "
+                "use a wider dtype or smaller patterns"
             )
         return features
 
     def _check_finite(self, retrieved: torch.Tensor) -> None:
-        """A `ValueError` where memories lost their values in a narrower dtype than they were stored in."""
+        """Raise a `ValueError` if a narrower dtype made memories infinite or NaN."""
         if not is_traced() and not is_finite(retrieved):
             bad = int((~self.memories.isfinite()).sum())
             raise ValueError(
@@ -449,30 +525,38 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
     @torch.no_grad()
     def report(self, queries: torch.Tensor | None = None) -> MemoryReport:
-        """What this memory set can hold, in feature space ("kernel") or pattern space ("dot"); see `MemoryReport`.
+        """Describe how well this set of memories can be stored and retrieved; see `MemoryReport`.
+
+        The report is computed in feature space ("kernel") or in pattern space ("dot").
 
         Args:
-            queries: (Q, pattern_dim), to see how many memories each of them retrieves, after `config.update_steps`.
+            queries: (Q, pattern_dim), optional: also report how many memories each query retrieves
+                after `config.update_steps` updates.
+
+        Returns:
+            Margins, error bounds, measured errors, confusions and duplicates.
 
         Raises:
-            ValueError: If nothing is stored, or the similarity is not an inner product; and as `forward`.
+            ValueError: If nothing is stored, or if the similarity is not an inner product; also as
+                `forward`.
         """
         if self.config.similarity not in ("kernel", "dot"):
             raise ValueError(f"a report needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
         features = self._cached_features()
         output = self(self.memories, update_steps=1, return_dict=True)
         kernel = inner_products(features, features)
-        # In fp64 where scores overflow fp32.
+        # Because scores may overflow fp32, `inner_products` may return fp64; we follow its dtype.
         weights, patterns, features = (tensor.to(kernel.dtype) for tensor in (output.association, self.memories, features))
         margin, rival = margins(kernel)
-        # Retrieval rounds its scores: a certificate holds only where the margin exceeds what rounding may take from it.
+        # Because retrieval rounds its scores, exact retrieval is certified only if the margin is
+        # larger than the largest possible rounding error.
         rounding = 2.0 * torch.finfo(self.memories.dtype).eps
-        certain = kernel - rounding * kernel.abs().max() * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
+        kernel_lower_bound = kernel - rounding * kernel.abs().max() * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
         count, feature_dim = features.shape
         separation = margins(self._unit_kernel())[0].min().item() if count > 1 else float("nan")
         others = weights.masked_fill(torch.eye(count, dtype=torch.bool, device=weights.device), 0.0)
         confused = sorted(((weights[m, n].item(), m, n) for m, n in (others > 0.01).nonzero().tolist()), reverse=True)
-        unit_features = self.config.similarity == "kernel" and self.config.normalize_features
+        features_are_unit = self.config.similarity == "kernel" and self.config.normalize_features
         sizes = None if queries is None else metastable_sizes(self(queries, return_dict=True).association, self.config.alpha)
         return MemoryReport(
             beta=self.config.beta,
@@ -483,12 +567,12 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             own_error_bound=retrieval_error_bound(patterns, features, self.config.beta, radius=0.0),
             error=norms(output.retrieved.to(kernel.dtype) - patterns),
             weight=weights.diagonal(),
-            exact=is_exactly_retrieved(certain, self.config.beta, self.config.alpha),
+            exact=is_exactly_retrieved(kernel_lower_bound, self.config.beta, self.config.alpha),
             metastable_size=metastable_sizes(weights, self.config.alpha),
             query_metastable_size=sizes,
             separation=separation,
             separation_bounds=separation_bounds(count, feature_dim) if count > 1 and feature_dim > 1 else (float("nan"), float("nan")),
-            well_separated=unit_features and is_well_separated(features, self.config.beta),
+            well_separated=features_are_unit and is_well_separated(features, self.config.beta),
             confusions=[(m, n, weight) for weight, m, n in confused],
             duplicates=_duplicates(self.memories),
             rounding=2.0 * rounding * norms(patterns).max().item(),
@@ -501,8 +585,11 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         features = unit_norm(at_least_fp32(self._cached_features()))
         return features @ features.transpose(-1, -2)
 
-    def _checked(self, patterns: torch.Tensor, name: str) -> torch.Tensor:
-        """Patterns on the device and in the dtype of the memory, of the right width and finite (which a traced graph cannot ask)."""
+    def _validated(self, patterns: torch.Tensor, name: str) -> torch.Tensor:
+        """Move patterns to the memory's device and dtype; check width and finite values.
+
+        A traced graph skips the check for finite values, because it cannot branch on values.
+        """
         check_tensors(**{name: patterns})
         width = self.config.pattern_dim
         if patterns.dim() not in (1, 2) or patterns.shape[-1] != width:
@@ -515,7 +602,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
 
 def _duplicates(memories: torch.Tensor) -> list[tuple[int, int]]:
-    """Pairs (first, later) of equal memories."""
+    """Pairs (first, later) of indices of equal memories."""
     if len(memories) < 2:
         return []
     _, group = torch.unique(memories, dim=0, return_inverse=True)

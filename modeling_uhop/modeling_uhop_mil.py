@@ -1,4 +1,4 @@
-"""PyTorch UHopMIL model: multiple-instance classification by retrieval from a bag."""
+"""U-Hop multiple-instance model: classify bags by retrieval with learned queries (PyTorch)."""
 
 import math
 from collections.abc import Iterator
@@ -23,14 +23,20 @@ from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tens
 
 @dataclass
 class UHopMILModelOutput(ModelOutput):
-    """
-    Args:
-        last_hidden_state: (B, N, hidden_size), embedded instances; zeros where there is none.
+    """What the U-Hop multiple-instance model returns for a batch of B bags.
+
+    Attributes:
+        last_hidden_state: (B, N, hidden_size), the embedded instances; zeros where there is no
+            instance.
         pooler_output: (B, num_queries * hidden_size), what the queries retrieved.
-        instance_weights: (B, N), how much each instance counts: association weights averaged over heads and queries, which sum to 1 over a
-            bag (but for their dropout in training). For "max" pooling, the share of features that an instance decides.
-        hidden_states: Output of each embedding layer, (B, N, hidden_size); zeros where there is no instance.
-        attentions: Association weights of every head, (B, H, num_queries, N); of another pooling than "hopfield" none.
+        instance_weights: (B, N), the weight of each instance in its bag. With "hopfield" and "mean"
+            pooling the weights sum to 1 over a bag (except under dropout of the association weights
+            in training). "hopfield": association weights averaged over heads and queries. "max":
+            the share of features whose maximum the instance gives.
+        hidden_states: Output of each embedding layer, (B, N, hidden_size); zeros where there is no
+            instance.
+        attentions: Association weights of every head, (B, H, num_queries, N); empty for other
+            pooling than "hopfield".
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -42,11 +48,14 @@ class UHopMILModelOutput(ModelOutput):
 
 @dataclass
 class UHopMILBagClassifierOutput(ModelOutput):
-    """
-    Args:
-        loss: A scalar, where labels are given.
-        logits: (B, num_labels).
-        instance_weights, hidden_states, attentions: As in `UHopMILModelOutput`.
+    """What the U-Hop bag classifier returns for a batch of B bags.
+
+    Attributes:
+        loss: A scalar, if labels are given.
+        logits: (B, num_labels), the class scores.
+        instance_weights: (B, N), as in `UHopMILModelOutput`.
+        hidden_states: As in `UHopMILModelOutput`.
+        attentions: As in `UHopMILModelOutput`.
     """
 
     loss: torch.Tensor | None = None
@@ -57,7 +66,10 @@ class UHopMILBagClassifierOutput(ModelOutput):
 
 
 class UHopMILImageEmbedding(nn.Module):
-    """Images (n, num_channels, height, width) to vectors: two convolutions with pooling, averaged over what is left of the image."""
+    """Small convolutional network that embeds images (n, num_channels, height, width).
+
+    Two convolutions with a max pooling between them, then the mean over the remaining positions;
+    the result is (n, hidden_size)."""
 
     def __init__(self, config: UHopMILConfig):
         super().__init__()
@@ -72,7 +84,7 @@ class UHopMILImageEmbedding(nn.Module):
 
 
 class UHopMILBackboneEmbedding(nn.Module):
-    """Images to vectors: the last feature map of a vision backbone, averaged over the image."""
+    """Vision backbone: images to vectors, as the mean of the last feature map over the image."""
 
     def __init__(self, config: UHopMILConfig):
         super().__init__()
@@ -84,6 +96,8 @@ class UHopMILBackboneEmbedding(nn.Module):
 
 
 class UHopMILEmbeddingLayer(GradientCheckpointingLayer):
+    """Linear layer, activation and dropout that embed each instance."""
+
     def __init__(self, config: UHopMILConfig, in_dim: int):
         super().__init__()
         self.dense = nn.Linear(in_dim, config.hidden_size)
@@ -95,7 +109,7 @@ class UHopMILEmbeddingLayer(GradientCheckpointingLayer):
 
 
 class UHopMILMeanPooling(nn.Module):
-    """The mean of a bag, zeros of an empty one."""
+    """Mean over the instances of a bag; zeros for an empty bag."""
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights = mask.to(states.dtype) / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -103,7 +117,10 @@ class UHopMILMeanPooling(nn.Module):
 
 
 class UHopMILMaxPooling(nn.Module):
-    """The largest value of each feature over a bag, zeros of an empty one; a weight is the share of features that an instance decides."""
+    """Largest value of each feature over a bag; zeros for an empty bag.
+
+    The weight of an instance is the share of features whose maximum it gives.
+    """
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if states.shape[1] == 0:
@@ -117,12 +134,15 @@ class UHopMILMaxPooling(nn.Module):
 
 
 class UHopMILPreTrainedModel(FoldableModel):
+    """Base class of the U-Hop multiple-instance models: initialization, loading and saving."""
+
     config: UHopMILConfig
     config_class = UHopMILConfig
     base_model_prefix = "mil"
     main_input_name = "instances"
     read_at_each_call = (*FoldableModel.read_at_each_call, "bag_dropout_prob")
-    # There is no auto class for bags; of those there are, that for sequences, which are sets with an order, is the nearest.
+    # Because transformers has no auto class for bags, we use the closest one: a sequence is a set
+    # with an order.
     _auto_classes = {
         "AutoConfig": "configuration_uhop_mil.UHopMILConfig",
         "AutoModel": "modeling_uhop_mil.UHopMILModel",
@@ -137,15 +157,20 @@ class UHopMILPreTrainedModel(FoldableModel):
         if isinstance(module, (FeatureMap, HopfieldAttention, HopfieldPooling)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            # PyTorch's own scale: at a fixed 0.02 these narrow layers would begin close to zero.
+            # Because these narrow layers would start close to zero at a fixed 0.02, we use
+            # PyTorch's default scale.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Return "eager", because every call returns instance weights; refuse other kernels."""
         if requested_attention not in (None, "eager"):
-            raise ValueError(f"instance weights need attn_implementation='eager', got {requested_attention!r}")
+            raise ValueError(
+                f"attn_implementation must be 'eager', because the model returns instance weights, got {requested_attention!r}"
+            )
         return super().get_correct_attn_implementation("eager", is_init_check)
 
     def save_pretrained(self, *args, **kwargs) -> None:
+        """Save the model, with an entry for `pipeline("multiple-instance-classification")`."""
         pipeline = {
             "impl": f"pipelines.{MultipleInstanceClassificationPipeline.__name__}",
             "pt": ["AutoModelForSequenceClassification"],
@@ -156,7 +181,15 @@ class UHopMILPreTrainedModel(FoldableModel):
 
 
 class UHopMILModel(UHopMILPreTrainedModel):
-    """Bags of instances to vectors: each instance is embedded, then learned queries retrieve from the bag."""
+    r"""U-Hop multiple-instance model without a classifier: bags of instances to vectors.
+
+    Each instance is embedded. Learned queries $R$ then retrieve from the embedded instances $\Xi$
+    of a bag, $\mathrm{Sep}_\alpha[\beta\, (W_Q \Phi(R)) (W_K \Phi(\Xi))^\top]\, V$ (U-Hop, equation
+    3.1); see `UHopMILConfig`.
+
+    Args:
+        config: The configuration.
+    """
 
     def __init__(self, config: UHopMILConfig):
         super().__init__(config)
@@ -184,16 +217,25 @@ class UHopMILModel(UHopMILPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> UHopMILModelOutput:
-        """
+        """Embed the instances of each bag and retrieve from the bag.
+
         Args:
-            instances: (B, N, instance_dim), or (B, N, num_channels, height, width) where instances are images; bags padded to N.
-            attention_mask: (B, N), 1 for instances and 0 for padding, whose values are never looked at; `None` for no padding.
-            output_attentions, output_hidden_states: Whether to return these; `None` for what the configuration has.
+            instances: (B, N, instance_dim), or (B, N, num_channels, height, width) if instances are
+                images. Bags are padded to N instances.
+            attention_mask: (B, N), 1 for instances and 0 for padding, whose values have no
+                influence; `None` means no padding.
+            output_attentions: Whether to return attentions; `None` means the value in the
+                configuration.
+            output_hidden_states: Whether to return hidden states; `None` means the value in the
+                configuration.
+
+        Returns:
+            The pooled vector of each bag, its embedded instances and their weights.
 
         Raises:
-            TypeError: For an input that is no tensor.
-            ValueError: If `instances` is missing, of a wrong shape, or (on CPU) not finite, or so large that states overflow; the message
-                names the bag.
+            TypeError: If an input is not a tensor.
+            ValueError: If `instances` is missing, has a wrong shape, or (on CPU) is not finite or
+                so large that states overflow. The message names the bag.
         """
         hidden_states, mask = self._embed(instances, attention_mask)
         if self.training and self.config.bag_dropout_prob > 0:
@@ -212,15 +254,27 @@ class UHopMILModel(UHopMILPreTrainedModel):
         )
 
     def memory_sets(self, instances: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """The memories that Stage I separates: the embedded instances of each bag as the feature map sees them, padding masked."""
+        """Yield the memories that Stage I separates: one set per bag, its embedded instances.
+
+        Args:
+            instances: As in `forward`.
+            attention_mask: As in `forward`; padding is not a memory.
+            kwargs (Any): Other entries of a batch, such as labels; they are ignored.
+
+        Yields:
+            One `MemorySet`, with the instances as the feature map receives them.
+
+        Raises:
+            ValueError: If the pooling is not "hopfield"; also as `forward`.
+        """
         if self.config.pooling != "hopfield":
-            raise ValueError(f"pooling {self.config.pooling!r} stores no memories; 'hopfield' does")
+            raise ValueError(f"memory_sets needs pooling='hopfield', got {self.config.pooling!r}, which has no memories")
         hidden_states, mask = self._embed(instances, attention_mask)
         pooling = cast(HopfieldPooling, self.pooling)
         yield MemorySet(pooling.attention.feature_map, pooling.memories(hidden_states[-1]), mask)
 
     def _embed(self, instances: torch.Tensor | None, attention_mask: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """What each embedding layer makes of the instances, (B, N, hidden_size), zeros for padding; and the boolean mask (B, N)."""
+        """Outputs of the embedding layers (B, N, hidden_size), zeros for padding; mask (B, N)."""
         self.check_configuration()
         if instances is None:
             raise ValueError("instances is required, got None")
@@ -236,13 +290,15 @@ class UHopMILModel(UHopMILPreTrainedModel):
             check_no_overflow(instances, "bag", MAX_STATE)
         hidden_states = instances
         if self.embedding is not None:
-            # Padding is left out, not masked: batch norms would count it, and images cost much.
-            # A traced graph, which cannot branch on values, takes no images as it takes some.
-            some = torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(mask.any())
-            vectors = self.embedding(instances[mask]) if some else instances.new_zeros(0, self.embedding.out_dim)
+            # Because batch norms would count padding, and images are expensive, padding is removed
+            # and not masked. Because a traced graph cannot branch on values, it always embeds, even
+            # if there is no image.
+            has_instances = torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(mask.any())
+            vectors = self.embedding(instances[mask]) if has_instances else instances.new_zeros(0, self.embedding.out_dim)
             hidden_states = vectors.new_zeros(*mask.shape, self.embedding.out_dim).masked_scatter(mask.unsqueeze(-1), vectors)
         if getattr(self.layers[0], "gradient_checkpointing", False) and torch.is_grad_enabled() and not hidden_states.requires_grad:
-            # A reentrant checkpoint gives its layer gradients only if its input asks for one.
+            # Because a reentrant checkpoint computes gradients only if its input requires one, we
+            # set it here.
             hidden_states = hidden_states.detach().requires_grad_()
         states = []
         for layer in self.layers:
@@ -253,6 +309,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
         return tuple(states), mask
 
     def _checked_mask(self, instances: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Check the shapes of a batch and return its mask as booleans (B, N)."""
         config = self.config
         if config.instance_type == "vector":
             expected, fits = f"(B, N, {config.instance_dim})", instances.dim() == 3 and instances.shape[-1] == config.instance_dim
@@ -269,17 +326,22 @@ class UHopMILModel(UHopMILPreTrainedModel):
 
 
 class UHopMILForBagClassification(UHopMILPreTrainedModel):
-    """U-Hop multiple-instance model with a linear classifier on what the queries retrieved.
+    """U-Hop classifier of bags: a linear classifier on what the queries retrieve from a bag.
 
-    `config.problem_type` selects the loss as everywhere in transformers: "single_label_classification" (binary with two labels, or
-    multi-class), "multi_label_classification", or "regression". A call never changes it.
+    `config.problem_type` selects the loss, as in all models of transformers:
+    "single_label_classification" (two classes or more), "multi_label_classification" or
+    "regression". A call never changes it.
 
-    >>> from modeling_uhop import UHopMILConfig, UHopMILForBagClassification
+    Args:
+        config: The configuration; `config.num_labels` is the number of classes.
 
-    >>> model = UHopMILForBagClassification(UHopMILConfig(instance_dim=6, num_labels=2)).eval()
-    >>> outputs = model(instances=torch.randn(1, 4, 6), attention_mask=torch.tensor([[1, 1, 1, 0]]))
-    >>> outputs.instance_weights[0, 3].item()
-    0.0
+    Examples:
+        >>> from modeling_uhop import UHopMILConfig, UHopMILForBagClassification
+
+        >>> model = UHopMILForBagClassification(UHopMILConfig(instance_dim=6, num_labels=2)).eval()
+        >>> outputs = model(instances=torch.randn(1, 4, 6), attention_mask=torch.tensor([[1, 1, 1, 0]]))
+        >>> outputs.instance_weights[0, 3].item()
+        0.0
     """
 
     def __init__(self, config: UHopMILConfig):
@@ -301,14 +363,24 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs,
     ) -> UHopMILBagClassifierOutput:
-        """
+        """Classify bags.
+
         Args:
-            instances, attention_mask: As in `UHopMILModel.forward`.
-            labels: What `config.problem_type` asks for: class indices (B,) or (B, 1) in [0, num_labels), several labels (B, num_labels) in
-                [0, 1], or numbers to regress on. If it is `None`, one label is a regression, and more are told apart by their shape.
+            instances: As in `UHopMILModel.forward`.
+            attention_mask: As in `UHopMILModel.forward`.
+            labels: Targets of the kind that `config.problem_type` names: class indices (B,) or (B,
+                1) in [0, num_labels), several labels (B, num_labels) in [0, 1], or numbers for
+                regression. If `problem_type` is `None`, a model with one label is a regression;
+                otherwise the shape of the labels decides.
+            kwargs (Any): Further arguments of `UHopMILModel.forward` and of the loss.
+
+        Returns:
+            Logits (B, num_labels) and instance weights (B, N), and the loss if labels are given.
 
         Raises:
-            TypeError, ValueError: As `UHopMILModel.forward`, and for labels that are none of these; the message names the example.
+            TypeError: If an input is not a tensor.
+            ValueError: As `UHopMILModel.forward`; also if labels are of none of these kinds (the
+                message names the example).
         """
         self.check_configuration()
         outputs: UHopMILModelOutput = self.mil(instances, attention_mask=attention_mask, return_dict=True, **kwargs)
@@ -324,18 +396,19 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
         )
 
     def memory_sets(self, instances: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """The memories that Stage I separates; see `UHopMILModel.memory_sets`."""
+        """Yield the memories that Stage I separates; see `UHopMILModel.memory_sets`."""
         return self.mil.memory_sets(instances, attention_mask, **kwargs)
 
 
 def _broadcast_mask(mask: torch.Tensor, instances: torch.Tensor) -> torch.Tensor:
+    """The mask (B, N) with further axes of length 1, so that it broadcasts over `instances`."""
     return mask.reshape(*mask.shape, *(1,) * (instances.dim() - 2))
 
 
 def _instance_dropout(mask: torch.Tensor, probability: float) -> torch.Tensor:
-    """The mask with each instance left out at this probability; a bag keeps the last one standing."""
-    chance = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
-    kept = (chance >= probability) | (chance == chance.amax(-1, keepdim=True))
+    """Remove each instance from the mask with this probability, but keep one per bag."""
+    draw = torch.rand(mask.shape, device=mask.device).masked_fill(~mask, -1.0)
+    kept = (draw >= probability) | (draw == draw.amax(-1, keepdim=True))
     return kept & mask
 
 

@@ -1,4 +1,4 @@
-"""PyTorch UHopViT model: a vision transformer whose attention is a kernelized Hopfield layer."""
+"""U-Hop vision transformer: a PyTorch model with kernelized Hopfield layers as attention."""
 
 import math
 from collections.abc import Iterator
@@ -24,7 +24,11 @@ from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tens
 
 
 class UHopViTPatchEmbeddings(nn.Module):
-    """Pixel values (batch_size, num_channels, height, width) to patch embeddings (batch_size, num_patches, hidden_size)."""
+    """Embed the patches of images.
+
+    Pixel values (batch_size, num_channels, height, width) become (batch_size, num_patches,
+    hidden_size).
+    """
 
     def __init__(self, config: UHopViTConfig):
         super().__init__()
@@ -44,7 +48,10 @@ class UHopViTPatchEmbeddings(nn.Module):
 
 
 class UHopViTEmbeddings(nn.Module):
-    """Patch embeddings behind a CLS token, and optionally a distillation token, with position embeddings; optionally a mask token."""
+    """Input tokens of the encoder: CLS, optional distillation token, patches; with positions.
+
+    With `use_mask_token`, a learned mask token can replace patches.
+    """
 
     def __init__(self, config: UHopViTConfig, use_mask_token: bool = False):
         super().__init__()
@@ -57,7 +64,7 @@ class UHopViTEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
-        """Position embeddings for images of another size, bicubic over the grid of patches."""
+        """Position embeddings for another image size, by bicubic interpolation of the grid."""
         grid = self.patch_embeddings.grid_size
         patch_height, patch_width = self.patch_embeddings.patch_size
         new_grid = (height // patch_height, width // patch_width)
@@ -95,6 +102,8 @@ class UHopViTEmbeddings(nn.Module):
 
 
 class UHopViTMLP(nn.Module):
+    """Two-layer MLP of an encoder block."""
+
     def __init__(self, config: UHopViTConfig):
         super().__init__()
         self.activation_fn = ACT2FN[config.hidden_act]
@@ -106,7 +115,7 @@ class UHopViTMLP(nn.Module):
 
 
 class UHopViTEncoderLayer(GradientCheckpointingLayer):
-    """What the two kinds of encoder layer share: a Hopfield layer, and what its feature map sees."""
+    """Base class of both encoder layers: a Hopfield layer and the input of its feature map."""
 
     def __init__(self, config: UHopViTConfig):
         super().__init__()
@@ -114,12 +123,12 @@ class UHopViTEncoderLayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Tokens as the feature map sees them, (batch_size, N, hidden_size)."""
+        """Tokens as the feature map receives them, (batch_size, N, hidden_size)."""
         raise NotImplementedError
 
 
 class UHopViTLayer(UHopViTEncoderLayer):
-    """Pre-norm block: every token retrieves from all tokens, then an MLP."""
+    """Pre-norm encoder block: every token retrieves from all tokens, then an MLP follows."""
 
     def __init__(self, config: UHopViTConfig):
         super().__init__(config)
@@ -128,6 +137,7 @@ class UHopViTLayer(UHopViTEncoderLayer):
         self.mlp = UHopViTMLP(config)
 
     def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Tokens after the first layer norm."""
         return self.layernorm_before(hidden_states)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
@@ -137,13 +147,14 @@ class UHopViTLayer(UHopViTEncoderLayer):
 
 
 class UHopViTClassQueryLayer(UHopViTEncoderLayer):
-    """The papers' CIFAR encoder: the CLS token alone queries the patches, which stay as they are."""
+    """The papers' CIFAR encoder: only the CLS token queries the patches, which stay unchanged."""
 
     def __init__(self, config: UHopViTConfig):
         super().__init__(config)
         self.activation_fn = ACT2FN[config.hidden_act]
 
     def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Tokens as they are."""
         return hidden_states
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
@@ -155,6 +166,8 @@ class UHopViTClassQueryLayer(UHopViTEncoderLayer):
 
 
 class UHopViTPooler(nn.Module):
+    """Linear layer and activation applied to the CLS token."""
+
     def __init__(self, config: UHopViTConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.pooler_output_size or config.hidden_size)
@@ -165,6 +178,8 @@ class UHopViTPooler(nn.Module):
 
 
 class UHopViTPreTrainedModel(FoldableModel):
+    """Base class of the U-Hop vision transformers: initialization, loading, conversion."""
+
     config: UHopViTConfig
     config_class = UHopViTConfig
     base_model_prefix = "vit"
@@ -201,58 +216,82 @@ class UHopViTPreTrainedModel(FoldableModel):
             module.reset_parameters()
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Choose the attention kernel; refuse kernels that cannot mask a single query."""
         requested_attention = hopfield_kernel(self.config, requested_attention)
         if self.config.encoder_type == "class_query" and requested_attention not in (None, "eager", "sdpa", "hopfield"):
             raise ValueError(
-                f"encoder_type 'class_query' masks a single query, which attn_implementation={requested_attention!r} cannot; "
+                f"encoder_type 'class_query' masks a single query, which attn_implementation={requested_attention!r} does not support; "
                 "use 'sdpa', 'hopfield' or 'eager'"
             )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @classmethod
     def from_vit(cls, source, *, alpha: float = 1.0, **fields):
-        """A transformers ViT as a Hopfield model with Phi = identity, ready for the separation step; at alpha = 1 with the same outputs.
+        r"""Convert a ViT of transformers into a Hopfield model, ready for the separation step.
+
+        The feature map starts as the identity, $\Phi(u) = u$. At `alpha=1` the converted model
+        therefore gives the same outputs as the source.
 
         Args:
-            source: A model, a folder or a Hub id of `ViTModel`, `ViTForImageClassification`, the same of DeiT (its distillation token comes
-                along) or ViT-MSN. A checkpoint without a classifier gets a fresh one where this class has one; one without a pooler a fresh
-                pooler.
-            alpha: Tsallis exponent in [1, 2]. Above 1 the model is another function of the same weights, to be fine-tuned.
-            fields: Of `UHopViTConfig`, other than those that the weights decide: learnable_alpha, beta, update_steps, use_feature_map,
-                num_labels (a fresh classifier, if another number), dropout.
+            source (PreTrainedModel | str | os.PathLike): A model, a folder or a Hub id. Accepted
+                are `ViTModel`, `ViTForImageClassification`, the same classes of DeiT (the
+                distillation token is converted too), and ViT-MSN. If the checkpoint has no
+                classifier (or no pooler) and this class has one, that part is newly initialized.
+            alpha: Tsallis exponent in [1, 2]. Above 1 the same weights define a different function,
+                so the model needs fine-tuning.
+            fields (Any): Fields of `UHopViTConfig` that the weights do not determine: for example
+                learnable_alpha, beta, update_steps, use_feature_map, dropout, or num_labels (a
+                different number gives a newly initialized classifier).
+
+        Returns:
+            converted (UHopViTPreTrainedModel): The converted model, on the device, in the dtype and
+                in the mode of the source.
 
         Raises:
-            ValueError: For another architecture, or a field that the weights decide.
+            ValueError: If the architecture is not supported, or a field is determined by the
+                weights.
 
-        >>> from transformers import ViTConfig, ViTForImageClassification
-        >>> from modeling_uhop import UHopViTForImageClassification
+        Examples:
+            >>> from transformers import ViTConfig, ViTForImageClassification
+            >>> from modeling_uhop import UHopViTForImageClassification
 
-        >>> vit = ViTForImageClassification(ViTConfig(image_size=32, hidden_size=48, num_hidden_layers=2, num_attention_heads=4))
-        >>> model = UHopViTForImageClassification.from_vit(vit.eval())
-        >>> pixel_values = torch.rand(1, 3, 32, 32)
-        >>> torch.allclose(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-5)
-        True
+            >>> vit = ViTForImageClassification(ViTConfig(image_size=32, hidden_size=48, num_hidden_layers=2, num_attention_heads=4))
+            >>> model = UHopViTForImageClassification.from_vit(vit.eval())
+            >>> pixel_values = torch.rand(1, 3, 32, 32)
+            >>> torch.allclose(model(pixel_values).logits, vit(pixel_values).logits, atol=1e-5)
+            True
         """
         return from_vit(cls, source, alpha=alpha, **fields)
 
     def to_vit(self) -> PreTrainedModel:
-        """The same function as a transformers `ViTModel` or `ViTForImageClassification` (DeiT with a distillation token), Phi folded in.
+        """Convert this model into a ViT of transformers that computes the same function.
+
+        The feature map is folded into the query and key projections.
+
+        Returns:
+            A `ViTModel` or `ViTForImageClassification`; the DeiT classes if there is a distillation
+                token.
 
         Raises:
-            ValueError: If it is not the function of a ViT: with alpha other than 1, several retrieval steps, the "class_query" encoder, or
-                values W_V W_K Xi without Phi.
+            ValueError: If a ViT cannot compute this function: `alpha` other than 1, several
+                retrieval steps, the "class_query" encoder, or values W_V W_K Xi without a feature
+                map.
         """
         return to_vit(self)
 
 
 class UHopViTModel(UHopViTPreTrainedModel):
-    """The bare U-Hop vision transformer: tokens (batch_size, N, hidden_size) out of an image, without a head; N counts the CLS token, the
-    distillation token where there is one, and the patches.
+    r"""U-Hop vision transformer without a task head: images to tokens (batch_size, N, hidden_size).
+
+    N counts the CLS token, the distillation token if there is one, and the patches. Each layer is a
+    Hopfield layer (U-Hop, equation 3.1), $\mathrm{Sep}_\alpha[\beta\, (W_Q \Phi(X)) (W_K
+    \Phi(\Xi))^\top]\, V$; see `UHopViTConfig`.
 
     Args:
         config: The configuration.
-        add_pooling_layer: Whether to pool the CLS token through a linear layer and `config.pooler_act`.
-        use_mask_token: Whether to have a mask token, for masked image modelling.
+        add_pooling_layer: Whether to pool the CLS token through a linear layer and
+            `config.pooler_act`.
+        use_mask_token: Whether the model has a mask token, for masked image modelling.
     """
 
     def __init__(self, config: UHopViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
@@ -274,17 +313,23 @@ class UHopViTModel(UHopViTPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """
+        """Encode images.
+
         Args:
             pixel_values: (batch_size, num_channels, height, width), finite.
-            bool_masked_pos: (batch_size, num_patches), True where a patch is replaced by the mask token.
-            interpolate_pos_encoding: Whether to accept images of another size than `config.image_size`.
-            attention_mask: (batch_size, N), 1 for tokens that may be retrieved from.
+            bool_masked_pos: (batch_size, num_patches), True where the mask token replaces a patch.
+            interpolate_pos_encoding: Whether to accept images of another size than
+                `config.image_size`.
+            attention_mask: (batch_size, N), 1 for tokens that may be retrieved from, 0 for the
+                others.
+
+        Returns:
+            The final tokens, and the pooled CLS token if there is a pooler.
 
         Raises:
-            TypeError: For an input that is no tensor.
-            ValueError: If `pixel_values` is missing, of a wrong shape, or (on CPU) not finite or so large that states overflow; or
-                if the mask has another number of tokens.
+            TypeError: If an input is not a tensor.
+            ValueError: If `pixel_values` is missing, has a wrong shape, or (on CPU) is not finite
+                or so large that states overflow; or if a mask has the wrong number of tokens.
         """
         hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
         mask = self._attention_mask(hidden_states, attention_mask)
@@ -304,16 +349,21 @@ class UHopViTModel(UHopViTPreTrainedModel):
         include_class_token: bool = False,
         **kwargs,
     ) -> Iterator[MemorySet]:
-        """The memories that Stage I separates: layer by layer, the tokens its feature map sees, one set an image.
+        """Yield the memories that Stage I separates, layer by layer.
+
+        The memories of a layer are the tokens that its feature map receives; each image is one set.
+        A layer is computed only when the next set is requested, so no layer above the last feature
+        map is computed.
 
         Args:
-            pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask: As in `forward`; tokens that may not be retrieved from
-                are no memories. Other entries of a batch, such as labels, are ignored.
-            include_class_token: Whether the CLS token (and the distillation token) counts as a memory beside the patches.
+            pixel_values: As in `forward`.
+            bool_masked_pos: As in `forward`.
+            interpolate_pos_encoding: As in `forward`.
+            attention_mask: As in `forward`; tokens that may not be retrieved from are not memories.
+            include_class_token: Whether the CLS token (and the distillation token) is a memory too.
 
         Yields:
-            A `MemorySet` a layer, memories of shape (batch_size, num_patches, hidden_size). A layer is run only when the next set is
-            asked for, so nothing above the last feature map is computed.
+            One `MemorySet` per layer, with memories (batch_size, num_patches, hidden_size).
         """
         hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
         mask = self._attention_mask(hidden_states, attention_mask)
@@ -347,7 +397,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
         check_tensor(attention_mask, "attention_mask")
         if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != hidden_states.shape[:2]:
             raise ValueError(
-                f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, an entry for each patch and token before them, "
+                f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, one entry for each patch and each token before them, "
                 f"got {tuple(attention_mask.shape)}"
             )
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -356,7 +406,11 @@ class UHopViTModel(UHopViTPreTrainedModel):
 
 
 class UHopViTForImageClassification(UHopViTPreTrainedModel):
-    """U-Hop vision transformer with a linear classifier on the final state of the CLS token."""
+    """U-Hop vision transformer for image classification, with a linear classifier.
+
+    Args:
+        config: The configuration; `config.num_labels` is the number of classes.
+    """
 
     def __init__(self, config: UHopViTConfig):
         super().__init__(config)
@@ -374,17 +428,24 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> ImageClassifierOutput:
-        """
+        """Classify images.
+
         Args:
-            pixel_values, interpolate_pos_encoding, attention_mask: As in `UHopViTModel.forward`.
-            labels: What `config.problem_type` asks for: class indices (B,) or (B, 1) in [0, num_labels), several labels (B, num_labels) in
-                [0, 1], or numbers to regress on. If it is `None`, one label is a regression, and more are told apart by their shape.
+            pixel_values: As in `UHopViTModel.forward`.
+            labels: Targets of the kind that `config.problem_type` names: class indices (B,) or (B,
+                1) in [0, num_labels), several labels (B, num_labels) in [0, 1], or numbers for
+                regression. If `problem_type` is `None`, a model with one label is a regression;
+                otherwise the shape of the labels decides.
+            interpolate_pos_encoding: As in `UHopViTModel.forward`.
+            attention_mask: As in `UHopViTModel.forward`.
 
         Returns:
-            Logits (batch_size, num_labels), with the loss where labels are given.
+            Logits (batch_size, num_labels), and the loss if labels are given.
 
         Raises:
-            TypeError, ValueError: As `UHopViTModel.forward`, and for labels that are none of these; the message names the example.
+            TypeError: If an input is not a tensor.
+            ValueError: As `UHopViTModel.forward`; also if labels are of none of these kinds (the
+                message names the example).
         """
         self.check_configuration()
         outputs: BaseModelOutputWithPooling = self.vit(
@@ -397,12 +458,12 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
     def memory_sets(self, pixel_values: torch.Tensor, **kwargs) -> Iterator[MemorySet]:
-        """The memories that Stage I separates; see `UHopViTModel.memory_sets`."""
+        """Yield the memories that Stage I separates; see `UHopViTModel.memory_sets`."""
         return self.vit.memory_sets(pixel_values, **kwargs)
 
 
 def num_prefix_tokens(config: UHopViTConfig) -> int:
-    """Tokens before the patches: CLS, and the distillation token where there is one."""
+    """Number of tokens before the patches: CLS, and the distillation token if there is one."""
     return 2 if config.use_distillation_token else 1
 
 

@@ -1,4 +1,4 @@
-"""The pipeline "multiple-instance-classification"."""
+"""The pipeline "multiple-instance-classification": classify bags, with instance weights."""
 
 from typing import Any
 
@@ -14,20 +14,25 @@ TASK = "multiple-instance-classification"
 
 
 class MultipleInstanceClassificationPipeline(Pipeline):
-    """Classifies bags, and says which instances the model looked at.
+    """Pipeline that classifies bags and reports the weight of each instance.
 
-    A bag is an array (instances, features), one of images (instances, channels, height, width), or a DataFrame; call it with one, or with a
-    list of them. For each bag:
+    A bag is an array (instances, features), an array of images (instances, channels, height,
+    width), or a DataFrame. Call the pipeline with one bag or with a list of bags. It returns a
+    dictionary for each bag:
 
-    - `label` and `score` of the likeliest class; of every class with a score of at least `threshold`, as lists, under
-      "multi_label_classification"; of a model with one label, its value as it is;
-    - `instances`: `{"index": i, "weight": w}` for each instance, largest weight first, the first `top_k` of them.
+    - `label` and `score`: the most likely class. With "multi_label_classification" these are lists
+      of all classes with a score of at least `threshold`. For a model with one label, `score` is
+      its value, without an activation.
+    - `instances`: `{"index": i, "weight": w}` for each instance, largest weight first, limited to
+      `top_k` instances.
 
-    Arguments of a call, or of `pipeline(...)`:
-        top_k: How many instances to name; `None` for all.
-        threshold: For "multi_label_classification", 0.5.
+    A call, or `pipeline(...)`, accepts these arguments:
 
-    Weights say what the model retrieved from, averaged over heads. They are not a cause: other instances may carry the same evidence.
+    - `top_k`: number of instances to report, at least 1; `None` for all.
+    - `threshold`: smallest score for "multi_label_classification", 0.5 by default.
+
+    The weights say from which instances the model retrieved, averaged over heads. They do not prove
+    a cause, because other instances may carry the same evidence.
     """
 
     _load_processor: Any = False
@@ -38,11 +43,12 @@ class MultipleInstanceClassificationPipeline(Pipeline):
     def _sanitize_parameters(self, **kwargs):
         given = {name: kwargs[name] for name in ("top_k", "threshold") if name in kwargs}
         if given.get("top_k") is not None and given["top_k"] < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all, got {given['top_k']}")
+            raise ValueError(f"top_k must be at least 1, or None for all instances, got {given['top_k']}")
         return {}, {}, given
 
     def __call__(self, inputs: Any, *args, **kwargs) -> Any:
-        # A list is several inputs to a pipeline, and so is an array to us where it is several bags.
+        # Because a pipeline treats a list as several inputs, we first check whether a list or an
+        # array is a single bag.
         if not isinstance(inputs, (list, np.ndarray, torch.Tensor)):
             return super().__call__(inputs, *args, **kwargs)
         extractor: Any = self.feature_extractor
@@ -51,6 +57,7 @@ class MultipleInstanceClassificationPipeline(Pipeline):
         return super().__call__(list(inputs), *args, **kwargs)
 
     def preprocess(self, input_: Any, **preprocess_parameters) -> Any:
+        """Transform one bag with the feature extractor."""
         extractor: Any = self.feature_extractor
         return extractor([input_], return_tensors="pt")
 
@@ -61,6 +68,7 @@ class MultipleInstanceClassificationPipeline(Pipeline):
     def postprocess(  # type: ignore[override]
         self, model_outputs: Any, top_k: int | None = None, threshold: float = 0.5, **postprocess_parameters
     ) -> dict[str, Any]:
+        """Turn logits and weights of one bag into label, score and instances."""
         names: dict[int, str] = self.model.config.id2label  # type: ignore[assignment]
         logits = model_outputs["logits"][0].float()
         weights = model_outputs["weights"][0][model_outputs["attention_mask"][0].bool()].float()

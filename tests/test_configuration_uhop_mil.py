@@ -96,9 +96,9 @@ def test_round_trip(tmp_path):
         ({"hidden_act": "reluu"}, "hidden_act must be one of .*'relu'.* got 'reluu'"),
         ({"bag_dropout_prob": 1.0}, r"bag_dropout_prob must lie in \[0, 1\), got 1.0"),
         ({"hidden_dropout_prob": -0.1}, r"hidden_dropout_prob must lie in \[0, 1\), got -0.1"),
-        ({"instance_type": "backbone"}, "'backbone' needs a backbone_config"),
-        ({"instance_type": "backbone", "backbone_config": {"depths": [1]}}, "needs a model_type that transformers knows, got None"),
-        ({"backbone_config": BACKBONE}, "no other takes one, got instance_type='vector'"),
+        ({"instance_type": "backbone"}, "must be given if, and only if, instance_type is 'backbone'"),
+        ({"instance_type": "backbone", "backbone_config": {"depths": [1]}}, "must have a model_type that transformers knows, got None"),
+        ({"backbone_config": BACKBONE}, "only if, instance_type is 'backbone'; got instance_type='vector'"),
         ({"value_source": "projected_memory", "feature_dim": 24}, "must equal hidden_size 16, got 24"),
     ],
 )

@@ -111,9 +111,9 @@ def test_round_trip(tmp_path, alone):
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
         ({"beta": float("inf")}, "beta must be positive and finite"),
         ({"hidden_act": "reluu"}, "hidden_act must be one of .*'relu'.* got 'reluu'"),
-        ({"patch_size": 0}, "the patch at least 1 .* got 8 and 0"),
-        ({"patch_size": 16}, "no larger than the image, got 8 and 16"),
-        ({"image_size": [8, 8, 8]}, r"a pair \(height, width\).* got \[8, 8, 8\] and 4"),
+        ({"patch_size": 0}, "1 <= patch_size <= image_size; got image_size=8 and patch_size=0"),
+        ({"patch_size": 16}, "<= image_size; got image_size=8 and patch_size=16"),
+        ({"image_size": [8, 8, 8]}, r"a pair \(height, width\).* got image_size=\[8, 8, 8\] and patch_size=4"),
         ({"value_source": "projected_memory", "feature_dim": 24}, "must equal hidden_size 16, got 24"),
     ],
 )

@@ -132,7 +132,7 @@ def test_another_number_of_labels_or_a_missing_head_gives_a_new_classifier(caplo
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     theirs = _classifier("vit")
     ours = UHopViTForImageClassification.from_vit(theirs, num_labels=7)
-    assert "['classifier'] of UHopViTForImageClassification are not taken from ViTForImageClassification" in caplog.text
+    assert "['classifier'] of UHopViTForImageClassification are newly initialized, not taken from ViTForImageClassification" in caplog.text
     assert ours(_images()).logits.shape == (3, 7)
     caplog.clear()
     encoder = ViTModel(ViTConfig(**SMALL), add_pooling_layer=False)
@@ -188,11 +188,11 @@ def test_any_model_of_softmax_blocks_becomes_a_vit(fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"alpha": 1.5}, "alpha = 1, this model alpha=1.5"),
+        ({"alpha": 1.5}, "needs a fixed alpha=1, got alpha=1.5"),
         ({"alpha": 1.5, "learnable_alpha": True}, "learnable_alpha=True"),
         ({"update_steps": 2}, "update_steps=2"),
-        ({"encoder_type": "class_query"}, "'class_query' layers"),
-        ({"value_source": "projected_memory", "use_feature_map": False}, "value_source='projected_memory'"),
+        ({"encoder_type": "class_query"}, "got 'class_query'"),
+        ({"value_source": "projected_memory", "use_feature_map": False}, "value_source='memory', got 'projected_memory'"),
     ],
 )
 def test_a_model_that_is_not_a_vit_is_refused(fields, message):
@@ -202,12 +202,12 @@ def test_a_model_that_is_not_a_vit_is_refused(fields, message):
 
 def test_an_unsupported_vit_is_refused(tmp_path):
     beit = BeitForImageClassification(BeitConfig(**SMALL))
-    with pytest.raises(ValueError, match=r"must be one of \('vit', 'deit', 'vit_msn'\) to be converted, got 'beit'"):
+    with pytest.raises(ValueError, match=r"converts the architectures \('vit', 'deit', 'vit_msn'\), got 'beit'"):
         UHopViTForImageClassification.from_vit(beit)
-    with pytest.raises(ValueError, match="mean of two classifiers"):
+    with pytest.raises(ValueError, match="averages two classifiers"):
         UHopViTForImageClassification.from_vit(DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)))
     for fields in ({"feature_dim": 30}, {"hidden_size": 30}, {"value_source": "projected_memory"}, {"feature_init": "normal"}):
-        with pytest.raises(ValueError, match=f"{next(iter(fields))} is decided by the weights"):
+        with pytest.raises(ValueError, match=f"{next(iter(fields))} is determined by the weights"):
             UHopViTForImageClassification.from_vit(_classifier("vit"), **fields)
     with pytest.raises(ValueError, match="alpha must lie in"):
         UHopViTForImageClassification.from_vit(_classifier("vit"), alpha=3.0)
@@ -233,7 +233,7 @@ def test_a_distillation_token_is_a_memory_only_on_request():
     patches, tokens = (next(iter(ours.memory_sets(images, include_class_token=asked))).memories for asked in (False, True))
     assert patches.shape[1] == 9
     assert_close(patches, tokens[:, 2:])
-    with pytest.raises(ValueError, match="use_distillation_token needs encoder_type 'transformer'"):
+    with pytest.raises(ValueError, match="use_distillation_token=True needs encoder_type='transformer'"):
         UHopViTConfig(**SMALL, use_distillation_token=True, encoder_type="class_query")
 
 

@@ -124,12 +124,12 @@ def test_saving_and_loading(bags, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "there are no bags"),
-        ([np.ones((2, 5)), np.ones((3, 4))], r"bag 1 has instances of shape \(4,\), and bag 0 of \(5,\)"),
-        ([np.ones((2, 4))], "bag 0 has 4 features, and the extractor was fitted on 5"),
+        ([], "at least one bag is needed, got none"),
+        ([np.ones((2, 5)), np.ones((3, 4))], r"bag 1 has instances of shape \(4,\), but bag 0 has \(5,\)"),
+        ([np.ones((2, 4))], "bag 0 has 4 features, but the extractor was fitted on 5"),
         ([np.ones((2, 5)), np.ones(5)], r"bag 1 must have shape \(instances, features\).*got \(5,\)"),
-        ([np.ones((2, 5)), [[1.0] * 5, [1.0] * 4]], "bag 1 is not numbers of one shape for every instance"),
-        ([np.ones((2, 5)), [["a"] * 5]], "bag 1 is not numbers"),
+        ([np.ones((2, 5)), [[1.0] * 5, [1.0] * 4]], "bag 1 must consist of numbers, with one shape for every instance"),
+        ([np.ones((2, 5)), [["a"] * 5]], "bag 1 must consist of numbers"),
         ([np.ones((2, 5)), np.array([[1.0] * 5, [np.nan] * 5])], "bag 1 has entries that are not finite, first in its instance 1"),
         ([np.ones((2, 5)), None], "bag 1 must be a set of instances, got None"),
         ([np.full((1, 5), np.inf)], "bag 0 has entries that are not finite"),
@@ -167,9 +167,9 @@ def test_a_fit_that_fails_changes_nothing(bags):
 def test_bad_settings_are_refused(bags):
     with pytest.raises(ValueError, match="call fit on the training bags"):
         UHopMILFeatureExtractor()(bags)
-    with pytest.raises(ValueError, match="there is no instance to fit on"):
+    with pytest.raises(ValueError, match="fit needs at least one instance"):
         UHopMILFeatureExtractor().fit([np.zeros((0, 3))])
-    with pytest.raises(ValueError, match="num_components must be at most the 5"):
+    with pytest.raises(ValueError, match="num_components must be at most 5"):
         UHopMILFeatureExtractor(num_components=6).fit(bags)
     with pytest.raises(ValueError, match="clip must be positive"):
         UHopMILFeatureExtractor(clip=0.0)
@@ -213,9 +213,9 @@ def test_bad_collators_are_refused(bags):
     with pytest.raises(ValueError, match=r"selection must be one of .* got 'last'"):
         DataCollatorForBags(selection="last")
     for labels in (["a", "b"], [[0.0], [1.0, 2.0]]):
-        with pytest.raises(ValueError, match=r"bag [01] of the batch has a label that is no number, or not shaped like"):
+        with pytest.raises(ValueError, match=r"label of bag [01] of the batch is not a number, or its shape differs"):
             DataCollatorForBags()([{"instances": bags[0], "label": label} for label in labels])
-    with pytest.raises(ValueError, match=r"bag 1 has instances of shape \(1,\), and bag 0 of \(5,\)"):
+    with pytest.raises(ValueError, match=r"bag 1 has instances of shape \(1,\), but bag 0 has \(5,\)"):
         DataCollatorForBags()([{"instances": bags[0]}, {"instances": np.ones((2, 1))}])
     with pytest.raises(ValueError, match="bag 1 of the batch has no label"):
         DataCollatorForBags()([{"instances": bags[0], "label": 1}, {"instances": bags[1]}])
@@ -263,17 +263,17 @@ def test_every_entry_point_reads_every_form_of_a_bag_equally(form, limit):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (torch.zeros(2, 5, device="meta"), "bag 1 is not numbers .* meta device"),
-        (torch.zeros(2, 5, dtype=torch.complex64), "bag 1 is not numbers .* complex64"),
-        (np.zeros((2, 5), dtype=complex), "bag 1 is not numbers .* complex128"),
-        (np.zeros((2, 5), dtype="datetime64[s]"), "bag 1 is not numbers .* datetime64"),
-        (pd.DataFrame({"when": pd.to_datetime(["2020-01-01"] * 2)}), "bag 1 is not numbers .* datetime64"),
+        (torch.zeros(2, 5, device="meta"), "bag 1 must consist of numbers.* meta device"),
+        (torch.zeros(2, 5, dtype=torch.complex64), "bag 1 must consist of numbers.* complex64"),
+        (np.zeros((2, 5), dtype=complex), "bag 1 must consist of numbers.* complex128"),
+        (np.zeros((2, 5), dtype="datetime64[s]"), "bag 1 must consist of numbers.* datetime64"),
+        (pd.DataFrame({"when": pd.to_datetime(["2020-01-01"] * 2)}), "bag 1 must consist of numbers.* datetime64"),
         (pd.DataFrame([[0] * 5, [None] * 5], dtype="Int64"), "bag 1 .* not finite, first in its instance 1"),
         (pd.DataFrame([[0.0] * 5, [None] * 5], dtype="double[pyarrow]"), "bag 1 .* not finite, first in its instance 1"),
         (np.ma.MaskedArray(np.zeros((2, 5)), mask=[[False] * 5, [True] * 5]), "bag 1 .* not finite, first in its instance 1"),
-        (np.array([[0.0] * 5, [pd.NA] * 5], dtype=object), "bag 1 is not numbers .*NAType"),
-        ([torch.zeros(5), torch.zeros(4)], "bag 1 is not numbers of one shape"),
-        (np.zeros((1, 2, 4)), r"bag 1 must have shape .* got \(1, 2, 4\); of vectors saved as \(1, instances, features\)"),
+        (np.array([[0.0] * 5, [pd.NA] * 5], dtype=object), "bag 1 must consist of numbers.*NAType"),
+        ([torch.zeros(5), torch.zeros(4)], "bag 1 must consist of numbers, with one shape"),
+        (np.zeros((1, 2, 4)), r"bag 1 must have shape .* got \(1, 2, 4\); if vectors were saved as \(1, instances, features\)"),
         (np.zeros((2, 2, 5)), r"bag 1 must have shape .* got \(2, 2, 5\)$"),
         (np.concatenate([np.zeros((1, 5)), np.full((1, 5), np.nan)]), "bag 1 .* not finite, first in its instance 1"),
     ],
@@ -295,7 +295,7 @@ def test_every_entry_point_names_a_bad_bag(bags, given, message, limit):
 def test_vectors_with_a_leading_axis_are_not_fitted_on(bags):
     saved = [bags[0][None]] * 2
     for given, message in (
-        (saved, r"got entries of one shape \(1, 4, 5\): of vectors saved as .* pass \[bag\[0\] for bag in bags\]"),
+        (saved, r"got entries of one shape \(1, 4, 5\): for vectors saved as .* pass \[bag\[0\] for bag in bags\]"),
         (np.stack(saved), r"got entries of one shape \(1, 4, 5\)"),
         ([bags[0], bags[2][None]], r"bag 1 .* got \(1, 9, 5\)"),
         (bags[0], r"got vectors of shape \(5,\), which make a single bag: pass \[bag\]"),
@@ -325,10 +325,10 @@ def test_vectors_with_a_leading_axis_in_every_bag_are_fitted_on(bags):
 def test_extractors_of_vectors_refuse_images_and_extractors_of_images_vectors(bags):
     vectors = UHopMILFeatureExtractor().fit(bags)
     for shape in ((1, 1, 6, 5), (2, 5, 3, 3)):
-        with pytest.raises(ValueError, match=r"bag 0 has (1 features|images), and the extractor was fitted on "):
+        with pytest.raises(ValueError, match=r"bag 0 has (1 features|images), but the extractor was fitted on "):
             vectors([np.zeros(shape)])
     images = UHopMILFeatureExtractor().fit([np.random.default_rng(0).normal(size=(2, 5, 4, 4))])
-    with pytest.raises(ValueError, match=r"bag 0 has vectors, and the extractor was fitted on images; its shape is \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"bag 0 has vectors, but the extractor was fitted on images; its shape is \(4, 5\)"):
         images([bags[0]])
 
 

@@ -196,7 +196,7 @@ def test_an_image_with_broken_exif_is_read_as_stored(mode, tmp_path, classifiers
     image, expected = PICTURES[mode]
     image.save(tmp_path / "broken.png", exif=b"Exif\0\0garbage")
     for given in (Image.open(tmp_path / "broken.png"), str(tmp_path / "broken.png")):
-        with pytest.warns(UserWarning, match="the EXIF data of the image cannot be read .*; the image is taken as it is stored"):
+        with pytest.warns(UserWarning, match="the EXIF data of the image cannot be read .*; the image is used as it is stored"):
             seen = classifiers["ours"].preprocess(given)["pixel_values"][0]
         np.testing.assert_allclose((seen.permute(1, 2, 0) + 1) / 2 * 255, expected, atol=1.001)
     with pytest.warns(UserWarning, match="EXIF"):

@@ -135,10 +135,10 @@ def test_errors_name_bad_files(tmp_path):
     unequal = [bag.tolist() for bag in bags.instances]
     unequal[3].append([1.0])
     pd.DataFrame({"instances": unequal, "label": bags.labels}).to_parquet(path)
-    with pytest.raises(ValueError, match="bag 3 is not numbers of one shape for every instance"):
+    with pytest.raises(ValueError, match="bag 3 must consist of numbers, with one shape for every instance"):
         load_bags(BagDataRecipe(str(path)))
     for change, message in (
-        (lambda bag: bag[:, :2], r"bag 3 has instances of shape \(2,\), and bag 0 of \(3,\)"),
+        (lambda bag: bag[:, :2], r"bag 3 has instances of shape \(2,\), but bag 0 has \(3,\)"),
         (lambda bag: bag * np.nan, "bag 3 has entries that are not finite, first in its instance 0"),
     ):
         changed = [change(bag) if index == 3 else bag for index, bag in enumerate(bags.instances)]
@@ -659,7 +659,7 @@ def test_classes_of_bags_keep_their_names(tmp_path):
     [
         (lambda bag: None, "bag 3 must be a set of instances, got None"),
         (lambda bag: [[1.0, None, 2.0]], "bag 3 has entries that are not finite"),
-        (lambda bag: [[1.0, 2.0, 3.0], [1.0]], "bag 3 is not numbers of one shape"),
+        (lambda bag: [[1.0, 2.0, 3.0], [1.0]], "bag 3 must consist of numbers, with one shape"),
         (lambda bag: [[1.0, 2.0]], r"bag 3 has instances of shape \(2,\)"),
     ],
     ids=["None", "None inside", "ragged", "narrow"],
@@ -688,7 +688,7 @@ def test_bags_with_a_leading_axis_are_read_as_vectors(tmp_path):
     ("shapes", "message"),
     [
         ([(1, 5, 3), (1, 5, 3)], r"bag 0 and all others have shape \(1, 5, 3\), which may mean 5 vectors or one image"),
-        ([(1, 5, 3), (1, 4, 2)], r"bag 1 has instances of shape \(2,\), and bag 0 of \(3,\)"),
+        ([(1, 5, 3), (1, 4, 2)], r"bag 1 has instances of shape \(2,\), but bag 0 has \(3,\)"),
         ([(2, 5, 3), (1, 5, 3)], r"bag 0 must have shape .*, got \(2, 5, 3\)"),
     ],
 )

@@ -114,7 +114,7 @@ def test_round_trip(tmp_path):
     [
         ({"alpha": 1.0}, "strictly between 1 and 2, got alpha=1.0"),
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
-        ({"merge_window": 1}, "merge_window must be at least 2 where there are several scales, got 1"),
+        ({"merge_window": 1}, "merge_window must be at least 2 if num_hidden_layers is above 1, got 1"),
         ({"num_memories": -1}, "num_memories must be at least 0, got -1"),
         ({"memory_beta": 0.0}, "memory_beta must be positive and finite, got 0.0"),
         ({"memory_alpha": 2.5}, r"memory_alpha must lie in \[1, 2\], got 2.5"),
@@ -460,11 +460,11 @@ def test_bad_memories_are_refused():
         model.recall(_windows())
     with pytest.raises(ValueError, match=r"of shape \(M, prediction_length, C\) = \(2, 10, 3\), got 2 windows and futures \(2, 9, 3\)"):
         model.store(_windows(), _windows(length=9))
-    with pytest.raises(ValueError, match="at least one window is needed"):
+    with pytest.raises(ValueError, match="store needs at least one window"):
         model.store(_windows(0), _windows(0, 10))
     with pytest.raises(ValueError, match="past_values must have shape"):
         model.store(_windows(length=19), _windows(length=10))
-    with pytest.raises(ValueError, match="future_values must be finite or NaN"):
+    with pytest.raises(ValueError, match="future_values must be finite, or NaN"):
         model.store(_windows(), torch.full_like(_windows(length=10), float("inf")))
     missing = _windows(length=10)
     missing[0, 2, 1] = float("nan")
@@ -592,9 +592,9 @@ def test_alpha_1_equals_softmax_in_every_form():
 def test_values_beyond_half_precision_are_refused():
     model = _model(scaling=None).half()
     past, future = torch.full((2, 20, 3), 70000.0), torch.zeros(2, 10, 3)
-    with pytest.raises(ValueError, match=r"past_values must be finite in torch.float16 once they are scaled, got some as large as 7e\+04"):
+    with pytest.raises(ValueError, match=r"past_values must be finite in torch.float16 after scaling, got values up to 7e\+04"):
         model(past)
-    with pytest.raises(ValueError, match=r"future_values must be finite in torch.float16 once they are scaled"):
+    with pytest.raises(ValueError, match=r"future_values must be finite in torch.float16 after scaling"):
         model.store(future.new_ones(2, 20, 3), future + 70000.0)
 
 
@@ -627,9 +627,9 @@ def test_differences_of_the_largest_values_do_not_overflow():
 def test_values_that_leave_the_range_of_the_dtype_are_named():
     model = _model(minimum_scale=1e30)
     torch.nn.init.constant_(model.decoder.layers[0].head.bias, 1e9)
-    with pytest.raises(ValueError, match=r"forecasts must be finite in torch.float32, but 60 are not, of windows with values as large as"):
+    with pytest.raises(ValueError, match=r"forecasts must be finite in torch.float32, but 60 are not, for windows with values up to"):
         model(_windows())
-    with pytest.raises(ValueError, match=r"past_values that are not scaled must be small enough for layer norms in torch.float32"):
+    with pytest.raises(ValueError, match=r"without scaling, past_values must be small enough for layer norms in torch.float32"):
         _model(scaling=None)(1e20 * torch.randn(2, 20, 3))
 
 
@@ -637,7 +637,7 @@ def test_stored_windows_that_become_constant_are_named():
     model = _model(minimum_scale=1.0).half()
     past = torch.randn(3, 20, 3)
     past[1, :, 2] *= 1e-12
-    with pytest.warns(UserWarning, match=r"1 series of the windows are not told from constant ones .* \[\[1, 2\]\]"):
+    with pytest.warns(UserWarning, match=r"1 series of the windows become constant in .* \[\[1, 2\]\]"):
         model.store(past, torch.randn(3, 10, 3))
 
 

@@ -123,7 +123,7 @@ def test_store_append_delete():
     memory.delete(1)
     assert torch.equal(memory.memories, patterns[[1, 3]])
     assert len(memory) == memory.config.num_memories == 2
-    with pytest.raises(IndexError, match="no memory 2; 2 are stored"):
+    with pytest.raises(IndexError, match="memory index 2 is out of range: 2 memories are stored"):
         memory.delete(2)
     patterns[1] = 0
     assert memory.memories.abs().sum() > 0
@@ -394,7 +394,7 @@ def test_equal_memories_are_reported():
     patterns = torch.randn(4, 3)
     patterns[3] = patterns[1]
     memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=3))
-    with pytest.warns(UserWarning, match=r"1 memories equal an earlier one, as pairs: \[\(1, 3\)\]"):
+    with pytest.warns(UserWarning, match=r"1 memories equal an earlier one; pairs \(first, later\): \[\(1, 3\)\]"):
         memory.store(patterns)
     assert memory.report().duplicates == [(1, 3)]
 
@@ -463,7 +463,8 @@ def test_duplicates_are_named(count, repeated):
     expected = [(index, count + place) for place, index in enumerate(repeated)]
     memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=3))
     with pytest.warns(
-        UserWarning, match=rf"{len(expected)} memories equal an earlier one, as pairs: \[\({expected[0][0]}, {expected[0][1]}\)"
+        UserWarning,
+        match=rf"{len(expected)} memories equal an earlier one; pairs \(first, later\): \[\({expected[0][0]}, {expected[0][1]}\)",
     ):
         memory.store(torch.cat([patterns, patterns[repeated]]))
     assert sorted(memory.report().duplicates) == sorted(expected)
@@ -630,7 +631,9 @@ def test_values_beyond_the_dtype_are_named():
         memory(torch.randn(2, 6))
     plain = _memory(3e38 * torch.ones(2, 6).tril(), normalize_features=False)
     torch.nn.init.ones_(plain.feature_map.weight)
-    with pytest.raises(ValueError, match=r"features of memories must be finite in torch.float32, but Phi gives some that are not"):
+    with pytest.raises(
+        ValueError, match=r"features of memories must be finite in torch.float32, but the feature map returned infinite or NaN values"
+    ):
         plain(torch.ones(1, 6))
     tiny = _memory(1e-40 * torch.randn(7, 6), normalize_features=False)
     with pytest.raises(ValueError, match=r"the gradient of the separation loss must be finite"):
