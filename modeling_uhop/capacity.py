@@ -163,6 +163,8 @@ class MemoryReport:
         rival: The most similar other memory; -1 if there is none.
         error_bound: Bound of the error of one step at alpha = 1, for queries near the memory
             (U-Hop, equation 1.3).
+        vacuous: Whether `error_bound` says nothing, because it is at least twice the largest norm of
+            a memory, which no error exceeds; and always at alpha > 1, where the bound does not apply.
         own_error_bound: The same bound for the memory itself as the query (radius 0). `error` is
             checked against this bound.
         error: Distance between a memory and the pattern that it retrieves in one step.
@@ -187,6 +189,7 @@ class MemoryReport:
     margin: torch.Tensor
     rival: torch.Tensor
     error_bound: torch.Tensor
+    vacuous: torch.Tensor
     own_error_bound: torch.Tensor
     error: torch.Tensor
     weight: torch.Tensor
@@ -295,10 +298,11 @@ class MemoryReport:
         shown = self.confusions[:10]
         lines += [f"  confusions            {len(self.confusions)}" + (", the largest:" if shown else "")]
         lines += [f"    {memory} also recalls {other} (weight {weight:.3f})" for memory, other, weight in shown]
-        lines.append(
-            f"  {'memory':>8} {'margin':>10} {'rival':>6} {'weight':>7} {'error':>10} {'bound (1.3)':>12}   smallest margins first"
-        )
+        # Because the bound holds at alpha = 1 alone, its column appears only there.
+        bound = f" {'bound (1.3)':>12}" if self.alpha == 1.0 else ""
+        lines.append(f"  {'memory':>8} {'margin':>10} {'rival':>6} {'weight':>7} {'error':>10}{bound}   smallest margins first")
         for index in self.margin.argsort()[:10].tolist():
-            numbers = [column[index].item() for column in (self.margin, self.rival, self.weight, self.error, self.error_bound)]
-            lines.append("    {:>6} {:>10.4g} {:>6} {:>7.3f} {:>10.4g} {:>12.4g}".format(index, *numbers))
+            numbers = [column[index].item() for column in (self.margin, self.rival, self.weight, self.error)]
+            value = "vacuous" if self.vacuous[index] else f"{self.error_bound[index].item():.4g}"
+            lines.append("    {:>6} {:>10.4g} {:>6} {:>7.3f} {:>10.4g}".format(index, *numbers) + (f" {value:>12}" if bound else ""))
         return "\n".join(lines)

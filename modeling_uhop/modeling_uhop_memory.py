@@ -558,12 +558,14 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         confused = sorted(((weights[m, n].item(), m, n) for m, n in (others > 0.01).nonzero().tolist()), reverse=True)
         features_are_unit = self.config.similarity == "kernel" and self.config.normalize_features
         sizes = None if queries is None else metastable_sizes(self(queries, return_dict=True).association, self.config.alpha)
+        error_bound = retrieval_error_bound(patterns, features, self.config.beta)
         return MemoryReport(
             beta=self.config.beta,
             alpha=self.config.alpha,
             margin=margin,
             rival=rival,
-            error_bound=retrieval_error_bound(patterns, features, self.config.beta),
+            error_bound=error_bound,
+            vacuous=(error_bound >= 2.0 * norms(patterns).max()) | (self.config.alpha > 1.0),
             own_error_bound=retrieval_error_bound(patterns, features, self.config.beta, radius=0.0),
             error=norms(output.retrieved.to(kernel.dtype) - patterns),
             weight=weights.diagonal(),

@@ -390,6 +390,20 @@ def test_a_report_names_contradictions_of_the_theory():
     assert "no bound and no certificate applies" in str(_memory(torch.eye(4), alpha=2.0, beta=0.1).report())
 
 
+def test_a_report_says_which_bounds_are_vacuous():
+    patterns = torch.cat([torch.eye(4), torch.eye(4)[:1] + 0.02])
+    report = _memory(patterns, similarity="dot", alpha=1.0, beta=20.0).report()
+    limit = 2.0 * patterns.norm(dim=-1).max()
+    assert torch.equal(report.vacuous, report.error_bound >= limit)
+    assert report.vacuous.tolist() == [True, False, False, False, True]
+    rows = {int(line.split()[0]): line.split()[-1] for line in str(report).splitlines()[-5:]}
+    assert [rows[index] == "vacuous" for index in range(5)] == report.vacuous.tolist()
+    assert float(rows[1]) == pytest.approx(report.error_bound[1].item(), rel=1e-3)
+    sparse = _memory(patterns, similarity="dot", alpha=1.5, beta=20.0).report()
+    assert sparse.vacuous.all()
+    assert "bound (1.3)" not in str(sparse).splitlines()[-6]
+
+
 def test_equal_memories_are_reported():
     patterns = torch.randn(4, 3)
     patterns[3] = patterns[1]
