@@ -130,8 +130,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead the links of notebooks to pages, and links that are called like a class or function to the line that defines it."""
+    """Lead the links of notebooks to pages, and links that are called like a class or function to the line that defines it.
+
+    The scripts of nbconvert that load MathJax and Mermaid from another host are left out: equations are rendered by KaTeX.
+    """
     if page.file.src_uri.endswith(".ipynb"):
+        html = re.sub(
+            r"<script\b.*?</script>", lambda match: "" if re.search("mathjax|mermaid", match[0], re.I) else match[0], html, flags=re.S
+        )
         html = re.sub(r'(href|src)="(?!\w+:|#)([^"]+)"', lambda match: in_notebook(match, page, files), html)
 
     def at_definition(match: re.Match[str]) -> str:

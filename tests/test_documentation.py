@@ -66,7 +66,7 @@ def blocks_of(text: str) -> list[tuple[str, str | None]]:
     """The Python blocks of a page, each with the output that the page shows below it, if there is one."""
     fences = list(FENCE.finditer(text))
     blocks = []
-    for fence, following in zip(fences, [*fences[1:], None], strict=True):
+    for fence, following in zip(fences, [*fences, None][1:], strict=True):
         if fence[1] == "python":
             below = following is not None and following[1] == "text" and "\n#" not in text[fence.end() : following.start()]
             blocks.append((fence[2], following[2] if below and following is not None else None))
