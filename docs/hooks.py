@@ -93,7 +93,7 @@ def page_of(path: Path) -> str:
         ]
         return front + title + "\n\n" + "\n".join(listed) + "\n"
     text = path.read_text()
-    if path.suffix == ".md":
+    if path.suffix == ".md" and "{{" not in text:
         body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
         return front + MARKER.sub("", rewritten(body, path.parent, uri(path), strip=True))
     language = NAMED.get(path.name) or LANGUAGES.get(path.suffix, "text")
@@ -139,6 +139,10 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
             r"<script\b.*?</script>", lambda match: "" if re.search("mathjax|mermaid", match[0], re.I) else match[0], html, flags=re.S
         )
         html = re.sub(r'(href|src)="(?!\w+:|#)([^"]+)"', lambda match: in_notebook(match, page, files), html)
+
+    if page.file.src_uri.startswith("reference/"):
+        # Types of configuration fields are written as `int` in the docstrings, as those of transformers are.
+        html = re.sub(r"<code>.*?</code>", lambda match: match[0].replace("`", ""), html)
 
     def at_definition(match: re.Match[str]) -> str:
         path, name = ROOT / match[2], match[3]
