@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train demo test test-minimum experiments bags forecasts speed lint types unit format tables clean
+.PHONY: train demo docs docs-serve test test-minimum experiments bags forecasts speed lint types unit format tables clean
 
 # One thread: two would mostly wait for each other in so small a model.
 train: $(READY)
@@ -63,8 +63,15 @@ $(READY): pyproject.toml $(CONSTRAINTS) modeling_uhop/version.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[train,dev]'
 	touch $(READY)
 
+# The documentation, in site/index.html; a warning fails the build.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --clean
+
+docs-serve: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
 tables: $(READY)
 	$(BIN)/python training/document.py
 
 clean:
-	rm -rf $(VENV) $(MINIMUM) runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MINIMUM) runs build site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,35 +1,47 @@
-"""Write the README's tables and the model cards anew from the results files, and draw anew the figures that they alone make.
+"""Write the tables of the pages and the model cards from the results files, and draw the figures that these files alone make.
 
-A table stands between `<!-- results: NAME ... -->` and `<!-- end -->`, one of paired differences behind `<!-- paired: NAME ... -->`.
+The pages are README.md and those of docs/. A table stands between `<!-- results: NAME ... -->` and `<!-- end -->`. Paired differences
+stand after `<!-- paired: NAME ... -->`, how well weights find the instances that matter after `<!-- instances: NAME -->`, and the
+README's summary of all results after `<!-- headline -->`.
 """
 
 import json
 import re
+from typing import Any
 
 from cards import released_cards
 from figures import curves_figure, paired_figure, retrieval_figure, samples_figure
 from recipe import ROOT
-from tables import paired_table, results_table
+from tables import HEADLINE, headline_table, instances_table, paired_table, results_table
 
 
 RESULTS = ROOT / "benchmarks" / "results"
-MARKED = re.compile(r"(<!-- (results|paired): ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-TABLES = {"results": results_table, "paired": paired_table}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MARKED = re.compile(r"(<!-- (?:(results|paired|instances): ([\w ]+)|headline) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLES = {"results": results_table, "paired": paired_table, "instances": instances_table}
 
 
-def render(readme: str) -> str:
-    """The README with every marked table as its results files have it."""
+def read(name: str) -> dict[str, Any]:
+    """The results file of this name."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def render(page: str) -> str:
+    """The text of a page with every marked table as its results files have it."""
 
     def from_results(match: re.Match[str]) -> str:
-        results = [json.loads((RESULTS / f"{name}.json").read_text()) for name in match[3].split()]
-        return f"{match[1]}{TABLES[match[2]](results)}\n{match[4]}"
+        if match[2] is None:
+            table = headline_table({name: read(name) for name in HEADLINE})
+        else:
+            table = TABLES[match[2]]([read(name) for name in match[3].split()])
+        return f"{match[1]}{table}\n{match[4]}"
 
-    return MARKED.sub(from_results, readme)
+    return MARKED.sub(from_results, page)
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text()))
+    for page in PAGES:
+        page.write_text(render(page.read_text()))
     for results_path in sorted(RESULTS.glob("retrieval_*.json")):
         results = json.loads(results_path.read_text())
         data = results["recipe"]["data"]["dataset"]

@@ -2,7 +2,12 @@
 
 import math
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
+
+from scipy.stats import t as student_t
+
+from modeling_uhop import UHopMemoryConfig
 
 
 def results_table(results: list[dict[str, Any]]) -> str:
@@ -34,7 +39,7 @@ def variants_table(gathered: list[dict[str, Any]]) -> str:
 
 
 def paired_table(gathered: list[dict[str, Any]]) -> str:
-    """A row for each pair of variants, a column for each recipe and metric: the mean difference at equal seeds, and its 95 % interval."""
+    """A row for each pair of variants, a column for each recipe and metric: mean difference at equal seeds, 95 % confidence interval."""
     metrics = gathered[0]["sweep"]["metrics"]
     columns = [(result, metric) for result in gathered for metric in metrics]
     titles = ["" if len(gathered) == 1 else result["recipe"]["name"] + ", " for result, _ in columns]
@@ -43,8 +48,7 @@ def paired_table(gathered: list[dict[str, Any]]) -> str:
     for first, second in gathered[0]["sweep"]["pairs"]:
         cells = []
         for result, metric in columns:
-            asked = {"first": first, "second": second, "metric": metric}
-            (pair,) = [pair for pair in result["paired"] if asked.items() <= pair.items()]
+            pair = _pair(result, first, second, metric)
             cells.append(f"{pair['difference']:+.4f}" + ("" if pair["half_width"] is None else f" ± {pair['half_width']:.4f}"))
         rows.append([f"{first} vs. {second}", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
@@ -62,6 +66,17 @@ def bags_table(gathered: list[dict[str, Any]]) -> str:
     for row in dict.fromkeys(row for result in gathered for row in result["published"]):
         lines.append(f"| published: {row} | " + " | ".join(result["published"].get(row, "") for result in gathered) + " |")
     return "\n".join(lines)
+
+
+def instances_table(gathered: list[dict[str, Any]]) -> str:
+    """AUC of the weights as a search for the instances that make a bag positive: a row for each simplex map, a column for each Phi."""
+    (result,) = gathered
+    maps = {"no Phi": "", "untrained Phi": ", untrained Phi", "U-Hop": ", U-Hop", "U-Hop+": ", U-Hop+"}
+    rows = [["", *maps], ["---"] * (1 + len(maps))]
+    for weights in ("dense", "1.5-entmax", "sparse"):
+        found = [result["results"][weights + suffix]["instance_auc"] for suffix in maps.values()]
+        rows.append([weights, *(f"{auc['mean']:.3f} ± {auc['std_repeats']:.3f}" for auc in found)])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def speed_table(result: dict[str, Any]) -> str:
@@ -138,3 +153,85 @@ def choice_ranks(results: list[dict[str, Any]]) -> dict[tuple[str, float, float]
             for rank, settings in enumerate(sorted(errors, key=lambda settings: errors[settings]), start=1):
                 ranks.setdefault(settings, []).append(rank)
     return dict(sorted(ranks.items(), key=lambda entry: sum(entry[1])))
+
+
+BAGS = [f"mil_{name}" for name in ("tiger", "elephant", "fox", "ucsb", "musk1", "musk2", "digits")]
+# The results files of the README's summary.
+HEADLINE = [
+    "retrieval_memory_size_cifar10",
+    "vit_cifar10_small_ways",
+    "vit_cifar10_small",
+    "vit_cifar10_small_10k",
+    *BAGS,
+    "stanhop_etth1_96",
+]
+
+
+def headline_table(results: dict[str, dict[str, Any]]) -> str:
+    """Six tasks, what the separation step changes in each, with its 95 % confidence interval, and what that means."""
+    separated, more_epochs = "all below before training", "untrained Phi, 3 more epochs"
+    small = "10,000 images: "
+    rows = [
+        _retrieval_row(results["retrieval_memory_size_cifar10"]),
+        _images_row("1,000", results["vit_cifar10_small_ways"], separated, more_epochs),
+        _images_row("5,000", results["vit_cifar10_small"], separated, more_epochs),
+        _images_row("10,000", results["vit_cifar10_small_10k"], small + separated, small + more_epochs),
+        _bags_row([results[name] for name in BAGS]),
+        _forecasts_row(results["stanhop_etth1_96"]),
+    ]
+    header = ["task", "change with separation (95 % interval)", "what it means", "more"]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def _retrieval_row(result: dict[str, Any], panel: str = "unit norm, beta 10", size: float = 500) -> list[str]:
+    """Errors of the default Stage I and of no feature map, at the default alpha and on the same memories and queries."""
+    alpha = UHopMemoryConfig(pattern_dim=1).alpha
+    rows = [row for row in result["rows"] if (row["panel"], row["value"], row.get("alpha")) == (panel, size, alpha)]
+    without, separated = ({row["repeat"]: row["error"] for row in rows if row["model"] == model} for model in ("no Phi", "denoising"))
+    task = f"retrieval of {size:g} CIFAR-10 images, half of each masked: squared error at alpha = {alpha:g} (lower is better)"
+    more = "[retrieval](docs/results/retrieval.md)"
+    if not separated:
+        return [task, "", "not measured at this alpha", more]
+    differences = [error - without[repeat] for repeat, error in separated.items()]
+    half_width = float(student_t.ppf(0.975, len(differences) - 1)) * stdev(differences) / len(differences) ** 0.5
+    change = f"{_difference(mean(differences), half_width, 2)} (from {mean(without.values()):.2f} to {mean(separated.values()):.2f})"
+    return [task, change, _verdict(-mean(differences), half_width), more]
+
+
+def _images_row(count: str, result: dict[str, Any], first: str, second: str) -> list[str]:
+    pair = _pair(result, first, second, "test_accuracy")
+    change = f"{_difference(100 * pair['difference'], 100 * pair['half_width'], 1)} points"
+    task = f"{count} CIFAR-10 images: test accuracy, compared with 3 more epochs (equal compute)"
+    return [task, change, _verdict(pair["difference"], pair["half_width"]), "[images](docs/results/images.md)"]
+
+
+def _bags_row(gathered: list[dict[str, Any]]) -> list[str]:
+    pairs = [pair for result in gathered for pair in result["paired"] if "U-Hop" in pair["first"] and "untrained Phi" in pair["second"]]
+    clear = [pair for pair in pairs if abs(pair["difference"]) > pair["half_width"]]
+    differences = [pair["difference"] for pair in pairs]
+    task = f"bags, {len(gathered)} data sets: AUC, compared with an untrained Φ"
+    meaning = f"no clear gain: {len(pairs) - len(clear)} of {len(pairs)} intervals contain 0"
+    return [task, f"{min(differences):+.3f} to {max(differences):+.3f}", meaning, "[bags](docs/results/bags.md)"]
+
+
+def _forecasts_row(result: dict[str, Any]) -> list[str]:
+    pair = _pair(result, "U-Hop", "untrained Phi", "test_mse")
+    task = "forecasts of ETTh1, 96 steps: MSE, compared with an untrained Φ (lower is better)"
+    change = _difference(pair["difference"], pair["half_width"], 4)
+    return [task, change, _verdict(-pair["difference"], pair["half_width"]), "[forecasts](docs/results/forecasts.md)"]
+
+
+def _pair(result: dict[str, Any], first: str, second: str, metric: str) -> dict[str, Any]:
+    asked = {"first": first, "second": second, "metric": metric}
+    (pair,) = [pair for pair in result["paired"] if asked.items() <= pair.items()]
+    return pair
+
+
+def _difference(difference: float, half_width: float, digits: int) -> str:
+    return f"{difference:+.{digits}f} ± {half_width:.{digits}f}"
+
+
+def _verdict(gain: float, half_width: float) -> str:
+    if abs(gain) <= half_width:
+        return "no clear gain: the interval contains 0"
+    return "separation helps" if gain > 0 else "separation is worse"
