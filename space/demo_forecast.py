@@ -74,7 +74,9 @@ def read_table(path: str | Path) -> Table:
     try:
         frame = pandas.read_csv(path)
     except (OSError, ValueError, pandas.errors.ParserError) as error:
-        raise DemoError(f"“{name}” cannot be read as a CSV file. The first line must hold the names, and each other line a time step.") from error
+        raise DemoError(
+            f"“{name}” cannot be read as a CSV file. The first line must hold the names, and each other line a time step."
+        ) from error
     numbers = frame.select_dtypes("number").iloc[-MOST_ROWS:]
     unnamed = [column for column in numbers.columns if str(column).startswith("Unnamed:")]
     varies = [column for column in numbers.columns.drop(unnamed) if numbers[column].nunique() > 1][:MOST_SERIES]
@@ -84,14 +86,24 @@ def read_table(path: str | Path) -> Table:
         raise DemoError(f"“{name}” has {len(numbers)} rows. A forecast needs at least {LEAST_ROWS}.")
     values = numbers[varies].to_numpy(dtype=float)
     if np.isinf(values).any():
-        raise DemoError(f"“{name}” has an infinite value in column {varies[int(np.isinf(values).any(0).argmax())]}. Correct it, or leave it empty.")
+        raise DemoError(
+            f"“{name}” has an infinite value in column {varies[int(np.isinf(values).any(0).argmax())]}. Correct it, or leave it empty."
+        )
     for series, column in enumerate(varies):
         for first, last in zip((0, *_ends(len(values))), (*_ends(len(values)), len(values)), strict=True):
             if np.isnan(values[first:last, series]).all():
-                raise DemoError(f"Column {column} of “{name}” has no value in rows {first + 1} to {last}. Fill it, or leave the column out.")
+                raise DemoError(
+                    f"Column {column} of “{name}” has no value in rows {first + 1} to {last}. Fill it, or leave the column out."
+                )
     left_out = len(frame.columns) - len(varies)
     source = f"{name}, the last {len(values)} of {len(frame)} rows" if len(frame) > len(values) else f"{name}, {len(values)} rows"
-    return Table([str(column) for column in varies], values, "step", _season(values[:, 0]), source + (f", {left_out} columns left out" if left_out else ""))
+    return Table(
+        [str(column) for column in varies],
+        values,
+        "step",
+        _season(values[:, 0]),
+        source + (f", {left_out} columns left out" if left_out else ""),
+    )
 
 
 def _ends(rows: int) -> tuple[int, int]:
@@ -170,7 +182,8 @@ def train_forecaster(table: Table, report: Report, steps: int = STEPS) -> Foreca
     model.store(windows[stored, :CONTEXT], windows[stored, CONTEXT:])
     # No trained window has a future among the stored windows: a window that retrieves itself would be told its own future.
     examples = [
-        {"past_values": window[:CONTEXT], "future_values": window[CONTEXT:]} for window in windows[half - CONTEXT : end - CONTEXT - HORIZON + 1]
+        {"past_values": window[:CONTEXT], "future_values": window[CONTEXT:]}
+        for window in windows[half - CONTEXT : end - CONTEXT - HORIZON + 1]
     ]
     separation = SeparationCallback(schedule="train_begin", steps=5, parameters="feature_maps", batch_size=16)
     arguments = {"max_steps": steps, "per_device_train_batch_size": 32, "learning_rate": 6e-3, "label_names": ["future_values"]}
@@ -274,7 +287,8 @@ def view(forecaster: Forecaster, series: int, place: float, season: int) -> str:
         f'<div class="hop-errors">{"".join(lines)}</div>'
         f"<h4>The stored windows with the largest weights, and what followed them</h4>"
         f"{_pictures(retrieved_figure, f'Retrieved windows: {pasts}', forecaster, series, start, found)}"
-        f'<p class="hop-small">{some} of {len(forecaster.stored)} stored windows have weight. Each is drawn at the level and scale of the past. '
+        f'<p class="hop-small">{some} of {len(forecaster.stored)} stored windows have weight. Each is drawn at the level '
+        f"and scale of the past. "
         f"The forecast begins at {step} {start} of {len(forecaster.scaled)}. Series: {html.escape(forecaster.table.source)}.</p></div>"
     )
 
@@ -282,9 +296,7 @@ def view(forecaster: Forecaster, series: int, place: float, season: int) -> str:
 def _pictures(draw: Any, alt: str, *arguments: Any) -> str:
     """A drawing for wide pages, and one for phones."""
     wide, narrow = (plot_source(draw(is_wide, *arguments)) for is_wide in (True, False))
-    return (
-        f'<picture><source media="(max-width: 700px)" srcset="{narrow}"><img class="hop-plot" src="{wide}" alt="{html.escape(alt)}"></picture>'
-    )
+    return f'<picture><source media="(max-width: 700px)" srcset="{narrow}"><img class="hop-plot" src="{wide}" alt="{html.escape(alt)}"></picture>'
 
 
 def forecast_figure(is_wide: bool, forecaster: Forecaster, series: int, start: int, season: int) -> Figure:
@@ -296,12 +308,22 @@ def forecast_figure(is_wide: bool, forecaster: Forecaster, series: int, start: i
     axis.axvspan(-0.5, HORIZON - 0.5, color="#eef0fb", zorder=0)
     axis.plot(before, values[start - CONTEXT : start], color=INK, linewidth=1.3)
     axis.plot(after, values[start : start + HORIZON], color=INK, linewidth=1.3, linestyle=":", label="what followed")
-    axis.plot(after, repeated(forecaster, [start], season)[0, :, series], color=WITHOUT, linewidth=1.3, linestyle="--", label="repeat the season")
+    axis.plot(
+        after, repeated(forecaster, [start], season)[0, :, series], color=WITHOUT, linewidth=1.3, linestyle="--", label="repeat the season"
+    )
     axis.plot(after, forecasts(forecaster, [start])[0, :, series], color=WITH, linewidth=2.0, label="STanHop")
     _dress(axis, forecaster, series)
     axis.set_xlabel(f"{forecaster.table.step}s after the start of the forecast", color=INK, fontsize=9)
     axis.set_xlim(-CONTEXT, HORIZON - 0.5)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8.5 if is_wide else 7, frameon=False, handlelength=1.6, columnspacing=1.0)
+    figure.legend(
+        *axis.get_legend_handles_labels(),
+        loc="outside upper right",
+        ncols=3,
+        fontsize=8.5 if is_wide else 7,
+        frameon=False,
+        handlelength=1.6,
+        columnspacing=1.0,
+    )
     return figure
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 from demo_digits import DemoError
 from PIL import Image
 from transformers import (

@@ -10,20 +10,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(ROOT / "training"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
 
 import demo_digits
 import numpy as np
 from demo_bags import new_bag
 from demo_models import SHIPPED, TARGET, draw_bag
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from metrics import bag_metrics
-from recipe import MILRecipe, as_recorded, load_recipe, provenance
+from recipe import ROOT, MILRecipe, as_recorded, load_recipe, provenance
 from train_mil import fit, predict
 
 from modeling_uhop.model_card import model_card
@@ -71,7 +69,9 @@ def make_bags(folder: Path) -> ModelCard:
         copied.unlink()
     results = {
         "recipe": as_recorded(recipe),
-        "metrics": bag_metrics(predict(model, extractor, [pixels_of(bag) for bag in held_out_bags()])[0], held_out_labels(), recipe.metrics),
+        "metrics": bag_metrics(
+            predict(model, extractor, [pixels_of(bag) for bag in held_out_bags()])[0], held_out_labels(), recipe.metrics
+        ),
         "seed": recipe.seed,
         "num_parameters": model.num_parameters(),
         **provenance(),
@@ -102,13 +102,15 @@ def write_card(folder: Path, results: dict[str, Any], what: str, recipe_path: st
     template = (SHIPPED / "template.md").read_text()
     values = {"title": f"demo_{what}", "what": what, "recipe_path": recipe_path, "held_out": held_out}
     prepared = folder / "template.md"
-    prepared.write_text("{% set title, what, recipe_path, held_out = " + ", ".join(json.dumps(v) for v in values.values()) + " %}" + template)
+    prepared.write_text(
+        "{% set title, what, recipe_path, held_out = " + ", ".join(json.dumps(v) for v in values.values()) + " %}" + template
+    )
     try:
         card = model_card(results, prepared, model_id=f"space/models/{what}")
     finally:
         prepared.unlink()
     # The folder has no code of its own.
-    card.data.tags.remove("custom_code")
+    cast(ModelCardData, card.data).tags = [tag for tag in cast(ModelCardData, card.data).tags or [] if tag != "custom_code"]
     card.save(folder / "README.md")
     return card
 
