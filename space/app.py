@@ -101,12 +101,13 @@ def memory_tab() -> None:
         "or in a mixture. A separation step learns a map Φ that tells them apart. Both sides get the same copies. The demo starts with "
         "the defaults of the package."
     )
-    overview = card(headline(start, 0), sticky=True)
+    first = next_confused(start, -1) or 0
+    overview = card(headline(start, first), sticky=True)
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             with gr.Group():
                 count = slider(0, 300, start.count, 1, "M, stored digits", "How many digits the memory holds.")
-                digit = slider(1, start.count, 1, 1, "Digit in the pictures", "Which of them the pictures follow.")
+                digit = slider(1, start.count, first + 1, 1, "Digit in the pictures", "Which of them the pictures follow.")
                 with gr.Row():
                     confused = gr.Button("Next confused digit", size="sm")
                     others = gr.Button("Store other digits", size="sm")
@@ -121,9 +122,9 @@ def memory_tab() -> None:
                 updates = slider(1, 8, start.update_steps, 1, "T, retrieval steps", "How often the state is replaced by what it retrieves.")
         with gr.Column(scale=8, min_width=300, elem_classes="hop-result"), gr.Row():
             with gr.Column(min_width=280):
-                without = card(side_view(start, "without", 0))
+                without = card(side_view(start, "without", first))
             with gr.Column(min_width=280):
-                separated = card(side_view(start, "with", 0))
+                separated = card(side_view(start, "with", first))
     same_in_code("Memory")
     seed = gr.State(start.seed)
     controls = [count, corruption, amount, alpha, beta, updates, method, steps]
@@ -410,6 +411,33 @@ def theme() -> gr.themes.Base:
         button_large_padding="10px 16px",
         button_medium_text_weight="500",
         button_small_text_weight="500",
+        # Text of at least 4.5:1, and borders that are seen, in both themes.
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_text_color="white",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_700",
+        button_primary_text_color_dark="white",
+        button_secondary_border_color="*neutral_400",
+        button_secondary_border_color_dark="*neutral_500",
+        button_border_width="1px",
+        input_border_color="*neutral_400",
+        input_border_color_dark="*neutral_500",
+        input_border_width="1px",
+        checkbox_label_border_width="1px",
+        checkbox_label_border_color="*neutral_400",
+        checkbox_label_border_color_dark="*neutral_500",
+        checkbox_label_background_fill_selected="*primary_600",
+        checkbox_label_background_fill_selected_dark="*primary_600",
+        checkbox_label_text_color_selected="white",
+        checkbox_label_text_color_selected_dark="white",
+        slider_color="*primary_600",
+        link_text_color_dark="*primary_300",
+        link_text_color_hover_dark="*primary_200",
+        link_text_color_active_dark="*primary_300",
+        link_text_color_visited_dark="*primary_300",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
     )
 
 

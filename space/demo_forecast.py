@@ -296,7 +296,8 @@ def view(forecaster: Forecaster, series: int, place: float, season: int) -> str:
 def _pictures(draw: Any, alt: str, *arguments: Any) -> str:
     """A drawing for wide pages, and one for phones."""
     wide, narrow = (plot_source(draw(is_wide, *arguments)) for is_wide in (True, False))
-    return f'<picture><source media="(max-width: 700px)" srcset="{narrow}"><img class="hop-plot" src="{wide}" alt="{html.escape(alt)}"></picture>'
+    source = f'<source media="(max-width: 700px)" srcset="{narrow}">'
+    return f'<picture>{source}<img class="hop-plot" src="{wide}" alt="{html.escape(alt)}"></picture>'
 
 
 def forecast_figure(is_wide: bool, forecaster: Forecaster, series: int, start: int, season: int) -> Figure:
