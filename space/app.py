@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 
-# Before gradio is imported: it reads them then.
+# Gradio reads these variables when it is imported.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -45,7 +45,7 @@ element.addEventListener("click", (event) => {
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Shows the visitor what cannot be done, as a message."""
+    """Show a `DemoError` to the visitor as a message."""
     try:
         yield
     except DemoError as error:
@@ -66,7 +66,7 @@ def same_in_code(tab: str) -> None:
 
 
 def card(value: Any, sticky: bool = False, **options: Any) -> gr.HTML:
-    """Our own HTML on a sheet of paper; a sticky one stays in sight while a phone's page scrolls."""
+    """Our own HTML on a white card. A sticky card stays visible while the page of a phone scrolls."""
     return gr.HTML(value, apply_default_css=False, elem_classes="hop-card hop-sticky" if sticky else "hop-card", **options)
 
 
@@ -76,13 +76,13 @@ def slider(low: float, high: float, value: float, step: float, label: str, info:
 
 def retrieval_sliders(alpha: float, beta: float, most: float) -> tuple[gr.Slider, gr.Slider]:
     return (
-        slider(1.0, 2.0, alpha, 0.1, f"{ALPHA}, sparsity", "1 gives every memory some weight (softmax), 2 only the few best (sparsemax)."),
-        slider(1, most, beta, 1, "β, sharpness", "The larger, the more the best match outweighs the others."),
+        slider(1.0, 2.0, alpha, 0.1, f"{ALPHA}, sparsity", "1 (softmax) gives every memory some weight, 2 (sparsemax) only a few."),
+        slider(1, most, beta, 1, "β, sharpness", "With a larger β, the best match gets more of the weight."),
     )
 
 
 def on_any_change(controls: list[Any], answer: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
-    """Answer the latest position of the controls; positions passed on the way are left out."""
+    """Answer the latest position of the controls, and skip the positions on the way."""
     gr.on(
         [control.change for control in controls],
         answer,
@@ -119,7 +119,7 @@ def memory_tab() -> None:
                 steps = slider(0, 300, start.separation_steps, 10, "N, separation steps", "Gradient steps that spread the memories.")
             with gr.Group():
                 alpha, beta = retrieval_sliders(start.alpha, start.beta, 100)
-                updates = slider(1, 8, start.update_steps, 1, "T, retrieval steps", "How often the state is replaced by what it retrieves.")
+                updates = slider(1, 8, start.update_steps, 1, "T, retrieval steps", "How often retrieval replaces the state.")
         with gr.Column(scale=8, min_width=300, elem_classes="hop-result"), gr.Row():
             with gr.Column(min_width=280):
                 without = card(side_view(start, "without", first))
@@ -160,7 +160,7 @@ def landscape_tab() -> None:
     alpha_start, beta_start, steps_start = 1.0, 35.0, 6
     teach(
         "Memories are points in the plane: **drag them**, and the query x. Retrieval runs downhill in the energy, dark is low. Crowded "
-        "memories share valleys, so x beside one ends at another; U-Hop+ turns their features apart until each has a valley of its own."
+        "memories share valleys, so x may end at another memory. U-Hop+ turns their features apart until each has its own valley."
     )
     state = gr.State(demo_landscape.starting_points())
     first = demo_landscape.scene(demo_landscape.starting_points(), alpha_start, beta_start, steps_start, "energy")
@@ -221,8 +221,8 @@ def choices_view(chosen: int | None) -> str:
 def classifier_tab(classifier: Once[Classifier]) -> None:
     with gr.Tab("Classify") as tab:
         teach(
-            "A vision transformer whose attention is a Hopfield layer: patches are memories, and the CLS token retrieves from them in "
-            "every layer. The maps show what each head retrieves; the scores are read from the CLS token in the end."
+            "The attention of this vision transformer is a Hopfield layer. Patches are memories, and the CLS token retrieves from them in "
+            "every layer. The maps show what each head retrieves. A linear layer computes the scores from the CLS token."
         )
         chosen = gr.State(0)
         with gr.Row():
@@ -230,7 +230,7 @@ def classifier_tab(classifier: Once[Classifier]) -> None:
                 choices = card(choices_view(0), js_on_load=CLICKED_BUTTON, elem_id="examples")
                 upload = gr.UploadButton("Upload your own", file_types=["image"], elem_id="upload")
                 gr.Markdown(
-                    "One digit, dark on light or light on dark. It is cut out and made small, as the model needs it.",
+                    "One digit, dark on light or light on dark. The demo crops it and reduces it to the size that the model needs.",
                     elem_classes="hop-hint",
                 )
             with gr.Column(scale=8, min_width=300, elem_classes="hop-result"):
@@ -266,8 +266,8 @@ def classifier_tab(classifier: Once[Classifier]) -> None:
 def bags_tab(classifier: Once[BagClassifier]) -> None:
     with gr.Tab("Bags") as tab:
         teach(
-            "The model is told of whole bags only: positive if a 9 is inside. A learned query retrieves from the bag, and the "
-            "weights say from which images. They are no proof: other images may carry the same evidence."
+            "The model learned from labels of whole bags only: a bag is positive if a 9 is inside. A learned query retrieves from the bag. "
+            "The weights say which images it retrieved. They do not prove that these images caused the answer."
         )
         bag, drawn = gr.State(new_bag(True, 4)), gr.State(4)
         with gr.Row():
@@ -334,7 +334,7 @@ def forecast_tab(made: Once[Forecaster]) -> None:
                     series = gr.Radio(start.names, value=start.names[0], label="Series", elem_id="series")
                     place = slider(0, 100, 30, 1, "Start of the forecast", "Place in the last fifth of the series, in %.")
                     season = slider(
-                        1, demo_forecast.CONTEXT, start.season, 1, "Season of the baseline", "The baseline repeats so many steps."
+                        1, demo_forecast.CONTEXT, start.season, 1, "Season of the baseline", "The baseline repeats this number of steps."
                     )
                 upload = gr.UploadButton("Upload your own CSV", file_types=[".csv"], elem_id="upload_series")
                 again = gr.Button("Back to the made series", size="sm")
@@ -378,8 +378,8 @@ def forecast_tab(made: Once[Forecaster]) -> None:
 def build(classifier: Once[Classifier], bag_classifier: Once[BagClassifier], forecaster: Once[Forecaster]) -> gr.Blocks:
     with gr.Blocks(title="U-Hop: memories told apart", analytics_enabled=False) as demo:
         gr.Markdown(
-            "# U-Hop: memories told apart\nA modern Hopfield layer is attention seen as associative memory. U-Hop separates what is stored "
-            "before it is retrieved ([2404.03827](https://arxiv.org/abs/2404.03827), [2410.23126](https://arxiv.org/abs/2410.23126)).",
+            "# U-Hop: memories told apart\nA modern Hopfield layer is attention seen as associative memory. U-Hop separates the stored patterns "
+            "before it retrieves from them ([2404.03827](https://arxiv.org/abs/2404.03827), [2410.23126](https://arxiv.org/abs/2410.23126)).",
             elem_classes="hop-intro",
         )
         with gr.Tabs():
@@ -442,7 +442,7 @@ def theme() -> gr.themes.Base:
 
 
 def known(given: str | None, run: Path, shipped: Path, load: Callable[[str], Any]) -> Once[Any]:
-    """The model that was asked for, else that of `run`, else the one that comes with the demo; read at once, so that a mistake shows."""
+    """The model that was given, else that of `run`, else the shipped one. It is read at the start, so that a mistake shows at once."""
     loaded = load(given or str(run if (run / "config.json").is_file() else shipped))
     return Once(lambda report: loaded)
 
@@ -470,7 +470,7 @@ def main() -> None:
         share=False,
         ssr_mode=False,
         theme=theme(),
-        # Not as `css`, whose rules gradio confines to what is inside its own layout.
+        # Not as `css`, because gradio applies those rules only inside its own layout.
         head=f"<style>{(HERE / 'demo.css').read_text()}</style>",
         footer_links=[],
         run_history=False,

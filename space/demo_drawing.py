@@ -77,5 +77,5 @@ def blank_figure(width: float, height: float) -> Figure:
 
 
 def percent(share: float) -> str:
-    """A share as the page writes it: a hair is told from nothing."""
+    """A share as the page writes it; a small one differs from zero."""
     return "0 %" if share <= 0 else "< 1 %" if share < 0.01 else f"{100 * share:.0f} %"

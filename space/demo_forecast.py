@@ -1,4 +1,4 @@
-"""Forecasts of a series: a small STanHop model, the stored windows that it retrieves, and repetition of the last season beside it."""
+"""Forecasts of a series by a small STanHop model, the stored windows that it retrieves, and a baseline."""
 
 import html
 import re
@@ -180,7 +180,7 @@ def train_forecaster(table: Table, report: Report, steps: int = STEPS) -> Foreca
     stored = np.arange(0, half - CONTEXT - HORIZON + 1, stride)
     windows = scaled.unfold(0, CONTEXT + HORIZON, 1).transpose(1, 2)
     model.store(windows[stored, :CONTEXT], windows[stored, CONTEXT:])
-    # No trained window has a future among the stored windows: a window that retrieves itself would be told its own future.
+    # The futures of training windows are not in stored windows, because a window that retrieves itself would see its own future.
     examples = [
         {"past_values": window[:CONTEXT], "future_values": window[CONTEXT:]}
         for window in windows[half - CONTEXT : end - CONTEXT - HORIZON + 1]
@@ -198,7 +198,7 @@ def forecasts(forecaster: Forecaster, starts: Any) -> np.ndarray:
 
 
 def repeated(forecaster: Forecaster, starts: Any, season: int) -> np.ndarray:
-    """The last season, over and over: (B, HORIZON, C) in units. A missing value is filled with the last one before it.
+    """The baseline: the last season, repeated, (B, HORIZON, C) in units. The last value before a missing one replaces it.
 
     Raises:
         DemoError: For a season that the window does not hold.

@@ -42,7 +42,7 @@ TRAINING = {
 
 @dataclass
 class Classifier:
-    """An image classifier whose attention can be looked at.
+    """An image classifier that returns its association weights.
 
     Attributes:
         model, processor: As they are saved in a folder.
