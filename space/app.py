@@ -378,8 +378,8 @@ def forecast_tab(made: Once[Forecaster]) -> None:
 def build(classifier: Once[Classifier], bag_classifier: Once[BagClassifier], forecaster: Once[Forecaster]) -> gr.Blocks:
     with gr.Blocks(title="U-Hop: memories told apart", analytics_enabled=False) as demo:
         gr.Markdown(
-            "# U-Hop: memories told apart\nA modern Hopfield layer is attention seen as associative memory. U-Hop separates the stored patterns "
-            "before it retrieves from them ([2404.03827](https://arxiv.org/abs/2404.03827), [2410.23126](https://arxiv.org/abs/2410.23126)).",
+            "# U-Hop: memories told apart\nA modern Hopfield layer is attention seen as associative memory. U-Hop separates the stored "
+            "patterns before it retrieves from them ([2404.03827](https://arxiv.org/abs/2404.03827), [2410.23126](https://arxiv.org/abs/2410.23126)).",
             elem_classes="hop-intro",
         )
         with gr.Tabs():

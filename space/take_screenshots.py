@@ -40,7 +40,7 @@ READY = {
     "Bags": "#bag [data-probability]",
     "Forecast": "#forecast [data-start]",
 }
-TRAINING_MS = 90_000
+TRAINING_MS = 240_000
 
 
 def free_port() -> int:
@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_demo(*options: str, patience: float = 90.0) -> Iterator[str]:
+def running_demo(*options: str, patience: float = 240.0) -> Iterator[str]:
     """The demo in a process of its own; its address."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
