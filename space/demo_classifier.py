@@ -72,7 +72,7 @@ def image_size(classifier: Classifier) -> tuple[int, int]:
 
 
 def as_digit(image: Image.Image, size: tuple[int, int] = (8, 8)) -> Image.Image:
-    """A photo or drawing of one digit as the models know digits: bright ink on black, cut out and made small.
+    """A photo or drawing of one digit in the form of the training images: bright ink on black, cropped and reduced.
 
     Raises:
         DemoError: If nothing stands out from the ground.

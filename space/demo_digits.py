@@ -1,4 +1,4 @@
-"""scikit-learn's digits, the demo's embedded data: what its models learn from, and what it shows them."""
+"""scikit-learn's digits: the data of the demo and of its models."""
 
 from dataclasses import dataclass
 from functools import lru_cache

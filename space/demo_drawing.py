@@ -59,12 +59,16 @@ def bar(share: float, color: str, label: str) -> str:
     )
 
 
-def plot(figure: Figure, alt: str) -> str:
-    """A matplotlib figure as an image as wide as its column."""
+def plot_source(figure: Figure) -> str:
+    """A matplotlib figure as an image inside the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200)
-    source = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="hop-plot" src="{source}" alt="{html.escape(alt)}">'
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def plot(figure: Figure, alt: str) -> str:
+    """A matplotlib figure as wide as its column."""
+    return f'<img class="hop-plot" src="{plot_source(figure)}" alt="{html.escape(alt)}">'
 
 
 def blank_figure(width: float, height: float) -> Figure:
@@ -73,5 +77,5 @@ def blank_figure(width: float, height: float) -> Figure:
 
 
 def percent(share: float) -> str:
-    """A share as the page writes it: a hair is told from nothing."""
+    """A share as the page writes it; a small one differs from zero."""
     return "0 %" if share <= 0 else "< 1 %" if share < 0.01 else f"{100 * share:.0f} %"

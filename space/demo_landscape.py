@@ -20,10 +20,10 @@ from modeling_uhop.feature_map import unit_norm
 REACH = 1.6
 MOST_POINTS = len(POINTS)
 VIEWS = ("energy", "basins")
-# A retrieval has arrived at a memory where it ends this close to it, after as many steps as it is followed for.
+# A retrieval of `STEPS` steps reaches a memory if it ends within this distance.
 NEAR = 0.05
 STEPS = 50
-# Those that are drawn: states soon move too little to be told apart.
+# The steps that are drawn, because later states hardly move.
 DRAWN = (0, 1, 2, 3, 4, 6, 9, 14, 22, 34, STEPS)
 HERE = Path(__file__).parent
 SCRIPT = (HERE / "landscape.js").read_text()
@@ -36,7 +36,7 @@ TEMPLATE = """
 
 
 def starting_points() -> dict[str, Any]:
-    """Five memories crowded on an arc, a query beside them, and the mark of the last drag."""
+    """Five memories on a short arc, a query, and the number of the last drag."""
     angles = math.pi / 4.0 + np.radians(np.linspace(-38.0, 38.0, 5))
     points = np.column_stack([np.cos(angles), np.sin(angles)]).round(3)
     return {"points": points.tolist(), "query": [-0.35, 0.75], "stamp": 0}

@@ -1,6 +1,7 @@
 """The memory explorer: digits are stored, asked for by damaged copies, and retrieved with and without a separation step."""
 
 import html
+import inspect
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,10 @@ from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, energy, 
 
 
 CORRUPTIONS = ("hide pixels", "hide the lower part", "add noise")
-METHODS = {"none": None, "U-Hop": "uhop", "U-Hop+": "uhop+", "denoising": "denoising"}
+METHODS = {"none": None, "denoising": "denoising", "U-Hop": "uhop", "U-Hop+": "uhop+"}
+# The demo begins with what the package does by default, whatever that is.
+DEFAULTS = UHopMemoryConfig()
+SEPARATE = {name: parameter.default for name, parameter in inspect.signature(UHopMemoryModel.separate).parameters.items()}
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,11 @@ class MemorySettings:
     count: int = 100
     corruption: str = "hide pixels"
     amount: float = 0.4
-    alpha: float = 1.0
-    beta: float = 30.0
-    update_steps: int = 3
-    method: str = "U-Hop"
-    separation_steps: int = 100
+    alpha: float = DEFAULTS.alpha
+    beta: float = DEFAULTS.beta
+    update_steps: int = DEFAULTS.update_steps
+    method: str = next(name for name, method in METHODS.items() if method == SEPARATE["method"])
+    separation_steps: int = SEPARATE["steps"]
     seed: int = 0
 
 
@@ -53,12 +57,14 @@ class Recall:
         energies: (T + 1, M), their energies.
         association: (M, M), the weights of the last step, a row for each query.
         found: (M,), the memory that each final state is most like.
+        error: Mean over memories of the sum of squared pixel errors, where the last weights mix the stored images themselves.
     """
 
     states: torch.Tensor
     energies: torch.Tensor
     association: torch.Tensor
     found: torch.Tensor
+    error: float
 
     @property
     def confused(self) -> torch.Tensor:
@@ -125,8 +131,8 @@ def with_unit_features(memory: UHopMemoryModel, patterns: torch.Tensor) -> torch
 
 
 @torch.no_grad()
-def recall(memory: UHopMemoryModel, queries: torch.Tensor, update_steps: int) -> Recall:
-    """Retrieve step by step."""
+def recall(memory: UHopMemoryModel, patterns: torch.Tensor, queries: torch.Tensor, update_steps: int) -> Recall:
+    """Retrieve step by step from a memory of `patterns`."""
     states = [with_unit_features(memory, queries)]
     for _ in range(update_steps):
         output = memory(states[-1], update_steps=1, output_energies=False)
@@ -134,7 +140,9 @@ def recall(memory: UHopMemoryModel, queries: torch.Tensor, update_steps: int) ->
     settings: dict[str, Any] = {"beta": memory.config.beta, "alpha": memory.config.alpha}
     energies = [energy(features(memory, state), memory.stored_features(), **settings) for state in states]
     similarity = torch.nn.functional.normalize(states[-1], dim=-1) @ torch.nn.functional.normalize(memory.memories, dim=-1).mT
-    return Recall(torch.stack(states), torch.stack(energies), output.association, similarity.argmax(-1))
+    # Stored patterns are scaled, and with them what is retrieved: the weights of the last step tell the image in its own units.
+    error = (output.association @ patterns - patterns).square().sum(-1).mean()
+    return Recall(torch.stack(states), torch.stack(energies), output.association, similarity.argmax(-1), float(error))
 
 
 @lru_cache(maxsize=64)
@@ -152,7 +160,9 @@ def explore(settings: MemorySettings) -> tuple[np.ndarray, dict[str, Recall]]:
     sides = {"without": None, "with": METHODS[settings.method]}
     if sides["with"] is None:
         del sides["with"]
-    return indices, {name: recall(memory_of(patterns, settings, method), queries, settings.update_steps) for name, method in sides.items()}
+    return indices, {
+        name: recall(memory_of(patterns, settings, method), patterns, queries, settings.update_steps) for name, method in sides.items()
+    }
 
 
 def next_confused(settings: MemorySettings, current: int) -> int | None:
@@ -165,17 +175,19 @@ def next_confused(settings: MemorySettings, current: int) -> int | None:
 
 
 def headline(settings: MemorySettings, digit: int) -> str:
-    """How many digits are confused, and what the chosen one's query becomes, in one line a side."""
+    """How many digits are confused, how far the retrieved images are from the stored ones, and what the chosen one's query becomes."""
     _, sides = explore(settings)
     names = {"without": "without separation", "with": f"with {settings.method}"}
     lines = []
     for side, result in sides.items():
         count, color = int(result.confused.sum()), WITHOUT if side == "without" else WITH
         became = thumbnail(picture_of(result.states[-1, digit]), names[side], kind="wrong" if result.confused[digit] else "right")
-        share = bar(count / settings.count, color, f"{count} of {settings.count}")
-        lines.append(f'<div class="hop-count" data-side="{side}" data-confused="{count}">{became}<b>{names[side]}</b>{share}</div>')
+        share = bar(count / settings.count, color, f"{count} of {settings.count}, error {result.error:.2f}")
+        data = f'data-side="{side}" data-confused="{count}" data-error="{result.error:.4f}"'
+        lines.append(f'<div class="hop-count" {data}>{became}<b>{names[side]}</b>{share}</div>')
     asked = thumbnail(picture_of(sides["without"].states[0, digit]), "the query", kind="query")
-    return f'<div class="hop-headline"><div class="hop-asked">{asked}<b>Retrieved as another digit</b></div>{"".join(lines)}</div>'
+    title = '<b title="error: mean squared distance of what is retrieved from what was stored">Retrieved as another digit</b>'
+    return f'<div class="hop-headline"><div class="hop-asked">{asked}{title}</div>{"".join(lines)}</div>'
 
 
 def picture_of(state: torch.Tensor) -> np.ndarray:

@@ -1,14 +1,13 @@
-"""The demo's two models: read from a folder or the Hub, or trained on digits when they are first asked for."""
+"""The demo's models of digits, read from a folder or the Hub, and how it trains a model for a visitor."""
 
 import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import demo_digits
 import numpy as np
-import torch
 from demo_digits import DemoError
 from PIL import Image
 from transformers import (
@@ -18,25 +17,18 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    ViTImageProcessorPil,
 )
 from transformers.trainer_callback import PrinterCallback
 
-from modeling_uhop import (
-    DataCollatorForBags,
-    SeparationCallback,
-    UHopMILConfig,
-    UHopMILFeatureExtractor,
-    UHopMILForBagClassification,
-    UHopViTConfig,
-    UHopViTForImageClassification,
-)
+from modeling_uhop import UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification, UHopViTConfig, UHopViTForImageClassification
 
 
 Report = Callable[[float, str], None]
 T = TypeVar("T")
 
 TARGET = 9
+# Models that come with the demo; make_models.py makes them.
+SHIPPED = Path(__file__).resolve().parent / "models"
 TRAINING = {
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
@@ -50,7 +42,7 @@ TRAINING = {
 
 @dataclass
 class Classifier:
-    """An image classifier whose attention can be looked at.
+    """An image classifier that returns its association weights.
 
     Attributes:
         model, processor: As they are saved in a folder.
@@ -113,35 +105,6 @@ def train(model: Any, examples: list[dict[str, Any]], report: Report, text: str,
     model.eval().cpu()
 
 
-def train_classifier(report: Report, epochs: float = 12) -> Classifier:
-    """A three-layer vision transformer at alpha = 1.5, separated and trained on digits in some ten seconds on one CPU core."""
-    digits = demo_digits.load()
-    report(0.0, "Separation step on a small vision transformer")
-    torch.manual_seed(0)
-    names = {label: str(label) for label in range(10)}
-    config = UHopViTConfig(
-        image_size=8,
-        patch_size=2,
-        hidden_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=128,
-        hidden_dropout_prob=0.1,
-        alpha=1.5,
-        id2label=names,
-        label2id={name: label for label, name in names.items()},
-    )
-    model = UHopViTForImageClassification(config)
-    processor = ViTImageProcessorPil(do_convert_rgb=True, size={"height": 8, "width": 8}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    pixel_values = processor([digit_image(digits.images[i]) for i in digits.train], return_tensors="pt")["pixel_values"]
-    examples = [{"pixel_values": pixels, "labels": int(digits.labels[i])} for pixels, i in zip(pixel_values, digits.train, strict=True)]
-    separation = SeparationCallback(schedule="train_begin", steps=100, parameters="upstream", kind="average", lr=0.03)
-    arguments = {"num_train_epochs": epochs, "per_device_train_batch_size": 64, "warmup_steps": 30}
-    train(model, examples, report, "Training a small vision transformer on digits, once", [separation], arguments=arguments)
-    model.set_attn_implementation("eager")
-    return Classifier(model, processor, "a small model trained here on scikit-learn's digits")
-
-
 def digit_image(ink: np.ndarray) -> Image.Image:
     """Ink in [0, 1] as an image, bright on black as the models see digits."""
     return Image.fromarray((ink * 255).astype(np.uint8)).convert("RGB")
@@ -161,7 +124,7 @@ def load_classifier(source: str) -> Classifier:
         processor = AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise DemoError(f"{source} cannot be read: {_first_line(error)}") from error
-    return Classifier(model.eval(), processor, str(source))
+    return Classifier(model.eval(), processor, described(source))
 
 
 def draw_bag(pool: np.ndarray, labels: np.ndarray, positive: bool, random: np.random.Generator) -> list[int]:
@@ -171,22 +134,6 @@ def draw_bag(pool: np.ndarray, labels: np.ndarray, positive: bool, random: np.ra
     is_target = labels[pool] == TARGET
     drawn = np.concatenate([random.choice(pool[is_target], targets, replace=False), random.choice(pool[~is_target], others, replace=False)])
     return random.permutation(drawn).tolist()
-
-
-def train_bag_classifier(report: Report, epochs: float = 30, num_bags: int = 400) -> BagClassifier:
-    """The recipe `configs/mil_digits.yaml` in short: bags of digits, positive if a 9 is inside, at alpha = 1.5."""
-    digits = demo_digits.load()
-    random = np.random.default_rng(0)
-    drawn = [draw_bag(digits.train, digits.labels, index % 2 == 0, random) for index in range(num_bags)]
-    bags = [digits.images[indices].reshape(len(indices), -1) for indices in drawn]
-    extractor = UHopMILFeatureExtractor().fit(bags)
-    torch.manual_seed(0)
-    config = UHopMILConfig(instance_dim=64, alpha=1.5, use_feature_map=False, id2label={0: "without a 9", 1: "with a 9"})
-    model = UHopMILForBagClassification(config)
-    examples = [{"instances": bag, "label": 1 - index % 2} for index, bag in enumerate(extractor.transform(bags))]
-    arguments = {"num_train_epochs": epochs, "per_device_train_batch_size": 16, "weight_decay": 1e-2}
-    train(model, examples, report, "Training on bags of digits, once", [], data_collator=DataCollatorForBags(), arguments=arguments)
-    return BagClassifier(model, extractor, "a small model trained here on bags of digits")
 
 
 def load_bag_classifier(source: str) -> BagClassifier:
@@ -206,7 +153,13 @@ def load_bag_classifier(source: str) -> BagClassifier:
         extractor.transform([np.zeros((1, 64))])
     except (OSError, ValueError) as error:
         raise DemoError(f"{source} cannot be used: {_first_line(error)}") from error
-    return BagClassifier(model.eval(), extractor, str(source))
+    return BagClassifier(model.eval(), extractor, described(source))
+
+
+def described(source: str) -> str:
+    """A model's folder or Hub id as the page names it."""
+    is_shipped = Path(source).resolve().is_relative_to(SHIPPED)
+    return f"space/models/{Path(source).name}, which comes with the demo" if is_shipped else str(source)
 
 
 def _config(source: str) -> Any:

@@ -32,14 +32,15 @@ CHROMIUM_ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-# What has to be there before a tab is complete; models are trained when their tab is first opened.
+# What has to be there before a tab is complete. The forecaster is trained when its tab is first opened.
 READY = {
     "Memory": ".hop-side.with img",
     "Landscape": "#landscape image",
     "Classify": "#answer [data-answer]",
     "Bags": "#bag [data-probability]",
+    "Forecast": "#forecast [data-start]",
 }
-TRAINING_MS = 90_000
+TRAINING_MS = 240_000
 
 
 def free_port() -> int:
@@ -49,7 +50,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_demo(*options: str, patience: float = 90.0) -> Iterator[str]:
+def running_demo(*options: str, patience: float = 240.0) -> Iterator[str]:
     """The demo in a process of its own; its address."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
@@ -107,16 +108,14 @@ def open_tab(page: Any, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=HERE / "screenshots", help="where the pictures go")
-    parser.add_argument("--phone_tabs", nargs="*", default=["Landscape"], help="tabs to show at the size of a phone, too")
     parser.add_argument("--address", help="of a demo that runs already; one is started otherwise")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     with running_demo() if args.address is None else _at(args.address) as address, chromium() as browser:
-        for size, tabs in (("desktop", list(READY)), ("phone", args.phone_tabs)):
-            width, height = SIZES[size]
+        for size, (width, height) in SIZES.items():
             page = browser.new_page(viewport={"width": width, "height": height}, device_scale_factor=1)
             page.goto(address)
-            for name in tabs:
+            for name in READY:
                 open_tab(page, name)
                 page.mouse.move(0, 0)
                 page.wait_for_timeout(700)

@@ -1,9 +1,13 @@
 import base64
+import inspect
 import io
 import re
+import runpy
 import shutil
 import sys
 import threading
+import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +15,14 @@ import demo_bags
 import demo_classifier
 import demo_digits
 import demo_drawing
+import demo_forecast
 import demo_landscape
+import demo_links
 import demo_memory
 import demo_models
+import make_models
 import numpy as np
+import pandas
 import pytest
 import torch
 import yaml
@@ -22,12 +30,16 @@ from conftest import assert_close
 from data import load_images
 from demo_digits import DemoError
 from demo_memory import MemorySettings
+from huggingface_hub import ModelCard
 from PIL import Image
 from recipe import DataRecipe
-from take_screenshots import READY, SIZES, chromium, open_tab, running_demo
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+from take_screenshots import READY, SIZES, TRAINING_MS, chromium, open_tab, running_demo
 
 from modeling_uhop import (
     UHopMemoryConfig,
+    UHopMemoryModel,
     UHopMILConfig,
     UHopMILFeatureExtractor,
     UHopMILForBagClassification,
@@ -42,7 +54,8 @@ app = pytest.importorskip("app", reason="the demo needs gradio")
 
 ROOT = Path(__file__).parent.parent
 SPACE = ROOT / "space"
-SMALL = MemorySettings(count=30)
+# With values of its own, so that tests do not depend on the package's defaults.
+SMALL = MemorySettings(count=30, alpha=1.0, beta=30.0, update_steps=3, method="U-Hop", separation_steps=100)
 
 
 def test_the_front_matter_is_what_a_space_needs():
@@ -63,8 +76,7 @@ def test_the_front_matter_is_what_a_space_needs():
 
 def test_screenshots_are_small():
     pictures = list((SPACE / "screenshots").glob("*.png"))
-    assert {f"desktop_{name.lower()}.png" for name in READY} <= {picture.name for picture in pictures}
-    assert any(picture.name.startswith("phone_") for picture in pictures)
+    assert {f"{size}_{name.lower()}.png" for size in SIZES for name in READY} == {picture.name for picture in pictures}
     assert max(picture.stat().st_size for picture in pictures) < 300_000
 
 
@@ -78,7 +90,66 @@ def test_what_is_shown_is_the_test_split_of_the_recipe():
     assert set(demo_digits.examples()) <= set(digits.test.tolist())
 
 
+# The models that come with the demo.
+
+
+def _card(name: str) -> ModelCard:
+    return ModelCard.load(demo_models.SHIPPED / name / "README.md")
+
+
+def _stated(name: str) -> dict[str, float]:
+    return {result.metric_type: result.metric_value for result in vars(_card(name).data)["eval_results"]}
+
+
+def test_shipped_models_are_small_and_safe():
+    files = [path for path in demo_models.SHIPPED.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 1_000_000
+    assert {path.suffix for path in files} == {".json", ".md", ".safetensors"}
+    for name, recipe in (("digits", make_models.CLASSIFIER), ("bags", make_models.BAGS)):
+        assert f"python space/make_models.py {name}" in _card(name).content
+        assert recipe in _card(name).content
+        assert (ROOT / recipe).is_file()
+
+
+def test_the_card_of_the_classifier_states_its_accuracy(classifier):
+    digits = demo_digits.load()
+    images = [demo_models.digit_image(digits.images[index]) for index in digits.test]
+    with torch.no_grad():
+        logits = classifier.model(**classifier.processor(images, return_tensors="pt")).logits
+    accuracy = float((logits.argmax(-1).numpy() == digits.labels[digits.test]).mean())
+    assert _stated("digits") == {"accuracy": round(accuracy, 4)}
+    assert f"classifies {accuracy:.4f} of the {len(images)} test images" in _card("digits").content
+    assert accuracy > 0.95
+
+
+def test_the_card_of_the_bag_classifier_states_its_accuracy(bag_classifier):
+    bags = [make_models.pixels_of(bag) for bag in make_models.held_out_bags()]
+    logits, _ = make_models.predict(bag_classifier.model, bag_classifier.extractor, bags)
+    accuracy = float((logits.argmax(-1) == make_models.held_out_labels()).mean())
+    assert _stated("bags")["accuracy"] == pytest.approx(accuracy, abs=1e-4)
+    assert accuracy > 0.9
+
+
+def test_the_first_classification_takes_less_than_five_seconds():
+    started = time.perf_counter()
+    known = demo_models.load_classifier(str(demo_models.SHIPPED / "digits"))
+    image = demo_models.digit_image(demo_digits.load().images[demo_digits.examples()[4]])
+    answer = demo_classifier.classify(known, image)
+    demo_classifier.answer_view(known, image, answer)
+    assert time.perf_counter() - started < 5
+    assert answer.names[int(answer.scores.argmax())] == "4"
+    assert known.source == "space/models/digits, which comes with the demo"
+
+
 # The memory explorer.
+
+
+def test_the_demo_begins_with_the_defaults_of_the_package():
+    start, config = MemorySettings(), UHopMemoryConfig()
+    separate = inspect.signature(UHopMemoryModel.separate).parameters
+    assert demo_memory.METHODS[start.method] == separate["method"].default == "denoising"
+    assert start.separation_steps == separate["steps"].default
+    assert (start.alpha, start.beta, start.update_steps) == (config.alpha, config.beta, config.update_steps)
 
 
 @pytest.mark.parametrize("method", demo_memory.METHODS)
@@ -117,7 +188,16 @@ def test_confusions_are_those_of_a_loop(side):
 
 def test_separation_helps_where_the_demo_begins():
     _, sides = demo_memory.explore(MemorySettings())
-    assert int(sides["with"].confused.sum()) < 0.7 * int(sides["without"].confused.sum())
+    assert sides["with"].error < 0.95 * sides["without"].error
+    assert int(sides["with"].confused.sum()) <= int(sides["without"].confused.sum())
+
+
+def test_the_error_is_that_of_the_mixed_images():
+    indices, sides = demo_memory.explore(SMALL)
+    patterns = demo_memory.patterns_of(indices)
+    result = sides["without"]
+    total = sum(float(((weights[:, None] * patterns).sum(0) - patterns[i]).square().sum()) for i, weights in enumerate(result.association))
+    assert result.error == pytest.approx(total / len(patterns), rel=1e-5)
 
 
 def test_without_steps_both_sides_agree():
@@ -269,12 +349,7 @@ def test_memories_come_and_go_within_bounds():
 
 @pytest.fixture(scope="module")
 def classifier():
-    reports = []
-    made = demo_models.train_classifier(lambda share, text: reports.append(share), epochs=0.1)
-    assert reports[0] == 0.0
-    assert reports[-1] == 1.0
-    assert reports == sorted(reports)
-    return made
+    return demo_models.load_classifier(str(demo_models.SHIPPED / "digits"))
 
 
 @pytest.mark.parametrize("encoder", ["transformer", "class_query"])
@@ -363,7 +438,7 @@ def test_a_wrong_model_ends_the_start_in_one_line(monkeypatch):
 
 @pytest.fixture(scope="module")
 def bag_classifier():
-    return demo_models.train_bag_classifier(lambda share, text: None, epochs=20, num_bags=200)
+    return demo_models.load_bag_classifier(str(demo_models.SHIPPED / "bags"))
 
 
 def test_weights_of_a_bag_sum_to_one_and_find_the_nines(bag_classifier):
@@ -432,6 +507,149 @@ def test_a_model_is_made_once_for_all_who_ask():
     assert len(set(map(id, answers))) == 1
 
 
+# Forecasts.
+
+
+@pytest.fixture(scope="module")
+def forecaster():
+    reports = []
+    made = demo_forecast.train_forecaster(demo_forecast.made_series(), lambda share, text: reports.append(share))
+    assert reports[0] == 0.0
+    assert reports[-1] == 1.0
+    assert reports == sorted(reports)
+    return made
+
+
+@pytest.mark.parametrize("series", range(3))
+def test_the_forecaster_is_better_than_repetition_on_windows_it_has_not_seen(forecaster, series):
+    measured = demo_forecast.errors(forecaster, series, 24)
+    assert measured["model"] < 0.95 * measured["repeated"]
+    starts = [start for start in forecaster.starts if (start - forecaster.starts[0]) % 3 == 0]
+    assert measured["windows"] == len(starts)
+    values, forecast, last = forecaster.table.values[:, series], [], []
+    for start in starts:
+        past = torch.from_numpy((forecaster.table.values[start - 96 : start] - forecaster.mean) / forecaster.std).float()
+        answer = forecaster.model.generate(past.unsqueeze(0)).sequences[0, 0, :, series].double().numpy()
+        truth = values[start : start + 24]
+        forecast.append(np.abs(answer * forecaster.std[series] + forecaster.mean[series] - truth).mean())
+        last.append(np.abs(values[start - 24 : start] - truth).mean())
+    assert measured["model"] == pytest.approx(np.mean(forecast), rel=1e-4)
+    assert measured["repeated"] == pytest.approx(np.mean(last))
+
+
+def test_no_window_that_is_forecast_was_stored_or_trained_on(forecaster):
+    rows, last = len(forecaster.scaled), int(forecaster.stored[-1]) + 96 + 24
+    assert last <= rows // 2
+    assert forecaster.starts[0] == int(0.8 * rows)
+    assert forecaster.starts[-1] + 24 == rows
+    np.testing.assert_allclose(forecaster.mean, forecaster.table.values[: int(0.8 * rows)].mean(0))
+
+
+def test_retrieved_windows_are_those_with_the_largest_weights(forecaster):
+    start, series = 1300, 1
+    found, some = demo_forecast.retrieved(forecaster, start, series)
+    scaled = forecaster.scaled[:, series].double().numpy()
+    past = scaled[start - 96 : start]
+    stored = [scaled[first : first + 96] for first in forecaster.stored]
+    likeness = [np.corrcoef(past, one)[0, 1] for one in stored]
+    order = np.argsort(likeness)[::-1][:3]
+    assert [one.ago for one in found] == [start - int(forecaster.stored[best]) - 96 for best in order]
+    assert 3 <= some < len(stored)
+    assert found[0].weight >= found[1].weight >= found[2].weight > 0
+    best = int(forecaster.stored[order[0]])
+    moved = (scaled[best : best + 120] - stored[order[0]].mean()) / stored[order[0]].std() * past.std() + past.mean()
+    np.testing.assert_allclose(found[0].values, moved * forecaster.std[series] + forecaster.mean[series], rtol=1e-3)
+
+
+def test_a_forecast_is_shown_in_units(forecaster):
+    page = demo_forecast.view(forecaster, 0, 0.5, 24)
+    assert "Mean absolute error, °C" in page
+    assert re.search(r'hop-number">[\d.]+ °C<', page)
+    axis = demo_forecast.forecast_figure(True, forecaster, 0, 1300, 24).axes[0]
+    assert axis.get_ylabel() == "temperature (°C)"
+    assert axis.get_xlabel() == "hours after the start of the forecast"
+    assert demo_forecast.unit_of("load [MW]") == "MW"
+    assert demo_forecast.unit_of("load") == ""
+    with pytest.raises(DemoError, match="A season must have 1 to 96 steps, not 97"):
+        demo_forecast.repeated(forecaster, [1300], 97)
+
+
+def test_a_csv_is_read_and_forecast(tmp_path):
+    steps = np.arange(450)
+    frame = pandas.DataFrame({"time": [f"day {step}" for step in steps], "sales (kg)": 5 + np.sin(2 * np.pi * steps / 30), "constant": 1.0})
+    frame.loc[10:12, "sales (kg)"] = np.nan
+    frame.to_csv(tmp_path / "shop.csv", index=False)
+    table = demo_forecast.read_table(tmp_path / "shop.csv")
+    assert table.names == ["sales (kg)"]
+    assert table.season == 30
+    assert table.source == "shop.csv, 450 rows, 2 columns left out"
+    known = demo_forecast.train_forecaster(table, lambda share, text: None, steps=2)
+    assert 'data-series="sales (kg)"' in demo_forecast.view(known, 0, 1.0, table.season)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "cannot be read as a CSV file"),
+        ("name\nAnn\nBob\n", "has no column of numbers that vary. Its columns are name"),
+        ("a\n1\n2\n", "has 2 rows. A forecast needs at least 400"),
+        ("a\n" + "1\n2\n" * 250 + "inf\n", "has an infinite value in column a"),
+        ("a,b\n" + "1,2\n2,3\n" * 100 + "1,\n2,\n" * 250, "Column b .* has no value in rows 351 to 560"),
+    ],
+)
+def test_a_csv_that_cannot_be_forecast_is_said_in_words(content, message, tmp_path):
+    (tmp_path / "mine.csv").write_text(content)
+    with pytest.raises(DemoError, match=message):
+        demo_forecast.read_table(tmp_path / "mine.csv")
+
+
+# The same in code.
+
+
+@pytest.mark.parametrize("tab", demo_links.TABS)
+def test_every_snippet_runs_as_it_stands(tab, tmp_path, monkeypatch, capsys):
+    # As from the root of the repository, without a folder left there.
+    (tmp_path / "space").symlink_to(SPACE)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(demo_links.SNIPPETS / demo_links.TABS[tab].snippet))
+    printed = capsys.readouterr().out
+    expected = {
+        "Memory": r"after separation: +\d+ of 100",
+        "Landscape": r"features: x ends nearest to memory 5",
+        "Classify": r"answer 7, .* truth 7",
+        "Bags": r"probability of a 9 inside (0\.9|1\.0)",
+        "Forecast": r"STanHop 0\.\d+ degrees\nrepeat the last 24 hours: 0\.\d+ degrees",
+    }
+    assert re.search(expected[tab], printed)
+
+
+def test_what_cannot_be_reached_is_named_without_a_link(tmp_path):
+    page = demo_links.code_view("Bags", tmp_path)
+    assert "<a " not in page
+    assert "docs/guides/bags.md" in page
+    (tmp_path / "docs" / "guides").mkdir(parents=True)
+    (tmp_path / "docs" / "guides" / "bags.md").write_text("# Bags\n")
+    (tmp_path / "secret.md").write_text("not for visitors")
+    assert 'href="/checkout/docs/guides/bags.md"' in demo_links.code_view("Bags", tmp_path)
+    client = TestClient(Starlette(routes=demo_links.routes(tmp_path)))
+    assert client.get("/checkout/docs/guides/bags.md").text == "# Bags\n"
+    for path in ("secret.md", "docs/guides/vision.md", "docs/../secret.md"):
+        assert client.get(f"/checkout/{path}").status_code == 404
+    (tmp_path / "site" / "guides" / "bags").mkdir(parents=True)
+    (tmp_path / "site" / "guides" / "bags" / "index.html").write_text("<h1>Bags</h1>")
+    address = demo_links.guide_address("guides/bags", tmp_path)
+    assert address == "/site/guides/bags/"
+    assert TestClient(Starlette(routes=demo_links.routes(tmp_path))).get(address).status_code == 200
+
+
+def test_public_addresses_are_used_where_the_package_has_them(monkeypatch):
+    addresses = {"Documentation": "https://example.org/docs/", "Repository": "https://example.org/code"}
+    monkeypatch.setattr(demo_links, "project_urls", lambda: addresses)
+    page = demo_links.code_view("Classify")
+    assert 'href="https://example.org/docs/guides/vision/"' in page
+    assert 'href="https://example.org/code/blob/main/modeling_uhop/modeling_uhop_vit.py"' in page
+
+
 # In a browser.
 
 needs_browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on the path")
@@ -439,7 +657,7 @@ needs_browser = pytest.mark.skipif(shutil.which("chromium") is None, reason="no 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    # Without runs, so that the demo shows the models that it trains, whatever was trained here before.
+    # Without runs, so that the demo shows the models that come with it, whatever was trained here before.
     with running_demo("--runs", str(tmp_path_factory.mktemp("runs"))) as where:
         yield where
 
@@ -478,6 +696,11 @@ def _confused(page) -> list[str]:
     return [count.get_attribute("data-confused") for count in page.locator(".hop-count").all()]
 
 
+def _wait_for_errors(page, settings: MemorySettings) -> None:
+    for name, side in demo_memory.explore(settings)[1].items():
+        page.wait_for_selector(f".hop-count[data-side={name}][data-error='{side.error:.4f}']")
+
+
 def _drag(page, start, end) -> None:
     """With the finger where the page is a phone's, else with the mouse."""
     if not page.evaluate("navigator.maxTouchPoints > 0"):
@@ -502,30 +725,36 @@ def test_a_slider_changes_what_the_memory_retrieves(page):
     from playwright.sync_api import expect
 
     assert _overflow(page) <= 0
-    before = _confused(page)
-    assert before == [str(int(side.confused.sum())) for side in demo_memory.explore(MemorySettings())[1].values()]
-    page.get_by_label("number input for Amount").fill("0.2")
+    start = MemorySettings()
+    _wait_for_errors(page, start)
+    assert _confused(page) == [str(int(side.confused.sum())) for side in demo_memory.explore(start)[1].values()]
+    digit = page.get_by_label("number input for Digit in the pictures")
+    first = demo_memory.next_confused(start, -1)
+    expect(digit).to_have_value(str(first + 1))
+    page.get_by_label("number input for Amount").fill("0.5")
     page.get_by_label("number input for Amount").press("Enter")
-    after = [str(int(side.confused.sum())) for side in demo_memory.explore(MemorySettings(amount=0.2))[1].values()]
-    page.wait_for_selector(f".hop-count[data-side=with][data-confused='{after[1]}']")
-    assert _confused(page) == after
+    _wait_for_errors(page, replace(start, amount=0.5))
     page.get_by_label("range slider for β, sharpness").focus()
     page.keyboard.press("End")
-    sharp = demo_memory.explore(MemorySettings(amount=0.2, beta=100))[1]["without"].confused
-    page.wait_for_selector(f".hop-count[data-side=without][data-confused='{int(sharp.sum())}']")
+    sharp = replace(start, amount=0.5, beta=100)
+    _wait_for_errors(page, sharp)
     page.get_by_role("button", name="Next confused digit").click()
+    expect(digit).to_have_value(str(demo_memory.next_confused(sharp, first) + 1))
     page.wait_for_selector(".hop-verdict.wrong")
     page.get_by_role("button", name="Store other digits").click()
-    other = demo_memory.explore(MemorySettings(amount=0.2, beta=100, seed=1))[1]["with"].confused
-    page.wait_for_selector(f".hop-count[data-side=with][data-confused='{int(other.sum())}']")
-    digit = page.get_by_label("range slider for Digit to look at")
-    for name, value, most in (("M, stored digits", "150", "150"), ("Digit to look at", "140", "150"), ("M, stored digits", "120", "120")):
+    _wait_for_errors(page, replace(sharp, seed=1))
+    digit = page.get_by_label("range slider for Digit in the pictures")
+    for name, value, most in (
+        ("M, stored digits", "150", "150"),
+        ("Digit in the pictures", "140", "150"),
+        ("M, stored digits", "120", "120"),
+    ):
         page.get_by_label(f"number input for {name}").fill(value)
         page.get_by_label(f"number input for {name}").press("Enter")
         expect(digit).to_have_attribute("max", most)
         expect(page.get_by_label(f"number input for {name}")).to_have_value(value)
     page.wait_for_selector(".hop-count >> text=of 120")
-    expect(page.get_by_label("number input for Digit to look at")).to_have_value("120")
+    expect(page.get_by_label("number input for Digit in the pictures")).to_have_value("120")
     assert page.locator(".toast-body").count() == 0
     page.get_by_label("none", exact=True).check()
     page.get_by_text("Choose a method of separation to compare with.").wait_for()
@@ -585,7 +814,9 @@ def _pixels(uri: str) -> np.ndarray:
 
 @needs_browser
 def test_images_are_classified_and_a_file_that_is_none_is_refused(page, tmp_path):
+    started = time.perf_counter()
     open_tab(page, "Classify")
+    assert time.perf_counter() - started < 5
     page.get_by_label("Classify this 7").click()
     page.wait_for_selector("#answer [data-answer='7']")
     assert page.locator("#answer .hop-layer").count() == 3
@@ -620,3 +851,116 @@ def test_a_bag_is_drawn_changed_and_emptied(page):
     page.get_by_role("button", name="Empty the bag").click()
     page.wait_for_selector("#bag [data-empty]")
     page.get_by_text("so there is nothing to weigh").wait_for()
+
+
+@needs_browser
+def test_a_series_is_forecast_and_another_is_uploaded(page, tmp_path):
+    open_tab(page, "Forecast")
+    page.wait_for_selector("#forecast [data-series='temperature (°C)']")
+    errors = [float(row.get_attribute("data-value")) for row in page.locator("#forecast [data-error]").all()]
+    assert errors[0] < errors[1]
+    page.get_by_label("water level (m)").check()
+    page.wait_for_selector("#forecast [data-series='water level (m)']")
+    page.get_by_label("number input for Start of the forecast").fill("100")
+    page.get_by_label("number input for Start of the forecast").press("Enter")
+    page.wait_for_selector("#forecast [data-start='1476']")
+    assert _overflow(page) <= 0
+    (tmp_path / "bad.csv").write_text("name\nAnn\n")
+    page.locator("input[type=file] >> visible=false").last.set_input_files(tmp_path / "bad.csv")
+    page.get_by_text("has no column of numbers that vary").wait_for()
+    frame = pandas.DataFrame({"sales (kg)": 5 + np.sin(np.arange(420) / 5), "price (€)": 2 + np.cos(np.arange(420) / 7)})
+    frame.to_csv(tmp_path / "shop.csv", index=False)
+    page.locator("input[type=file] >> visible=false").last.set_input_files(tmp_path / "shop.csv")
+    page.wait_for_selector("#forecast [data-series='sales (kg)']", timeout=TRAINING_MS)
+    page.get_by_label("price (€)").check()
+    page.wait_for_selector("#forecast [data-series='price (€)']")
+    page.get_by_role("button", name="Back to the made series").click()
+    page.wait_for_selector("#forecast [data-series='temperature (°C)']")
+
+
+@needs_browser
+def test_on_a_phone_the_result_comes_before_the_controls(page):
+    if not page.evaluate("navigator.maxTouchPoints > 0"):
+        pytest.skip("a phone's layout")
+    for name, ready in READY.items():
+        open_tab(page, name)
+        result = page.locator(f"{ready} >> visible=true").first.bounding_box()
+        panel = page.get_by_role("tabpanel").locator("visible=true")
+        controls = panel.locator("button, input").locator("visible=true").all()
+        # What is part of a result, such as the images of a bag, is no control of its own.
+        outside = [each for each in controls if not each.evaluate("node => Boolean(node.closest('#bag, #answer, #landscape, #forecast'))")]
+        assert len(outside) > 2
+        assert min(each.bounding_box()["y"] for each in outside) >= result["y"]
+
+
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const color = (text) => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = text;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+    return { rgb: [r, g, b], a: a / 255 };
+  };
+  const over = (top, a, below) => top.map((v, i) => a * v + (1 - a) * below[i]);
+  const linear = (v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const ratio = (x, y) => (Math.max(light(x), light(y)) + 0.05) / (Math.min(light(x), light(y)) + 0.05);
+  // Every colour that may lie below a text: of a gradient, all of its stops.
+  const grounds = (node) => {
+    const layers = [];
+    for (let at = node; at; at = at.parentElement) {
+      const style = getComputedStyle(at);
+      const stops = (style.backgroundImage.match(/rgba?\\([^)]*\\)/g) || []).map(color);
+      const own = color(style.backgroundColor);
+      if (stops.length) layers.push(stops);
+      layers.push([own]);
+      if (own.a === 1 || (stops.length && stops.every((stop) => stop.a === 1))) break;
+    }
+    let found = [[255, 255, 255]];
+    for (const layer of layers.reverse()) found = found.flatMap((ground) => layer.map((one) => over(one.rgb, one.a, ground)));
+    return found;
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("body *")) {
+    if (node.closest("svg, script, style, noscript")) continue;
+    const typed = node.matches("input:not([type=range], [type=radio], [type=checkbox], [type=file]), textarea");
+    const text = typed ? node.value : [...node.childNodes].filter((each) => each.nodeType === 3).map((each) => each.data).join("").trim();
+    const box = node.getBoundingClientRect();
+    if (!text || box.width < 2 || box.height < 2 || !node.checkVisibility({ checkVisibilityCSS: true })) continue;
+    let opacity = 1;
+    for (let at = node; at; at = at.parentElement) opacity *= Number(getComputedStyle(at).opacity);
+    const ink = color(getComputedStyle(node).color);
+    const worst = Math.min(...grounds(node).map((ground) => ratio(over(ink.rgb, ink.a * opacity, ground), ground)));
+    found.push({ text: text.slice(0, 60), tag: node.tagName, ratio: worst });
+  }
+  return found;
+}"""
+
+
+@needs_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_stands_out_and_links_lead_somewhere(browser, address, theme):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(f"{address}/?__theme={theme}")
+    followed = set()
+    for name in READY:
+        open_tab(page, name)
+        page.get_by_role("button", name="The same in code").locator("visible=true").click()
+        page.wait_for_selector(".hop-code >> visible=true")
+        page.mouse.move(0, 0)
+        # Colours change gradually when a tab is pressed.
+        page.wait_for_timeout(400)
+        texts = page.evaluate(CONTRAST)
+        assert {"BUTTON", "INPUT", "SPAN"} <= {text["tag"] for text in texts} or name in ("Classify", "Bags")
+        assert [text for text in texts if text["ratio"] < 4.5] == []
+        for link in page.locator(".hop-links a >> visible=true").all():
+            followed.add(link.get_attribute("href"))
+    page.close()
+    assert {demo_links.module_address(pages.module) for pages in demo_links.TABS.values()} <= followed
+    assert {demo_links.guide_address(pages.guide) for pages in demo_links.TABS.values()} - {None} <= followed
+    for link in followed:
+        if link.startswith("/"):
+            with urllib.request.urlopen(f"{address}{link}") as answer:
+                assert answer.status == 200
+                assert len(answer.read()) > 500
