@@ -706,7 +706,7 @@ def test_sharded_parameters_are_refused(tmp_path, monkeypatch, kind):
     callback = trainer.callback_handler.callbacks[1]
     assert isinstance(callback, SeparationCallback)
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
-    with pytest.raises(NotImplementedError, match=rf"under {kind.value}"):
+    with pytest.raises(NotImplementedError, match=rf"but {kind.value} shards"):
         callback.on_train_begin(
             trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=trainer.get_train_dataloader()
         )
@@ -717,7 +717,7 @@ def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
     callback = algorithm_2()
     trainer = _trainer(tmp_path, callback)
     setattr(trainer.args, engine, "full_shard")
-    with pytest.raises(NotImplementedError, match=f"under {engine}"):
+    with pytest.raises(NotImplementedError, match=f"but {engine} shards"):
         callback.on_train_begin(
             trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=trainer.get_train_dataloader()
         )
