@@ -9,7 +9,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from intervals import half_width_of
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import ScaledTranslation
 from styles import (
     BASELINE,
     BASELINES,
@@ -56,7 +55,9 @@ def curves_figure(path: Path, gathered: dict[str, Any]) -> None:
     groups = list(dict.fromkeys(_group_of(variant) for variant in variants))
     across = len(keys) if len(groups) > 1 else min(2, len(keys))
     down = len(groups) * math.ceil(len(keys) / across)
-    figure, axes = plt.subplots(down, across, figsize=(3.1 * across + 2.6, 2.7 * down + 0.7), layout="constrained", squeeze=False)
+    longest = max(len(label_of(variant.removeprefix(f"{_group_of(variant)}: "))) for variant in variants)
+    size = (3.2 * across + 0.085 * longest + 0.8, 2.7 * down + 0.7)
+    figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
     shown = 0
     for index, (group, key) in enumerate((group, key) for group in groups for key in keys):
         axis = axes.flat[index]
@@ -68,6 +69,7 @@ def curves_figure(path: Path, gathered: dict[str, Any]) -> None:
             axis.plot(epochs, values.mean(0), **style.line(), label=label_of(name))
             axis.fill_between(epochs, values.min(0), values.max(0), color=style.color, alpha=0.12, linewidth=0)
         split, _, kind = key.removeprefix("eval_").partition("_")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.set(title=f"{group + ': ' if group else ''}{'training' if split == 'train' else split}", xlabel="epoch")
         axis.set(ylabel="cross-entropy (nats)" if kind == "loss" else kind)
     for axis in axes.flat[len(groups) * len(keys) :]:
@@ -112,17 +114,16 @@ def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
     for axis, metric in zip(axes, ("max_train_accuracy", "test_accuracy"), strict=True):
         for place, (name, style) in enumerate(styles_of(lines).items()):
             # Side by side, because intervals of several variants at one size would cover each other.
-            beside = axis.transData + ScaledTranslation((place - (len(lines) - 1) / 2) * 5 / 72, 0, figure.dpi_scale_trans)
+            shift = 1.03 ** (place - (len(lines) - 1) / 2)
             own = sorted(((count, metrics[metric]) for label, count, metrics in points if label == name), key=lambda point: point[0])
             widths = [half_width_of(m["values"]) for _, m in own]
             axis.errorbar(
-                [count for count, _ in own],
+                [shift * count for count, _ in own],
                 [m["mean"] for _, m in own],
                 widths,
                 **style.line(),
                 capsize=3,
                 label=label_of(name),
-                transform=beside,
             )
         axis.set(title=METRICS[metric].capitalize(), xlabel="training images", ylabel="accuracy", xscale="log")
         axis.set_xticks(sizes, [f"{count:,}" for count in sizes])
@@ -160,7 +161,7 @@ def _differences(path: Path, panels: list[tuple[str, str, list[dict[str, Any]]]]
     """Points with 95 % confidence intervals; filled where the difference exceeds its interval. Panels share their axes."""
     names = list(dict.fromkeys(_pair_name(pair) for _, _, pairs in panels for pair in pairs))
     rows = math.ceil(len(panels) / columns)
-    size = (4.6 + (3.6 if columns < 4 else 2.5) * columns, 1.5 + rows * (0.6 + 0.27 * len(names)))
+    size = (4.6 + (3.6 if columns < 4 else 2.5) * columns, 1.4 + rows * (0.6 + 0.28 * len(names)))
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False)
     exceeding = total = 0
     for axis in axes.flat[len(panels) :]:
@@ -179,7 +180,7 @@ def _differences(path: Path, panels: list[tuple[str, str, list[dict[str, Any]]]]
         axis.tick_params(labelbottom=index + columns >= len(panels))
         axis.set_yticks(range(len(names)), names)
         axis.xaxis.set_major_locator(MaxNLocator(5))
-    axes[0, 0].invert_yaxis()
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle(
         f"{title}: paired differences with 95 % confidence intervals\n"
         f"Right of 0: the first is higher. Filled: the difference exceeds its interval ({exceeding} of {total})"

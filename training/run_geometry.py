@@ -187,7 +187,7 @@ def landscape(recipe: GeometryRecipe) -> Result:
     """Energy over the plane of raw patterns, before and after steps of U-Hop+."""
     columns = len(recipe.separation_steps)
     figure, axes = plt.subplots(
-        len(recipe.memories), columns, figsize=(3.2 * columns, 3.2 * len(recipe.memories)), layout="constrained", squeeze=False
+        len(recipe.memories), columns, figsize=(2.9 * columns, 3.4 * len(recipe.memories) + 0.6), layout="constrained", squeeze=False
     )
     results: dict[str, Any] = {}
     for row, count in zip(axes, recipe.memories, strict=True):
@@ -325,22 +325,24 @@ def circles(maps: dict[str, FeatureMap], memories: torch.Tensor, names: list[str
             axis.text(*place, name, ha="center", va="center", fontsize=9)
         heading = "best linear map" if title == "optimum" else after(int(title.removeprefix("N = ")))
         axis.set(title=f"{heading}\nseparation {separation_of(phi, memories):.3f}", xticks=[], yticks=[])
-        axis.set(aspect="equal", xlim=(-1.85, 1.85), ylim=(-1.75, 1.75))
+        axis.set(aspect="equal", xlim=(-1.85, 1.85), ylim=(-1.75, 1.75), frame_on=False)
     figure.suptitle(f"An image of each class, as features of width 2 (evenly spread points have separation {best:.3f})")
     return figure
 
 
 def apart(angles: np.ndarray, least: float) -> np.ndarray:
-    """Angles moved until neighbours differ by `least`, for labels that do not overlap."""
-    order, moved = np.argsort(angles), angles.astype(np.float64)
-    for _ in range(200):
-        for first, second in zip(order, np.roll(order, -1), strict=True):
-            gap = (moved[second] - moved[first]) % (2.0 * math.pi)
-            gap = gap - 2.0 * math.pi if gap > 1.5 * math.pi else gap
-            if gap < least:
-                moved[first] -= (least - gap) / 2.0
-                moved[second] += (least - gap) / 2.0
-    return moved
+    """Angles moved until neighbours differ by at least `least`, for labels that do not overlap."""
+    order = np.argsort(angles)
+    gaps = np.diff(angles[order], append=angles[order[0]] + 2.0 * math.pi)
+    # From the largest gap on, so that the last and the first do not meet.
+    order = np.roll(order, -1 - int(gaps.argmax()))
+    moved = np.unwrap(angles[order])
+    for place in range(1, len(moved)):
+        moved[place] = max(moved[place], moved[place - 1] + least)
+    moved -= np.mean(moved - np.unwrap(angles[order]))
+    result = np.empty_like(moved)
+    result[order] = moved
+    return result
 
 
 def spread(values: list[float]) -> dict[str, Any]:
