@@ -9,6 +9,7 @@ import numpy as np
 from intervals import half_width_of
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
+from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 from styles import BASELINES, METHODS, OBSERVED, REFERENCE, THIS_RUN, dataset_name, legend_beside, save
 
@@ -31,7 +32,8 @@ def training_figure(
     parts = figure.subfigures(2 if grams else 1, 1, squeeze=False, height_ratios=(1.15, len(grams))[: 2 if grams else 1])[:, 0]
     separation, task, accuracy = parts[0].subplots(1, 3)
     for split, color, marker in (("train", OBSERVED, "o"), ("validation", THIS_RUN, "s")):
-        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.3, "label": f"{split} images"}
+        name = f"{'training' if split == 'train' else split} images"
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.3, "label": name}
         task.plot(*_series(log_history, f"eval_{split}_loss"), **style)
         accuracy.plot(*_series(log_history, f"eval_{split}_accuracy"), **style)
     task.set(title="Stage II: task loss", xlabel="training step", ylabel="cross-entropy (nats)", ylim=(0, None))
@@ -64,6 +66,8 @@ def _gram_matrices(figure: SubFigure, grams: dict[str, list[np.ndarray]]) -> Non
     for axis, (moment, layer, gram) in zip(axes.flat, titled, strict=True):
         picture = axis.imshow(gram, vmin=-1, vmax=1, cmap="RdBu_r")
         axis.grid(False)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axis.set(title=f"{moment} Stage I, layer {layer}: mean {_off_diagonal(gram):.2f}")
         axis.label_outer()
     for axis in axes[-1]:

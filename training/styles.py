@@ -136,10 +136,13 @@ def dataset_name(dataset: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG of at most 256 colours, which keeps files small, and close the figure."""
+    """Write a PNG and close the figure. One of lines alone gets at most 256 colours, which makes its file small."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    image = Image.open(drawn).convert("RGB")
+    if not any(axis.images for axis in figure.get_axes()):
+        image = image.quantize(256, dither=Image.Dither.NONE)
+    image.save(path, optimize=True)
     plt.close(figure)
 
 
