@@ -92,7 +92,7 @@ def headline(gathered: dict[str, Any]) -> str:
         best = min((model for model in errors if model in BASELINES), key=lambda model: error(model)[0])
         ours = f"**Sum of squared pixel errors: {with_interval(*error(NAMES[METHOD], ALPHA))}** (alpha {ALPHA}, {MEMORIES} memories"
         return (
-            f"{ours}, mean over {recipe['repeats']} sets of memories).\nBest baseline, {best}: {with_interval(*error(best))}. {INTERVALS}"
+            f"{ours}, mean over {recipe['repeats']} sets of memories).\nBest baseline, {best}: {with_interval(*error(best))}.\n{INTERVALS}"
         )
     metric, (_, name) = next(iter(family.metrics.items()))
     if family.name == "mil":
@@ -101,14 +101,14 @@ def headline(gathered: dict[str, Any]) -> str:
         best = max((job for job in scores if job in BASELINES), key=lambda job: scores[job][0])
         over = f"{recipe['repeats']} cross-validations of {recipe['folds']} folds"
         ours, baseline = scores[variant], f"Best baseline, {best}: {with_interval(*scores[best])}."
-        return f"**{name}: {with_interval(*ours)}** (mean over {over}).\n{baseline} {INTERVALS}"
+        return f"**{name}: {with_interval(*ours)}** (mean over {over}).\n{baseline}\n{INTERVALS}"
     variant = variant_as_released(recipe, gathered["sweep"]["variants"])
     values = {job: entry["metrics"][metric]["values"] for job, entry in gathered["variants"].items()}
     if family.name == "vit":
         baseline = f"Baseline, no Phi: {with_interval(*mean_of(values['no Phi']))}."
     else:
         baseline = best_fixed(gathered["baselines"], metric)
-    return f"**{name}: {with_interval(*mean_of(values[variant]))}** (mean over {len(values[variant])} seeds).\n{baseline} {INTERVALS}"
+    return f"**{name}: {with_interval(*mean_of(values[variant]))}** (mean over {len(values[variant])} seeds).\n{baseline}\n{INTERVALS}"
 
 
 INTERVALS = "Numbers after ± are 95 % confidence intervals."
