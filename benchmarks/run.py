@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import matplotlib
 import torch
 from entmax import entmax15
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,12 +43,9 @@ from modeling_uhop import (
 )
 
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "training"))
+from comparison_figures import growth_figure  # noqa: E402
 from recipe import provenance  # noqa: E402
 
 
@@ -505,20 +501,6 @@ def growth_of_cost() -> dict[str, Any]:
         for name, taken in zip(("ours, in blocks", "torch.pdist"), times, strict=True):
             curves["separation"].setdefault(name, {})[size] = statistics.median(taken)
     return curves
-
-
-def growth_figure(path: Path, growth: dict[str, Any]) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for axis, (part, label) in zip(axes, (("attention", "tokens N"), ("separation", "memories M")), strict=True):
-        for name, curve in growth[part].items():
-            axis.loglog([int(size) for size in curve], list(curve.values()), marker="o", label=name)
-        axis.set_xticks([int(size) for size in curve], list(curve))
-        axis.minorticks_off()
-        axis.set(title=f"{part}, with gradients", xlabel=label, ylabel="milliseconds of CPU time")
-        axis.legend()
-        axis.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

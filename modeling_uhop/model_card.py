@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
 class Family(NamedTuple):
-    """What a card says of every model of a family: the Hub's task (or none), tags, and metrics by their names in a results file."""
+    """What every card of a family states: the Hub's task (or none), tags, and metrics by their names in a results file."""
 
     name: str
     pipeline_tag: str | None
@@ -41,7 +41,7 @@ FAMILIES = {
 
 
 def family_of(recipe: dict[str, Any]) -> Family:
-    """The family that a recorded recipe trains, told by what it says of its data."""
+    """The family that a recorded recipe trains; the fields of its data tell which."""
     if "experiment" in recipe:
         return FAMILIES["memory"]
     columns = {"instances_column": "mil", "date_column": "stanhop"}
@@ -53,18 +53,20 @@ def model_card(
     template_path: Path,
     *,
     model_id: str | None = None,
+    headline: str | None = None,
     comparison: str | None = None,
     cost: str | None = None,
     figures: Sequence[tuple[str, str]] = (),
 ) -> ModelCard:
-    """A model's card from its results and a Jinja template, with a `model-index` of its metrics on data it was not trained on.
+    """The card of a model from its results and a Jinja template, with a `model-index` of its metrics on held-out data.
 
     Args:
         results: A results file's content: recipe, metrics (numbers, or mean and spread), seed or seeds, num_parameters, versions, commit.
         template_path: The template.
-        model_id: Where the model lies on the Hub, for the example that loads it; by default a folder.
-        comparison: Markdown table of the same recipe over several seeds, beside its baselines.
-        cost: What training costs, where the results do not have it.
+        model_id: The model's name on the Hub, for the example that loads it; by default a folder.
+        headline: The first metric, its confidence interval and that of the baseline, in a sentence or two. By default the metric alone.
+        comparison: Markdown table of the same recipe over several seeds, with its baselines.
+        cost: Cost of training, if the results do not hold it.
         figures: Titles and paths of pictures, relative to the card.
 
     Raises:
@@ -107,6 +109,7 @@ def model_card(
         results=results,
         metrics={family.metrics[name][1]: _shown(value) for name, value in values.items()},
         model_id=model_id or "path/to/this/folder",
+        headline=headline or _headline(family, next(iter(values.values()))),
         comparison=comparison,
         cost=cost or _cost(results),
         figures=figures,
@@ -118,6 +121,13 @@ def write_model_card(folder: Path, results_path: Path, template_path: Path, **op
     card = model_card(json.loads(results_path.read_text()), template_path, **options)
     card.save(folder / "README.md")
     return card
+
+
+def _headline(family: Family, value: Any) -> str:
+    """A run's first metric. One run has no interval, and nothing here compares it."""
+    name = next(iter(family.metrics.values()))[1]
+    mean = value["mean"] if isinstance(value, dict) else value
+    return f"**{name}: {mean:.4f}**, from one run, without a confidence interval. This run was not compared with a baseline."
 
 
 def _shown(value: Any) -> str:

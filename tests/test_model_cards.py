@@ -5,10 +5,13 @@ import math
 import re
 from typing import Any
 
+import cards
+import numpy as np
 import pytest
 import yaml
-from cards import CARDS, RESULTS, TEMPLATE, released_cards, same_training, variant_as_released, write_card
+from cards import CARDS, RESULTS, TEMPLATE, headline, released, released_cards, same_training, variant_as_released, write_card
 from huggingface_hub import ModelCard
+from scipy import stats
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from modeling_uhop.model_card import model_card
@@ -48,7 +51,7 @@ def _results(family: str, **recipe):
 
 
 def test_the_cards_say_what_the_results_files_say():
-    """If this fails, `make tables` writes them anew."""
+    """If this fails, `make tables` writes them again."""
     expected = released_cards()
     assert sorted(expected) == PATHS
     for path, text in expected.items():
@@ -90,6 +93,80 @@ def test_a_card_has_valid_front_matter_results_and_links(path):
     assert len(re.findall(r" ± ", table)) >= 2
 
 
+def _first_screen(path):
+    return path.read_text().split("\n---\n", 1)[1].split("\n## How to load\n")[0]
+
+
+def _numbers(text):
+    """The metric, its interval and those of the baseline; `None` without an interval."""
+    found = re.findall(r": (\d+\.\d{4})(?: ± (\d+\.\d{4}))?", text)
+    return [(float(mean), float(width) if width else None) for mean, width in found]
+
+
+def _interval(values):
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    return pytest.approx((np.mean(values), (high - low) / 2), abs=5.1e-5)
+
+
+@pytest.mark.parametrize(("name", "ours"), [("vit_digits", "separation"), ("stanhop_etth1_96", "U-Hop")])
+def test_the_first_screen_has_the_metric_beside_the_baseline(name, ours):
+    screen = _first_screen(CARDS / f"{name}.md")
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    metric = "test_accuracy" if name == "vit_digits" else "test_mse"
+    values = {variant: entry["metrics"][metric]["values"] for variant, entry in results["variants"].items()}
+    first, second = _numbers(screen)
+    assert first == _interval(values[ours])
+    if name == "vit_digits":
+        assert second == _interval(values["no Phi"])
+    else:
+        assert second == (pytest.approx(min(errors["test_mse"] for errors in results["baselines"].values()), abs=5.1e-5), None)
+    code = screen.split("```python\n")[1].split("```")[0]
+    assert len([line for line in code.splitlines() if line]) <= 6
+    assert max(map(len, screen.splitlines())) <= 105
+
+
+def test_the_first_screen_of_bags_has_intervals_that_allow_for_shared_bags():
+    results = json.loads((RESULTS / "mil_musk2.json").read_text())
+    scores = {job: np.ravel(results["results"][job]["auc_by_fold"]) for job in ("dense", "set kernel, SVM")}
+    expected = [(by_fold.mean(), stats.t.ppf(0.975, 49) * ((1 / 50 + 1 / 9) * by_fold.var(ddof=1)) ** 0.5) for by_fold in scores.values()]
+    shown = _numbers(_first_screen(CARDS / "mil_musk2.md"))
+    assert [pytest.approx(pair, abs=5.1e-5) for pair in expected] == shown
+
+
+def test_a_memory_is_compared_at_the_alpha_of_the_package():
+    errors = {"no Phi": 9.0, "denoising": 1.0, "U-Hop": 1.5, "U-Hop+": 2.0}
+    of_maps = {
+        name: {alpha: {"100": {"mean": error / float(alpha), "std": 0.2}} for alpha in ("1", "1.5", "2")} for name, error in errors.items()
+    }
+    of_baselines = {name: {"1": {"100": {"mean": error, "std": 0.3}}} for name, error in {"L2": 4.0, "Manhattan": 3.0}.items()}
+    recipe = {"experiment": "memory_size", "repeats": 3, "steps": 100, "data": {"dataset": "digits"}}
+    summary = {cards.PANEL: {**of_maps, **of_baselines}}
+    gathered = {"summary": summary, "recipe": recipe, "versions": {"torch": "2.13.0"}, "commit": "abc"}
+    mean = errors[cards.NAMES[cards.METHOD]] / float(cards.ALPHA)
+    quantile = stats.t.ppf(0.975, 2) / 3**0.5
+    assert _numbers(headline(gathered)) == [pytest.approx((mean, 0.2 * quantile), abs=1e-4), pytest.approx((3.0, 0.3 * quantile), abs=1e-4)]
+    assert "Best baseline, Manhattan" in headline(gathered)
+    table = cards.comparison(gathered).splitlines()
+    assert table[0] == "| sum of squared pixel errors | alpha 1 | alpha 1.5 | alpha 2 |"
+    assert table[-1] == "| Manhattan | 3.0000 ± 0.3000 |  |  |"
+    text = str(model_card(released(gathered, "memory"), TEMPLATE, headline=headline(gathered), comparison="\n".join(table)))
+    assert f"alpha={cards.ALPHA}, beta=10.0" in text
+    assert f'memory.separate(steps=100, method="{cards.METHOD}")' in text
+
+
+def test_a_run_without_comparison_says_so(tmp_path):
+    for family, number in (("vit", "0.9300"), ("mil", "0.9000"), ("stanhop", "0.4100")):
+        (tmp_path / "results.json").write_text(json.dumps(_results(family)))
+        write_card(tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert f": {number}**, from one run, without a confidence interval.\nThis run was not compared with a baseline." in text
+    run = _results("stanhop")
+    run["metrics"] = {**run["metrics"], "baselines": {"linear, 168": {"test_mse": 0.4}, "repeat last": {"test_mse": 1.3}}}
+    (tmp_path / "results.json").write_text(json.dumps(run))
+    write_card(tmp_path)
+    assert "Best baseline, linear, 168: 0.4000 (not random" in (tmp_path / "README.md").read_text()
+
+
 def test_a_cards_numbers_are_means_over_the_seeds_of_its_results():
     results = json.loads((RESULTS / "stanhop_wth_96.json").read_text())["variants"]["U-Hop"]["metrics"]
     evaluations = {e.metric_type: e.metric_value for e in ModelCard.load(CARDS / "stanhop_wth_96.md").data.eval_results}
@@ -109,7 +186,7 @@ def test_a_run_gets_a_card_of_its_own_whatever_its_name(family, name, tmp_path):
     assert "somebody/something" in text
     assert "path/to/this/folder" not in text
     assert "![Forecasts beside the windows that a memory retrieves](forecast.png)" in text
-    assert "Beside its variants" not in text
+    assert "Its variants and baselines" not in text
     assert "12,345" in text
     assert "a good processor, 2 cores, no GPU" in text
     values = [value["mean"] if isinstance(value, dict) else value for value in METRICS[family].values() if value != {}]
@@ -127,7 +204,7 @@ def test_only_a_run_of_the_recipe_as_released_is_compared(tmp_path):
         run["recipe"] = {**run["recipe"], **changes}
         (tmp_path / "results.json").write_text(json.dumps(run))
         write_card(tmp_path)
-        assert ("Beside its variants" in (tmp_path / "README.md").read_text()) is compared
+        assert ("Its variants and baselines" in (tmp_path / "README.md").read_text()) is compared
 
 
 def test_defaults_that_are_spelled_out_make_no_other_recipe():

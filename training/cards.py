@@ -1,6 +1,6 @@
-"""Model cards: of a run, beside its results; and of the released recipes, in model_cards/, from benchmarks/results.
+"""Model cards: of a finished run, in its folder; and of the released recipes, in model_cards/, from benchmarks/results.
 
-Those in model_cards/ are made anew by `python training/document.py`.
+`python training/document.py` writes those in model_cards/ again.
 """
 
 import inspect
@@ -9,10 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from intervals import half_width, half_width_of, half_width_over_folds
 from recipe import ROOT, MILRecipe, STanHopRecipe, ViTRecipe, apply_override
+from styles import BASELINES
 from tables import results_table
 
-from modeling_uhop import SeparationCallback
+from modeling_uhop import SeparationCallback, UHopMemoryConfig, UHopMemoryModel
 from modeling_uhop.model_card import family_of, model_card, write_model_card
 
 
@@ -21,7 +23,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 CARDS = ROOT / "model_cards"
 TEMPLATE = CARDS / "template.md"
 FIGURES = {
-    "curves.png": "Losses and accuracies of every variant by epoch",
+    "curves.png": "Losses and accuracies by epoch",
+    "differences.png": "Paired differences between variants, with 95 % confidence intervals",
     "samples.png": "Accuracies by the number of training images",
     "training.png": "Training, and cosines between patch features before and after the separation step",
     "bag.png": "A bag, sorted by the weights of the model",
@@ -30,13 +33,17 @@ FIGURES = {
 }
 # Fields that only some recipes have, and that tell their runs apart.
 OPTIONS = ("ensemble", "architecture", "skip_start")
-# The number of memories and the conditions that a memory's card speaks of.
+# The number of memories, the conditions and the map that the card of a memory describes; the map is the package's default.
 MEMORIES, PANEL = "100", "unit norm, beta 10"
+METHOD: str = inspect.signature(UHopMemoryModel.separate).parameters["method"].default
+ALPHA = f"{UHopMemoryConfig().alpha:g}"
+NAMES = {"denoising": "denoising", "uhop": "U-Hop", "uhop+": "U-Hop+"}
 
 
 def write_card(folder: Path, model_id: str | None = None) -> None:
-    """Write the card of a finished run, with its figures, and the comparison of its recipe if that is a released one."""
-    recipe = json.loads((folder / "results.json").read_text())["recipe"]
+    """Write the card of a finished run, with its figures. If its recipe is a released one, the card also has that comparison."""
+    results = json.loads((folder / "results.json").read_text())
+    recipe = results["recipe"]
     path = RESULTS / f"{recipe['name']}.json"
     gathered = json.loads(path.read_text()) if path.is_file() else {}
     same = "variants" in gathered and same_training(gathered["recipe"], recipe)
@@ -45,6 +52,7 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
         folder / "results.json",
         TEMPLATE,
         model_id=model_id,
+        headline=headline_of_run(results, gathered if same else None),
         comparison=comparison(gathered) if same else None,
         figures=[(title, name) for name, title in FIGURES.items() if (folder / name).is_file()],
     )
@@ -58,12 +66,92 @@ def released_cards() -> dict[Path, str]:
         of_a_recipe = "variants" in gathered and not gathered.get("sweep", {}).get("suffix")
         if of_a_recipe or gathered.get("recipe", {}).get("experiment") == "memory_size":
             options: dict[str, Any] = {
+                "headline": headline(gathered),
                 "comparison": comparison(gathered),
                 "cost": cost_of(gathered, path.stem),
                 "figures": figures_of(path),
             }
             cards[CARDS / f"{path.stem}.md"] = f"{model_card(released(gathered, path.stem), TEMPLATE, **options)}\n"
     return cards
+
+
+def headline(gathered: dict[str, Any]) -> str:
+    """The metric of a released recipe and that of its baseline, each with its 95 % confidence interval, in two sentences.
+
+    The baseline of images is the same model without Phi; elsewhere it is the best one that is no Hopfield model.
+    """
+    recipe = gathered["recipe"]
+    family = family_of(recipe)
+    if family.name == "memory":
+        errors = gathered["summary"][PANEL]
+
+        def error(model: str, alpha: str = "1") -> tuple[float, float | None]:
+            found = errors[model][alpha][MEMORIES]
+            return found["mean"], half_width(found["std"], recipe["repeats"])
+
+        best = min((model for model in errors if model in BASELINES), key=lambda model: error(model)[0])
+        ours = f"**Sum of squared pixel errors: {with_interval(*error(NAMES[METHOD], ALPHA))}** (alpha {ALPHA}, {MEMORIES} memories"
+        return (
+            f"{ours}, mean over {recipe['repeats']} sets of memories).\nBest baseline, {best}: {with_interval(*error(best))}.\n{INTERVALS}"
+        )
+    metric, (_, name) = next(iter(family.metrics.items()))
+    if family.name == "mil":
+        variant = variant_as_released(recipe, gathered["variants"])
+        scores = {job: over_folds(scores, recipe) for job, scores in gathered["results"].items()}
+        best = max((job for job in scores if job in BASELINES), key=lambda job: scores[job][0])
+        over = f"{recipe['repeats']} cross-validations of {recipe['folds']} folds"
+        ours, baseline = scores[variant], f"Best baseline, {best}: {with_interval(*scores[best])}."
+        return f"**{name}: {with_interval(*ours)}** (mean over {over}).\n{baseline}\n{INTERVALS}"
+    variant = variant_as_released(recipe, gathered["sweep"]["variants"])
+    values = {job: entry["metrics"][metric]["values"] for job, entry in gathered["variants"].items()}
+    if family.name == "vit":
+        baseline = f"Baseline, no Phi: {with_interval(*mean_of(values['no Phi']))}."
+    else:
+        baseline = best_fixed(gathered["baselines"], metric)
+    return f"**{name}: {with_interval(*mean_of(values[variant]))}** (mean over {len(values[variant])} seeds).\n{baseline}\n{INTERVALS}"
+
+
+INTERVALS = "Numbers after ± are 95 % confidence intervals."
+
+
+def headline_of_run(results: dict[str, Any], gathered: dict[str, Any] | None) -> str | None:
+    """The metric of one run, and the headline of its recipe if that is a released one; `None` if there is nothing to compare with."""
+    family = family_of(results["recipe"])
+    metric, (_, name) = next(iter(family.metrics.items()))
+    value = results["metrics"][metric]
+    if family.name == "mil" and results.get("outcomes"):
+        scores = [outcome[metric] for outcome in results["outcomes"]]
+        width = half_width_over_folds(scores, results["recipe"]["folds"])
+        own = f"**{name}: {with_interval(sum(scores) / len(scores), width)}** (mean over the folds, with its 95 % confidence interval)."
+    else:
+        mean = value["mean"] if isinstance(value, dict) else value
+        own = f"**{name}: {with_interval(mean, None)}**, from one run, without a confidence interval."
+    if gathered is not None:
+        return f"{own}\nThe same recipe, repeated: {headline(gathered)}"
+    if results["metrics"].get("baselines"):
+        return f"{own}\n{best_fixed(results['metrics']['baselines'], metric)}"
+    return f"{own}\nThis run was not compared with a baseline."
+
+
+def best_fixed(baselines: dict[str, dict[str, float]], metric: str) -> str:
+    """The forecast baseline with the lowest error. Nothing in it is random, so that it has no interval."""
+    best = min(baselines, key=lambda baseline: baselines[baseline][metric])
+    return f"Best baseline, {best}: {with_interval(baselines[best][metric], None)} (not random, so without an interval)."
+
+
+def mean_of(values: list[float]) -> tuple[float, float | None]:
+    return sum(values) / len(values), half_width_of(values) if len(values) > 1 else None
+
+
+def over_folds(scores: dict[str, Any], recipe: dict[str, Any]) -> tuple[float, float | None]:
+    """Mean and half of the 95 % confidence interval of a job's first metric."""
+    metric = recipe["metrics"][0]
+    by_fold = [score for repeat in scores[f"{metric}_by_fold"] for score in repeat]
+    return scores[metric]["mean"], half_width_over_folds(by_fold, recipe["folds"])
+
+
+def with_interval(mean: float, width: float | None) -> str:
+    return f"{mean:.4f}" + ("" if width is None else f" ± {width:.4f}")
 
 
 def figures_of(path: Path) -> list[tuple[str, str]]:
@@ -80,8 +168,9 @@ def released(gathered: dict[str, Any], name: str) -> dict[str, Any]:
     recipe = {"name": name, **gathered["recipe"]}
     shared = {"recipe": recipe, "versions": gathered["versions"], "commit": gathered["commit"]}
     if "summary" in gathered:
-        errors = gathered["summary"][PANEL]["denoising"][MEMORIES]
-        return {**shared, "metrics": {"error": errors}, "seeds": f"{recipe['repeats']} sets of memories"}
+        errors = gathered["summary"][PANEL][NAMES[METHOD]][ALPHA][MEMORIES]
+        described = {"alpha": ALPHA, "method": METHOD, "seeds": f"{recipe['repeats']} sets of memories"}
+        return {**shared, **described, "metrics": {"error": errors}}
     if "results" in gathered:
         variant = variant_as_released(recipe, gathered["variants"])
         metrics = gathered["results"][variant]
@@ -120,11 +209,17 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 def comparison(gathered: dict[str, Any]) -> str:
-    """The table of a released recipe beside its baselines."""
+    """The table of a released recipe and its baselines; for a memory a row for each map and a column for each alpha."""
     if "summary" in gathered:
-        errors = {model: sizes[MEMORIES] for model, sizes in gathered["summary"][PANEL].items() if MEMORIES in sizes}
-        rows = [f"| {model} | {error['mean']:.2f} ± {error['std']:.2f} |" for model, error in errors.items()]
-        return "\n".join(["| model | sum of squared pixel errors |", "| --- | --- |", *rows])
+        by_map = {
+            model: by_alpha for model, by_alpha in gathered["summary"][PANEL].items() if all(MEMORIES in e for e in by_alpha.values())
+        }
+        alphas = sorted({alpha for by_alpha in by_map.values() for alpha in by_alpha}, key=float)
+        lines = [["sum of squared pixel errors", *(f"alpha {alpha}" for alpha in alphas)], ["---"] * (1 + len(alphas))]
+        for model, by_alpha in by_map.items():
+            errors = [by_alpha[alpha][MEMORIES] if alpha in by_alpha else None for alpha in alphas]
+            lines.append([model, *("" if error is None else f"{error['mean']:.4f} ± {error['std']:.4f}" for error in errors)])
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return results_table([gathered])
 
 

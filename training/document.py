@@ -2,7 +2,7 @@
 
 The pages are README.md and those of docs/. A table stands between `<!-- results: NAME ... -->` and `<!-- end -->`. Paired differences
 stand after `<!-- paired: NAME ... -->`, how well weights find the instances that matter after `<!-- instances: NAME -->`, and the
-README's summary of all results after `<!-- headline -->`.
+README's summary of all results after `<!-- headline -->`, and the choice of a memory's defaults after `<!-- choice: NAME ... -->`.
 """
 
 import json
@@ -10,15 +10,18 @@ import re
 from typing import Any
 
 from cards import released_cards
-from figures import curves_figure, paired_figure, retrieval_figure, samples_figure
+from comparison_figures import curves_figure, differences_figure, growth_figure, paired_figure, samples_figure
+from figures import retrieval_figure
+from geometry_figures import FIGURES
 from recipe import ROOT
-from tables import HEADLINE, headline_table, instances_table, paired_table, results_table
+from styles import save
+from tables import HEADLINE, choice_table, headline_table, instances_table, paired_table, results_table
 
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MARKED = re.compile(r"(<!-- (?:(results|paired|instances): ([\w ]+)|headline) -->\n).*?(<!-- end -->)", re.DOTALL)
-TABLES = {"results": results_table, "paired": paired_table, "instances": instances_table}
+MARKED = re.compile(r"(<!-- (?:(results|paired|instances|choice): ([\w/ ]+)|headline) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLES = {"results": results_table, "paired": paired_table, "instances": instances_table, "choice": choice_table}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -39,24 +42,32 @@ def render(page: str) -> str:
     return MARKED.sub(from_results, page)
 
 
+def draw_figures() -> None:
+    """Draw every figure again whose results file holds all that it shows."""
+    results = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    for path, content in results.items():
+        picture, recipe, sweep = path.with_suffix(".png"), content.get("recipe", {}), content.get("sweep", {})
+        if path.stem.startswith("retrieval_"):
+            retrieval_figure(picture, recipe["experiment"], content["rows"], recipe["data"]["dataset"])
+        elif recipe.get("experiment") in FIGURES:
+            save(FIGURES[recipe["experiment"]](content["results"], recipe), picture)
+        elif path.stem == "speed":
+            growth_figure(picture, content["growth"])
+        if sweep.get("curves"):
+            curves_figure(path.with_name(f"{path.stem}_curves.png"), content)
+            differences_figure(path.with_name(f"{path.stem}_differences.png"), content)
+    compared = [content for path, content in results.items() if path.stem.startswith("mil_")]
+    if compared:
+        paired_figure(RESULTS / "mil_paired.png", compared)
+    images = [content for path, content in results.items() if path.stem.startswith("vit_") and "variants" in content]
+    for name in {content["recipe"]["name"] for content in images if any(" images: " in variant for variant in content["variants"])}:
+        samples_figure(RESULTS / f"{name}_samples.png", [content for content in images if content["recipe"]["name"] == name])
+
+
 def main() -> None:
     for page in PAGES:
         page.write_text(render(page.read_text()))
-    for results_path in sorted(RESULTS.glob("retrieval_*.json")):
-        results = json.loads(results_path.read_text())
-        data = results["recipe"]["data"]["dataset"]
-        retrieval_figure(results_path.with_suffix(".png"), results["recipe"]["experiment"], results["rows"], data)
-    compared = [json.loads(results_path.read_text()) for results_path in sorted(RESULTS.glob("mil_*.json"))]
-    if compared:
-        paired_figure(RESULTS / "mil_paired.png", compared)
-    images = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("vit_*.json"))}
-    for results_path, results in images.items():
-        if results.get("sweep", {}).get("curves"):
-            curves_figure(results_path.with_name(f"{results_path.stem}_curves.png"), results)
-    gathered = [results for results in images.values() if "variants" in results]
-    for name in {results["recipe"]["name"] for results in gathered if any(" images: " in variant for variant in results["variants"])}:
-        of_one_recipe = [results for results in gathered if results["recipe"]["name"] == name]
-        samples_figure(RESULTS / f"{name}_samples.png", of_one_recipe)
+    draw_figures()
     for card, text in released_cards().items():
         card.write_text(text)
 

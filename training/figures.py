@@ -1,19 +1,17 @@
-"""Pictures of a run."""
+"""Figures of single runs and of retrieval experiments. Colours and markers are those of `styles`."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-from cycler import cycler
-from scipy.stats import t as student_t
-
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
+import numpy as np
+from intervals import half_width_of
+from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
+from matplotlib.ticker import MaxNLocator
+from scipy.stats import spearmanr
+from styles import BASELINES, METHODS, OBSERVED, REFERENCE, THIS_RUN, dataset_name, legend_beside, save
 
 
 def training_figure(
@@ -30,42 +28,58 @@ def training_figure(
         separation_history: `SeparationCallback.history`, empty without a separation step.
         grams: For each moment ("before", "after" Stage I), one cosine matrix (patches, patches) a layer.
     """
-    figure = plt.figure(figsize=(12, 3.2 + (3.4 * len(grams) if grams else 0)), layout="constrained")
-    parts = figure.subfigures(2 if grams else 1, 1, squeeze=False, height_ratios=(1, len(grams))[: 2 if grams else 1])[:, 0]
-    task, separation, accuracy = parts[0].subplots(1, 3)
-    task.plot(*_series(log_history, "loss"), color="grey", label="while training")
-    for color, split in (("C0", "train"), ("C1", "validation")):
-        task.plot(*_series(log_history, f"eval_{split}_loss"), marker=".", color=color, label=split)
-        accuracy.plot(*_series(log_history, f"eval_{split}_accuracy"), marker=".", color=color, label=split)
-    task.set(title="Task loss", xlabel="step", ylim=(0, None))
-    task.legend()
-    accuracy.set(title="Accuracy", xlabel="step", ylim=(0, 1))
-    separation.set(title="Separation loss (Stage I)")
+    figure = plt.figure(figsize=(11.5, 3.6 + (3.1 * len(grams) if grams else 0)), layout="constrained")
+    parts = figure.subfigures(2 if grams else 1, 1, squeeze=False, height_ratios=(1.15, len(grams))[: 2 if grams else 1])[:, 0]
+    separation, task, accuracy = parts[0].subplots(1, 3)
+    for split, color, marker in (("train", OBSERVED, "o"), ("validation", THIS_RUN, "s")):
+        name = f"{'training' if split == 'train' else split} images"
+        style: dict[str, Any] = {"color": color, "marker": marker, "markersize": 3, "linewidth": 1.3, "label": name}
+        task.plot(*_series(log_history, f"eval_{split}_loss"), **style)
+        accuracy.plot(*_series(log_history, f"eval_{split}_accuracy"), **style)
+    task.set(title="Stage II: task loss", xlabel="training step", ylabel="cross-entropy (nats)", ylim=(0, None))
+    accuracy.set(title="Stage II: accuracy", xlabel="training step", ylabel="share of images", ylim=(0, 1.02))
+    accuracy.legend(loc="lower right")
+    separation.set(title="Stage I: separation loss")
     if separation_history:
         losses = [entry["separation_loss"] for entry in separation_history]
         within_one_round = len({entry["step"] for entry in separation_history}) == 1
         steps = [entry["inner_step" if within_one_round else "step"] for entry in separation_history]
-        separation.plot(steps, losses, marker=".", color="C2")
-        separation.set(xlabel="step of Stage I" if within_one_round else "step")
+        separation.plot(steps, losses, color=THIS_RUN, linewidth=1.3)
+        separation.set(xlabel="step of Stage I" if within_one_round else "training step", ylabel="loss (lower: further apart)")
     else:
         separation.text(0.5, 0.5, "no separation step", ha="center", transform=separation.transAxes)
     if grams:
         _gram_matrices(parts[1], grams)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path)
+
+
+def _off_diagonal(gram: np.ndarray) -> float:
+    return float(gram[~np.eye(len(gram), dtype=bool)].mean())
 
 
 def _gram_matrices(figure: SubFigure, grams: dict[str, list[np.ndarray]]) -> None:
     """A row for each moment and a column for each layer; a single layer's moments stand side by side."""
     num_layers = len(next(iter(grams.values())))
     rows, columns = (len(grams), num_layers) if num_layers > 1 else (1, len(grams))
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     titled = [(moment, layer, gram) for moment, matrices in grams.items() for layer, gram in enumerate(matrices, start=1)]
     for axis, (moment, layer, gram) in zip(axes.flat, titled, strict=True):
         picture = axis.imshow(gram, vmin=-1, vmax=1, cmap="RdBu_r")
-        off_diagonal = gram[~np.eye(len(gram), dtype=bool)]
-        axis.set(title=f"{moment} Stage I, layer {layer}: mean {off_diagonal.mean():.2f}", xlabel="patch", ylabel="patch")
+        axis.grid(False)
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set(title=f"{moment} Stage I, layer {layer}: mean {_off_diagonal(gram):.2f}")
+        axis.label_outer()
+    for axis in axes[-1]:
+        axis.set(xlabel="patch")
+    for axis in axes[:, 0]:
+        axis.set(ylabel="patch")
     figure.colorbar(picture, ax=axes, label="cosine of patch features")
+    means = [np.mean([_off_diagonal(gram) for gram in matrices]) for matrices in grams.values()]
+    figure.suptitle(
+        "Cosines between the features of different patches, mean over layers: "
+        + ", ".join(f"{mean:.2f} {moment} Stage I" for moment, mean in zip(grams, means, strict=True))
+    )
 
 
 def _series(log_history: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -73,108 +87,94 @@ def _series(log_history: list[dict[str, Any]], key: str) -> tuple[list[float], l
     return [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
 
-def curves_figure(path: Path, gathered: dict[str, Any]) -> None:
-    """Loss and accuracy by epoch, a line for each variant: the mean over seeds, and a band from the lowest to the highest.
-
-    Args:
-        path: PNG file to write.
-        gathered: Results of `sweep.gather` whose sweep has `curves`.
-    """
-    keys = gathered["sweep"]["curves"]
-    figure, axes = plt.subplots(1, len(keys), figsize=(4.4 * len(keys), 4.2), layout="constrained", squeeze=False)
-    for axis, key in zip(axes.flat, keys, strict=True):
-        # Past the last colour the colours come again, in other strokes.
-        axis.set_prop_cycle(cycler(linestyle=["-", "--"]) * plt.rcParams["axes.prop_cycle"])
-        for name, variant in gathered["variants"].items():
-            epochs, values = variant["curves"][key]["epoch"], np.array(variant["curves"][key]["values"])
-            (line,) = axis.plot(epochs, values.mean(0), marker=".", label=name)
-            axis.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
-        axis.set(title=key.removeprefix("eval_").replace("_", " "), xlabel="epoch")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-
-
-def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
-    """Accuracies by the number of training images, a line for each variant, with 95 % intervals over seeds.
-
-    Args:
-        path: PNG file to write.
-        gathered: Results of `sweep.gather` of one recipe, of variants "NAME" at its `max_train_samples`, or "COUNT images: NAME".
-    """
-    points: list[tuple[str, Any, dict[str, Any]]] = [
-        (name.rpartition(": ")[2], int(name.partition(" images")[0].replace(",", "")) if ": " in name else default, variant["metrics"])
-        for result in gathered
-        for default in [None if result.get("sweep", {}).get("suffix") else result["recipe"]["data"]["max_train_samples"]]
-        for name, variant in result["variants"].items()
-        if default is not None or ": " in name
-    ]
-    counts: dict[str, set[int]] = {}
-    for name, count, _ in points:
-        counts.setdefault(name, set()).add(count)
-    sizes = sorted(set().union(*counts.values()))
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for axis, metric in zip(axes, ("max_train_accuracy", "test_accuracy"), strict=True):
-        for name in [name for name, seen in counts.items() if len(seen) > 1]:
-            own = sorted(((count, metrics[metric]) for label, count, metrics in points if label == name), key=lambda point: point[0])
-            half_widths = [student_t.ppf(0.975, len(m["values"]) - 1) * m["std"] / len(m["values"]) ** 0.5 for _, m in own]
-            axis.errorbar([count for count, _ in own], [m["mean"] for _, m in own], half_widths, marker=".", capsize=3, label=name)
-        axis.set(title=metric.replace("_", " "), xlabel="training images", xscale="log")
-        axis.set_xticks(sizes, [f"{count:,}" for count in sizes])
-        axis.minorticks_off()
-    axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
-
-
 AXES = {
     "memory_size": ("number of memories M", "log"),
-    "noise_level": ("noise, times the pattern's norm", "linear"),
+    "noise_level": ("noise (times the norm of a pattern)", "linear"),
     "beta": ("inverse temperature beta", "log"),
     "separation_steps": ("steps of Stage I", "symlog"),
     "separation_loss": ("separation loss", "linear"),
 }
+SIMPLEX = {1.0: "softmax (alpha 1)", 1.5: "1.5-entmax (alpha 1.5)", 2.0: "sparsemax (alpha 2)"}
+# An error below this one is drawn at it.
+LEAST_ERROR = 1e-6
 
 
 def retrieval_figure(path: Path, experiment: str, rows: list[dict[str, Any]], dataset: str) -> None:
-    """Retrieval error along the experiment's axis, a panel for each set of conditions: means with 95 % intervals, or points.
+    """Retrieval error along the experiment's axis: a row of panels for each set of conditions, a column for each alpha.
+
+    A panel has the five methods and, as a reference, the best of the baselines, which have softmax alone. Lines are means with 95 %
+    confidence intervals over repeats; "separation_loss" is a scatter of single runs.
 
     Args:
         path: PNG file to write.
         experiment: Key of `AXES`.
-        rows: Measurements {panel, model, value, repeat, error}.
+        rows: Measurements {panel, model, alpha, value, repeat, error}.
         dataset: What the title names.
     """
     panels = list(dict.fromkeys(row["panel"] for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    columns = min(len(panels), 2)
-    rows_of_panels = math.ceil(len(panels) / columns)
-    size = (1.5 + 5.5 * columns, 4.6 * rows_of_panels)
-    figure, axes = plt.subplots(rows_of_panels, columns, figsize=size, layout="constrained", squeeze=False)
+    alphas = sorted({row["alpha"] for row in rows})
+    methods = [method for method in METHODS if any(row["model"] == method for row in rows)]
+    size = (3.0 * len(alphas) + 2.2, 2.5 * len(panels) + 1.1)
+    figure, axes = plt.subplots(
+        len(panels), len(alphas), figsize=size, layout="constrained", squeeze=False, sharey="row", sharex=experiment != "separation_loss"
+    )
     label, scale = AXES[experiment]
-    colors = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for axis, panel in zip(axes.flat, panels, strict=False):
-        for model, color in zip(models, colors, strict=False):
-            mine = [row for row in rows if row["panel"] == panel and row["model"] == model]
-            if experiment == "separation_loss":
-                axis.scatter([row["value"] for row in mine], [row["error"] for row in mine], s=8, color=color, label=model)
-                continue
-            values = sorted({row["value"] for row in mine})
-            errors = [np.array([row["error"] for row in mine if row["value"] == value]) for value in values]
-            means = [error.mean() for error in errors]
-            half_widths = [
-                student_t.ppf(0.975, len(error) - 1) * error.std(ddof=1) / len(error) ** 0.5 if len(error) > 1 else 0.0 for error in errors
-            ]
-            style = "--" if "Phi" not in model and "U-Hop" not in model and model != "denoising" else "-"
-            axis.errorbar(values, means, half_widths, marker=".", capsize=2, color=color, linestyle=style, label=model)
-        axis.set(title=panel, xlabel=label, ylabel="sum of squared pixel errors", xscale=scale, yscale="log")
-        # Below a millionth nothing can be seen in a picture.
-        low, high = axis.get_ylim()
-        axis.set_ylim(max(low, min(1e-6, 0.1 * high)), high)
-    axes[0, -1].legend(bbox_to_anchor=(1.02, 1), loc="upper left", fontsize="small")
-    figure.suptitle(f"Retrieval on {Path(dataset).name}")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    for row_index, (panel, row_of_axes) in enumerate(zip(panels, axes, strict=True)):
+        here = [row for row in rows if row["panel"] == panel]
+        reference = _best_baseline(here)
+        for alpha, axis in zip(alphas, row_of_axes, strict=True):
+            axis.set(xscale=scale, yscale="log")
+            for method in methods:
+                mine = [row for row in here if row["model"] == method and row["alpha"] == alpha]
+                if not mine:
+                    continue
+                if experiment == "separation_loss":
+                    _scatter(axis, method, mine)
+                else:
+                    _mean_line(axis, mine, **METHODS[method].line(), label=method)
+            if reference and experiment != "separation_loss":
+                style = BASELINES["best baseline"].line()
+                _mean_line(axis, reference, **{**style, "linestyle": "--"}, label="best baseline")
+            if row_index == 0:
+                axis.set_title(SIMPLEX.get(alpha, f"alpha {alpha:g}"), pad=18 if experiment == "separation_loss" else None)
+        row_of_axes[0].set(ylabel=f"{panel.replace(': ', ':' + chr(10))}\nsum of squared\npixel errors")
+    for axis in axes[-1]:
+        axis.set(xlabel=label)
+    legend_beside(figure, axes[0, 0])
+    spread = "a point is one run" if experiment == "separation_loss" else "means with 95 % confidence intervals"
+    axis_name = label.partition(" (")[0]
+    figure.suptitle(f"Retrieval on {dataset_name(dataset)}: error by {axis_name}\n(lower is better; {spread})")
+    save(figure, path)
+
+
+def _best_baseline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At each value the rows of the baseline whose mean error is lowest."""
+    best = []
+    baselines = [row for row in rows if row["model"] in BASELINES]
+    for value in sorted({row["value"] for row in baselines}):
+        groups = [[row for row in baselines if (row["value"], row["model"]) == (value, name)] for name in BASELINES]
+        best += min((group for group in groups if group), key=lambda group: np.mean([row["error"] for row in group]))
+    return best
+
+
+def _mean_line(axis: Axes, rows: list[dict[str, Any]], **style: Any) -> None:
+    values = sorted({row["value"] for row in rows})
+    errors = [[row["error"] for row in rows if row["value"] == value] for value in values]
+    means = np.array([np.mean(error) for error in errors])
+    widths = np.array([half_width_of(error) for error in errors])
+    shown = np.maximum(means, LEAST_ERROR)
+    bars = np.stack([shown - np.maximum(means - widths, LEAST_ERROR / 2).clip(max=shown), widths])
+    axis.errorbar(values, shown, bars, capsize=2, elinewidth=0.8, **style)
+
+
+def _scatter(axis: Axes, method: str, rows: list[dict[str, Any]]) -> None:
+    style = METHODS[method]
+    losses, errors = [row["value"] for row in rows], np.maximum([row["error"] for row in rows], LEAST_ERROR)
+    axis.scatter(losses, errors, s=12, color=style.color, marker=style.marker, alpha=0.6, linewidths=0, label=method)
+    # Rank correlations stand above the panel, one beside the other, so that they cover no point.
+    place = 0.5 * len(axis.texts)
+    text = f"rank corr. {spearmanr(losses, errors).statistic:.2f}"
+    axis.text(place, 1.02, text, color=style.color, fontsize=9, transform=axis.transAxes)
 
 
 def bag_figure(path: Path, pictures: np.ndarray | None, weights: np.ndarray, title: str, most: int = 16) -> None:
@@ -189,7 +189,7 @@ def bag_figure(path: Path, pictures: np.ndarray | None, weights: np.ndarray, tit
     """
     order = np.argsort(-weights, kind="stable")[:most]
     rows = 1 if pictures is None else 2
-    figure = plt.figure(figsize=(max(5.0, 1.0 + 0.7 * len(order)), 3.0 if pictures is None else 3.4), layout="constrained")
+    figure = plt.figure(figsize=(max(6.0, 1.0 + 0.7 * len(order)), 3.4 if pictures is None else 3.8), layout="constrained")
     grid = figure.add_gridspec(rows, len(order), height_ratios=(1, 2)[-rows:])
     if pictures is not None:
         for column, index in enumerate(order):
@@ -197,36 +197,15 @@ def bag_figure(path: Path, pictures: np.ndarray | None, weights: np.ndarray, tit
             axis.imshow(pictures[index].mean(0), cmap="gray_r")
             axis.set(xticks=[], yticks=[])
     bars = figure.add_subplot(grid[-1, :])
-    bars.bar(range(len(order)), weights[order], color="C0")
+    bars.bar(range(len(order)), weights[order], color=THIS_RUN)
+    bars.axhline(1.0 / len(weights), color=OBSERVED, linestyle="--", linewidth=1, label=f"equal weights, 1/{len(weights)}")
+    bars.legend(loc="upper right")
     shown = "instance" if len(order) == len(weights) else f"instance, the {len(order)} of {len(weights)} with most weight"
-    bars.set(xlim=(-0.5, len(order) - 0.5), ylabel="weight", xlabel=shown, ylim=(0, None))
+    bars.set(xlim=(-0.5, len(order) - 0.5), ylabel="association weight", xlabel=shown, ylim=(0, None))
     bars.set_xticks(range(len(order)), [str(index) for index in order])
+    bars.grid(axis="x", visible=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def paired_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
-    """Paired differences with their intervals, a panel for each data set.
-
-    Args:
-        path: PNG file to write.
-        gathered: Results of `compare_mil.compare`.
-    """
-    rows = math.ceil(len(gathered) / 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(15, 3.4 * rows), layout="constrained", sharey=True, squeeze=False)
-    for axis in axes.flat[len(gathered) :]:
-        axis.set_axis_off()
-    for axis, result in zip(axes.flat, gathered, strict=False):
-        pairs = result["paired"]
-        places = range(len(pairs))
-        axis.errorbar([pair["difference"] for pair in pairs], places, xerr=[pair["half_width"] for pair in pairs], fmt="o", capsize=3)
-        axis.axvline(0.0, color="grey", linewidth=1)
-        axis.set(title=Path(result["recipe"]["data"]["dataset"]).stem, xlabel=f"difference in {result['recipe']['metrics'][0]}")
-        axis.set_yticks(places, [f"{pair['first']} - {pair['second']}" for pair in pairs])
-    axes[0, 0].invert_yaxis()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save(figure, path)
 
 
 def forecast_figure(
@@ -238,7 +217,9 @@ def forecast_figure(
     names: list[str],
     most: int = 6,
 ) -> None:
-    """A forecast against the truth and the stored windows that a memory finds most like the past, a panel for each of the first series.
+    """A forecast beside the observed values and the stored windows most like the past, a panel for each series.
+
+    The last series comes first, because files of this kind (ETT, WTH) have their target there. The past is cut to two horizons.
 
     Args:
         path: PNG file to write.
@@ -248,42 +229,49 @@ def forecast_figure(
         names: Of the series.
         most: How many series to show.
     """
-    count = min(most, past.shape[1])
-    rows = math.ceil(count / 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 2.2 * rows), layout="constrained", sharex=True, squeeze=False)
-    before, after = np.arange(-len(past), 0), np.arange(len(future))
-    for index, axis in enumerate(axes.flat):
-        if index >= count:
-            axis.set_axis_off()
-            continue
-        for rank, memory in enumerate(memories):
-            steps = np.arange(len(future) - len(memory), len(future))
-            axis.plot(steps, memory[:, index], color="C1", alpha=0.35, linewidth=1, label="retrieved windows" if rank == 0 else None)
-        axis.plot(before, past[:, index], color="grey", linewidth=1, label="past")
-        axis.plot(after, future[:, index], color="black", linewidth=1, label="truth")
-        axis.plot(after, forecast[:, index], color="C0", label="forecast")
-        axis.set(title=names[index])
-    axes[0, 0].legend(fontsize="small")
-    axes[-1, 0].set(xlabel="step")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    order = [len(names) - 1, *range(len(names) - 1)][:most]
+    rows, horizon = math.ceil(len(order) / 2), len(future)
+    figure, axes = plt.subplots(rows, 2, figsize=(11.5, 2.3 * rows + 0.8), layout="constrained", sharex=True, squeeze=False)
+    observed = np.concatenate([past, future])[-3 * horizon :]
+    for axis in axes.flat[len(order) :]:
+        axis.set_axis_off()
+    for axis, index in zip(axes.flat, order, strict=False):
+        for rank, memory in enumerate(memories[:, -3 * horizon :]):
+            steps = np.arange(horizon - len(memory), horizon)
+            axis.plot(steps, memory[:, index], color=REFERENCE, linewidth=1, label="retrieved windows" if rank == 0 else None)
+        axis.plot(np.arange(horizon - len(observed), horizon), observed[:, index], color=OBSERVED, linewidth=1.1, label="observed")
+        axis.plot(np.arange(horizon), forecast[:, index], color=THIS_RUN, linewidth=2, label="forecast")
+        axis.axvline(0, color=OBSERVED, linestyle=":", linewidth=1)
+        axis.set(title=f"{names[index]}{', the last column (the target)' if index == len(names) - 1 else ''}")
+        axis.set(xlim=(horizon - len(observed), horizon - 1))
+    for axis in axes[:, 0]:
+        axis.set(ylabel="scaled value")
+    for axis in [*axes.flat][max(0, len(order) - 2) : len(order)]:
+        axis.set(xlabel="step (the forecast begins at 0)")
+        axis.tick_params(labelbottom=True)
+    legend_beside(figure, axes[0, 0])
+    figure.suptitle(f"Forecast of {horizon} steps. Values are scaled to mean 0 and standard deviation 1 on the training rows")
+    save(figure, path)
 
 
 def retrieval_weights_figure(path: Path, over_time: np.ndarray, over_series: np.ndarray, names: list[str]) -> None:
-    """Which patches a series' patches retrieve from, and which series the series of a position do, through the prototypes.
+    """Association weights: which patches the patches of a series retrieve, and which series those of a position retrieve.
 
     Args:
         path: PNG file to write.
         over_time: (P, P), weights averaged over heads and series.
-        over_series: (C, C), weights averaged over heads and positions.
+        over_series: (C, C), weights through the prototypes, averaged over heads and positions.
         names: Of the series.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2), layout="constrained")
-    for axis, weights, title in zip(axes, (over_time, over_series), ("over time", "over series"), strict=True):
-        figure.colorbar(axis.imshow(weights, cmap="viridis", vmin=0.0), ax=axis)
-        axis.set(title=title)
-    axes[0].set(xlabel="patch retrieved from", ylabel="patch")
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+    for axis, weights, title in zip(axes, (over_time, over_series), ("Over time", "Over series"), strict=True):
+        picture = axis.imshow(weights, cmap="viridis", vmin=0.0)
+        figure.colorbar(picture, ax=axis, label="association weight")
+        axis.set(title=f"{title}: equal weights are {1 / weights.shape[1]:.3f}")
+        axis.grid(False)
+    axes[0].set(xlabel="retrieved patch", ylabel="retrieving patch")
+    axes[1].set(xlabel="retrieved series", ylabel="retrieving series")
     axes[1].set_xticks(range(len(names)), names, rotation=90)
     axes[1].set_yticks(range(len(names)), names)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    figure.suptitle("Where the first layer retrieves from (each row adds up to 1)")
+    save(figure, path)

@@ -29,23 +29,20 @@ from recipe import (
 
 # isort: split
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from data import load_images
+from geometry_figures import bound_figure, loss_curve_figure, metastable_figure
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
 from run_retrieval import draw, load_patterns, pixels
+from styles import METHODS, OBSERVED, REFERENCE, save
 
 from modeling_uhop import FeatureMap, association, energy, maximize_separation, retrieve, spherical_code
 from modeling_uhop.capacity import metastable_sizes, separation_bounds
 from modeling_uhop.feature_map import unit_norm
 from modeling_uhop.spherical import closest_similarity, separate_optimally
-
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.colors import BoundaryNorm
-from matplotlib.figure import Figure
 
 
 SIZES = {"1": (1, 1), "2": (2, 2), "3": (3, 3), "4": (4, 4), "5-10": (5, 10), "> 10": (11, 10**9)}
@@ -118,7 +115,7 @@ def main() -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     content = {"results": results, "recipe": as_recorded(recipe), **provenance()}
     target.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    figure.savefig(target.with_suffix(".png"), dpi=100)
+    save(figure, target.with_suffix(".png"))
     print(json.dumps(results, indent=1)[:3000], target.with_suffix(".json"), sep="\n")
 
 
@@ -198,11 +195,16 @@ def plane(memories: torch.Tensor, resolution: int = 160) -> tuple[torch.Tensor, 
     return torch.cartesian_prod(axis, axis).flip(-1), reach
 
 
+def after(steps: int) -> str:
+    """The title of a panel."""
+    return f"after {steps} {'step' if steps == 1 else 'steps'} of U-Hop+" if steps else "before U-Hop+"
+
+
 def landscape(recipe: GeometryRecipe) -> Result:
     """The energy over the plane of patterns, before and after steps of U-Hop+."""
     columns = len(recipe.separation_steps)
     figure, axes = plt.subplots(
-        len(recipe.memories), columns, figsize=(3.2 * columns, 3.2 * len(recipe.memories)), layout="constrained", squeeze=False
+        len(recipe.memories), columns, figsize=(2.9 * columns, 3.4 * len(recipe.memories) + 0.6), layout="constrained", squeeze=False
     )
     results: dict[str, Any] = {}
     for row, count in zip(axes, recipe.memories, strict=True):
@@ -218,13 +220,17 @@ def landscape(recipe: GeometryRecipe) -> Result:
             axis.contourf(
                 heights.reshape(side, side).numpy(), levels=levels, norm=BoundaryNorm(levels, 256), extent=(-reach, reach, -reach, reach)
             )
-            axis.scatter(*memories.T.numpy(), color="red", s=20)
+            axis.scatter(*memories.T.numpy(), color="white", edgecolors=OBSERVED, s=35)
             separation = separation_of(phi, memories)
-            axis.set(title=f"{count} memories, N = {steps}: {separation:.3f}", xticks=[], yticks=[])
+            axis.set(title=f"{after(steps)}\nseparation {separation:.3f}", xticks=[], yticks=[])
             ends = retrieve(memories, memories, beta=recipe.beta, alpha=recipe.alphas[0], feature_map=phi, steps=100)
             distance = (ends - memories).norm(dim=-1)
             entry[f"N={steps}"] = {"separation": separation, "distance_of_memory_to_its_attractor": distance.tolist()}
         entry["share_of_random_crowds_that_improve"] = improved_at_random(count, recipe)
+    figure.suptitle(
+        f"Energy over the plane (dark: low; memories are white points; beta {recipe.beta:g}):\n"
+        "U-Hop+ moves the memories apart in feature space, and each gets a valley of its own"
+    )
     return results, figure
 
 
@@ -243,6 +249,7 @@ def basins(recipe: GeometryRecipe) -> Result:
     results: dict[str, Any] = {}
     maps = separated_maps(memories, recipe)
     for row, alpha in zip(axes, recipe.alphas, strict=True):
+        first = alpha == recipe.alphas[0]
         for axis, (steps, phi) in zip(row, maps.items(), strict=True):
             settings: dict[str, Any] = {"beta": recipe.beta, "alpha": alpha, "feature_map": phi}
             ends = retrieve(grid, memories, steps=recipe.update_steps, **settings)
@@ -250,29 +257,29 @@ def basins(recipe: GeometryRecipe) -> Result:
             basin = torch.where(distance < 1e-3, nearest + 1, 0)
             side = math.isqrt(len(grid))
             axis.imshow(colors[basin.reshape(side, side).numpy()], origin="lower", extent=(-reach, reach, -reach, reach))
-            axis.scatter(*memories.T.numpy(), color="black", s=15)
+            axis.scatter(*memories.T.numpy(), color=OBSERVED, s=18)
             share = (basin > 0).double().mean().item()
-            axis.set(title=f"alpha = {alpha:g}, N = {steps}: {share:.0%}", xticks=[], yticks=[])
+            axis.set(title=f"{after(steps) if first else ''}\nalpha {alpha:g}: {share:.0%} reach one", xticks=[], yticks=[])
             entry = {"separation": separation_of(phi, memories), "share_that_reaches_a_memory": share}
             results.setdefault(f"alpha={alpha:g}", {})[f"N={steps}"] = entry
     results["share_of_random_crowds_that_improve"] = improved_at_random(len(memories), recipe)
+    figure.suptitle(
+        f"Basins: the memory (black point) that each point of the plane is retrieved to, white if none "
+        f"({recipe.update_steps} update steps, beta {recipe.beta:g})"
+    )
     return results, figure
 
 
 def loss_curve(recipe: GeometryRecipe) -> Result:
     """The separation loss of U-Hop+ at each of its steps."""
-    figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
     results = {}
     for count in recipe.memories:
         torch.manual_seed(0)
         memories = torch.randn(count, recipe.pattern_dim)
         phi = FeatureMap(recipe.pattern_dim, recipe.feature_dim, feature_init="normal")
         history = maximize_separation(phi, memories, method="uhop+", steps=max(recipe.separation_steps), **uhop_plus(recipe))
-        axis.plot(history, label=f"M = {count}")
         results[f"M={count}"] = {"first": history[0], "last": history[-1], "history": history}
-    axis.set(xlabel="step of U-Hop+", ylabel="separation loss", title=f"d = {recipe.pattern_dim}, D = {recipe.feature_dim}")
-    axis.legend()
-    return results, figure
+    return results, loss_curve_figure(results, as_recorded(recipe))
 
 
 def bound(recipe: GeometryRecipe) -> Result:
@@ -282,12 +289,7 @@ def bound(recipe: GeometryRecipe) -> Result:
         lower, upper = separation_bounds(count, recipe.feature_dim)
         reached = 1.0 - closest_similarity(spherical_code(count, recipe.feature_dim)).item()
         results[f"M={count}"] = {"lower": lower, "reached": reached, "upper": upper}
-    figure, axis = plt.subplots(figsize=(5.5, 4), layout="constrained")
-    for key, style in (("upper", "--"), ("reached", "o-"), ("lower", "--")):
-        axis.plot(recipe.memories, [entry[key] for entry in results.values()], style, label=key)
-    axis.set(xlabel="M", ylabel="smallest 1 - cos", xscale="log", yscale="log", title=f"D = {recipe.feature_dim}")
-    axis.legend()
-    return results, figure
+    return results, bound_figure(results, as_recorded(recipe))
 
 
 def circle(recipe: GeometryRecipe) -> Result:
@@ -331,16 +333,38 @@ def are_neighbours(phi: FeatureMap, memories: torch.Tensor, names: list[str], pa
 
 
 def circles(maps: dict[str, FeatureMap], memories: torch.Tensor, names: list[str], best: float) -> Figure:
-    figure, axes = plt.subplots(1, len(maps), figsize=(3.4 * len(maps), 3.6), layout="constrained", squeeze=False)
+    """A unit circle for each map, with the features of an image of each class."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(2.9 * len(maps), 3.7), layout="constrained", squeeze=False)
+    style = METHODS["U-Hop+"]
     for axis, (title, phi) in zip(axes[0], maps.items(), strict=True):
         points = unit_norm(phi(memories)).detach().numpy()
-        axis.add_patch(plt.Circle((0, 0), 1.0, fill=False, color="grey"))
-        axis.scatter(*points.T, color="C0")
-        for name, point in zip(names, points, strict=True):
-            axis.annotate(name, 1.2 * point, ha="center", va="center", fontsize="small")
-        axis.set(title=f"{title}: {separation_of(phi, memories):.3f} of {best:.3f}", xticks=[], yticks=[])
-        axis.set(aspect="equal", xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
+        axis.add_patch(plt.Circle((0, 0), 1.0, fill=False, color=REFERENCE))
+        axis.scatter(*points.T, color=style.color, marker=style.marker)
+        angles = apart(np.arctan2(points[:, 1], points[:, 0]), math.radians(17.0))
+        for name, point, angle in zip(names, points, angles, strict=True):
+            place = 1.45 * np.array([math.cos(angle), math.sin(angle)])
+            axis.plot(*np.stack([point, 0.88 * place]).T, color=REFERENCE, linewidth=0.8, zorder=0)
+            axis.text(*place, name, ha="center", va="center", fontsize=9)
+        heading = "best linear map" if title == "optimum" else after(int(title.removeprefix("N = ")))
+        axis.set(title=f"{heading}\nseparation {separation_of(phi, memories):.3f}", xticks=[], yticks=[])
+        axis.set(aspect="equal", xlim=(-1.85, 1.85), ylim=(-1.75, 1.75), frame_on=False)
+    figure.suptitle(f"An image of each class, as features of width 2 (evenly spread points have separation {best:.3f})")
     return figure
+
+
+def apart(angles: np.ndarray, least: float) -> np.ndarray:
+    """Angles moved until neighbours differ by at least `least`, for labels that do not overlap."""
+    order = np.argsort(angles)
+    gaps = np.diff(angles[order], append=angles[order[0]] + 2.0 * math.pi)
+    # From the largest gap on, so that the last and the first do not meet.
+    order = np.roll(order, -1 - int(gaps.argmax()))
+    moved = np.unwrap(angles[order])
+    for place in range(1, len(moved)):
+        moved[place] = max(moved[place], moved[place - 1] + least)
+    moved -= np.mean(moved - np.unwrap(angles[order]))
+    result = np.empty_like(moved)
+    result[order] = moved
+    return result
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -379,16 +403,7 @@ def metastable(recipe: GeometryRecipe) -> Result:
                 shares.setdefault("different memories", []).append(different)
 
     results = {name: {label: spread(values) for label, values in shares.items()} for name, shares in counts.items()}
-    figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
-    left = np.zeros(len(results))
-    for label in SIZES:
-        width = np.array([entry[label]["mean"] for entry in results.values()])
-        axis.barh(list(results), width, left=left, label=label)
-        left += width
-    axis.invert_yaxis()
-    axis.set(xlabel="share of queries", title="Number of memories in a retrieval", xlim=(0, 1))
-    axis.legend(bbox_to_anchor=(1.02, 1), loc="upper left")
-    return results, figure
+    return results, metastable_figure(results, as_recorded(recipe))
 
 
 EXPERIMENTS: dict[str, Callable[[GeometryRecipe], Result]] = {
