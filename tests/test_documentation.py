@@ -170,13 +170,25 @@ def test_the_readmes_summary_says_where_separation_does_not_help():
     many = {"paired": [pair | {"first": f"10,000 images: {separated}", "second": f"10,000 images: {more}", "difference": -0.02}]}
     bags = {"paired": [{"first": "dense, U-Hop", "second": "dense, untrained Phi", "difference": 0.001, "half_width": 0.01}]}
     forecasts = {"paired": [{"first": "U-Hop", "second": "untrained Phi", "metric": "test_mse", "difference": 0.0005, "half_width": 0.001}]}
-    alpha = modeling_uhop.UHopMemoryConfig(pattern_dim=1).alpha
+    config = modeling_uhop.UHopMemoryConfig(pattern_dim=1)
+    alpha = config.alpha
     rows = [
-        {"panel": "unit norm, beta 10", "model": model, "alpha": alpha, "value": 500, "repeat": repeat, "error": error + repeat}
+        {
+            "panel": f"unit norm, beta {config.beta:g}",
+            "model": model,
+            "alpha": alpha,
+            "value": 500,
+            "repeat": repeat,
+            "error": error + repeat,
+        }
         for repeat in range(3)
         for model, error in (("no Phi", 20.0), ("denoising", 5.0 + 0.1 * repeat))
     ]
-    files = dict.fromkeys(BAGS, bags) | {"vit_cifar10_small_ways": images, "vit_cifar10_small": images, "vit_cifar10_small_10k": many}
+    files: dict[str, Any] = dict.fromkeys(BAGS, bags) | {
+        "vit_cifar10_small_ways": images,
+        "vit_cifar10_small": images,
+        "vit_cifar10_small_10k": many,
+    }
     files |= {"stanhop_etth1_96": forecasts, "retrieval_memory_size_cifar10": {"rows": rows}}
     assert files.keys() == set(HEADLINE)
     lines = headline_table(files).splitlines()[2:]

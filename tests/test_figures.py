@@ -202,9 +202,9 @@ def test_geometry_is_drawn_from_its_results_file(name):
     figure = FIGURES[content["recipe"]["experiment"]](content["results"], content["recipe"])
     (axis,) = figure.axes
     if name == "loss_curve":
-        assert axis.lines[0].get_ydata().tolist() == content["results"]["M=100"]["history"]
+        assert list(np.asarray(axis.lines[0].get_ydata())) == content["results"]["M=100"]["history"]
     elif name == "bound":
-        assert axis.lines[1].get_ydata().tolist() == [entry["reached"] for entry in content["results"].values()]
+        assert list(np.asarray(axis.lines[1].get_ydata())) == [entry["reached"] for entry in content["results"].values()]
     else:
         assert [bar.get_width() for bar in axis.containers[0]] == [entry["1"]["mean"] for entry in content["results"].values()]
     plt.close(figure)

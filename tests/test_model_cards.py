@@ -136,9 +136,10 @@ def test_the_first_screen_of_bags_has_intervals_that_allow_for_shared_bags():
 def test_a_memory_is_compared_at_the_alpha_of_the_package():
     errors = {"no Phi": 9.0, "denoising": 1.0, "U-Hop": 1.5, "U-Hop+": 2.0}
     of_maps = {
-        name: {alpha: {"100": {"mean": error / float(alpha), "std": 0.2}} for alpha in ("1", "1.5", "2")} for name, error in errors.items()
+        name: {alpha: {cards.MEMORIES: {"mean": error / float(alpha), "std": 0.2}} for alpha in ("1", "1.5", "2")}
+        for name, error in errors.items()
     }
-    of_baselines = {name: {"1": {"100": {"mean": error, "std": 0.3}}} for name, error in {"L2": 4.0, "Manhattan": 3.0}.items()}
+    of_baselines = {name: {"1": {cards.MEMORIES: {"mean": error, "std": 0.3}}} for name, error in {"L2": 4.0, "Manhattan": 3.0}.items()}
     recipe = {"experiment": "memory_size", "repeats": 3, "steps": 100, "data": {"dataset": "digits"}}
     summary = {cards.PANEL: {**of_maps, **of_baselines}}
     gathered = {"summary": summary, "recipe": recipe, "versions": {"torch": "2.13.0"}, "commit": "abc"}
@@ -150,7 +151,7 @@ def test_a_memory_is_compared_at_the_alpha_of_the_package():
     assert table[0] == "| sum of squared pixel errors | alpha 1 | alpha 1.5 | alpha 2 |"
     assert table[-1] == "| Manhattan | 3.0000 ± 0.3000 |  |  |"
     text = str(model_card(released(gathered, "memory"), TEMPLATE, headline=headline(gathered), comparison="\n".join(table)))
-    assert f"alpha={cards.ALPHA}, beta=10.0" in text
+    assert f"alpha={cards.ALPHA}, beta={cards.BETA}" in text
     assert f'memory.separate(steps=100, method="{cards.METHOD}")' in text
 
 

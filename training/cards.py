@@ -33,10 +33,11 @@ FIGURES = {
 }
 # Fields that only some recipes have, and that tell their runs apart.
 OPTIONS = ("ensemble", "architecture", "skip_start")
-# The number of memories, the conditions and the map that the card of a memory describes; the map is the package's default.
-MEMORIES, PANEL = "100", "unit norm, beta 10"
+# The settings that the card of a memory describes: the package's defaults, and the largest number of memories.
+MEMORIES = "500"
 METHOD: str = inspect.signature(UHopMemoryModel.separate).parameters["method"].default
-ALPHA = f"{UHopMemoryConfig().alpha:g}"
+ALPHA, BETA = (f"{getattr(UHopMemoryConfig(), name):g}" for name in ("alpha", "beta"))
+PANEL = f"unit norm, beta {BETA}"
 NAMES = {"denoising": "denoising", "uhop": "U-Hop", "uhop+": "U-Hop+"}
 
 
@@ -90,18 +91,17 @@ def headline(gathered: dict[str, Any]) -> str:
             return found["mean"], half_width(found["std"], recipe["repeats"])
 
         best = min((model for model in errors if model in BASELINES), key=lambda model: error(model)[0])
-        ours = f"**Sum of squared pixel errors: {with_interval(*error(NAMES[METHOD], ALPHA))}** (alpha {ALPHA}, {MEMORIES} memories"
-        return (
-            f"{ours}, mean over {recipe['repeats']} sets of memories).\nBest baseline, {best}: {with_interval(*error(best))}.\n{INTERVALS}"
-        )
+        ours = f"**Sum of squared pixel errors: {with_interval(*error(NAMES[METHOD], ALPHA))}**"
+        settings = f"alpha {ALPHA}, beta {BETA}, {MEMORIES} memories, mean over {recipe['repeats']} sets of memories"
+        return f"{ours} ({settings}).\nBest baseline, {best}: {with_interval(*error(best))}.\n{INTERVALS}"
     metric, (_, name) = next(iter(family.metrics.items()))
     if family.name == "mil":
         variant = variant_as_released(recipe, gathered["variants"])
         scores = {job: over_folds(scores, recipe) for job, scores in gathered["results"].items()}
         best = max((job for job in scores if job in BASELINES), key=lambda job: scores[job][0])
         over = f"{recipe['repeats']} cross-validations of {recipe['folds']} folds"
-        ours, baseline = scores[variant], f"Best baseline, {best}: {with_interval(*scores[best])}."
-        return f"**{name}: {with_interval(*ours)}** (mean over {over}).\n{baseline}\n{INTERVALS}"
+        baseline = f"Best baseline, {best}: {with_interval(*scores[best])}."
+        return f"**{name}: {with_interval(*scores[variant])}** (mean over {over}).\n{baseline}\n{INTERVALS}"
     variant = variant_as_released(recipe, gathered["sweep"]["variants"])
     values = {job: entry["metrics"][metric]["values"] for job, entry in gathered["variants"].items()}
     if family.name == "vit":
@@ -169,7 +169,7 @@ def released(gathered: dict[str, Any], name: str) -> dict[str, Any]:
     shared = {"recipe": recipe, "versions": gathered["versions"], "commit": gathered["commit"]}
     if "summary" in gathered:
         errors = gathered["summary"][PANEL][NAMES[METHOD]][ALPHA][MEMORIES]
-        described = {"alpha": ALPHA, "method": METHOD, "seeds": f"{recipe['repeats']} sets of memories"}
+        described = {"alpha": ALPHA, "beta": BETA, "memories": MEMORIES, "method": METHOD, "seeds": f"{recipe['repeats']} sets of memories"}
         return {**shared, **described, "metrics": {"error": errors}}
     if "results" in gathered:
         variant = variant_as_released(recipe, gathered["variants"])

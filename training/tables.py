@@ -183,12 +183,14 @@ def headline_table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
-def _retrieval_row(result: dict[str, Any], panel: str = "unit norm, beta 10", size: float = 500) -> list[str]:
-    """Errors of the default Stage I and of no feature map, at the default alpha and on the same memories and queries."""
-    alpha = UHopMemoryConfig(pattern_dim=1).alpha
+def _retrieval_row(result: dict[str, Any], size: float = 500) -> list[str]:
+    """Errors of the default Stage I and of no feature map, at the default alpha and beta and on the same memories and queries."""
+    config = UHopMemoryConfig(pattern_dim=1)
+    alpha, panel = config.alpha, f"unit norm, beta {config.beta:g}"
     rows = [row for row in result["rows"] if (row["panel"], row["value"], row.get("alpha")) == (panel, size, alpha)]
     without, separated = ({row["repeat"]: row["error"] for row in rows if row["model"] == model} for model in ("no Phi", "denoising"))
-    task = f"retrieval of {size:g} CIFAR-10 images, half of each masked: squared error at alpha = {alpha:g} (lower is better)"
+    settings = f"alpha = {alpha:g}, beta = {config.beta:g}"
+    task = f"retrieval of {size:g} CIFAR-10 images, half of each masked: squared error at {settings} (lower is better)"
     more = "[retrieval](docs/results/retrieval.md)"
     if not separated:
         return [task, "", "not measured at this alpha", more]

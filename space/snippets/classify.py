@@ -12,7 +12,7 @@ model = UHopViTForImageClassification.from_pretrained(folder, attn_implementatio
 processor = AutoImageProcessor.from_pretrained(folder)
 
 digits = load_digits()
-image = Image.fromarray(np.uint8(digits.images[7] / 16 * 255)).convert("RGB")
+image = Image.fromarray((digits.images[7] / 16 * 255).astype(np.uint8)).convert("RGB")
 with torch.no_grad():
     outputs = model(**processor(image, return_tensors="pt"), output_attentions=True)
 label = int(outputs.logits.argmax())

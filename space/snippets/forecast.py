@@ -9,8 +9,10 @@ hours = torch.arange(600.0)
 series = 12 + 5 * torch.sin(2 * torch.pi * hours / 24) + 0.5 * torch.randn(600)  # degrees
 windows = series.unfold(0, 96 + 24, 1).unsqueeze(-1)  # windows of 96 hours, and the 24 hours after each
 
-sizes = {"context_length": 96, "prediction_length": 24, "d_model": 16, "ffn_dim": 32}
-model = STanHopForPrediction(STanHopConfig(num_input_channels=1, memory_type="tune", use_linear_skip=True, **sizes))
+config = STanHopConfig(
+    num_input_channels=1, context_length=96, prediction_length=24, d_model=16, ffn_dim=32, memory_type="tune", use_linear_skip=True
+)
+model = STanHopForPrediction(config)
 model.store(windows[:150, :96], windows[:150, 96:])
 examples = [{"past_values": window[:96], "future_values": window[96:]} for window in windows[175:340]]
 arguments = TrainingArguments(
