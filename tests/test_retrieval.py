@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from recipe import RecipeError
-from run_retrieval import BASELINES, EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, run, summarize
-from tables import choice_ranks, choice_table, retrieval_table
+from run_retrieval import EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, run, summarize
+from tables import BASELINES, choice_ranks, choice_table, retrieval_table
 
 from modeling_uhop import FeatureMap, UHopMemoryConfig, UHopMemoryModel, association, mask_patterns, maximize_separation, retrieve
 

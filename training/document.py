@@ -1,8 +1,7 @@
 """Write the tables of the pages and the model cards from the results files, and draw the figures that these files alone make.
 
-The pages are README.md and those of docs/. A table stands between `<!-- results: NAME ... -->` and `<!-- end -->`. Paired differences
-stand after `<!-- paired: NAME ... -->`, how well weights find the instances that matter after `<!-- instances: NAME -->`, and the
-README's summary of all results after `<!-- headline -->`, and the choice of a memory's defaults after `<!-- choice: NAME ... -->`.
+The pages are README.md and those of docs/. A table stands between `<!-- KIND: NAME ... -->` and `<!-- end -->`; the kinds are those of
+`TABLES`. README's summary of all results stands after `<!-- headline -->`.
 """
 
 import json
@@ -15,13 +14,19 @@ from figures import retrieval_figure
 from geometry_figures import FIGURES
 from recipe import ROOT
 from styles import save
-from tables import HEADLINE, choice_table, headline_table, instances_table, paired_table, results_table
+from tables import HEADLINE, choice_table, defaults_table, headline_table, instances_table, paired_table, results_table
 
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MARKED = re.compile(r"(<!-- (?:(results|paired|instances|choice): ([\w/ ]+)|headline) -->\n).*?(<!-- end -->)", re.DOTALL)
-TABLES = {"results": results_table, "paired": paired_table, "instances": instances_table, "choice": choice_table}
+MARKED = re.compile(r"(<!-- (?:(results|paired|instances|choice|defaults): ([\w/ ]+)|headline) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLES = {
+    "results": results_table,
+    "paired": paired_table,
+    "instances": instances_table,
+    "choice": choice_table,
+    "defaults": defaults_table,
+}
 
 
 def read(name: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from recipe import (
     with_known_keys,
 )
 from scipy.stats import spearmanr
+from tables import BASELINES
 from transformers.utils import logging
 
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, association, mask_patterns, separation_loss
@@ -54,8 +55,6 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "L2": ({"similarity": "l2"}, None),
     "Manhattan": ({"similarity": "manhattan"}, None),
 }
-# Models of the papers' baselines, which have softmax alone. Every other model is evaluated at each alpha of the recipe.
-BASELINES = ("polynomial", "cosine", "L2", "Manhattan")
 
 
 @dataclass
@@ -304,6 +303,7 @@ def _measure(
             with torch.no_grad():
                 features = memories if model.feature_map is None else model.feature_map(memories)
                 value = separation_loss(features).item()
+        # The papers' baselines have softmax alone.
         for alpha in recipe.alphas if name not in BASELINES else [1.0]:
             model.config.alpha = alpha
             yield {"panel": title, "alpha": alpha, "value": value, "error": error_of(model, queries, panel)}

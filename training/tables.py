@@ -90,6 +90,9 @@ def speed_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# Models of the papers that only change the similarity.
+BASELINES = ("polynomial", "cosine", "L2", "Manhattan")
+
 # Where a retrieval table reads each experiment's axis, and how its columns name the place.
 READ_AT = {
     "memory_size": ("M = ", ("100", "500")),
@@ -109,15 +112,42 @@ def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta
 def _retrieval_table(result: dict[str, Any], panel: str) -> str:
     prefix, values = READ_AT[result["recipe"]["experiment"]]
     columns = [(value, f"{alpha:g}") for value in values for alpha in result["recipe"]["alphas"]]
-    data = result["recipe"]["data"]["dataset"].rpartition("/")[2]
     lines = [
-        f"| {data} | " + " | ".join(f"{prefix}{value}, alpha {alpha}" for value, alpha in columns) + " |",
+        f"| {_data_name(result)} | " + " | ".join(f"{prefix}{value}, alpha {alpha}" for value, alpha in columns) + " |",
         "| --- |" + " --- |" * len(columns),
     ]
     for model, by_alpha in result["summary"][panel].items():
         errors = [by_alpha.get(alpha, {}).get(value) for value, alpha in columns]
         lines.append(f"| {model} | " + " | ".join("" if error is None else mean_and_deviation(error) for error in errors) + " |")
     return "\n".join(lines)
+
+
+def defaults_table(results: list[dict[str, Any]], sizes: tuple[str, ...] = ("100", "500")) -> str:
+    """Retrieval errors with the package's defaults, beside the same memory without Phi and the best of the papers' baselines."""
+    config = UHopMemoryConfig(pattern_dim=1)
+    alpha, panel = f"{config.alpha:g}", f"unit norm, beta {config.beta:g}"
+    lines = [
+        f"| memories | no Phi, alpha 1 | no Phi, alpha {alpha} | best baseline, any beta | **defaults: denoising, alpha {alpha}** |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        errors = result["summary"][panel]
+        for size in sizes:
+            baselines = {
+                f"{model}, {title}": models[model]["1"][size]
+                for title, models in result["summary"].items()
+                for model in models
+                if model in BASELINES
+            }
+            best = min(baselines, key=lambda name: baselines[name]["mean"])
+            cells = [mean_and_deviation(errors["no Phi"][each][size]) for each in ("1", alpha)]
+            cells += [f"{mean_and_deviation(baselines[best])} ({best})", f"**{mean_and_deviation(errors['denoising'][alpha][size])}**"]
+            lines.append(f"| {size} of {_data_name(result)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _data_name(result: dict[str, Any]) -> str:
+    return result["recipe"]["data"]["dataset"].rpartition("/")[2]
 
 
 def mean_and_deviation(error: dict[str, float]) -> str:
