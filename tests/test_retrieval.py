@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from figures import pictures_figure
 from recipe import RecipeError
-from run_retrieval import EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, run, summarize
+from run_retrieval import EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, pictures, run, summarize
 from tables import BASELINES, choice_ranks, choice_table, retrieval_table
 
 from modeling_uhop import FeatureMap, UHopMemoryConfig, UHopMemoryModel, association, mask_patterns, maximize_separation, retrieve
@@ -225,3 +226,18 @@ def test_ranks_are_taken_within_each_condition():
     ranks = choice_ranks([{"recipe": {"values": [10, 20], "panels": panels}, "summary": summary}])
     assert ranks == {("no Phi", 1.0, 30.0): [1, 2], ("no Phi", 1.0, 3.0): [3, 1], ("no Phi", 1.5, 30.0): [2, 3]}
     assert next(iter(ranks)) == ("no Phi", 1.0, 30.0)
+
+
+def test_pictures_show_what_the_experiment_measures(patterns, tmp_path):
+    recipe = RetrievalRecipe("memory_size", load(DIGITS).data, [20, 40], ["no Phi", "denoising"], steps=20, repeats=1)
+    config = UHopMemoryConfig()
+    recipe.panels = {"default": Panel(beta=config.beta)}
+    rows = pictures(recipe, patterns, count=40)
+    assert list(rows) == ["query", "no Phi, alpha 1", f"no Phi, alpha {config.alpha:g}", f"denoising, alpha {config.alpha:g}", "stored"]
+    measured = {(row["model"], row["alpha"]): row["error"] for row in run(recipe, patterns) if row["value"] == 40}
+    for name, alpha in (("no Phi", 1.0), ("no Phi", config.alpha)):
+        error = np.square(rows[f"{name}, alpha {alpha:g}"] - rows["stored"]).sum(-1).mean()
+        assert error == pytest.approx(measured[name, alpha], rel=1e-4)
+    assert torch.equal(torch.from_numpy(rows["stored"]), draw(patterns, 40, 0))
+    pictures_figure(tmp_path / "pictures.png", rows, "digits")
+    assert (tmp_path / "pictures.png").stat().st_size > 5_000

@@ -177,6 +177,28 @@ def _scatter(axis: Axes, method: str, rows: list[dict[str, Any]]) -> None:
     axis.text(place, 1.02, text, color=style.color, fontsize=9, transform=axis.transAxes)
 
 
+def pictures_figure(path: Path, rows: dict[str, np.ndarray], title: str) -> None:
+    """Rows of images with their titles, for example queries and what is retrieved from them.
+
+    Args:
+        path: PNG file to write.
+        rows: Images (count, values) by the title of their row; square, values in [0, 1], of one channel or with three channels last.
+        title: Title of the figure.
+    """
+    count, values = next(iter(rows.values())).shape
+    channels = 1 if math.isqrt(values) ** 2 == values else 3
+    side = math.isqrt(values // channels)
+    figure, axes = plt.subplots(len(rows), count, figsize=(2.2 + 0.9 * count, 0.95 * len(rows) + 0.5), layout="constrained", squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image.reshape(side, side, channels).clip(0.0, 1.0), cmap="gray", vmin=0.0, vmax=1.0)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    figure.suptitle(title)
+    save(figure, path)
+
+
 def bag_figure(path: Path, pictures: np.ndarray | None, weights: np.ndarray, title: str, most: int = 16) -> None:
     """A bar for the weight of each instance of a bag, largest first, and its picture where instances are images.
 

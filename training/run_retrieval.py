@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import yaml
 from data import load_images
-from figures import retrieval_figure
+from figures import pictures_figure, retrieval_figure
 from PIL import Image
 from recipe import (
     DataRecipe,
@@ -31,6 +31,7 @@ from recipe import (
     with_known_keys,
 )
 from scipy.stats import spearmanr
+from styles import dataset_name
 from tables import BASELINES
 from transformers.utils import logging
 
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument(
         "--update", nargs="+", metavar="MODEL", choices=MODELS, help="measure these again and keep the results of the others"
     )
+    parser.add_argument("--pictures", action="store_true", help="measure nothing; draw retrieved images of a memory_size recipe")
     args = parser.parse_args()
     target = Path(args.output_dir) / f"retrieval_{Path(args.recipe).stem}"
     with errors_in_one_line():
@@ -141,6 +143,16 @@ def main() -> None:
         recipe = load(Path(args.recipe))
         if args.dataset:
             recipe.data.dataset = args.dataset
+        if args.pictures:
+            if recipe.experiment != "memory_size":
+                raise RecipeError(f"--pictures needs a recipe of the experiment 'memory_size', got {recipe.experiment!r}")
+            rows_of_images = pictures(recipe, load_patterns(recipe.data, recipe.split))
+            title = f"{int(max(recipe.values))} memories of {dataset_name(recipe.data.dataset)}, half of each query masked"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path = target.with_name(f"{target.name}_pictures.png")
+            pictures_figure(path, rows_of_images, f"{title}, beta {UHopMemoryConfig().beta:g}")
+            print(path)
+            return
         kept = earlier_rows(recipe, target.with_suffix(".json"), args.update) if args.update else []
         patterns = load_patterns(recipe.data, recipe.split)
         measured = dataclasses.replace(recipe, models=args.update or recipe.models)
@@ -253,15 +265,37 @@ def corruption_of(recipe: RetrievalRecipe) -> Any:
 
 
 @torch.no_grad()
-def error_of(model: UHopMemoryModel, queries: torch.Tensor, panel: Panel) -> float:
-    """Sum of squared pixel errors, averaged over queries. Retrieval always mixes the raw memories, however they are compared."""
+def retrieved_by(model: UHopMemoryModel, queries: torch.Tensor, panel: Panel) -> torch.Tensor:
+    """What one update step retrieves: always a mixture of the raw memories, however they are compared."""
     memories, config = model.memories, model.config
     if model.feature_map is None and panel.normalize:
         settings: dict[str, Any] = {"similarity": config.similarity, "degree": config.degree, "beta": config.beta, "alpha": config.alpha}
-        retrieved = association(unit_norm(queries), unit_norm(memories), **settings) @ memories
-    else:
-        retrieved = model(queries, output_energies=False).retrieved
-    return (retrieved - memories).square().sum(-1).mean().item()
+        return association(unit_norm(queries), unit_norm(memories), **settings) @ memories
+    return model(queries, output_energies=False).retrieved
+
+
+def error_of(model: UHopMemoryModel, queries: torch.Tensor, panel: Panel) -> float:
+    """Sum of squared pixel errors of what is retrieved, averaged over queries."""
+    return (retrieved_by(model, queries, panel) - model.memories).square().sum(-1).mean().item()
+
+
+def pictures(recipe: RetrievalRecipe, patterns: np.ndarray, count: int = 8) -> dict[str, np.ndarray]:
+    """The first `count` memories of seed 0 and what is retrieved from their queries, at the package's default beta: rows of images.
+
+    The memory holds the largest number of memories of the recipe. Its methods are no Phi and the default Stage I.
+    """
+    logging.set_verbosity_error()
+    config = UHopMemoryConfig()
+    panel, memories = Panel(beta=float(config.beta)), draw(patterns, int(max(recipe.values)), 0)
+    torch.manual_seed(0)
+    queries = corruption_of(recipe)(memories)
+    rows = {"query": queries[:count]}
+    models = {name: build(name, panel, memories, recipe, recipe.steps) for name in ("no Phi", "denoising")}
+    for name, alpha in (("no Phi", 1.0), ("no Phi", config.alpha), ("denoising", config.alpha)):
+        models[name].config.alpha = alpha
+        rows[f"{name}, alpha {alpha:g}"] = retrieved_by(models[name], queries, panel)[:count]
+    rows["stored"] = memories[:count]
+    return {title: images.numpy() for title, images in rows.items()}
 
 
 def run(recipe: RetrievalRecipe, patterns: np.ndarray) -> Iterator[dict[str, Any]]:

@@ -104,9 +104,13 @@ READ_AT = {
 
 def retrieval_table(results: list[dict[str, Any]], panel: str = "unit norm, beta 10") -> str:
     """Retrieval errors: a table for each results file, a row for each model, a column for each place on the axis and each alpha."""
-    return "\n\n".join(
-        _retrieval_table(result, panel if panel in result["summary"] else next(iter(result["summary"]))) for result in results
-    )
+    tables = []
+    for result in results:
+        if result["recipe"]["experiment"] == "separation_loss":
+            tables.append(_correlation_table(result))
+        else:
+            tables.append(_retrieval_table(result, panel if panel in result["summary"] else next(iter(result["summary"]))))
+    return "\n\n".join(tables)
 
 
 def _retrieval_table(result: dict[str, Any], panel: str) -> str:
@@ -148,6 +152,20 @@ def defaults_table(results: list[dict[str, Any]], sizes: tuple[str, ...] = ("100
 
 def _data_name(result: dict[str, Any]) -> str:
     return result["recipe"]["data"]["dataset"].rpartition("/")[2]
+
+
+def _correlation_table(result: dict[str, Any]) -> str:
+    """Rank correlations of separation loss and error, with their p-values: a row for each panel and model, a column for each alpha."""
+    alphas = [f"{alpha:g}" for alpha in result["recipe"]["alphas"]]
+    lines = [
+        f"| {_data_name(result)} | " + " | ".join(f"alpha {alpha}" for alpha in alphas) + " |",
+        "| --- |" + " --- |" * len(alphas),
+    ]
+    for panel, models in result["summary"].items():
+        for model, by_alpha in models.items():
+            cells = [f"{by_alpha[alpha]['spearman']:+.2f} (p = {by_alpha[alpha]['p']:.1g})" for alpha in alphas]
+            lines.append(f"| {model}, {panel} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def mean_and_deviation(error: dict[str, float]) -> str:
