@@ -14,12 +14,14 @@ from figures import retrieval_figure
 from geometry_figures import FIGURES
 from recipe import ROOT
 from styles import save
-from tables import HEADLINE, choice_table, defaults_table, headline_table, instances_table, paired_table, results_table
+from tables import HEADLINE, choice_table, defaults_table, first_step_table, headline_table, instances_table, paired_table, results_table
 
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MARKED = re.compile(r"(<!-- (?:(results|paired|instances|choice|defaults): ([\w/ ]+)|headline) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- (?:(results|paired|instances|choice|defaults|first_step): ([\w/ ]+)|headline) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 TABLES = {
     "results": results_table,
     "paired": paired_table,

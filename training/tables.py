@@ -154,6 +154,19 @@ def _data_name(result: dict[str, Any]) -> str:
     return result["recipe"]["data"]["dataset"].rpartition("/")[2]
 
 
+def first_step_table(results: list[dict[str, Any]]) -> str:
+    """How far the first step of U-Hop changes the retrieval error of no Phi, in per cent: a row for each data set and condition."""
+    alphas = [f"{alpha:g}" for alpha in results[0]["recipe"]["alphas"]]
+    lines = ["| data, condition | " + " | ".join(f"alpha {alpha}" for alpha in alphas) + " |", "| --- |" + " --- |" * len(alphas)]
+    for result in results:
+        for panel, models in result["summary"].items():
+            changes = [models["U-Hop"][alpha]["1"]["mean"] / models["no Phi"][alpha]["1"]["mean"] - 1.0 for alpha in alphas]
+            lines.append(
+                f"| {_data_name(result)}, {panel} | " + " | ".join(f"{change:+.0%}".replace("%", " %") for change in changes) + " |"
+            )
+    return "\n".join(lines)
+
+
 def _correlation_table(result: dict[str, Any]) -> str:
     """Rank correlations of separation loss and error, with their p-values: a row for each panel and model, a column for each alpha."""
     alphas = [f"{alpha:g}" for alpha in result["recipe"]["alphas"]]
