@@ -28,6 +28,7 @@ TABLES = {
     "instances": instances_table,
     "choice": choice_table,
     "defaults": defaults_table,
+    "first_step": first_step_table,
 }
 
 
