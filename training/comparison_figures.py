@@ -147,7 +147,10 @@ def differences_figure(path: Path, gathered: dict[str, Any], metrics: Sequence[s
         gathered: Results of `sweep.gather` whose sweep has `pairs`.
         metrics: The panels.
     """
-    panels = [(METRICS[metric].capitalize(), "difference", [p for p in gathered["paired"] if p["metric"] == metric]) for metric in metrics]
+    panels = [
+        (METRICS[metric].capitalize(), "difference of accuracy", [p for p in gathered["paired"] if p["metric"] == metric])
+        for metric in metrics
+    ]
     _differences(path, panels, _title(gathered), columns=len(metrics))
 
 
@@ -159,7 +162,7 @@ def paired_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
         gathered: Results of `compare_mil.compare`.
     """
     metric = METRICS.get(gathered[0]["recipe"]["metrics"][0], gathered[0]["recipe"]["metrics"][0])
-    panels = [(Path(result["recipe"]["data"]["dataset"]).stem, "difference", result["paired"]) for result in gathered]
+    panels = [(Path(result["recipe"]["data"]["dataset"]).stem, "difference of AUC", result["paired"]) for result in gathered]
     _differences(path, panels, f"{metric.capitalize().replace('roc', 'ROC')} on bags", columns=4)
 
 
