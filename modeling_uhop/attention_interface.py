@@ -36,7 +36,7 @@ def hopfield_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    r"""Compute the retrieval step of a U-Hop layer (arXiv 2404.03827, equation 3.1).
+    r"""Compute one update step of a U-Hop layer (arXiv 2404.03827, equation 3.1).
 
     $$
     \mathrm{Sep}_\alpha(\beta \, q k^T) \, v

@@ -163,8 +163,9 @@ class MemoryReport:
         rival: The most similar other memory; -1 if there is none.
         error_bound: Bound of the error of one step at alpha = 1, for queries near the memory
             (U-Hop, equation 1.3).
-        vacuous: Whether `error_bound` says nothing, because it is at least twice the largest norm of
-            a memory, which no error exceeds; and always at alpha > 1, where the bound does not apply.
+        vacuous: Whether `error_bound` says nothing, because it is at least twice the largest norm
+            of a memory, which no error exceeds; and always at alpha > 1, where the bound does not
+            apply.
         own_error_bound: The same bound for the memory itself as the query (radius 0). `error` is
             checked against this bound.
         error: Distance between a memory and the pattern that it retrieves in one step.

@@ -75,7 +75,7 @@ class STanHopConfig(PreTrainedConfig):
         feature_dim (`int`, *optional*): Width D of a feature, at least 1; `None` means `d_model`.
         feature_init (`str`, defaults to `"orthogonal"`): Initial value of the feature map:
             "identity", "orthogonal" or "normal"; see `FeatureMap`.
-        update_steps (`int`, defaults to 1): Retrieval steps per layer, at least 1.
+        update_steps (`int`, defaults to 1): Update steps per layer, at least 1.
         value_source (`str`, defaults to `"projected_memory"`): What the values are, as in
             `UHopViTConfig`. STanHop uses $W_V W_K Y$, "projected_memory".
 

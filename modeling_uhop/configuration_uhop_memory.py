@@ -34,11 +34,12 @@ class UHopMemoryConfig(PreTrainedConfig):
             (section D.2). $\Phi$ is then not linear and the energy may rise along retrieval; with a
             linear $\Phi$ it never rises.
         degree (`int`, defaults to 10): Degree of "polynomial", at least 1.
-        alpha (`float`, defaults to 1.5): Tsallis exponent in [1, 2] of the simplex map from similarities to
-            weights: 1 softmax, 1.5 entmax, 2 sparsemax. The defaults of alpha and beta, with the default
-            separation step, retrieved best on validation images of digits, MNIST and CIFAR-10.
+        alpha (`float`, defaults to 1.5): Tsallis exponent in [1, 2] of the simplex map from
+            similarities to weights: 1 softmax, 1.5 entmax, 2 sparsemax. The defaults of alpha and
+            beta, with the default separation step, retrieved best on validation images of digits,
+            MNIST and CIFAR-10.
         beta (`float`, defaults to 30): Inverse temperature $\beta$, positive.
-        update_steps (`int`, defaults to 1): Retrieval steps, at least 1.
+        update_steps (`int`, defaults to 1): Update steps of a retrieval, at least 1.
 
     Raises:
         ValueError: If a value is out of range. The message names the field, its value and what is

@@ -72,7 +72,7 @@ class UHopMILConfig(PreTrainedConfig):
             `hidden_size`.
         feature_init (`str`, defaults to `"orthogonal"`): Initial value of the feature map:
             "identity", "orthogonal" or "normal"; see `FeatureMap`.
-        update_steps (`int`, defaults to 1): Retrieval steps, at least 1.
+        update_steps (`int`, defaults to 1): Update steps of a retrieval, at least 1.
         value_source (`str`, defaults to `"memory"`): What the values are, "memory" or
             "projected_memory"; as in `UHopViTConfig`.
 

@@ -61,7 +61,7 @@ class UHopViTConfig(PreTrainedConfig):
             `hidden_size`.
         feature_init (`str`, defaults to `"orthogonal"`): Initial value of $\Phi$: "identity",
             "orthogonal" or "normal"; see `FeatureMap`.
-        update_steps (`int`, defaults to 1): Retrieval steps per layer, at least 1.
+        update_steps (`int`, defaults to 1): Update steps per layer, at least 1.
         value_source (`str`, defaults to `"memory"`): What the values $V$ are. "memory": $W_V \Xi$,
             as in the authors' code. "projected_memory": $W_V W_K \Xi$, as in equation 3.1; this
             needs `feature_dim` to equal `hidden_size`.

@@ -1,4 +1,4 @@
-"""Hopfield layers: attention as one retrieval step from a memory of tokens."""
+"""Hopfield layers: attention as one update step that retrieves from a memory of tokens."""
 
 import copy
 import math
@@ -247,7 +247,7 @@ class HopfieldPooling(nn.Module):
     W_V \mathrm{LN}(X)
     $$
 
-    Each of the three inputs has its own layer norm. Heads, beta and further retrieval steps are as
+    Each of the three inputs has its own layer norm. Heads, beta and further update steps are as
     in `HopfieldAttention`. Without Phi and at alpha = 1 it is the published layer. A set without
     any item gives the bias of the output projection.
 

@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
 class Family(NamedTuple):
-    """What every card of a family states: the Hub's task (or none), tags, and metrics by their names in a results file."""
+    """What every card of a family states: the Hub's task (or none), tags, and metrics by their
+    names in a results file."""
 
     name: str
     pipeline_tag: str | None
@@ -58,13 +59,16 @@ def model_card(
     cost: str | None = None,
     figures: Sequence[tuple[str, str]] = (),
 ) -> ModelCard:
-    """The card of a model from its results and a Jinja template, with a `model-index` of its metrics on held-out data.
+    """The card of a model from its results and a Jinja template, with a `model-index` of its
+    metrics on held-out data.
 
     Args:
-        results: A results file's content: recipe, metrics (numbers, or mean and spread), seed or seeds, num_parameters, versions, commit.
+        results: A results file's content: recipe, metrics (numbers, or mean and spread), seed or
+            seeds, num_parameters, versions, commit.
         template_path: The template.
         model_id: The model's name on the Hub, for the example that loads it; by default a folder.
-        headline: The first metric, its confidence interval and that of the baseline, in a sentence or two. By default the metric alone.
+        headline: The first metric, its confidence interval and that of the baseline, in a sentence
+            or two. By default the metric alone.
         comparison: Markdown table of the same recipe over several seeds, with its baselines.
         cost: Cost of training, if the results do not hold it.
         figures: Titles and paths of pictures, relative to the card.

@@ -285,18 +285,20 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         corruption: Corruption = mask_patterns,
         **options,
     ) -> list[float]:
-        r"""Separate the stored patterns in feature space (Stage I): train the feature map and nothing else.
+        r"""Separate the stored patterns in feature space (Stage I): train the feature map and
+        nothing else.
 
         - "denoising" (default): learn to recognise each memory from a corrupted copy, by the cross
           entropy of the association weights at the inverse temperature of this memory,
-          $-\log \mathrm{softmax}_\nu(\beta \langle \Phi(\tilde\xi_\mu), \Phi(\xi_\nu) \rangle)_\mu$ with unit-norm
-          features; see `denoising_loss`. It is not in the papers. What it learns from one kind of corruption
-          helps against others. Plain separation of clean patterns can amplify their corruption.
+          $-\log \mathrm{softmax}_\nu(\beta \langle \Phi(\tilde\xi_\mu), \Phi(\xi_\nu) \rangle)_\mu$
+          with unit-norm features; see `denoising_loss`. It is not in the papers. What it learns
+          from one kind of corruption helps against others. Plain separation of clean patterns can
+          amplify their corruption.
         - "uhop": the average separation loss (2.6) of U-Hop, then rows of W of unit norm.
-        - "uhop+": the optimal spherical code of U-Hop+, computed once without `steps` and `lr`, if the
-          memories are linearly independent. Projected gradient descent on W with a falling temperature
-          otherwise, with `options`, and for more than 1000 memories that are also more than twice
-          `feature_dim`.
+        - "uhop+": the optimal spherical code of U-Hop+, computed once without `steps` and `lr`, if
+          the memories are linearly independent. Projected gradient descent on W with a falling
+          temperature otherwise, with `options`, and for more than 1000 memories that are also more
+          than twice `feature_dim`.
 
         With more than 4096 memories each step uses a new random sample of 4096; `batch_size` in
         `options` changes this number.
@@ -305,13 +307,13 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             steps: Gradient steps.
             lr: Learning rate; `None` means 1e-3.
             method: "denoising", "uhop" or "uhop+".
-            corruption: For "denoising", a function from patterns to corrupted patterns: `mask_patterns`,
-                `add_noise`, or your own.
+            corruption: For "denoising", a function from patterns to corrupted patterns:
+                `mask_patterns`, `add_noise`, or your own.
             options: Further arguments of `maximize_separation`.
 
         Returns:
-            The loss before each step, and after the last. For the optimal code two numbers: minus the
-            smallest margin before and after.
+            The loss before each step, and after the last. For the optimal code two numbers: minus
+            the smallest margin before and after.
 
         Raises:
             ValueError: If there is no feature map, or fewer than two memories.

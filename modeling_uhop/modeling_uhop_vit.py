@@ -274,7 +274,7 @@ class UHopViTPreTrainedModel(FoldableModel):
 
         Raises:
             ValueError: If a ViT cannot compute this function: `alpha` other than 1, several
-                retrieval steps, the "class_query" encoder, or values W_V W_K Xi without a feature
+                update steps, the "class_query" encoder, or values W_V W_K Xi without a feature
                 map.
         """
         return to_vit(self)

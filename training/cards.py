@@ -1,4 +1,5 @@
-"""Model cards: of a finished run, in its folder; and of the released recipes, in model_cards/, from benchmarks/results.
+"""Model cards: of a finished run, in its folder; and of the released recipes, in model_cards/, from
+benchmarks/results.
 
 `python training/document.py` writes those in model_cards/ again.
 """
@@ -33,7 +34,8 @@ FIGURES = {
 }
 # Fields that only some recipes have, and that tell their runs apart.
 OPTIONS = ("ensemble", "architecture", "skip_start")
-# The settings that the card of a memory describes: the package's defaults, and the largest number of memories.
+# The settings that the card of a memory describes: the package's defaults, and the largest number
+# of memories.
 MEMORIES = "500"
 METHOD: str = inspect.signature(UHopMemoryModel.separate).parameters["method"].default
 ALPHA, BETA = (f"{getattr(UHopMemoryConfig(), name):g}" for name in ("alpha", "beta"))
@@ -42,7 +44,8 @@ NAMES = {"denoising": "denoising", "uhop": "U-Hop", "uhop+": "U-Hop+"}
 
 
 def write_card(folder: Path, model_id: str | None = None) -> None:
-    """Write the card of a finished run, with its figures. If its recipe is a released one, the card also has that comparison."""
+    """Write the card of a finished run, with its figures. If its recipe is a released one, the card
+    also has that comparison."""
     results = json.loads((folder / "results.json").read_text())
     recipe = results["recipe"]
     path = RESULTS / f"{recipe['name']}.json"
@@ -77,9 +80,11 @@ def released_cards() -> dict[Path, str]:
 
 
 def headline(gathered: dict[str, Any]) -> str:
-    """The metric of a released recipe and that of its baseline, each with its 95 % confidence interval, in two sentences.
+    """The metric of a released recipe and that of its baseline, each with its 95 % confidence
+    interval, in two sentences.
 
-    The baseline of images is the same model without Phi; elsewhere it is the best one that is no Hopfield model.
+    The baseline of images is the same model without Phi; elsewhere it is the best one that is no
+    Hopfield model.
     """
     recipe = gathered["recipe"]
     family = family_of(recipe)
@@ -115,7 +120,8 @@ INTERVALS = "Numbers after ± are 95 % confidence intervals."
 
 
 def headline_of_run(results: dict[str, Any], gathered: dict[str, Any] | None) -> str | None:
-    """The metric of one run, and the headline of its recipe if that is a released one; `None` if there is nothing to compare with."""
+    """The metric of one run, and the headline of its recipe if that is a released one; `None` if
+    there is nothing to compare with."""
     family = family_of(results["recipe"])
     metric, (_, name) = next(iter(family.metrics.items()))
     value = results["metrics"][metric]
@@ -134,7 +140,8 @@ def headline_of_run(results: dict[str, Any], gathered: dict[str, Any] | None) ->
 
 
 def best_fixed(baselines: dict[str, dict[str, float]], metric: str) -> str:
-    """The forecast baseline with the lowest error. Nothing in it is random, so that it has no interval."""
+    """The forecast baseline with the lowest error. Nothing in it is random, so that it has no
+    interval."""
     best = min(baselines, key=lambda baseline: baselines[baseline][metric])
     return f"Best baseline, {best}: {with_interval(baselines[best][metric], None)} (not random, so without an interval)."
 
@@ -164,7 +171,8 @@ def figures_of(path: Path) -> list[tuple[str, str]]:
 
 
 def released(gathered: dict[str, Any], name: str) -> dict[str, Any]:
-    """Gathered results in the form of one run's: those of the recipe as it stands, over its seeds."""
+    """Gathered results in the form of one run's: those of the recipe as it stands, over its
+    seeds."""
     recipe = {"name": name, **gathered["recipe"]}
     shared = {"recipe": recipe, "versions": gathered["versions"], "commit": gathered["commit"]}
     if "summary" in gathered:
@@ -193,7 +201,8 @@ def variant_as_released(recipe: dict[str, Any], variants: dict[str, list[str]]) 
 
 
 def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two recorded recipes train the same way, whatever their seed, where their data lay and what defaults they spell out."""
+    """Whether two recorded recipes train the same way, whatever their seed, where their data lay
+    and what defaults they spell out."""
 
     def training(recipe: dict[str, Any]) -> dict[str, Any]:
         recipe_class = RECIPES[family_of(recipe).name]
@@ -209,7 +218,8 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 def comparison(gathered: dict[str, Any]) -> str:
-    """The table of a released recipe and its baselines; for a memory a row for each map and a column for each alpha."""
+    """The table of a released recipe and its baselines; for a memory a row for each map and a
+    column for each alpha."""
     if "summary" in gathered:
         by_map = {
             model: by_alpha for model, by_alpha in gathered["summary"][PANEL].items() if all(MEMORIES in e for e in by_alpha.values())
@@ -224,7 +234,8 @@ def comparison(gathered: dict[str, Any]) -> str:
 
 
 def cost_of(gathered: dict[str, Any], name: str) -> str:
-    """What the recipe's header says that it costs, and the machine of these results where they name it."""
+    """What the recipe's header says that it costs, and the machine of these results where they name
+    it."""
     recipe = gathered["recipe"]
     folder, stem = ("configs/retrieval", name.removeprefix("retrieval_")) if family_of(recipe).name == "memory" else ("configs", name)
     path = ROOT / folder / f"{stem}.yaml"

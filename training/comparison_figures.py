@@ -1,4 +1,5 @@
-"""Figures of results files that compare variants or implementations. Colours and markers are those of `styles`."""
+"""Figures of results files that compare variants or implementations. Colours and markers are those
+of `styles`."""
 
 import math
 from collections.abc import Sequence
@@ -37,15 +38,17 @@ METRICS = {
 
 
 def _group_of(variant: str) -> str:
-    """What stands before a colon in the name of a variant: "1,000 images" of "1,000 images: no Phi"."""
+    """What stands before a colon in the name of a variant: "1,000 images" of "1,000 images: no
+    Phi"."""
     return variant.rpartition(": ")[0]
 
 
 def curves_figure(path: Path, gathered: dict[str, Any]) -> None:
     """Losses and accuracies by epoch: means over seeds, with bands from the lowest to the highest.
 
-    A panel has at most six lines: the first variant of each method, then others. The figure of differences has every variant. Variants
-    "1,000 images: NAME" and "2,000 images: NAME" stand in rows of panels.
+    A panel has at most six lines: the first variant of each method, then others. The figure of
+    differences has every variant. Variants "1,000 images: NAME" and "2,000 images: NAME" stand in
+    rows of panels.
 
     Args:
         path: PNG file to write.
@@ -92,11 +95,13 @@ def _title(gathered: dict[str, Any]) -> str:
 
 
 def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
-    """Accuracies by the number of training images, a line for each variant, with 95 % confidence intervals over seeds.
+    """Accuracies by the number of training images, a line for each variant, with 95 % confidence
+    intervals over seeds.
 
     Args:
         path: PNG file to write.
-        gathered: Results of `sweep.gather` of one recipe, of variants "NAME" at its `max_train_samples`, or "COUNT images: NAME".
+        gathered: Results of `sweep.gather` of one recipe, of variants "NAME" at its
+            `max_train_samples`, or "COUNT images: NAME".
     """
     points: list[tuple[str, Any, dict[str, Any]]] = [
         (name.rpartition(": ")[2], int(name.partition(" images")[0].replace(",", "")) if ": " in name else default, variant["metrics"])
@@ -113,7 +118,8 @@ def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11.5, 4.2), layout="constrained")
     for axis, metric in zip(axes, ("max_train_accuracy", "test_accuracy"), strict=True):
         for place, (name, style) in enumerate(styles_of(lines).items()):
-            # Side by side, because intervals of several variants at one size would cover each other.
+            # Side by side, because intervals of several variants at one size would cover each
+            # other.
             shift = 1.03 ** (place - (len(lines) - 1) / 2)
             own = sorted(((count, metrics[metric]) for label, count, metrics in points if label == name), key=lambda point: point[0])
             widths = [half_width_of(m["values"]) for _, m in own]
@@ -141,7 +147,10 @@ def differences_figure(path: Path, gathered: dict[str, Any], metrics: Sequence[s
         gathered: Results of `sweep.gather` whose sweep has `pairs`.
         metrics: The panels.
     """
-    panels = [(METRICS[metric].capitalize(), "difference", [p for p in gathered["paired"] if p["metric"] == metric]) for metric in metrics]
+    panels = [
+        (METRICS[metric].capitalize(), "difference of accuracy", [p for p in gathered["paired"] if p["metric"] == metric])
+        for metric in metrics
+    ]
     _differences(path, panels, _title(gathered), columns=len(metrics))
 
 
@@ -153,12 +162,13 @@ def paired_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
         gathered: Results of `compare_mil.compare`.
     """
     metric = METRICS.get(gathered[0]["recipe"]["metrics"][0], gathered[0]["recipe"]["metrics"][0])
-    panels = [(Path(result["recipe"]["data"]["dataset"]).stem, "difference", result["paired"]) for result in gathered]
+    panels = [(Path(result["recipe"]["data"]["dataset"]).stem, "difference of AUC", result["paired"]) for result in gathered]
     _differences(path, panels, f"{metric.capitalize().replace('roc', 'ROC')} on bags", columns=4)
 
 
 def _differences(path: Path, panels: list[tuple[str, str, list[dict[str, Any]]]], title: str, columns: int) -> None:
-    """Points with 95 % confidence intervals; filled where the difference exceeds its interval. Panels share their axes."""
+    """Points with 95 % confidence intervals; filled where the difference exceeds its interval.
+    Panels share their axes."""
     names = list(dict.fromkeys(_pair_name(pair) for _, _, pairs in panels for pair in pairs))
     rows = math.ceil(len(panels) / columns)
     size = (4.6 + (3.6 if columns < 4 else 2.5) * columns, 1.4 + rows * (0.6 + 0.28 * len(names)))
@@ -189,7 +199,8 @@ def _differences(path: Path, panels: list[tuple[str, str, list[dict[str, Any]]]]
 
 
 def _pair_name(pair: dict[str, Any]) -> str:
-    """ "dense: U-Hop vs. untrained Phi" of the two variants; a beginning that both share is said once."""
+    """ "dense: U-Hop vs. untrained Phi" of the two variants; a beginning that both share is said
+    once."""
     first, second = pair["first"], pair["second"]
     for mark in (": ", ", "):
         shared = first.partition(mark)[0]

@@ -1,4 +1,5 @@
-"""Figures of single runs and of retrieval experiments. Colours and markers are those of `styles`."""
+"""Figures of single runs and of retrieval experiments. Colours and markers are those of
+`styles`."""
 
 import math
 from pathlib import Path
@@ -26,7 +27,8 @@ def training_figure(
         path: PNG file to write.
         log_history: `trainer.state.log_history`.
         separation_history: `SeparationCallback.history`, empty without a separation step.
-        grams: For each moment ("before", "after" Stage I), one cosine matrix (patches, patches) a layer.
+        grams: For each moment ("before", "after" Stage I), one cosine matrix (patches, patches) a
+            layer.
     """
     figure = plt.figure(figsize=(11.5, 3.6 + (3.1 * len(grams) if grams else 0)), layout="constrained")
     parts = figure.subfigures(2 if grams else 1, 1, squeeze=False, height_ratios=(1.15, len(grams))[: 2 if grams else 1])[:, 0]
@@ -58,7 +60,8 @@ def _off_diagonal(gram: np.ndarray) -> float:
 
 
 def _gram_matrices(figure: SubFigure, grams: dict[str, list[np.ndarray]]) -> None:
-    """A row for each moment and a column for each layer; a single layer's moments stand side by side."""
+    """A row for each moment and a column for each layer; a single layer's moments stand side by
+    side."""
     num_layers = len(next(iter(grams.values())))
     rows, columns = (len(grams), num_layers) if num_layers > 1 else (1, len(grams))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -100,10 +103,12 @@ LEAST_ERROR = 1e-6
 
 
 def retrieval_figure(path: Path, experiment: str, rows: list[dict[str, Any]], dataset: str) -> None:
-    """Retrieval error along the experiment's axis: a row of panels for each set of conditions, a column for each alpha.
+    """Retrieval error along the experiment's axis: a row of panels for each set of conditions, a
+    column for each alpha.
 
-    A panel has the five methods and, as a reference, the best of the baselines, which have softmax alone. Lines are means with 95 %
-    confidence intervals over repeats; "separation_loss" is a scatter of single runs.
+    A panel has the five methods and, as a reference, the best of the baselines, which have softmax
+    alone. Lines are means with 95 % confidence intervals over repeats; "separation_loss" is a
+    scatter of single runs.
 
     Args:
         path: PNG file to write.
@@ -200,11 +205,13 @@ def pictures_figure(path: Path, rows: dict[str, np.ndarray], title: str) -> None
 
 
 def bag_figure(path: Path, pictures: np.ndarray | None, weights: np.ndarray, title: str, most: int = 16) -> None:
-    """A bar for the weight of each instance of a bag, largest first, and its picture where instances are images.
+    """A bar for the weight of each instance of a bag, largest first, and its picture where
+    instances are images.
 
     Args:
         path: PNG file to write.
-        pictures: The instances as images (N, channels, height, width); `None` where they are vectors.
+        pictures: The instances as images (N, channels, height, width); `None` where they are
+            vectors.
         weights: (N,).
         title: Of the picture.
         most: How many instances to show.
@@ -222,7 +229,8 @@ def bag_figure(path: Path, pictures: np.ndarray | None, weights: np.ndarray, tit
     bars.bar(range(len(order)), weights[order], color=THIS_RUN)
     bars.axhline(1.0 / len(weights), color=OBSERVED, linestyle="--", linewidth=1, label=f"equal weights, 1/{len(weights)}")
     bars.legend(loc="upper right")
-    shown = "instance" if len(order) == len(weights) else f"instance, the {len(order)} of {len(weights)} with most weight"
+    counted = "" if len(order) == len(weights) else f"; the {len(order)} of {len(weights)} with most weight"
+    shown = f"index of the instance in its bag{counted}"
     bars.set(xlim=(-0.5, len(order) - 0.5), ylabel="association weight", xlabel=shown, ylim=(0, None))
     bars.set_xticks(range(len(order)), [str(index) for index in order])
     bars.grid(axis="x", visible=False)
@@ -239,9 +247,11 @@ def forecast_figure(
     names: list[str],
     most: int = 6,
 ) -> None:
-    """A forecast beside the observed values and the stored windows most like the past, a panel for each series.
+    """A forecast beside the observed values and the stored windows most like the past, a panel for
+    each series.
 
-    The last series comes first, because files of this kind (ETT, WTH) have their target there. The past is cut to two horizons.
+    The last series comes first, because files of this kind (ETT, WTH) have their target there. The
+    past is cut to two horizons.
 
     Args:
         path: PNG file to write.
@@ -277,7 +287,8 @@ def forecast_figure(
 
 
 def retrieval_weights_figure(path: Path, over_time: np.ndarray, over_series: np.ndarray, names: list[str]) -> None:
-    """Association weights: which patches the patches of a series retrieve, and which series those of a position retrieve.
+    """Association weights: which patches the patches of a series retrieve, and which series those
+    of a position retrieve.
 
     Args:
         path: PNG file to write.

@@ -58,12 +58,19 @@ def metastable_figure(results: dict[str, Any], recipe: dict[str, Any]) -> Figure
         left += width
     for place, entry in enumerate(results.values()):
         axis.text(1.01, place, f"{entry['different memories']['mean']:.0f}", va="center", transform=axis.get_yaxis_transform())
-    axis.text(1.01, -0.75, f"memories in use\n(of {recipe['memories'][0]})", va="bottom", fontsize=9, transform=axis.get_yaxis_transform())
+    axis.text(
+        1.01,
+        -0.75,
+        f"different memories\nthat are reached (of {recipe['memories'][0]})",
+        va="bottom",
+        fontsize=9,
+        transform=axis.get_yaxis_transform(),
+    )
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     axis.set(xlabel="share of queries", xlim=(0, 1))
     legend_beside(figure, axis, "memories retrieved\nby one query")
-    return _titled(figure, "One memory (dark) is what retrieval is for; many in use means that queries reach different ones", recipe)
+    return _titled(figure, "How many memories does one query retrieve? One (dark) is the goal", recipe)
 
 
 def _titled(figure: Figure, title: str, recipe: dict[str, Any]) -> Figure:

@@ -1,7 +1,7 @@
 """Colours and markers of figures: a method has the same ones everywhere.
 
-The colours are those of Okabe and Ito, which people with a colour vision deficiency can tell apart. Markers differ too, so that a figure
-also works in grey.
+The colours are those of Okabe and Ito, which people with a colour vision deficiency can tell apart.
+Markers differ too, so that a figure also works in grey.
 """
 
 import io
@@ -28,7 +28,8 @@ class Style(NamedTuple):
     linestyle: str = "-"
 
     def line(self) -> dict[str, Any]:
-        """Arguments of `Axes.plot` and `Axes.errorbar`. Further variants of a method have hollow markers."""
+        """Arguments of `Axes.plot` and `Axes.errorbar`. Further variants of a method have hollow
+        markers."""
         face = self.color if self.linestyle == "-" else "white"
         return {**self._asdict(), "markersize": 5.5, "markerfacecolor": face, "linewidth": 1.5}
 
@@ -54,10 +55,12 @@ BASELINES = {
     "statistics, random forest": Style(BASELINE, "*"),
     "set kernel, SVM": Style(BASELINE, "x"),
 }
-# Colours of what is no method: measured values, references, and the one model that a figure of a single run shows.
+# Colours of what is no method: measured values, references, and the one model that a figure of a
+# single run shows.
 OBSERVED, REFERENCE, THIS_RUN = "#000000", "#BBBBBB", "#882255"
 
-# A variant is the first of these methods whose word its name contains. Any other variant is a way of U-Hop.
+# A variant is the first of these methods whose word its name contains. Any other variant is a way
+# of U-Hop.
 WORDS = {
     "ViT of transformers": ("transformers' ViT",),
     "no Phi": ("no Phi", "without Phi", "without separation and Phi"),
@@ -109,7 +112,8 @@ def label_of(variant: str) -> str:
 
 
 def styles_of(variants: Iterable[str]) -> dict[str, Style]:
-    """The style of each variant: that of its method. Further variants of a method have other strokes and hollow markers."""
+    """The style of each variant: that of its method. Further variants of a method have other
+    strokes and hollow markers."""
     seen: dict[str, int] = {}
     styles = {}
     for variant in variants:
@@ -121,7 +125,8 @@ def styles_of(variants: Iterable[str]) -> dict[str, Style]:
 
 
 def most_telling(variants: Iterable[str], most: int = 6) -> list[str]:
-    """At most six variants for a panel: the first of each method, then others, all in the order given."""
+    """At most six variants for a panel: the first of each method, then others, all in the order
+    given."""
     variants = list(variants)
     firsts = {method_of(variant): variant for variant in reversed(variants)}
     chosen = [variant for variant in variants if firsts[method_of(variant)] == variant]
@@ -136,7 +141,8 @@ def dataset_name(dataset: str) -> str:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG and close the figure. One of lines alone gets at most 256 colours, which makes its file small."""
+    """Write a PNG and close the figure. One of lines alone gets at most 256 colours, which makes
+    its file small."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
     image = Image.open(drawn).convert("RGB")
