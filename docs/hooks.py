@@ -23,7 +23,7 @@ NAMED = {"Makefile": "make", "LICENSE": "text"}
 COPIED = (".png", ".json", ".svg")
 FENCE = re.compile(r"(^(?P<fence>`{3,}).*?^(?P=fence)\s*$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)\s]+)\)")
-MARKER = re.compile(r"^<!-- (?:(?:results|paired|instances): [\w ]+|headline|end) -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- (?:(?:results|paired|instances|choice): [\w/ ]+|headline|end) -->$", re.MULTILINE)
 
 
 def markdown_of(path: Path) -> str:
@@ -99,6 +99,12 @@ def page_of(path: Path) -> str:
     language = NAMED.get(path.name) or LANGUAGES.get(path.suffix, "text")
     fence = "`" * 12
     return f'{front}{title}\n\n{fence} {{.{language} linenums="1"}}\n{text}\n{fence}\n'
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Leave the page 404.html out: its paths begin at the root of a host, so it is broken in a site that is opened as files."""
+    config.theme.static_templates.discard("404.html")
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

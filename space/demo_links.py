@@ -46,9 +46,9 @@ def guide_address(guide: str, root: Path = ROOT) -> str | None:
     """The public documentation if the package names one; else the built site or the page of this checkout; `None` without any."""
     public = project_urls().get("Documentation")
     if public:
-        return f"{public.rstrip('/')}/{guide}/"
-    if (root / "site" / guide / "index.html").is_file():
-        return f"/site/{guide}/"
+        return f"{public.rstrip('/')}/{guide}.html"
+    if (root / "site" / f"{guide}.html").is_file():
+        return f"/site/{guide}.html"
     return f"/checkout/docs/{guide}.md" if (root / "docs" / f"{guide}.md").is_file() else None
 
 

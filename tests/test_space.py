@@ -635,10 +635,10 @@ def test_what_cannot_be_reached_is_named_without_a_link(tmp_path):
     assert client.get("/checkout/docs/guides/bags.md").text == "# Bags\n"
     for path in ("secret.md", "docs/guides/vision.md", "docs/../secret.md"):
         assert client.get(f"/checkout/{path}").status_code == 404
-    (tmp_path / "site" / "guides" / "bags").mkdir(parents=True)
-    (tmp_path / "site" / "guides" / "bags" / "index.html").write_text("<h1>Bags</h1>")
+    (tmp_path / "site" / "guides").mkdir(parents=True)
+    (tmp_path / "site" / "guides" / "bags.html").write_text("<h1>Bags</h1>")
     address = demo_links.guide_address("guides/bags", tmp_path)
-    assert address == "/site/guides/bags/"
+    assert address == "/site/guides/bags.html"
     assert TestClient(Starlette(routes=demo_links.routes(tmp_path))).get(address).status_code == 200
 
 
@@ -646,7 +646,7 @@ def test_public_addresses_are_used_where_the_package_has_them(monkeypatch):
     addresses = {"Documentation": "https://example.org/docs/", "Repository": "https://example.org/code"}
     monkeypatch.setattr(demo_links, "project_urls", lambda: addresses)
     page = demo_links.code_view("Classify")
-    assert 'href="https://example.org/docs/guides/vision/"' in page
+    assert 'href="https://example.org/docs/guides/vision.html"' in page
     assert 'href="https://example.org/code/blob/main/modeling_uhop/modeling_uhop_vit.py"' in page
 
 
