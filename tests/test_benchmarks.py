@@ -61,7 +61,9 @@ def test_functions_are_timed_in_turn():
 
 def test_a_missed_bound_ends_a_check_with_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "PARTS", {"kept": lambda rounds: [_case()], "broken": lambda rounds: [_case(at_most=0.1)]})
-    monkeypatch.setattr(benchmark, "growth_of_cost", lambda: {part: {"ours": {"2": 1.0, "4": 3.0}} for part in ("attention", "separation")})
+    monkeypatch.setattr(
+        benchmark, "growth_of_cost", lambda: {part: {"torch.pdist": {"2": 1.0, "4": 3.0}} for part in ("attention", "separation")}
+    )
     path = tmp_path / "speed.json"
     command = ["run.py", "--output", str(path)]
     monkeypatch.setattr("sys.argv", command)

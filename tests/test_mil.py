@@ -553,9 +553,9 @@ def test_the_figure_of_a_bag_shows_its_weights_in_order(tmp_path, monkeypatch):
     for axis in (bars, bars_of_images):
         assert [patch.get_height() for patch in axis.containers[0]] == [0.6, 0.3, 0.1]
         assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "2", "0"]
-        assert axis.get_xlabel() == "instance"
+        assert axis.get_xlabel() == "index of the instance in its bag"
     assert [picture.images[0].get_array().mean() for picture in pictures] == [1.0, 2.0, 0.0]
-    assert few.get_xlabel() == "instance, the 5 of 20 with most weight"
+    assert few.get_xlabel() == "index of the instance in its bag; the 5 of 20 with most weight"
 
 
 def test_an_empty_first_bag_is_not_shown():

@@ -121,7 +121,7 @@ save_file({"retrieved": again(load_file(folder + "/probe.safetensors")["queries"
 """
     finished = _run(script, str(tmp_path))
     assert finished.returncode == 0, finished.stderr
-    assert "6 memories at beta=10, alpha=1.5" in finished.stdout
+    assert "6 memories at beta=30, alpha=1.5" in finished.stdout
     assert torch.equal(load_file(tmp_path / "outputs.safetensors")["retrieved"], memory(queries).retrieved)
 
 

@@ -755,7 +755,7 @@ def test_a_slider_changes_what_the_memory_retrieves(page):
         expect(page.get_by_label(f"number input for {name}")).to_have_value(value)
     page.wait_for_selector(".hop-count >> text=of 120")
     expect(page.get_by_label("number input for Digit in the pictures")).to_have_value("120")
-    assert page.locator(".toast-body").count() == 0
+    assert page.locator(".toast-body").all_inner_texts() == []
     page.get_by_label("none", exact=True).check()
     page.get_by_text("Choose a method of separation to compare with.").wait_for()
     page.get_by_label("number input for M, stored digits").fill("0")
