@@ -143,7 +143,7 @@ def test_a_script_for_one_process_does_not_change_an_earlier_run(tmp_path):
     recipe = str(TESTS.parent / "configs" / "mil_digits.yaml")
     with pytest.raises(pytest.fail.Exception) as failed:
         _run(2, str(TRAINING / "train_mil.py"), recipe, "--output_dir", str(tmp_path), "--overwrite")
-    assert "Error: this script runs in one process, but was started in 2; start it with `python`" in str(failed.value)
+    assert "this script runs in one process, but was started in 2; start it with `python`" in str(failed.value)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("recipe.yaml", "precious")]
 
 
