@@ -75,8 +75,8 @@ def rewritten(markdown: str, folder: Path, page_uri: str, strip: bool = False) -
             return "]" if strip else match[0]
         if path.is_relative_to(DOCS) and not strip:
             return match[0]
-        _, mark, anchor = match[1].partition("#")
-        return f"]({posixpath.relpath(uri(path), posixpath.dirname(page_uri))}{mark}{anchor})"
+        _, mark, fragment = match[1].partition("#")
+        return f"]({posixpath.relpath(uri(path), posixpath.dirname(page_uri))}{mark}{fragment})"
 
     parts = FENCE.split(markdown)
     # The pattern has two groups: text, whole fence, its backticks, text, ...
@@ -168,5 +168,5 @@ def in_notebook(match: re.Match[str], page: Page, files: Files) -> str:
     if file is None:
         log.warning("Notebook '%s' has a link '%s' that leads nowhere", page.file.src_uri, link)
         return match[0]
-    _, mark, anchor = link.partition("#")
-    return f'{match[1]}="{file.url_relative_to(page.file)}{mark}{anchor}"'
+    _, mark, fragment = link.partition("#")
+    return f'{match[1]}="{file.url_relative_to(page.file)}{mark}{fragment}"'

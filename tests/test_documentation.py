@@ -226,7 +226,7 @@ def links(page: Path) -> list[str]:
     return re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", FENCE.sub("", text))
 
 
-def anchors(page: Path) -> set[str]:
+def fragments(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.+)$", FENCE.sub("", page.read_text()), flags=re.MULTILINE)
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
@@ -234,11 +234,11 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=name_of)
 def test_every_link_leads_somewhere(page):
     for link in links(page):
-        path, _, anchor = link.partition("#")
+        path, _, fragment = link.partition("#")
         found = (page.parent / path).resolve() if path else page
         assert found.exists(), link
-        if anchor and found.suffix == ".md":
-            assert anchor in anchors(found), link
+        if fragment and found.suffix == ".md":
+            assert fragment in fragments(found), link
 
 
 def leaves(entries: Any) -> list[str]:
