@@ -184,8 +184,9 @@ def test_errors_of_zero_are_drawn_at_the_floor(tmp_path, drawn):
 
 def test_a_forecast_shows_the_last_series_first(tmp_path, drawn):
     past, future = np.arange(40.0).reshape(20, 2), 100.0 + np.arange(8.0).reshape(4, 2)
-    forecast_figure(tmp_path / "f.png", past, future, future + 1.0, np.zeros((2, 24, 2)), ["load", "OT"])
+    forecast_figure(tmp_path / "f.png", past, future, future + 1.0, np.zeros((2, 24, 2)), ["load", "OT"], "ETTh1")
     first, second = drawn()
+    assert first.figure.get_suptitle().startswith("ETTh1: forecast of 4 steps.")
     assert first.get_title() == "OT, the last column (the target)"
     assert second.get_title() == "load"
     lines = {line.get_label(): line for line in first.lines}

@@ -245,6 +245,7 @@ def forecast_figure(
     forecast: np.ndarray,
     memories: np.ndarray,
     names: list[str],
+    dataset: str,
     most: int = 6,
 ) -> None:
     """A forecast beside the observed values and the stored windows most like the past, a panel for
@@ -259,6 +260,7 @@ def forecast_figure(
         future, forecast: (H, C).
         memories: (k, steps, C), windows that end with the horizon.
         names: Of the series.
+        dataset: Name of the data set.
         most: How many series to show.
     """
     order = [len(names) - 1, *range(len(names) - 1)][:most]
@@ -282,7 +284,7 @@ def forecast_figure(
         axis.set(xlabel="step (the forecast begins at 0)")
         axis.tick_params(labelbottom=True)
     legend_beside(figure, axes[0, 0])
-    figure.suptitle(f"Forecast of {horizon} steps. Values are scaled to mean 0 and standard deviation 1 on the training rows")
+    figure.suptitle(f"{dataset}: forecast of {horizon} steps. Values are scaled to mean 0 and standard deviation 1 on the training rows")
     save(figure, path)
 
 

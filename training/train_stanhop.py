@@ -152,7 +152,8 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     past, future = (torch.stack([example[name] for example in examples]) for name in ("past_values", "future_values"))
     forecasts = forecaster(model)(past)
     memories = WindowMemory(series, *lengths).closest(past[0])
-    forecast_figure(folder / "forecast.png", past[0].numpy(), future[0].numpy(), forecasts[0].numpy(), memories.numpy(), series.names)
+    arrays = (past[0].numpy(), future[0].numpy(), forecasts[0].numpy(), memories.numpy())
+    forecast_figure(folder / "forecast.png", *arrays, series.names, Path(recipe.data.dataset).stem)
     retrieval_weights_figure(folder / "weights.png", *weights_of(model, past[:1]), series.names)
     if recipe.evaluate_on == "test":
         write_card(folder)
