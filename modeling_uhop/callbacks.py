@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
-from .hopfield import MemorySet
+from .memories import MemorySet
 from .separation import OPTIMIZERS, SEPARATION_KINDS, SeparationOptimizer, annealed, denoising_loss, separation_loss
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import Corruption, mask_patterns
 from .energy import association_of, energy, inner_products, mixed
 from .feature_map import FeatureMap, norms, unit_norm
+from .memories import MemorySet
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .search import Candidates, brute_force, faiss_index, mark_in_step, mixture, sparse_association, trained_index
 from .separation import maximize_separation
@@ -330,6 +332,10 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         if method == "denoising":
             options = {"temperature": 1.0 / self.config.beta, "corruption": corruption, **options}
         return maximize_separation(self.feature_map, self.memories, method=method, steps=steps, lr=1e-3 if lr is None else lr, **options)
+
+    def memory_sets(self, **batch) -> Iterator[MemorySet]:
+        """Return the one set of stored patterns (1, M, d), with the feature map."""
+        return iter([MemorySet(self.feature_map, self.memories.unsqueeze(0))])
 
     def _separate_optimally(self) -> list[float]:
         """Reach the optimal spherical code; return minus the smallest margin before and after."""
