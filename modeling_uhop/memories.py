@@ -1,7 +1,7 @@
 """The memories from which the Hopfield layers of a model retrieve, observed in a forward pass."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -80,10 +80,8 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> list[tuple[str, Mem
             stack.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
         stack.enter_context(_without_checkpoints(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
+        with suppress(_AllObserved):
             forward()
-        except _AllObserved:
-            pass
     return found
 
 

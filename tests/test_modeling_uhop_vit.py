@@ -8,7 +8,6 @@ from conftest import CHECKPOINTING, assert_close
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, UHopViTModel
-from modeling_uhop.feature_map import FeatureMap
 
 
 SMALL = {
