@@ -328,7 +328,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         batch_size = _MEMORIES_IN_A_STEP if separation.batch_size is None else separation.batch_size
         return maximize_separation(self.feature_map, self.memories, separation, batch_size=batch_size)
 
-    def memory_sets(self, **batch) -> Iterator[MemorySet]:
+    def memory_sets(self, *inputs, include_class_token: bool = False, **batch) -> Iterator[MemorySet]:
         """Return the one set of stored patterns (1, M, d), with the feature map."""
         return iter([MemorySet(self.feature_map, self.memories.unsqueeze(0))])
 

@@ -520,7 +520,7 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
     actual = _train(tmp_path, resumed, dataset=images, save_strategy="no", resume=str(tmp_path / f"checkpoint-{stop}"))
     assert _equal(expected, actual)
     assert resumed.history == whole.history
-    assert resumed._steps_done == whole._steps_done
+    assert resumed.stage.steps_done == whole.stage.steps_done
     assert resumed._latest == whole._latest
 
 
@@ -633,7 +633,7 @@ def test_a_run_can_resume_from_a_checkpoint_with_its_state_in_a_file_only(tmp_pa
         _train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "sgd"}, resume_from=moved), resume=str(moved))
     resumed = algorithm_2(**schedule, resume_from=moved)
     actual = _train(tmp_path / "second", resumed, dataset=images, resume=str(moved))
-    assert resumed._steps_done == 12
+    assert resumed.stage.steps_done == 12
     # Without its optimizer state, the Trainer itself does not resume exactly.
     assert _equal(expected, actual) or save_only_model
     other = tmp_path / "first" / "checkpoint-8"
