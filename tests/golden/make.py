@@ -129,8 +129,8 @@ SAVED: dict[str, dict[str, Any]] = {
     "stanhop": {"learnable_alpha": True, "use_linear_skip": True, "memory_type": "tune", "num_memories": 4},
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "step": {"schedule": "step", "optimizer": "adam", "lr": 0.01},
-    "train_begin": {"schedule": "train_begin", "steps": 3, "lr": 0.1},
+    "step": {"schedule": "step", "optimizer": "adam", "lr": 0.002},
+    "train_begin": {"schedule": "train_begin", "steps": 3, "lr": 0.02},
 }
 
 
@@ -288,7 +288,7 @@ def trainer_of_run(folder: Path, **options: Any) -> tuple[Trainer, SeparationCal
         output_dir=str(folder),
         per_device_train_batch_size=4,
         max_steps=4,
-        learning_rate=0.01,
+        learning_rate=0.002,
         warmup_steps=1,
         save_steps=2,
         logging_steps=1,
