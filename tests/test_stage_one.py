@@ -283,10 +283,10 @@ def test_every_script_separates_on_unlabelled_data(tmp_path, script, monkeypatch
         from recipe import STanHopRecipe
 
         model = {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16}
-        data = SeriesDataRecipe("synthetic", split=[200, 61, 60])
+        series = SeriesDataRecipe("synthetic", split=[200, 61, 60])
         monkeypatch.setattr("train_stanhop.check_reload", lambda *_: None)
         train_stanhop.run(
-            STanHopRecipe("small", data, model, separation, {"max_steps": 1, "use_cpu": True}, baseline_lengths=[]), tmp_path / "run"
+            STanHopRecipe("small", series, model, separation, {"max_steps": 1, "use_cpu": True}, baseline_lengths=[]), tmp_path / "run"
         )
         assert drawn == [{"past_values", "future_values"}] * 2
         assert json.loads((Path(tmp_path) / "run" / "results.json").read_text())["recipe"]["separation"] == separation
