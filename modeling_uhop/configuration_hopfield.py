@@ -75,6 +75,8 @@ class HopfieldLayersConfig(HopfieldConfig):
         value_source (`str`, defaults to `"memory"`): What the values $V$ are. "memory": $W_V \Xi$,
             as in the authors' code. "projected_memory": $W_V W_K \Xi$, as in equation 3.1 of U-Hop;
             this needs `feature_dim` to equal the width of the input.
+        qkv_bias (`bool`, defaults to `True`): Whether the query, key and value projections have a
+            bias.
         kwargs (Any): The fields of `HopfieldConfig`.
     """
 
@@ -82,6 +84,7 @@ class HopfieldLayersConfig(HopfieldConfig):
     learnable_alpha: bool = False
     use_feature_map: bool = True
     value_source: Literal["memory", "projected_memory"] = "memory"
+    qkv_bias: bool = True
 
     def validate_hopfield(self):
         super().validate_hopfield()
@@ -112,16 +115,9 @@ _RULES = {
 
 
 def check_fields(config: PreTrainedConfig, rule: str, *names: str, **optional: str) -> None:
-    """Check that fields of a configuration follow a rule.
+    """Raise a `ValueError` for the first of these fields that does not follow one of `_RULES`.
 
-    Args:
-        config: The configuration.
-        rule: A key of the rules above, such as "be at least 1".
-        names: Names of the fields.
-        optional: Names of fields that may be `None`, with what `None` means.
-
-    Raises:
-        ValueError: For the first field that does not follow the rule; the message names it.
+    Each field in `optional` may be `None`, and comes with what `None` means.
     """
     for name in (*names, *optional):
         value = getattr(config, name)

@@ -60,8 +60,6 @@ class STanHopConfig(HopfieldLayersConfig):
             stored windows.
         loss (`str`, defaults to `"mse"`): "mse" or "mae", over the observed future values in their
             own units.
-        qkv_bias (`bool`, defaults to `True`): Whether the query, key and value projections have a
-            bias.
         alpha (`float`, defaults to 1.5): As in `HopfieldLayersConfig`.
         learnable_alpha (`bool`, defaults to `True`): As in `HopfieldLayersConfig`.
         value_source (`str`, defaults to `"projected_memory"`): As in `HopfieldLayersConfig`;
@@ -103,7 +101,6 @@ class STanHopConfig(HopfieldLayersConfig):
     memory_beta: float | int = 12.0
     memory_alpha: float | int = 1.0
     loss: Literal["mse", "mae"] = "mse"
-    qkv_bias: bool = True
     alpha: float | int = 1.5
     learnable_alpha: bool = True
     value_source: Literal["memory", "projected_memory"] = "projected_memory"

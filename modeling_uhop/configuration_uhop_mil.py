@@ -54,8 +54,6 @@ class UHopMILConfig(HopfieldLayersConfig):
         num_attention_heads (`int`, defaults to 4): Number of attention heads.
         head_dim (`int`, *optional*): Width of a head; `None` means `hidden_size //
             num_attention_heads`.
-        qkv_bias (`bool`, defaults to `True`): Whether the query, key and value projections have a
-            bias.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
         initializer_range (`float`, defaults to 0.02): Standard deviation of newly initialized
             queries.
@@ -91,7 +89,6 @@ class UHopMILConfig(HopfieldLayersConfig):
     num_queries: int = 1
     num_attention_heads: int = 4
     head_dim: int | None = None
-    qkv_bias: bool = True
     layer_norm_eps: float | int = 1e-5
     initializer_range: float | int = 0.02
 

@@ -39,8 +39,6 @@ class UHopViTConfig(HopfieldLayersConfig):
         image_size (`int` or pair (height, width), defaults to 224): Size of an image in pixels.
         patch_size (`int` or pair (height, width), defaults to 16): Size of a patch in pixels.
         num_channels (`int`, defaults to 3): Number of image channels.
-        qkv_bias (`bool`, defaults to `True`): Whether the query, key and value projections have a
-            bias.
         pooler_output_size (`int`, *optional*): Output width of the pooler; `None` means
             `hidden_size`.
         pooler_act (`str`, defaults to `"tanh"`): Activation of the pooler.
@@ -74,7 +72,6 @@ class UHopViTConfig(HopfieldLayersConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
-    qkv_bias: bool = True
     pooler_output_size: int | None = None
     pooler_act: str = "tanh"
     encoder_type: Literal["transformer", "class_query"] = "transformer"
