@@ -13,9 +13,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import chunked_hopfield_attention
-from .simplex import at_least_fp32, cast_by_autocast, check_alpha_range, simplex_map
-from .validation import check_tensor, check_tensors, is_readable, is_traced
+from .attention_cpu import chunked_hopfield_attention
+from .precision import at_least_fp32, cast_by_autocast, is_readable, is_traced
+from .simplex import check_alpha_range, simplex_map
+from .validation import check_tensor, check_tensors
 
 
 try:
@@ -328,7 +329,7 @@ def triton_attention_forward(
     - masks other than masks of keys, (B, 1, 1, N) or expanded from this shape.
     """
     # Because Triton is an optional dependency and slow to import, we import it here.
-    from .triton_attention import MAX_WIDTH, MIN_ALPHA, triton_hopfield_attention
+    from .attention_triton import MAX_WIDTH, MIN_ALPHA, triton_hopfield_attention
 
     settings = _settings(module, query, key, attention_mask, **kwargs)
     alpha, mask = settings["alpha"], settings["attention_mask"]

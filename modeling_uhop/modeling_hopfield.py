@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention_interface import hopfield_kernel
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
-from .validation import is_traced
+from .precision import is_traced
 
 
 # Fields that are used only to initialise weights.

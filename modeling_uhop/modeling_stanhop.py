@@ -21,8 +21,9 @@ from .attention_interface import hopfield_kernel
 from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap, magnitude, unit_norm
 from .hopfield import FoldableModel, HopfieldAttention, MemorySet
-from .simplex import at_least_fp32, simplex_map
-from .validation import as_mask, check_tensor, check_tensors, is_finite, is_readable
+from .precision import at_least_fp32, is_finite, is_readable
+from .simplex import simplex_map
+from .validation import as_mask, check_tensor, check_tensors
 
 
 @dataclass

@@ -18,7 +18,8 @@ from .configuration_uhop_mil import UHopMILConfig
 from .feature_map import FeatureMap
 from .hopfield import FoldableModel, HopfieldAttention, HopfieldPooling, MemorySet
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
-from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, largest
+from .precision import largest
+from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss
 
 
 @dataclass

@@ -11,9 +11,9 @@ from transformers.utils import logging
 
 from .corruption import Corruption, mask_patterns
 from .feature_map import FeatureMap, unit_norm
+from .precision import at_least_fp32, is_finite, is_readable
 from .separation_blocks import blocked_separation_loss
-from .simplex import at_least_fp32
-from .validation import as_floats, check_tensor, check_tensors, is_finite, is_readable
+from .validation import as_floats, check_tensor, check_tensors
 
 
 SEPARATION_KINDS = ("average", "squared", "nearest", "per_memory")

@@ -17,16 +17,16 @@ from modeling_uhop import (
     UHopMILForBagClassification,
     UHopViTConfig,
     UHopViTForImageClassification,
-    attention,
+    attention_cpu,
     plain_hopfield_attention,
 )
-from modeling_uhop.attention import chunked_hopfield_attention
+from modeling_uhop.attention_cpu import chunked_hopfield_attention
 from modeling_uhop.attention_interface import hopfield_attention_forward, triton_attention_forward
 
 
 @pytest.fixture(params=[7, 40, 10**6], ids=["rows", "heads", "one piece"])
 def piece(request, monkeypatch):
-    monkeypatch.setattr(attention, "_PIECE", request.param)
+    monkeypatch.setattr(attention_cpu, "_PIECE", request.param)
 
 
 def _inputs(dtype=torch.float64, queries=5, keys=9):
@@ -296,7 +296,7 @@ def test_sums_over_many_chunks_keep_their_precision(monkeypatch):
     key, value = torch.randn(2, 1, 1, 32, 8, dtype=torch.float64)
     gradients = []
     for size, dtype in ((10**6, torch.float64), (32 * 16, torch.bfloat16)):
-        monkeypatch.setattr(attention, "_PIECE", size)
+        monkeypatch.setattr(attention_cpu, "_PIECE", size)
         inputs = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in (query, key, value)]
         chunked_hopfield_attention(*inputs, alpha=1.5).sum().backward()
         gradients.append(inputs[1].grad.double())
@@ -415,4 +415,4 @@ def test_chunks_have_the_size_for_the_cache(monkeypatch, cache, scores):
         return cache
 
     monkeypatch.setattr("os.sysconf", sysconf)
-    assert attention._piece() == scores
+    assert attention_cpu._piece() == scores

@@ -16,7 +16,7 @@ from conftest import assert_close
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, plain_hopfield_attention
 from modeling_uhop.attention_interface import triton_attention_forward
-from modeling_uhop.triton_attention import MAX_WIDTH, triton_hopfield_attention
+from modeling_uhop.attention_triton import MAX_WIDTH, triton_hopfield_attention
 
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
@@ -193,7 +193,7 @@ def test_a_model_trains_with_autocast(monkeypatch):
         taken.append(query.dtype)
         return triton_hopfield_attention(query, *args, **kwargs)
 
-    monkeypatch.setattr("modeling_uhop.triton_attention.triton_hopfield_attention", kernel)
+    monkeypatch.setattr("modeling_uhop.attention_triton.triton_hopfield_attention", kernel)
     model = _vit()
     images, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
     found = {}
@@ -333,7 +333,7 @@ def test_nothing_is_saved_without_a_gradient(asked, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, KEPT, **settings: kept.append(KEPT)
 
-    monkeypatch.setattr("modeling_uhop.triton_attention._forward_kernel", Kernel())
+    monkeypatch.setattr("modeling_uhop.attention_triton._forward_kernel", Kernel())
     with torch.set_grad_enabled(asked):
         triton_hopfield_attention(*_inputs(), alpha=1.5)
     assert kept == [asked]

@@ -13,16 +13,9 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .simplex import (
-    at_least_fp32,
-    cast_by_autocast,
-    check_alpha_range,
-    entmax_eps_gradient,
-    entmax_from_threshold,
-    entmax_scale,
-    entmax_score_gradient,
-    entmax_solve,
-)
+from .entmax import entmax_eps_gradient, entmax_from_threshold, entmax_scale, entmax_score_gradient, entmax_solve
+from .precision import at_least_fp32, cast_by_autocast
+from .simplex import check_alpha_range
 
 
 def _piece() -> int:

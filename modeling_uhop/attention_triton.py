@@ -20,7 +20,8 @@ import os
 import torch
 from torch.autograd.function import once_differentiable
 
-from .simplex import cast_by_autocast, check_alpha_range
+from .precision import cast_by_autocast
+from .simplex import check_alpha_range
 
 
 try:
