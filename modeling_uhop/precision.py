@@ -8,12 +8,16 @@ def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype of autocast if it is enabled and the input is not float64, or that of the input."""
+    device = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled and tensor.dtype != torch.float64 else tensor.dtype
+
+
 def cast_by_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast inputs to the autocast dtype if autocast is enabled; float64 inputs stay unchanged."""
-    device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return tensors
-    return tuple(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    return tuple(tensor.to(autocast_dtype(tensor)) for tensor in tensors)
 
 
 def is_traced() -> bool:

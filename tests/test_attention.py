@@ -18,6 +18,7 @@ from modeling_uhop import (
     UHopViTConfig,
     UHopViTForImageClassification,
     attention_cpu,
+    attention_softmax,
     plain_hopfield_attention,
 )
 from modeling_uhop.attention_cpu import chunked_hopfield_attention
@@ -272,6 +273,28 @@ def test_the_default_scaling_and_a_mask_that_adds_axes():
     mask = torch.rand(4, 1, 5, 9) < 0.7
     output = chunked_hopfield_attention(query, key, value, alpha=1.3, attention_mask=mask)
     assert_close(output, plain_hopfield_attention(query, key, value, alpha=1.3, attention_mask=mask), scale=3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"softcap": 2.0},
+        {"sinks": torch.zeros(3)},
+        {"attention_mask": torch.zeros(5, 9, requires_grad=True)},
+        {"unknown": 1},
+        {"alpha": 1.0},
+    ],
+    ids=["soft cap", "sinks", "learned mask", "unknown", "softmax"],
+)
+def test_a_kernel_refuses_what_it_does_not_compute(changes):
+    call = dict(zip(("query", "key", "value"), _inputs(), strict=True))
+    assert attention_cpu.accepts(**call, alpha=torch.tensor(1.0), scaling=0.5, dropout=0.1, attention_mask=_masks()["boolean"])
+    assert not attention_cpu.accepts(**call, **{"alpha": 1.5, **changes})
+    with pytest.raises((ValueError, TypeError), match=r"needs alpha > 1|unexpected keyword argument"):
+        chunked_hopfield_attention(**call, **{"alpha": 1.5, **changes})
+    equal = dict(zip(call, (x[..., :4] for x in call.values()), strict=True))
+    assert attention_softmax.accepts(**equal, scaling=0.5, dropout=0.1, attention_mask=_masks()["boolean"])
+    assert not attention_softmax.accepts(**equal, **changes)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 3.0, torch.tensor(3.0)])
