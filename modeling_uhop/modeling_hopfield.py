@@ -15,7 +15,7 @@ from .attention_interface import hopfield_kernel
 from .feature_map import FeatureMap
 from .hopfield import HopfieldAttention, HopfieldPooling
 from .memories import MemorySet, observe
-from .validation import is_traced
+from .precision import is_traced
 
 
 # Fields that are used only to initialise weights.

@@ -20,8 +20,9 @@ from .configuration_stanhop import STanHopConfig
 from .feature_map import magnitude, unit_norm
 from .hopfield import HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
-from .simplex import at_least_fp32, simplex_map
-from .validation import as_mask, check_tensor, check_tensors, is_finite, is_readable
+from .precision import at_least_fp32, is_finite, is_readable
+from .simplex import simplex_map
+from .validation import as_mask, check_tensor, check_tensors
 
 
 @dataclass

@@ -27,11 +27,11 @@ from .energy import association_of, energy, inner_products, mixed
 from .feature_map import FeatureMap, norms, unit_norm
 from .memories import MemorySet
 from .modeling_hopfield import HopfieldPreTrainedModel
+from .precision import at_least_fp32, is_finite, is_traced
 from .search import Candidates, brute_force, faiss_index, mark_in_step, mixture, sparse_association, trained_index
 from .separation import Separation, maximize_separation
-from .simplex import at_least_fp32
 from .spherical import are_independent, separate_optimally
-from .validation import check_tensors, is_finite, is_plain, is_traced
+from .validation import check_tensors, is_plain
 
 
 # Because the optimal spherical code of more than 2 * feature_dim memories must be searched, "uhop+"
