@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from .feature_map import magnitude, norms
+from .energy import inner_products
+from .feature_map import magnitude, norms, unit_norm
+from .simplex import at_least_fp32
 
 
 def margins(kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -148,6 +150,25 @@ def metastable_sizes(weights: torch.Tensor, alpha: float) -> torch.Tensor:
         [1, 2]
     """
     return (weights > (0.01 if alpha == 1.0 else 0.0)).sum(-1)
+
+
+def cosine_margin(features: torch.Tensor) -> float:
+    """Compute the smallest margin of features (M, D) scaled to unit norm, in fp32 or better.
+
+    It equals the smallest 1 - cos between two features.
+    """
+    unit = unit_norm(at_least_fp32(features))
+    return margins(unit @ unit.transpose(-1, -2))[0].min().item()
+
+
+def duplicates(memories: torch.Tensor) -> list[tuple[int, int]]:
+    """Return pairs (first, later) of indices of equal memories."""
+    if len(memories) < 2:
+        return []
+    _, group = torch.unique(memories, dim=0, return_inverse=True)
+    first: dict[int, int] = {}
+    pairs = [(first.setdefault(key, index), index) for index, key in enumerate(group.tolist())]
+    return [pair for pair in pairs if pair[0] != pair[1]]
 
 
 @dataclass
@@ -307,3 +328,65 @@ class MemoryReport:
             value = "vacuous" if self.vacuous[index] else f"{self.error_bound[index].item():.4g}"
             lines.append("    {:>6} {:>10.4g} {:>6} {:>7.3f} {:>10.4g}".format(index, *numbers) + (f" {value:>12}" if bound else ""))
         return "\n".join(lines)
+
+
+def memory_report(
+    memories: torch.Tensor,
+    features: torch.Tensor,
+    weights: torch.Tensor,
+    retrieved: torch.Tensor,
+    *,
+    beta: float,
+    alpha: float,
+    features_are_unit: bool,
+    query_weights: torch.Tensor | None = None,
+) -> MemoryReport:
+    """Report how well memories can be stored and retrieved, given their own retrieval.
+
+    Args:
+        memories: Patterns (M, d).
+        features: Features (M, D) of the memories. Pass the memories for a model without a kernel.
+        weights: Association weights (M, M) of one update with the memories as queries.
+        retrieved: What this update retrieved, (M, d).
+        beta: Inverse temperature.
+        alpha: Tsallis exponent.
+        features_are_unit: Whether the features have unit norm.
+        query_weights: Association weights (Q, M) of other queries, optional.
+
+    Raises:
+        ValueError: If the scores of finite features overflow fp64.
+    """
+    kernel = inner_products(features, features)
+    count, feature_dim = features.shape
+    separation = cosine_margin(features) if count > 1 else float("nan")
+    # Because scores may overflow fp32, `inner_products` may return fp64; we follow its dtype.
+    weights, patterns, features = (tensor.to(kernel.dtype) for tensor in (weights, memories, features))
+    margin, rival = margins(kernel)
+    # Because retrieval rounds its scores, exact retrieval is certified only if the margin is larger
+    # than the largest possible rounding error.
+    rounding = 2.0 * torch.finfo(memories.dtype).eps
+    itself = torch.eye(count, dtype=torch.bool, device=kernel.device)
+    kernel_lower_bound = kernel - rounding * kernel.abs().max() * itself
+    others = weights.masked_fill(itself, 0.0)
+    confused = sorted(((weights[m, n].item(), m, n) for m, n in (others > 0.01).nonzero().tolist()), reverse=True)
+    error_bound = retrieval_error_bound(patterns, features, beta)
+    return MemoryReport(
+        beta=beta,
+        alpha=alpha,
+        margin=margin,
+        rival=rival,
+        error_bound=error_bound,
+        vacuous=(error_bound >= 2.0 * norms(patterns).max()) | (alpha > 1.0),
+        own_error_bound=retrieval_error_bound(patterns, features, beta, radius=0.0),
+        error=norms(retrieved.to(kernel.dtype) - patterns),
+        weight=weights.diagonal(),
+        exact=is_exactly_retrieved(kernel_lower_bound, beta, alpha),
+        metastable_size=metastable_sizes(weights, alpha),
+        query_metastable_size=None if query_weights is None else metastable_sizes(query_weights, alpha),
+        separation=separation,
+        separation_bounds=separation_bounds(count, feature_dim) if count > 1 and feature_dim > 1 else (float("nan"), float("nan")),
+        well_separated=features_are_unit and is_well_separated(features, beta),
+        confusions=[(m, n, weight) for weight, m, n in confused],
+        duplicates=duplicates(memories),
+        rounding=2.0 * rounding * norms(patterns).max().item(),
+    )

@@ -110,7 +110,7 @@ class FaissIndex:
         Raises:
             ValueError: If it holds other vectors or does not give its vectors back.
         """
-        if _is_verified(self.index, features):
+        if is_in_step(self.index, features):
             return
         name = type(self.index).__name__
         try:
@@ -183,7 +183,8 @@ def mark_in_step(index: Any, features: torch.Tensor) -> None:
         _VERIFIED[index] = ref(features), features._version
 
 
-def _is_verified(index: Any, features: torch.Tensor) -> bool:
+def is_in_step(index: Any, features: torch.Tensor) -> bool:
+    """Return whether an index is recorded to hold these features in their current version."""
     held = _VERIFIED.get(index)
     return held is not None and not features.is_inference() and held[0]() is features and held[1] == features._version
 
