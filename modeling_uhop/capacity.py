@@ -153,10 +153,7 @@ def metastable_sizes(weights: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def cosine_margin(features: torch.Tensor) -> float:
-    """Compute the smallest margin of features (M, D) scaled to unit norm, in fp32 or better.
-
-    It equals the smallest 1 - cos between two features.
-    """
+    """Compute the smallest margin of features (M, D) scaled to unit norm: the smallest 1 - cos."""
     unit = unit_norm(at_least_fp32(features))
     return margins(unit @ unit.transpose(-1, -2))[0].min().item()
 
@@ -246,10 +243,6 @@ class MemoryReport:
         """Which memories retrieve only themselves."""
         return (self.metastable_size == 1) & (self.weight > 0.5)
 
-    def _columns(self) -> dict[str, list[Any]]:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "query_metastable_size"}
-        return {name: value.tolist() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-
     def to_dataframe(self) -> Any:
         """Return a pandas DataFrame with one row per memory.
 
@@ -260,7 +253,9 @@ class MemoryReport:
             import pandas
         except ImportError as error:
             raise ImportError("MemoryReport.to_dataframe needs pandas: pip install pandas") from error
-        return pandas.DataFrame(self._columns()).rename_axis("memory")
+        columns = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "query_metastable_size"}
+        tensors = {name: value.tolist() for name, value in columns.items() if isinstance(value, torch.Tensor)}
+        return pandas.DataFrame(tensors).rename_axis("memory")
 
     def plot(self, axis: Any = None) -> Any:
         """Plot the margins, smallest first, and return the matplotlib axis.
@@ -341,20 +336,10 @@ def memory_report(
     features_are_unit: bool,
     query_weights: torch.Tensor | None = None,
 ) -> MemoryReport:
-    """Report how well memories can be stored and retrieved, given their own retrieval.
+    """Report how well memories (M, d) with features (M, D) can be stored and retrieved.
 
-    Args:
-        memories: Patterns (M, d).
-        features: Features (M, D) of the memories. Pass the memories for a model without a kernel.
-        weights: Association weights (M, M) of one update with the memories as queries.
-        retrieved: What this update retrieved, (M, d).
-        beta: Inverse temperature.
-        alpha: Tsallis exponent.
-        features_are_unit: Whether the features have unit norm.
-        query_weights: Association weights (Q, M) of other queries, optional.
-
-    Raises:
-        ValueError: If the scores of finite features overflow fp64.
+    The association weights (M, M) and the retrieved patterns (M, d) are those of one update with
+    the memories as queries; `query_weights` (Q, M) are those of other queries.
     """
     kernel = inner_products(features, features)
     count, feature_dim = features.shape

@@ -1,7 +1,7 @@
 """What a store of patterns keeps between calls: their features, and a faiss index of the features.
 
-A store is a module with patterns and a feature map. Both things belong to this object: they are not
-saved, and a copy of the store has neither.
+A store is a module with patterns and a feature map. Its cache and its index are not saved, and a
+copy of the store has neither.
 """
 
 from collections.abc import Callable
@@ -12,20 +12,15 @@ import torch
 from torch import nn
 
 from .feature_map import FeatureMap
-from .search import Candidates, FaissIndex, is_in_step, mark_in_step, trained_index
+from .search import Candidates, FaissIndex, is_in_step, trained_index
 from .validation import is_plain, is_traced
 
 
 class FeatureCache(NamedTuple):
     """Features of the patterns of a store, with what they were computed from.
 
-    Attributes:
-        patterns: The tensor of patterns (M, d). A store, a load or a move to another dtype or
-            device makes a new tensor or changes its version.
-        version: The version of that tensor, which PyTorch increases at each change in place.
-        weight: A copy of the weight of the feature map.
-        normalize: Whether the feature map scales features to unit norm.
-        features: The features (M, D).
+    Storing, loading, and moving to another dtype or device either replaces the tensor of patterns
+    or changes its version.
     """
 
     patterns: torch.Tensor
@@ -58,15 +53,7 @@ _INDEXES: WeakKeyDictionary[nn.Module, StoreIndex] = WeakKeyDictionary()
 
 
 def can_be_cached(feature_map: FeatureMap, patterns: torch.Tensor) -> bool:
-    """Return whether features computed now can be used by a later call.
-
-    They cannot in these cases:
-
-    - a gradient has to pass through the features;
-    - the feature map is offloaded, has hooks or is wrapped in an adapter;
-    - autocast or inference mode is on, or the patterns were made in inference mode;
-    - the graph is traced.
-    """
+    """Return whether a later call can use features that are computed now."""
     if is_traced() or not is_plain(feature_map, FeatureMap) or torch.is_inference_mode_enabled() or patterns.is_inference():
         return False
     weight = feature_map.weight
@@ -77,16 +64,9 @@ def can_be_cached(feature_map: FeatureMap, patterns: torch.Tensor) -> bool:
 def cached_features(
     store: nn.Module, feature_map: FeatureMap, patterns: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Return the features of the patterns of a store, computed again if something has changed.
+    """Return the features (M, D) of the patterns of a store; callers must not write to them.
 
-    Args:
-        store: The module that the patterns belong to.
-        feature_map: Its feature map.
-        patterns: Its patterns (M, d).
-        compute: The function from patterns to features.
-
-    Returns:
-        Features (M, D), without a copy; callers must not write to them.
+    `compute` maps patterns to features. It is called only if something has changed.
     """
     if not can_be_cached(feature_map, patterns):
         return compute(patterns)
@@ -106,17 +86,16 @@ def select_index(store: nn.Module, factory: str, parameters: str, feature_dim: i
 
 
 def index_candidates(store: nn.Module, features: torch.Tensor) -> Candidates | None:
-    """Return the selected index of a store; `None` if there is none.
+    """Return the selected index of a store, built again if it does not hold these features (M, D).
 
-    The index is built again if it does not hold these features (M, D).
+    The result is `None` if no index is selected.
     """
     held = _INDEXES.get(store)
     if held is None:
         return None
     if held.candidates is None or not is_in_step(held.candidates.index, features):
-        index = trained_index(held.factory, held.parameters, features)
-        mark_in_step(index, features)
-        held = _INDEXES[store] = held._replace(candidates=FaissIndex(index))
+        index = FaissIndex(trained_index(held.factory, held.parameters, features))
+        held = _INDEXES[store] = held._replace(candidates=index)
     return held.candidates
 
 

@@ -450,8 +450,8 @@ class STanHopModel(STanHopPreTrainedModel):
         """Embed a scaled window (B, L, C) as patches (B, C, num_patches, d_model)."""
         series = scaled.transpose(1, 2)
         if self.config.memory_type == "plug" and self.config.num_memories > 0:
-            completed = series + self.memory.series(scaled)[0]
-            series = nn.functional.layer_norm(completed, (self.config.context_length,), eps=self.config.norm_eps)
+            completed = scaled + self.memory(scaled)[0]
+            series = nn.functional.layer_norm(completed.transpose(1, 2), (self.config.context_length,), eps=self.config.norm_eps)
         missing = self.num_patches * self.config.patch_length - series.shape[-1]
         if missing > 0:
             series = torch.cat([series[..., :1].expand(-1, -1, missing), series], dim=-1)
@@ -600,7 +600,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         if self.linear_skip is not None:
             forecast = forecast + self.linear_skip(window.values.transpose(1, 2)).transpose(1, 2)
         if self.memory_head is not None and self.config.num_memories > 0:
-            forecast = forecast + self.memory_head(self.model.memory.series(window.values)[1]).transpose(1, 2)
+            forecast = forecast + self.memory_head(self.model.memory(window.values)[1].transpose(1, 2)).transpose(1, 2)
         prediction = window.in_units(forecast)
         loss = None
         if future_values is not None and return_loss:

@@ -286,6 +286,7 @@ def trained_index(factory: str, parameters: str, features: torch.Tensor) -> Any:
         raise ValueError(f"faiss refuses an index of {given} for {len(vectors)} memories: {_faiss_message(error)}") from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise ValueError(f"an index must rank by inner products, which {factory!r} does not; choose another factory string")
+    mark_in_step(index, features)
     return index
 
 

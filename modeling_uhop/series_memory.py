@@ -56,15 +56,10 @@ class STanHopWindowMemory(nn.Module):
         present = (self.pasts != 0).any(-1).unsqueeze(1)
         return simplex_map(self.config.memory_beta * at_least_fp32(similarity), self.config.memory_alpha, mask=present).to(scaled.dtype)
 
-    def series(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Recalled past (B, C, L) and future (B, C, H) of windows (B, L, C)."""
-        weights = self.weights(scaled)
-        return (weights @ self.pasts).transpose(0, 1), (weights @ self.futures).transpose(0, 1)
-
     def forward(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Recalled past (B, L, C) and future (B, H, C) of windows (B, L, C)."""
-        past, future = self.series(scaled)
-        return past.transpose(1, 2), future.transpose(1, 2)
+        weights = self.weights(scaled)
+        return (weights @ self.pasts).permute(1, 2, 0), (weights @ self.futures).permute(1, 2, 0)
 
 
 __all__ = ["STanHopWindowMemory"]

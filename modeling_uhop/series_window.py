@@ -12,12 +12,10 @@ class ScaledWindow(NamedTuple):
     """A batch of B windows of C series over L steps, each series scaled by its own past.
 
     Attributes:
-        values: (B, L, C), the past after subtraction of its location and division by its scale;
-            zeros where it was not observed.
+        values: (B, L, C), the past minus its location, divided by its scale; 0 where not observed.
         loc: (B, 1, C), the location, in the dtype of the past and at least in fp32.
         scale: (B, 1, C), the scale, in the same dtype.
-        observed: (B, L, C), True where the past was observed; `None` for a window that is read from
-            the output of a model.
+        observed: (B, L, C), True where the past was observed; `None` if a model's output is read.
     """
 
     values: torch.Tensor
@@ -27,21 +25,11 @@ class ScaledWindow(NamedTuple):
 
     @classmethod
     def of(cls, past: torch.Tensor | None, mask: torch.Tensor | None, config: Any, dtype: torch.dtype) -> "ScaledWindow":
-        """Check a past and scale it.
+        """Check a past (B, L, C) and its mask, and scale the past to values of a dtype.
 
-        The location and the scale keep the dtype of the past if it is wider than fp32, because a
-        narrower dtype would lose the differences between values far from zero.
-
-        Args:
-            past: (B, context_length, num_input_channels).
-            mask: The same shape, 1 where a value was observed; `None` means all values except NaN.
-            config: The configuration, which has the shape, `scaling` and `minimum_scale`.
-            dtype: The dtype of the scaled values, which is that of the model.
-
-        Raises:
-            TypeError: If an input is not a tensor.
-            ValueError: If the past is missing, has a wrong shape, or (on CPU) is infinite where it
-                was observed; or if the scaled values are infinite in `dtype`.
+        Location and scale keep the dtype of the past if it is wider than fp32, because a narrower
+        dtype would lose the differences between values far from zero. The configuration has the
+        shape, `scaling` and `minimum_scale`. The errors are those of `STanHopModel.forward`.
         """
         if past is None:
             raise ValueError("past_values is required, got None")
@@ -66,12 +54,9 @@ class ScaledWindow(NamedTuple):
         return cls(_narrow(scaled, dtype, "past_values"), loc, scale, observed)
 
     def future(self, future: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """Scale what followed, (B, H, C), by the past.
+        """Scale what followed, (B, H, C), by the past; the errors are those of `of`.
 
         Values that were not observed become 0, and so do the series that are not `kept` (B, C).
-
-        Raises:
-            ValueError: If (on CPU) other values are infinite in the dtype of the window.
         """
         scaled = (future.to(self.loc.device, self.loc.dtype) - self.loc) / self.scale
         scaled = scaled.masked_fill(scaled.isnan() | ~kept.unsqueeze(1), 0.0)
@@ -111,17 +96,11 @@ class ScaledWindow(NamedTuple):
 def location_and_scale(
     values: torch.Tensor, observed: torch.Tensor, scaling: str | None, minimum_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute location and scale of each series of a window over its observed values.
+    """Compute location and scale (B, 1, C) of each series over its observed values.
 
-    Args:
-        values: (B, L, C), zeros where not observed.
-        observed: (B, L, C), booleans.
-        scaling: "std" for mean and standard deviation, "mean" for 0 and the mean absolute value,
-            `None` for 0 and 1.
-        minimum_scale: Lower bound of the scale of a series that has an observed value.
-
-    Returns:
-        Location and scale, each (B, 1, C). A series without an observed value has 0 and 1.
+    Values (B, L, C) that were not observed must be 0. "std" gives mean and standard deviation,
+    "mean" gives 0 and the mean absolute value, `None` gives 0 and 1. The scale is at least
+    `minimum_scale`. A series without an observed value has location 0 and scale 1.
     """
     count = observed.sum(1, keepdim=True, dtype=values.dtype)
     if scaling is None:
@@ -142,20 +121,10 @@ def location_and_scale(
 
 
 def forecast_loss(prediction: torch.Tensor, future: torch.Tensor, mask: torch.Tensor | None, kind: str) -> torch.Tensor:
-    """Compute the mean error of forecasts (B, H, C) over the observed future values.
+    """Compute the mean error ("mse" or "mae") of forecasts (B, H, C) over observed future values.
 
-    Args:
-        prediction: The forecasts, in units.
-        future: The same shape; NaN where a value was not observed.
-        mask: The same shape, 1 where a value was observed; `None` means all values except NaN.
-        kind: "mse" or "mae".
-
-    Returns:
-        A scalar; 0 if no value was observed.
-
-    Raises:
-        TypeError: If an input is not a tensor.
-        ValueError: If a shape is wrong, or (on CPU) if observed values or the loss are infinite.
+    It is 0 if none was observed. The arguments and errors are those of
+    `STanHopForPrediction.forward`; also, the loss must be finite.
     """
     for name, tensor in (("future_values", future), ("future_observed_mask", mask)):
         check_tensor(tensor, name)
