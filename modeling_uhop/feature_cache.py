@@ -97,6 +97,3 @@ def index_candidates(store: nn.Module, features: torch.Tensor) -> Candidates | N
         index = FaissIndex(trained_index(held.factory, held.parameters, features))
         held = _INDEXES[store] = held._replace(candidates=index)
     return held.candidates
-
-
-__all__ = ["FeatureCache", "cached_features", "index_candidates", "select_index"]

@@ -60,6 +60,3 @@ class STanHopWindowMemory(nn.Module):
         """Recalled past (B, L, C) and future (B, H, C) of windows (B, L, C)."""
         weights = self.weights(scaled)
         return (weights @ self.pasts).permute(1, 2, 0), (weights @ self.futures).permute(1, 2, 0)
-
-
-__all__ = ["STanHopWindowMemory"]

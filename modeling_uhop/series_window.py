@@ -159,6 +159,3 @@ def _narrow(scaled: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor
     if is_readable(narrow) and not is_finite(narrow):
         raise ValueError(f"{name} must be finite in {dtype} after scaling, got values up to {scaled.abs().max():.4g}")
     return narrow
-
-
-__all__ = ["ScaledWindow", "forecast_loss", "location_and_scale"]
