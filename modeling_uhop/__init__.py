@@ -15,7 +15,6 @@ from transformers import (
 from .attention_interface import hopfield_attention, plain_hopfield_attention
 from .attention_models import use_hopfield_attention
 from .bag_collator import DataCollatorForBags
-from .callbacks import SeparationCallback
 from .capacity import MemoryReport, metastable_sizes
 from .configuration_stanhop import STanHopConfig
 from .configuration_uhop_memory import UHopMemoryConfig
@@ -33,9 +32,11 @@ from .modeling_uhop_memory import UHopMemoryModel
 from .modeling_uhop_mil import UHopMILForBagClassification, UHopMILModel
 from .modeling_uhop_vit import UHopViTForImageClassification, UHopViTModel
 from .pipelines import MultipleInstanceClassificationPipeline, register
-from .separation import denoising_loss, maximize_separation, separation_loss
+from .separation import Separation, StageOne, maximize_separation
+from .separation_loss import denoising_loss, separation_loss
 from .simplex import simplex_conjugate, simplex_map
 from .spherical import spherical_code
+from .trainer.callback import SeparationCallback
 from .version import __version__
 
 
@@ -77,7 +78,9 @@ __all__ = [
     "STanHopConfig",
     "STanHopForPrediction",
     "STanHopModel",
+    "Separation",
     "SeparationCallback",
+    "StageOne",
     "UHopImageClassificationPipeline",
     "UHopMILConfig",
     "UHopMILFeatureExtractor",

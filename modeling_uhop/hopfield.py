@@ -3,7 +3,6 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,26 +11,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_interface import KERNELS, eager_attention_forward, hopfield_kernel
 from .feature_map import FeatureMap
+from .memories import MemorySet, present_memories
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .validation import check_tensor, check_tensors, is_plain
-
-
-class MemorySet(NamedTuple):
-    """Memories from which one layer retrieves, with the layer's feature map.
-
-    Attributes:
-        feature_map: Phi of the layer; `None` for a layer without one.
-        memories: Stored patterns (B, M, d).
-        mask: Boolean (B, M), True where a memory is present; `None` if all are.
-    """
-
-    feature_map: FeatureMap | None
-    memories: torch.Tensor
-    mask: torch.Tensor | None = None
-
-    def features(self) -> torch.Tensor:
-        """Map the memories to feature space (B, M, D); without Phi they stay unchanged."""
-        return self.memories if self.feature_map is None else self.feature_map(self.memories)
 
 
 class HopfieldAttention(nn.Module):
@@ -158,6 +140,13 @@ class HopfieldAttention(nn.Module):
         output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
+    def memory_set(
+        self, states: torch.Tensor, memories: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None, *args, **kwargs
+    ) -> MemorySet:
+        """Return what `forward` retrieves from, given the arguments of `forward`."""
+        memories = states if memories is None else memories
+        return MemorySet(self.feature_map, memories, present_memories(attention_mask, memories))
+
     @torch.no_grad()
     def fold_feature_map(self) -> None:
         """Fold Phi into W_Q and W_K: the layer computes the same function with fewer products.
@@ -270,10 +259,6 @@ class HopfieldPooling(nn.Module):
         """Draw new values for the state patterns."""
         init.normal_(self.queries, mean=0.0, std=self.config.initializer_range)
 
-    def memories(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the normalised items, which are the input of the feature map."""
-        return self.layernorm_memory(states)
-
     def forward(self, states: torch.Tensor, mask: torch.Tensor | None = None, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pool the items of each set.
 
@@ -294,4 +279,4 @@ class HopfieldPooling(nn.Module):
         queries = self.layernorm_query(self.queries).expand(states.shape[0], -1, -1)
         contents = self.layernorm_content(states)
         present = None if mask is None else mask.bool()[:, None, None, :]
-        return self.attention(queries, self.memories(states), present, contents, **kwargs)
+        return self.attention(queries, self.layernorm_memory(states), present, contents, **kwargs)

@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention_interface import hopfield_kernel
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
+from .memories import MemorySet, observe
 from .validation import is_traced
 
 
@@ -26,6 +28,8 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
     """
 
     read_at_each_call: tuple[str, ...] = ("alpha", "beta", "update_steps")
+    # Beginnings of the names of layers whose memories are the same for every example of a batch.
+    _shared_memories: tuple[str, ...] = ()
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         # Because `from_pretrained` sets overridden fields one by one, without the configuration's
@@ -73,6 +77,44 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
         if hasattr(config, "learnable_alpha"):
             hopfield_kernel(config, config._attn_implementation)
         self.remember_configuration()
+
+    @property
+    def num_class_tokens(self) -> int:
+        """Number of memories of a set that stand before the parts of the example, such as CLS."""
+        return 0
+
+    def memory_sets(self, *inputs, include_class_token: bool = False, **batch) -> Iterator[MemorySet]:
+        """Return the memories that Stage I separates, in the order in which layers retrieve from them.
+
+        They are observed in a forward pass, which ends where the last layer begins to retrieve.
+        Layers whose memories do not depend on the example (the first decoder block of STanHop-Net)
+        give one set, and all others one set for each example.
+
+        Args:
+            inputs (Any): Inputs of `forward`, the main input first.
+            include_class_token: Whether the CLS token (and the distillation token) of an image is a
+                memory too.
+            batch (Any): Further inputs of `forward`. What the mask of a batch marks as absent is
+                not a memory.
+
+        Returns:
+            One `MemorySet` for each Hopfield layer, with its memories as its feature map receives
+                them, (B, M, d), and their graph.
+
+        Raises:
+            ValueError: If the model has no Hopfield layer (a bag model needs pooling="hopfield");
+                also as `forward`.
+        """
+        observed = observe(self, lambda: self(*inputs, **batch))
+        if not observed:
+            raise ValueError(f"{type(self).__name__} has no memories to separate, because it has no Hopfield layer")
+        batch_size = len(inputs[0] if inputs else batch[self.main_input_name])
+        first = 0 if include_class_token else self.num_class_tokens
+        sets = []
+        for name, (feature_map, memories, mask) in observed:
+            count = len(memories) // batch_size if name.startswith(self._shared_memories) else len(memories)
+            sets.append(MemorySet(feature_map, memories[:count, first:], None if mask is None else mask[:count, first:]))
+        return iter(sets)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Save the model; see `PreTrainedModel.save_pretrained`.

@@ -3,7 +3,6 @@
 import copy
 import math
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_interface import hopfield_kernel
 from .configuration_stanhop import STanHopConfig
 from .feature_map import FeatureMap
-from .hopfield import FoldableModel, HopfieldAttention, MemorySet
+from .hopfield import FoldableModel, HopfieldAttention
 from .series_memory import STanHopWindowMemory
 from .series_window import ScaledWindow, forecast_loss
 from .validation import check_tensors, is_finite, is_readable
@@ -147,33 +146,17 @@ class STanHopBlock(GradientCheckpointingLayer):
 
     def over_time(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """Retrieve over time: each series from its own patches."""
-        tokens = hidden_states.flatten(0, 1)
-        return self.time(tokens, tokens, **kwargs).unflatten(0, (-1, hidden_states.shape[1]))
+        patches = hidden_states.flatten(0, 1)
+        return self.time(patches, patches, **kwargs).unflatten(0, (-1, hidden_states.shape[1]))
 
-    def series_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Patches of all series at one position, (B P, C, d_model)."""
-        return hidden_states.transpose(1, 2).flatten(0, 1)
-
-    def pooled(self, series: torch.Tensor, **kwargs) -> torch.Tensor:
-        """What the prototypes retrieve at one position, (B P, num_prototypes, d_model)."""
-        return self.pooling(self.prototypes.expand(series.shape[0], -1, -1), series, **kwargs)[0]
+    def over_series(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Retrieve over series: at each position, from what the prototypes retrieve."""
+        series = hidden_states.transpose(1, 2).flatten(0, 1)
+        pooled, _ = self.pooling(self.prototypes.expand(len(series), -1, -1), series, **kwargs)
+        return self.series(series, pooled, **kwargs).unflatten(0, (-1, hidden_states.shape[2])).transpose(1, 2)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        hidden_states = self.over_time(hidden_states, **kwargs)
-        series = self.series_of(hidden_states)
-        mixed = self.series(series, self.pooled(series, **kwargs), **kwargs)
-        return mixed.unflatten(0, (-1, hidden_states.shape[2])).transpose(1, 2)
-
-    def memory_sets(self, hidden_states: torch.Tensor) -> Iterator[MemorySet]:
-        """Yield what the three Hopfield layers retrieve from.
-
-        These are the patches of a series, the series at a position, and the pooled series at a
-        position.
-        """
-        yield MemorySet(self.time.attention.feature_map, hidden_states.flatten(0, 1))
-        series = self.series_of(self.over_time(hidden_states))
-        yield MemorySet(self.pooling.feature_map, series)
-        yield MemorySet(self.series.attention.feature_map, self.pooled(series))
+        return self.over_series(self.over_time(hidden_states, **kwargs), **kwargs)
 
 
 class STanHopCoarseGraining(nn.Module):
@@ -217,14 +200,6 @@ class STanHopDecoderLayer(GradientCheckpointingLayer):
         crossed = self.cross(hidden_states.flatten(0, 1), encoded.flatten(0, 1), **kwargs)
         hidden_states = crossed.unflatten(0, (-1, hidden_states.shape[1]))
         return hidden_states, self.head(hidden_states).flatten(2)
-
-    def memory_sets(self, hidden_states: torch.Tensor, encoded: torch.Tensor) -> Iterator[MemorySet]:
-        """Yield what the block retrieves from, then what the output patches retrieve from.
-
-        The latter are the patches of a series in one scale of the encoder.
-        """
-        yield from self.block.memory_sets(hidden_states)
-        yield MemorySet(self.cross.attention.feature_map, encoded.flatten(0, 1))
 
 
 class STanHopSkip(nn.Linear):
@@ -369,7 +344,9 @@ class STanHopModel(STanHopPreTrainedModel):
                 )
         scales = [hidden_states]
         for index, block in enumerate(self.blocks):
-            hidden_states = block(self._block_input(hidden_states, index), **kwargs)
+            if index > 0:
+                hidden_states = self.mergers[index - 1](hidden_states)
+            hidden_states = block(hidden_states, **kwargs)
             scales.append(hidden_states)
         return STanHopModelOutput(
             last_hidden_state=hidden_states, scales=tuple(scales), loc=window.loc, scale=window.scale, scaled_values=window.values
@@ -458,22 +435,6 @@ class STanHopModel(STanHopPreTrainedModel):
         patches = series.unflatten(-1, (self.num_patches, self.config.patch_length))
         return self.layernorm(self.patch_embedding(patches) + self.position_embeddings)
 
-    def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """Yield the memories that Stage I separates, block by block.
-
-        See `STanHopBlock.memory_sets`.
-        """
-        yield from self.memory_sets_of(self(past_values, past_observed_mask, return_dict=True).scales)
-
-    def memory_sets_of(self, scales: tuple[torch.Tensor, ...]) -> Iterator[MemorySet]:
-        """Yield the same memories, given the scales of a `STanHopModelOutput`."""
-        for index, block in enumerate(self.blocks):
-            yield from cast(STanHopBlock, block).memory_sets(self._block_input(scales[index], index))
-
-    def _block_input(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
-        """Input of the block with this index: the scale before it, merged after the first block."""
-        return self.mergers[index - 1](hidden_states) if index > 0 else hidden_states
-
 
 class STanHopDecoder(STanHopPreTrainedModel):
     """Decoder of STanHop-Net: output patches retrieve from one scale of the encoder after another.
@@ -512,20 +473,6 @@ class STanHopDecoder(STanHopPreTrainedModel):
             forecast = part if forecast is None else forecast + part
         return STanHopDecoderOutput(forecast=cast(torch.Tensor, forecast)[..., : self.config.prediction_length].transpose(1, 2))
 
-    def memory_sets(self, scales: tuple[torch.Tensor, ...]) -> Iterator[MemorySet]:
-        """Yield the memories that Stage I separates, layer by layer.
-
-        See `STanHopDecoderLayer.memory_sets`.
-
-        The memories of the first block are the same for every window, so they appear only once.
-        """
-        hidden_states: torch.Tensor = self.position_embeddings
-        for index, (layer, encoded) in enumerate(zip(self.layers, scales, strict=True)):
-            if index > 0:
-                hidden_states = hidden_states.expand(len(encoded), -1, -1, -1)
-                hidden_states, _ = self.layers[index - 1](hidden_states, scales[index - 1])
-            yield from cast(STanHopDecoderLayer, layer).memory_sets(hidden_states, encoded)
-
 
 class STanHopForPrediction(STanHopPreTrainedModel):
     """STanHop-Net for forecasting: an encoder, and a decoder that retrieves from each scale.
@@ -546,6 +493,9 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         >>> model.generate(past).sequences.shape
         torch.Size([3, 1, 12, 2])
     """
+
+    # The first decoder block retrieves from the position embeddings, before it sees the window.
+    _shared_memories = ("decoder.layers.0.block.",)
 
     def __init__(self, config: STanHopConfig):
         super().__init__(config)
@@ -631,12 +581,6 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         """
         outputs = self(past_values, past_observed_mask=past_observed_mask, return_dict=True)
         return SampleTSPredictionOutput(sequences=outputs.prediction_outputs.unsqueeze(1))
-
-    def memory_sets(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """Yield the memories that Stage I separates: first of the encoder, then of the decoder."""
-        scales = self.model(past_values, past_observed_mask, return_dict=True).scales
-        yield from self.model.memory_sets_of(scales)
-        yield from self.decoder.memory_sets(scales)
 
     def _sizes(self) -> dict[str, int]:
         return self.model._sizes() if "model" in self._modules else {}

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,14 @@ from transformers.utils import ModelOutput
 
 from .capacity import MemoryReport, cosine_margin, duplicates, memory_report
 from .configuration_uhop_memory import UHopMemoryConfig
-from .corruption import Corruption, mask_patterns
+from .corruption import mask_patterns
 from .energy import association_of, energy, mixed
 from .feature_cache import cached_features, index_candidates, select_index
 from .feature_map import FeatureMap
+from .memories import MemorySet
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .search import Candidates, brute_force, mixture, sparse_association
-from .separation import maximize_separation
+from .separation import Separation, maximize_separation
 from .spherical import are_independent, separate_optimally
 from .validation import check_tensors, is_finite, is_traced
 
@@ -224,60 +226,59 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             self.config.num_memories = len(given)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def separate(
-        self,
-        steps: int = 100,
-        lr: float | None = None,
-        *,
-        method: str = "denoising",
-        corruption: Corruption = mask_patterns,
-        **options,
-    ) -> list[float]:
+    @property
+    def default_separation(self) -> Separation:
+        """How `separate` separates by default: denoising of masked patterns, at this memory's beta."""
+        return Separation.denoising(temperature=1.0 / self.config.beta, corruption=mask_patterns)
+
+    def separate(self, separation: Separation | None = None, **fields) -> list[float]:
         r"""Separate the stored patterns in feature space (Stage I): train the feature map and
         nothing else.
 
-        - "denoising" (default): learn to recognise each memory from a corrupted copy, by the cross
-          entropy of the association weights at the inverse temperature of this memory,
-          $-\log \mathrm{softmax}_\nu(\beta \langle \Phi(\tilde\xi_\mu), \Phi(\xi_\nu) \rangle)_\mu$
-          with unit-norm features; see `denoising_loss`. It is not in the papers. What it learns
-          from one kind of corruption helps against others. Plain separation of clean patterns can
-          amplify their corruption.
-        - "uhop": the average separation loss (2.6) of U-Hop, then rows of W of unit norm.
-        - "uhop+": the optimal spherical code of U-Hop+, computed once without `steps` and `lr`, if
-          the memories are linearly independent. Projected gradient descent on W with a falling
-          temperature otherwise, with `options`, and for more than 1000 memories that are also more
-          than twice `feature_dim`.
+        By default the map learns to recognise each memory from a copy of which half is masked, by
+        the cross entropy of the association weights at the inverse temperature of this memory:
 
-        With more than 4096 memories each step uses a new random sample of 4096; `batch_size` in
-        `options` changes this number.
+        $$
+        -\log \mathrm{softmax}_\nu(\beta \langle \Phi(\tilde\xi_\mu), \Phi(\xi_\nu) \rangle)_\mu
+        $$
+
+        This is `default_separation`, and not in the papers. What it learns from one kind of
+        corruption helps against others. Plain separation of clean patterns, `Separation.uhop()`,
+        can amplify their corruption.
+
+        `Separation.uhop_plus()` computes the optimal spherical code directly, without `steps` and
+        `lr`, if the memories are linearly independent. It takes gradient steps otherwise, with
+        other fields, and for more than 1000 memories that are also more than twice `feature_dim`.
 
         Args:
-            steps: Gradient steps.
-            lr: Learning rate; `None` means 1e-3.
-            method: "denoising", "uhop" or "uhop+".
-            corruption: For "denoising", a function from patterns to corrupted patterns:
-                `mask_patterns`, `add_noise`, or your own.
-            options: Further arguments of `maximize_separation`.
+            separation: How to separate; `None` for the default above. Without `batch_size`, each
+                step uses a new random sample of at most 4096 memories.
+            fields: Fields of `Separation` to change, such as `steps`, `lr` or `corruption`.
 
         Returns:
             The loss before each step, and after the last. For the optimal code two numbers: minus
             the smallest margin before and after.
 
         Raises:
-            ValueError: If there is no feature map, or fewer than two memories.
+            ValueError: If there is no feature map, or fewer than two memories; also as
+                `maximize_separation`.
         """
         self.check_configuration()
         if self.feature_map is None:
             raise ValueError(f"similarity {self.config.similarity!r} has no feature map to separate with; 'kernel' has")
         if len(self) < 2:
             raise ValueError(f"separation needs at least two memories, got {len(self)}")
-        code_is_known = len(self) <= 2 * len(self.feature_map.weight)
-        if method == "uhop+" and not options and (code_is_known or len(self) <= _SEARCHED_CODES) and are_independent(self.memories):
+        separation = (separation or self.default_separation).replace(**fields)
+        is_default_code = separation == Separation.uhop_plus(steps=separation.steps, lr=separation.lr)
+        can_be_found = len(self) <= max(_SEARCHED_CODES, 2 * len(self.feature_map.weight))
+        if is_default_code and can_be_found and are_independent(self.memories):
             return self._separate_optimally()
-        options.setdefault("batch_size", _MEMORIES_IN_A_STEP)
-        if method == "denoising":
-            options = {"temperature": 1.0 / self.config.beta, "corruption": corruption, **options}
-        return maximize_separation(self.feature_map, self.memories, method=method, steps=steps, lr=1e-3 if lr is None else lr, **options)
+        batch_size = _MEMORIES_IN_A_STEP if separation.batch_size is None else separation.batch_size
+        return maximize_separation(self.feature_map, self.memories, separation, batch_size=batch_size)
+
+    def memory_sets(self, *inputs, include_class_token: bool = False, **batch) -> Iterator[MemorySet]:
+        """Return the one set of stored patterns (1, M, d), with the feature map."""
+        return iter([MemorySet(self.feature_map, self.memories.unsqueeze(0))])
 
     def _separate_optimally(self) -> list[float]:
         """Reach the optimal spherical code; return minus the smallest margin before and after."""

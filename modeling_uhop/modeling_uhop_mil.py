@@ -1,9 +1,7 @@
 """U-Hop multiple-instance model: classify bags by retrieval with learned queries (PyTorch)."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
@@ -16,7 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_uhop_mil import UHopMILConfig
 from .feature_map import FeatureMap
-from .hopfield import FoldableModel, HopfieldAttention, HopfieldPooling, MemorySet
+from .hopfield import FoldableModel, HopfieldAttention, HopfieldPooling
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
 from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, largest
 
@@ -253,26 +251,6 @@ class UHopMILModel(UHopMILPreTrainedModel):
             attentions=attentions if output_attentions else None,
         )
 
-    def memory_sets(self, instances: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """Yield the memories that Stage I separates: one set per bag, its embedded instances.
-
-        Args:
-            instances: As in `forward`.
-            attention_mask: As in `forward`; padding is not a memory.
-            kwargs (Any): Other entries of a batch, such as labels; they are ignored.
-
-        Yields:
-            One `MemorySet`, with the instances as the feature map receives them.
-
-        Raises:
-            ValueError: If the pooling is not "hopfield"; also as `forward`.
-        """
-        if self.config.pooling != "hopfield":
-            raise ValueError(f"memory_sets needs pooling='hopfield', got {self.config.pooling!r}, which has no memories")
-        hidden_states, mask = self._embed(instances, attention_mask)
-        pooling = cast(HopfieldPooling, self.pooling)
-        yield MemorySet(pooling.attention.feature_map, pooling.memories(hidden_states[-1]), mask)
-
     def _embed(self, instances: torch.Tensor | None, attention_mask: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Outputs of the embedding layers (B, N, hidden_size), zeros for padding; mask (B, N)."""
         self.check_configuration()
@@ -394,10 +372,6 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def memory_sets(self, instances: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> Iterator[MemorySet]:
-        """Yield the memories that Stage I separates; see `UHopMILModel.memory_sets`."""
-        return self.mil.memory_sets(instances, attention_mask, **kwargs)
 
 
 def _broadcast_mask(mask: torch.Tensor, instances: torch.Tensor) -> torch.Tensor:

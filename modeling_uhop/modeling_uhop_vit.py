@@ -1,7 +1,6 @@
 """U-Hop vision transformer: a PyTorch model with kernelized Hopfield layers as attention."""
 
 import math
-from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -19,7 +18,7 @@ from .attention_interface import hopfield_kernel
 from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
 from .feature_map import FeatureMap
-from .hopfield import FoldableModel, HopfieldAttention, MemorySet
+from .hopfield import FoldableModel, HopfieldAttention
 from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, largest
 
 
@@ -115,16 +114,12 @@ class UHopViTMLP(nn.Module):
 
 
 class UHopViTEncoderLayer(GradientCheckpointingLayer):
-    """Base class of both encoder layers: a Hopfield layer and the input of its feature map."""
+    """Base class of both encoder layers: a Hopfield layer, and dropout of what it retrieves."""
 
     def __init__(self, config: UHopViTConfig):
         super().__init__()
         self.attention = HopfieldAttention(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Tokens as the feature map receives them, (batch_size, N, hidden_size)."""
-        raise NotImplementedError
 
 
 class UHopViTLayer(UHopViTEncoderLayer):
@@ -136,12 +131,8 @@ class UHopViTLayer(UHopViTEncoderLayer):
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = UHopViTMLP(config)
 
-    def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Tokens after the first layer norm."""
-        return self.layernorm_before(hidden_states)
-
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        retrieved, _ = self.attention(self.memories(hidden_states), attention_mask=attention_mask, **kwargs)
+        retrieved, _ = self.attention(self.layernorm_before(hidden_states), attention_mask=attention_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(retrieved)
         return hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
 
@@ -152,10 +143,6 @@ class UHopViTClassQueryLayer(UHopViTEncoderLayer):
     def __init__(self, config: UHopViTConfig):
         super().__init__(config)
         self.activation_fn = ACT2FN[config.hidden_act]
-
-    def memories(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Tokens as they are."""
-        return hidden_states
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         query, patches = hidden_states[:, :1], hidden_states[:, 1:]
@@ -214,6 +201,11 @@ class UHopViTPreTrainedModel(FoldableModel):
                     init.zeros_(token)
         elif isinstance(module, (FeatureMap, HopfieldAttention)):
             module.reset_parameters()
+
+    @property
+    def num_class_tokens(self) -> int:
+        """Number of tokens before the patches among the memories of a layer."""
+        return 0 if self.config.encoder_type == "class_query" else num_prefix_tokens(self.config)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Choose the attention kernel; refuse kernels that cannot mask a single query."""
@@ -340,42 +332,6 @@ class UHopViTModel(UHopViTPreTrainedModel):
         pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=sequence_output, pooler_output=pooled_output)
 
-    def memory_sets(
-        self,
-        pixel_values: torch.Tensor,
-        bool_masked_pos: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
-        attention_mask: torch.Tensor | None = None,
-        include_class_token: bool = False,
-        **kwargs,
-    ) -> Iterator[MemorySet]:
-        """Yield the memories that Stage I separates, layer by layer.
-
-        The memories of a layer are the tokens that its feature map receives; each image is one set.
-        A layer is computed only when the next set is requested, so no layer above the last feature
-        map is computed.
-
-        Args:
-            pixel_values: As in `forward`.
-            bool_masked_pos: As in `forward`.
-            interpolate_pos_encoding: As in `forward`.
-            attention_mask: As in `forward`; tokens that may not be retrieved from are not memories.
-            include_class_token: Whether the CLS token (and the distillation token) is a memory too.
-
-        Yields:
-            One `MemorySet` per layer, with memories (batch_size, num_patches, hidden_size).
-        """
-        hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
-        mask = self._attention_mask(hidden_states, attention_mask)
-        first = 0 if include_class_token else num_prefix_tokens(self.config)
-        present = None if attention_mask is None else attention_mask[:, first:].bool()
-        for index, layer in enumerate(self.layers):
-            if index > 0:
-                hidden_states = self.layers[index - 1](hidden_states, mask)
-            layer = cast(UHopViTEncoderLayer, layer)
-            memories = layer.memories(hidden_states)
-            yield MemorySet(layer.attention.feature_map, memories[:, first:], present)
-
     def _embed(
         self, pixel_values: torch.Tensor | None, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool | None
     ) -> torch.Tensor:
@@ -456,10 +412,6 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         check_no_overflow(logits, "image")
         loss = None if labels is None else label_loss(self, labels, logits, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
-
-    def memory_sets(self, pixel_values: torch.Tensor, **kwargs) -> Iterator[MemorySet]:
-        """Yield the memories that Stage I separates; see `UHopViTModel.memory_sets`."""
-        return self.vit.memory_sets(pixel_values, **kwargs)
 
 
 def num_prefix_tokens(config: UHopViTConfig) -> int:

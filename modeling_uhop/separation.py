@@ -1,351 +1,481 @@
-"""Separation step (Stage I): spread the stored patterns over the unit sphere in feature space."""
+"""The separation step (Stage I): `Separation` says how to separate, `StageOne` does it."""
 
 import copy
-import math
-from collections.abc import Iterable, Sequence
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
-from .corruption import Corruption, mask_patterns
-from .feature_map import FeatureMap, unit_norm
-from .separation_blocks import blocked_separation_loss
+from .corruption import Corruption
+from .feature_map import FeatureMap
+from .memories import MemorySet
+from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
 from .simplex import at_least_fp32
-from .validation import as_floats, check_tensor, check_tensors, is_finite, is_readable
+from .validation import check_tensor, check_tensors, is_finite, is_readable
 
 
-SEPARATION_KINDS = ("average", "squared", "nearest", "per_memory")
+KINDS = (*SEPARATION_KINDS, "denoising")
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+PARAMETERS = ("feature_maps", "upstream")
 
 
-def separation_loss(
-    features: torch.Tensor,
-    *,
-    kind: str = "average",
-    temperature: float = 0.25,
-    mask: torch.Tensor | None = None,
-    sample: int | None = None,
-) -> torch.Tensor:
-    r"""Measure how crowded memories are in feature space; a lower loss is a better separation.
+@dataclasses.dataclass(frozen=True)
+class Separation:
+    r"""How to separate memories: the loss, the steps, and what they change.
 
-    Features are scaled to unit norm, $K_{\mu\nu} = \langle \Phi_\mu, \Phi_\nu \rangle$, and $\tau$
-    is the temperature ($\tau = 1 / (2 t)$; the papers use $t = 2$, that is $\tau = 0.25$). The
-    choices of `kind` are:
+    One value serves the Trainer (`SeparationCallback`), a loop of one's own (`StageOne`), one
+    feature map (`maximize_separation`) and an associative memory (`UHopMemoryModel.separate`). The
+    presets `uhop`, `uhop_plus`, `algorithm_2` and `denoising` are the papers' methods and ours;
+    each takes further fields.
 
-    - "average": $\log \mathrm{mean}_{\mu \ne \nu} \exp((K_{\mu\nu} - 1) / \tau)$, that is
-        $\log E \exp(-t |\Phi_\mu - \Phi_\nu|^2)$ (U-Hop, arXiv 2404.03827, equation 2.6).
-    - "squared": $\log \mathrm{mean}_{\mu \ne \nu} \exp((K_{\mu\nu}^2 - 1) / \tau)$, which is
-        smallest for orthogonal features (U-Hop, equation 3.2).
-    - "nearest": $\max_{\mu \ne \nu} (K_{\mu\nu} - 1) / \tau$, which depends on the closest pair
-        only (U-Hop, section G.2).
-    - "per_memory": $\mathrm{mean}_\mu \log \sum_{\nu \ne \mu} \exp(K_{\mu\nu} / \tau)$, whose
-        minimiser tends to an optimal spherical code as $\tau \to 0$ (U-Hop+, arXiv 2410.23126).
+    The defaults are those of the Trainer: SGD steps on every parameter that the features depend on.
+    They gave the best results when training from scratch on about 1,000 images. With 5,000 and
+    10,000 images they gave no gain on held-out images, and many more than 100 steps reduced
+    accuracy.
 
     Args:
-        features: Features (..., M, D) of M memories, of any norm. Leading axes hold independent
-            memory sets.
-        kind: One of the four kinds above.
-        temperature: The temperature tau, positive.
-        mask: Boolean. A mask (..., M) is True where a memory is present; a mask (..., M, M) is True
-            where a pair counts. The number of axes tells them apart. An absent memory has no
-            influence, even if it is NaN.
-        sample: Number of memories to use, at least 2, drawn again at each call; useful for millions
-            of memories. The mean of the exponentials over pairs stays unbiased; the loss is its
-            logarithm. `None` uses all memories, and a mask requires `None`.
-
-    Returns:
-        The mean loss over the sets that have a pair, a scalar in fp32 or better. Sets without a
-            pair contribute nothing. If no set has a pair, the loss and its gradient are 0. The loss
-            is differentiable once, or twice with a mask of pairs. Its use of computer memory grows
-            with M, or with M squared with a mask of pairs.
+        kind: The loss: one of the kinds of `separation_loss`, or "denoising". The latter trains the
+            model to tell each memory from the others of its set, given its corrupted copy; see
+            `denoising_loss`.
+        temperature: Temperature $\tau$ of the loss, positive.
+        final_temperature: Temperature of the last step, positive; the temperature falls
+            geometrically to it (U-Hop+). `None` keeps the temperature fixed.
+        steps: Gradient steps, at least 0 (the papers' N, or N_i of Algorithm 2).
+        lr: Learning rate, at least 0.
+        optimizer: "sgd" or "adam".
+        parameters: What is changed. "feature_maps": only the feature maps, with the memories held
+            fixed; it keeps the layers below unchanged, for example in a pretrained model.
+            "upstream": every trainable parameter that the features depend on (embeddings, lower
+            layers, feature maps), as in the authors' code. A model without feature maps needs
+            "upstream".
+        project: Whether to scale the rows of W to unit norm after every step (the projection of
+            U-Hop+), in the feature maps that the step changed.
+        normalize_rows: Whether to scale the rows of W to unit norm after the last step (U-Hop,
+            Algorithm 1).
+        noise: For "denoising", the standard deviation of the noise in a copy, positive.
+        corruption: For "denoising", a function from clean values to corrupted ones, such as
+            `mask_patterns`; `None` adds noise. It acts on patterns, or on the main input of a model
+            (pixels, instances, past values).
+        batch_size: Number of examples of a step, over all processes together, or of memories where
+            one feature map is separated. `None` means 128 examples, and all memories.
+        include_class_token: Whether the CLS token of an image is a memory.
+        pool_memories: Whether all memories of a batch form one set, instead of one set per example
+            (image, bag, series).
 
     Raises:
-        ValueError: If the kind is unknown, the temperature is not positive, or the mask has another
-            number of axes. Also if `sample` is below 2, or is combined with a mask or with
-            `kind="nearest"`: a random sample rarely contains the closest pair.
-        TypeError: If an input is not a tensor.
+        ValueError: If a value is not one of its choices or out of range.
 
     Examples:
-        >>> from modeling_uhop import separation_loss
-        >>> crowded = 1.0 + 0.1 * torch.randn(4, 3)
-        >>> (separation_loss(torch.eye(4)) < separation_loss(crowded)).item()
-        True
+        >>> from modeling_uhop import Separation
+        >>> Separation.uhop_plus(steps=50).final_temperature
+        0.01
     """
-    (features,) = as_floats(features=features)
-    check_tensor(mask, "mask")
-    if kind not in SEPARATION_KINDS:
-        raise ValueError(f"kind must be one of {SEPARATION_KINDS}, got {kind!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if sample is not None and (sample < 2 or kind == "nearest" or mask is not None):
-        given = f"sample={sample}, kind={kind!r}" + (" and a mask" if mask is not None else "")
-        raise ValueError(
-            f"sample must be at least 2, without a mask, and of a kind other than 'nearest', got {given}; use sample=None for these"
-        )
-    if mask is not None and mask.dim() not in (features.dim() - 1, features.dim()):
-        raise ValueError(
-            f"mask must have {features.dim() - 1} axes (memories) or {features.dim()} (pairs) for features of shape "
-            f"{tuple(features.shape)}, got shape {tuple(mask.shape)}"
-        )
-    count = features.shape[-2]
-    features, mask = _subsample(features, mask, sample)
-    features = at_least_fp32(features)
-    if mask is not None and mask.dim() == features.dim():
-        loss = _loss_of_counted_pairs(features, kind, temperature, mask)
-    else:
-        loss = _loss_of_sets(features, kind, temperature, mask)
-    if kind == "per_memory" and features.shape[-2] < count:
-        # Because this loss is a sum over the other memories, we scale the sum over the sample up.
-        loss = loss + math.log((count - 1) / (features.shape[-2] - 1))
-    return loss
+
+    kind: str = "average"
+    temperature: float = 0.25
+    final_temperature: float | None = None
+    steps: int = 100
+    lr: float = 0.1
+    optimizer: str = "sgd"
+    parameters: str = "upstream"
+    project: bool = False
+    normalize_rows: bool = False
+    noise: float = 0.5
+    corruption: Corruption | None = None
+    batch_size: int | None = None
+    include_class_token: bool = False
+    pool_memories: bool = False
+
+    def __post_init__(self):
+        for name, choices in (("kind", KINDS), ("parameters", PARAMETERS), ("optimizer", tuple(OPTIMIZERS))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name, least in (("steps", 0), ("batch_size", 1)):
+            number = getattr(self, name)
+            if number is not None and (not isinstance(number, int) or number < least):
+                raise ValueError(f"{name} must be an integer of at least {least}, got {number}")
+        for name in ("temperature", "final_temperature", "noise"):
+            size = getattr(self, name)
+            if size is not None and not size > 0:
+                raise ValueError(f"{name} must be positive, got {size}")
+        if not self.lr >= 0:
+            raise ValueError(f"lr must be at least 0, got {self.lr}")
+
+    @classmethod
+    def uhop(cls, **fields) -> "Separation":
+        """U-Hop, Algorithm 1: the average loss (2.6) on the feature maps, then rows of unit norm."""
+        return cls(**{"normalize_rows": True, **_ON_MAPS, **fields})
+
+    @classmethod
+    def uhop_plus(cls, **fields) -> "Separation":
+        r"""U-Hop+: projected gradient descent, $W \\leftarrow \\mathrm{Proj}(W - \\eta \\nabla L)$.
+
+        The loss is "per_memory", and the temperature falls from 0.25 to 0.01.
+        """
+        return cls(**{"kind": "per_memory", "project": True, "final_temperature": 0.01, **_ON_MAPS, **fields})
+
+    @classmethod
+    def algorithm_2(cls, **fields) -> "Separation":
+        """U-Hop, Algorithm 2: one SGD step on the squared loss (3.2) between two training steps.
+
+        In the Trainer it needs `SeparationCallback(schedule="step")`.
+        """
+        return cls(**{"kind": "squared", "steps": 1, "parameters": "feature_maps", **fields})
+
+    @classmethod
+    def denoising(cls, **fields) -> "Separation":
+        """Recognise each memory from a corrupted copy, at temperature 0.1; not in the papers."""
+        return cls(**{"kind": "denoising", "temperature": 0.1, **_ON_MAPS, **fields})
+
+    def replace(self, **fields) -> "Separation":
+        """Return this separation with other values of some fields.
+
+        Raises:
+            TypeError: If a name is not a field.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(set(fields) - set(names)):
+            raise TypeError(f"{unknown} must be among the fields of Separation, {names}; it has the presets {list(PRESETS)}")
+        return dataclasses.replace(self, **fields)
+
+    def temperature_of(self, step: int, steps: int) -> float:
+        """Return the temperature of a step of `steps`, by geometric interpolation."""
+        if self.final_temperature is None:
+            return self.temperature
+        return self.temperature * (self.final_temperature / self.temperature) ** (step / max(steps - 1, 1))
 
 
-def _loss_of_sets(features: torch.Tensor, kind: str, temperature: float, mask: torch.Tensor | None) -> torch.Tensor:
-    """Compute `separation_loss` over all pairs of present memories."""
-    size = features.shape[-2]
-    if size < 2:
-        return (features * 0.0).nan_to_num().sum()
-    members = None
-    if mask is not None:
-        members = mask.expand(features.shape[:-1]).reshape(-1, size)
-        features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
-    with torch.autocast(features.device.type, enabled=False):
-        losses = blocked_separation_loss(features.reshape(-1, size, features.shape[-1]), members, kind, temperature)
-    count = max(1, len(losses)) if members is None else (members.sum(-1) > 1).sum().clamp(min=1)
-    return losses.sum() / count
+_ON_MAPS: dict[str, Any] = {"parameters": "feature_maps", "optimizer": "adam", "lr": 1e-3}
+PRESETS = {preset.__name__: preset for preset in (Separation.uhop, Separation.uhop_plus, Separation.algorithm_2, Separation.denoising)}
 
 
-def _loss_of_counted_pairs(features: torch.Tensor, kind: str, temperature: float, mask: torch.Tensor) -> torch.Tensor:
-    """Compute `separation_loss` over the pairs (..., M, M) that count.
+class StageOne:
+    r"""The separation step of a model, or of one feature map, step by step.
 
-    All similarities are formed at once.
-    """
-    if features.shape[-2] < 2:
-        return (features * 0.0).nan_to_num().sum()
-    different = ~torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
-    pairs = mask.expand(*features.shape[:-1], features.shape[-2]) & different
-    members = pairs.any(-1) | pairs.any(-2)
-    features = unit_norm(features.masked_fill(~members.unsqueeze(-1), 0.0))
-    with torch.autocast(features.device.type, enabled=False):
-        similarity = features @ features.mT
-    if kind == "squared":
-        similarity = similarity.square()
-    if kind == "per_memory":
-        log_sums, present = _log_sum(similarity / temperature, pairs)
-        rows = present.sum(-1)
-        losses = log_sums.sum(-1) / rows.clamp(min=1)
-        present = rows > 0
-    else:
-        exponents, pairs = ((similarity - 1.0) / temperature).flatten(-2), pairs.flatten(-2)
-        if kind == "nearest":
-            present = pairs.any(-1)
-            nearest = exponents.masked_fill(~pairs, -math.inf).amax(-1)
-            losses = torch.where(present, nearest, 0.0)
-        else:
-            log_sums, present = _log_sum(exponents, pairs)
-            losses = log_sums - pairs.sum(-1).clamp(min=1).to(log_sums.dtype).log()
-    return losses.sum() / present.expand_as(losses).sum().clamp(min=1)
-
-
-def _log_sum(exponents: torch.Tensor, counted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute log-sum-exp over the entries of the last axis that count, and whether there are any.
-
-    The sum is 0 if no entry counts.
-    """
-    present = counted.any(-1)
-    exponents = exponents.masked_fill(~counted, -math.inf).masked_fill(~present.unsqueeze(-1), 0.0)
-    return torch.where(present, torch.logsumexp(exponents, -1), 0.0), present
-
-
-def denoising_loss(
-    corrupted_features: torch.Tensor,
-    features: torch.Tensor,
-    *,
-    temperature: float = 0.1,
-    mask: torch.Tensor | None = None,
-) -> torch.Tensor:
-    r"""Measure how badly memories are recognised from corrupted copies (InfoNCE loss).
-
-    $$
-    \mathrm{mean}_\mu \; -\log \mathrm{softmax}_\nu
-    \left( \langle \Phi(x_\mu), \Phi(\xi_\nu) \rangle / \tau \right)_\mu
-    $$
-
-    This is the per-memory loss of U-Hop+ with a corrupted copy $x_\mu$ of each memory $\xi_\mu$ as
-    its positive. It spreads the memories and keeps each copy close to its memory. At
-    $\tau = 1 / \beta$ it is minus the log weight of the correct memory in a retrieval at alpha = 1.
-    It is not in the papers.
+    Each step lowers the summed loss of all layers, by the model's gradient or that of its feature
+    maps. It leaves no `.grad` behind, has an optimizer of its own, and changes only the parameters
+    that `separation.parameters` selects. In several processes, gradients are averaged.
 
     Args:
-        corrupted_features: Features (..., Q, D) of copies, in the order of their memories.
-        features: Features (..., M, D) of memories. The first Q are the memories of the copies.
-        temperature: The temperature tau, positive.
-        mask: Boolean (..., M), True where a memory is present. An absent memory is not a candidate,
-            and its copy does not count.
-
-    Returns:
-        The mean over copies, a scalar in fp32 or better; 0 without any copy.
+        model: A model with `memory_sets` (possibly wrapped by PEFT), or a `FeatureMap`. A model in
+            training mode is separated with its dropout; `SeparationCallback` switches it off.
+        separation: How to separate; `None` for `Separation()`.
+        total_steps: Number of steps over which the temperature falls; `None` for
+            `separation.steps`.
+        autocast: A function that returns a context for the forward pass, such as
+            `accelerator.autocast`.
+        fields: Fields of `Separation` to change.
 
     Raises:
-        ValueError: If the temperature is not positive.
-        TypeError: If an input is not a tensor.
+        ValueError: If a model has no `memory_sets`; if no selected parameter is trainable; if
+            `project` or `normalize_rows` is set while an adapter is trained instead of W.
+        TypeError: If a name in `fields` is not a field of `Separation`.
+
+    Examples:
+        >>> from modeling_uhop import Separation, StageOne, UHopViTConfig, UHopViTForImageClassification
+        >>> config = UHopViTConfig(image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+        >>> stage = StageOne(UHopViTForImageClassification(config), Separation.uhop(), lr=1e-2)
+        >>> losses = stage.run([{"pixel_values": torch.rand(4, 3, 8, 8)}])
+        >>> len(losses), losses[-1] < losses[0]
+        (101, True)
     """
-    corrupted_features, features = as_floats(corrupted_features=corrupted_features, features=features)
-    check_tensor(mask, "mask")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if mask is not None:
-        stored_mask, mask = mask.unsqueeze(-1), mask[..., : corrupted_features.shape[-2]]
-        features = features.masked_fill(~stored_mask, 0.0)
-        corrupted_features = corrupted_features.masked_fill(~mask.unsqueeze(-1), 0.0)
-    queries, stored = unit_norm(at_least_fp32(corrupted_features)), unit_norm(at_least_fp32(features))
-    with torch.autocast(queries.device.type, enabled=False):
-        scores = queries @ stored.mT / temperature
-    if mask is None:
-        losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
-        return losses.sum() / max(1, losses.numel())
-    # Because a set without any memory needs a finite gradient, we use a finite value, not -inf.
-    scores = scores.masked_fill(~stored_mask.mT, torch.finfo(scores.dtype).min)
-    losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
-    mask = mask.expand_as(losses)
-    return losses.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+    def __init__(
+        self,
+        model: Any,
+        separation: Separation | None = None,
+        *,
+        total_steps: int | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        **fields,
+    ):
+        self.model = model
+        self.separation = (separation or Separation()).replace(**fields)
+        self.total_steps = self.separation.steps if total_steps is None else total_steps
+        self.autocast = autocast
+        scales_rows = self.separation.project or self.separation.normalize_rows
+        self.maps = _feature_maps(model, needed=self.separation.parameters == "feature_maps" or scales_rows)
+        if scales_rows and any(hasattr(phi, "base_layer") for phi in self.maps):
+            raise ValueError(
+                "project and normalize_rows scale the rows of W, but an adapter is trained instead of W; "
+                "turn them off, or train W itself (modules_to_save=['feature_map'])"
+            )
+        moved = model.parameters() if self.separation.parameters == "upstream" else (p for phi in self.maps for p in phi.parameters())
+        self.parameters = [parameter for parameter in moved if parameter.requires_grad]
+        self.optimizer = SeparationOptimizer(self.separation.optimizer, self.parameters, self.separation.lr)
+        self.steps_done = 0
+        self._moved_maps: list[Any] = []
+
+    def run(self, batches: Iterable[Any], progress: bool = True) -> list[float]:
+        """Take `separation.steps` steps, one for each batch, and normalise rows at the end.
+
+        Args:
+            batches: Batches as in `step`. They are read again from the start where they end before
+                the last step.
+            progress: Whether to show a progress bar.
+
+        Returns:
+            The `steps + 1` losses, averaged over layers and processes: before each step, and after
+                the last one on a further batch.
+
+        Raises:
+            ValueError: If there is no batch; also as `step`.
+        """
+        source, history = _repeated(batches), []
+        for _ in logging.tqdm(range(self.separation.steps), desc="separation", leave=False, delay=3, disable=not progress):
+            history.append(mean_over_processes(self.step(next(source))))
+        self.finish_round()
+        with torch.no_grad():
+            batch = next(source)
+            return [*history, mean_over_processes(self.losses(batch, self.corrupted(batch), max(0, self.steps_done - 1)))]
+
+    def step(self, batch: Any, corrupted: Any = None) -> torch.Tensor:
+        """Take one gradient step.
+
+        Args:
+            batch: A dictionary of the model's inputs; labels are ignored. For a `FeatureMap`,
+                memories (..., M, d), or a pair of memories and mask as `separation_loss` takes it.
+            corrupted: For "denoising", the corrupted copy of the batch; `None` makes one.
+
+        Returns:
+            The loss of each layer before the step.
+
+        Raises:
+            ValueError: If no set has two memories; if all parameters below the features are frozen;
+                or (on CPU) if the gradient is not finite.
+            RuntimeError: If called under `torch.inference_mode()`.
+        """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("separation needs gradients, which torch.inference_mode() forbids; torch.no_grad() does not")
+        with torch.enable_grad():
+            losses = self.losses(batch, self.corrupted(batch) if corrupted is None else corrupted, self.steps_done)
+            if not losses.requires_grad:
+                raise ValueError(
+                    "there is nothing to train: all parameters that the memories' features depend on are frozen (requires_grad=False)"
+                )
+            gradients = self._gradients(losses.sum())
+        if is_readable(losses) and not all(gradient is None or is_finite(gradient) for gradient in gradients):
+            raise ValueError(
+                "the gradient of the separation loss must be finite, and is not: the memories are too small or too large; scale them"
+            )
+        self.optimizer.step(gradients)
+        moved = {id(parameter) for parameter, gradient in zip(self.parameters, gradients, strict=True) if gradient is not None}
+        self._moved_maps = [phi for phi in self.maps if id(phi.weight) in moved]
+        if self.separation.project:
+            self._normalize_rows()
+        self.steps_done += 1
+        return losses.detach()
+
+    def finish_round(self) -> None:
+        """Scale the rows of W to unit norm, with `normalize_rows`."""
+        if self.separation.normalize_rows:
+            self._normalize_rows()
+
+    def corrupted(self, batch: Any) -> Any:
+        """Return the corrupted copy of a batch for "denoising", and `None` for another kind."""
+        if self.separation.kind != "denoising":
+            return None
+        name = None if isinstance(self.model, FeatureMap) else self.model.main_input_name
+        clean = _pair(batch)[0] if name is None else batch[name]
+        clean = clean if clean.is_floating_point() else clean.float()
+        corrupt = self.separation.corruption or (lambda values: values + self.separation.noise * torch.randn_like(values))
+        return (corrupt(clean), _pair(batch)[1]) if name is None else {**batch, name: corrupt(clean)}
+
+    def losses(self, batch: Any, corrupted: Any, step: int) -> torch.Tensor:
+        """Return the loss of each layer on a batch (and its corrupted copy), at a step's temperature."""
+        temperature = self.separation.temperature_of(step, self.total_steps)
+        with self.autocast():
+            stored = self._memory_sets(batch)
+            if corrupted is not None:
+                copies = self._memory_sets(corrupted)
+                losses = [
+                    denoising_loss(copy.features(), each.features(), temperature=temperature, mask=each.mask)
+                    for copy, each in zip(copies, stored, strict=True)
+                ]
+            else:
+                losses = [
+                    separation_loss(each.features(), kind=self.separation.kind, temperature=temperature, mask=each.mask) for each in stored
+                ]
+        return torch.stack(losses)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact resume needs."""
+        return {
+            "steps_done": self.steps_done,
+            "optimizer": self.optimizer.state_dict(),
+            "settings": self._settings(),
+            "fingerprint": self._fingerprint(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], name: str = "the state") -> None:
+        """Restore the state that `state_dict` returned, whose `name` an error tells.
+
+        Raises:
+            ValueError: If it belongs to other weights, or to another kind, optimizer or choice of
+                parameters.
+        """
+        check_settings(state["settings"], self._settings(), name)
+        if state["fingerprint"] != self._fingerprint():
+            raise ValueError(
+                f"{name} belongs to other weights than the loaded ones; "
+                "in a Trainer, pass SeparationCallback(resume_from=checkpoint folder)"
+            )
+        self.steps_done = state["steps_done"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _settings(self) -> dict[str, str]:
+        return {name: getattr(self.separation, name) for name in ("parameters", "optimizer", "kind")}
+
+    def _fingerprint(self) -> str:
+        """Hash of the parameters that the steps change."""
+        digest = hashlib.sha256()
+        for parameter in self.parameters:
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _memory_sets(self, batch: Any) -> list[MemorySet]:
+        """What each layer retrieves from, under `pool_memories` and `include_class_token`."""
+        if isinstance(self.model, FeatureMap):
+            return [MemorySet(self.model, *_pair(batch))]
+        options = {"include_class_token": True} if self.separation.include_class_token else {}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.separation.parameters == "upstream"):
+            sets = [MemorySet(*memory_set) for memory_set in self.model.memory_sets(**batch, **options)]
+        if self.separation.pool_memories:
+            sets = [MemorySet(phi, memories.flatten(0, 1), None if mask is None else mask.flatten()) for phi, memories, mask in sets]
+        separable = [each for each in sets if each.mask is not None or each.memories.shape[-2] > 1]
+        if not separable:
+            raise ValueError(
+                "there is nothing to separate: a memory set needs at least two memories, and every set has one "
+                "(for images, include_class_token=True adds one)"
+            )
+        return separable
+
+    def _gradients(self, loss: torch.Tensor) -> list[torch.Tensor | None]:
+        """Gradients of the loss, averaged over processes; `None` where it does not depend."""
+        # Because other code may freeze a layer during training, we check again in every step.
+        moving = [parameter for parameter in self.parameters if parameter.requires_grad]
+        found = dict(zip(map(id, moving), torch.autograd.grad(loss, moving, allow_unused=True), strict=True))
+        return [None if found.get(id(parameter)) is None else _averaged(found[id(parameter)]) for parameter in self.parameters]
+
+    def _normalize_rows(self) -> None:
+        for phi in self._moved_maps:
+            phi.normalize_rows()
+
+
+def check_settings(saved: dict[str, str], now: dict[str, str], name: str) -> None:
+    """Raise a `ValueError` if a setting differs from the one that a state was saved with."""
+    for key, value in now.items():
+        if saved.get(key, value) != value:
+            raise ValueError(f"{name} was written with {key}={saved[key]!r} and cannot be resumed with {key}={value!r}")
+
+
+def mean_over_processes(losses: torch.Tensor) -> float:
+    """Return the mean loss over layers and processes."""
+    return float(_averaged(losses).mean())
+
+
+def _averaged(tensor: torch.Tensor) -> torch.Tensor:
+    """Mean of a tensor over all processes."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return tensor
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
+
+
+def _pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Memories and their mask, from memories alone or a pair."""
+    return batch if isinstance(batch, tuple) else (batch, None)
+
+
+def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
+    """Read batches again and again; raise a `ValueError` where there is none."""
+    while True:
+        batch = _repeated
+        for batch in batches:
+            yield batch
+        if batch is _repeated:
+            raise ValueError("there is no batch to separate: pass a list or a DataLoader, which can be read again")
+
+
+def _feature_maps(model: Any, needed: bool) -> list[Any]:
+    """The feature maps of a model; a feature map with an adapter is returned inside its adapter.
+
+    The list may be empty only if `needed` is false.
+    """
+    # Because code loaded from a model folder has its own FeatureMap class, we compare class names.
+    # An adapter of PEFT holds the wrapped module as `base_layer`.
+    names = [name for name, module in model.named_modules() if type(module).__name__ == "FeatureMap"]
+    maps = [model.get_submodule(re.sub(r"(\.base_layer)+$", "", name)) for name in names]
+    if not (isinstance(model, FeatureMap) or hasattr(model, "memory_sets")) or (needed and not maps):
+        raise ValueError(
+            f"the separation step needs a model with feature maps (use_feature_map=True) and memory_sets; {type(model).__name__} has none"
+        )
+    if maps and not any(parameter.requires_grad for phi in maps for parameter in phi.parameters()):
+        raise ValueError(
+            "the separation step needs trainable feature maps, but all of them are frozen (requires_grad=False); "
+            "with PEFT, LoraConfig(target_parameters=['feature_map.weight']) adapts them"
+        )
+    return maps
 
 
 def maximize_separation(
-    feature_map: FeatureMap,
-    memories: torch.Tensor,
-    *,
-    method: str = "uhop",
-    steps: int = 100,
-    lr: float = 1e-3,
-    optimizer: str = "adam",
-    kind: str | None = None,
-    temperature: float | None = None,
-    final_temperature: float = 0.01,
-    corruption: Corruption = mask_patterns,
-    batch_size: int | None = None,
-    mask: torch.Tensor | None = None,
+    feature_map: FeatureMap, memories: torch.Tensor, separation: Separation | None = None, *, mask: torch.Tensor | None = None, **fields
 ) -> list[float]:
     r"""Run the separation step (Stage I) on one feature map: gradient steps on its matrix W.
-
-    The choices of `method` are:
-
-    - "uhop" (U-Hop, Algorithm 1): minimise `separation_loss` at a fixed temperature, then scale the
-        rows of W to unit norm. The default kind is "average", the default temperature 0.25.
-    - "uhop+" (U-Hop+): projected gradient descent, $W \leftarrow \mathrm{Proj}(W - \eta \nabla L)$.
-        The rows are scaled to unit norm after every step, and the temperature falls geometrically
-        from `temperature` (0.25) to `final_temperature`. The default kind is "per_memory".
-    - "denoising": minimise `denoising_loss` of new corrupted copies in every step, at a fixed
-        temperature (0.1).
 
     Args:
         feature_map: The map to train, in place. A map in half precision is trained in fp32. Nothing
             else changes, and no `.grad` is left behind.
         memories: Patterns (..., M, d).
-        method: "uhop", "uhop+" or "denoising".
-        steps: Number of gradient steps, at least 0.
-        lr: Learning rate.
-        optimizer: "adam" or "sgd".
-        kind: As in `separation_loss`; not used by "denoising".
-        temperature: As in `separation_loss`; `None` for the default of the method.
-        final_temperature: The last temperature of "uhop+".
-        corruption: For "denoising", a function from patterns to corrupted patterns.
-        batch_size: Number of memories that each step uses, at least 2, drawn again in every step.
-            `None` uses all.
-        mask: As in `separation_loss`; not accepted by "denoising".
+        separation: How to separate; `None` for `Separation.uhop()`. With `batch_size`, each step
+            uses a new random sample of that many memories, at least 2.
+        mask: As in `separation_loss`; a mask of pairs is not accepted by "denoising".
+        fields: Fields of `Separation` to change.
 
     Returns:
         The `steps + 1` losses: the loss before each step, then the loss of the final map (before it
-            is rounded to half precision, if it is). With "uhop+", each loss is at the temperature
-            of its step.
+            is rounded to half precision, if it is). With a falling temperature, each loss is at the
+            temperature of its step.
 
     Raises:
-        ValueError: If the method or the optimizer is unknown, a number is out of its range, the
-            feature map is frozen, the gradient is not finite, or "denoising" gets a kind or a mask.
-        TypeError: If the memories are not a tensor.
+        ValueError: If a value is out of range, the feature map is frozen, or the gradient is not
+            finite.
+        TypeError: If the memories are not a tensor, or a name in `fields` is not a field.
         RuntimeError: If called under `torch.inference_mode()`.
 
     Examples:
-        >>> from modeling_uhop import FeatureMap, maximize_separation
+        >>> from modeling_uhop import FeatureMap, Separation, maximize_separation
         >>> phi = FeatureMap(8, normalize=True)
-        >>> history = maximize_separation(phi, 1.0 + torch.rand(6, 8), steps=20, lr=1e-2)
-        >>> history[-1] < history[0]
-        True
+        >>> history = maximize_separation(phi, 1.0 + torch.rand(6, 8), Separation.uhop_plus(), steps=20, lr=1e-2)
+        >>> len(history)
+        21
     """
     check_tensors(memories=memories)
-    memories = memories if memories.is_floating_point() else memories.to(feature_map.weight.dtype)
     check_tensor(mask, "mask")
-    if method not in ("uhop", "uhop+", "denoising"):
-        raise ValueError(f"method must be 'uhop', 'uhop+' or 'denoising', got {method!r}")
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
-    if batch_size is not None and batch_size < 2:
-        raise ValueError(f"batch_size must be at least 2, got {batch_size}")
-    if method == "denoising" and (kind is not None or mask is not None):
-        raise ValueError("method 'denoising' accepts neither a kind nor a mask; leave both at None")
-    for name, tau in (("temperature", temperature), ("final_temperature", final_temperature)):
-        if tau is not None and not tau > 0:
-            raise ValueError(f"{name} must be positive, got {tau}")
+    separation = (separation or Separation.uhop()).replace(**fields)
+    if separation.batch_size is not None and separation.batch_size < 2:
+        raise ValueError(f"batch_size must be at least 2 memories, got {separation.batch_size}")
+    if separation.kind == "denoising" and mask is not None and mask.dim() == memories.dim():
+        raise ValueError(f"the mask of kind 'denoising' must be one of memories (..., M), not of pairs, got shape {tuple(mask.shape)}")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("separation needs gradients, which torch.inference_mode() forbids; torch.no_grad() does not")
-    if not feature_map.weight.requires_grad:
-        raise ValueError("the feature map is frozen (requires_grad=False); call feature_map.requires_grad_() first")
-    kind = kind or ("per_memory" if method == "uhop+" else "average")
-    temperature = temperature or (0.1 if method == "denoising" else 0.25)
-    final_temperature = final_temperature if method == "uhop+" else temperature
+    memories = memories if memories.is_floating_point() else memories.to(feature_map.weight.dtype)
     moving = feature_map
-    is_half = _is_half(feature_map.weight)
-    if is_half:
+    if _is_half(feature_map.weight):
         # Because small steps would be lost in half precision, we train a copy in fp32.
         moving, memories = copy.deepcopy(feature_map).float(), memories.float()
-
-    def loss_at(step: int) -> torch.Tensor:
-        tau = annealed(temperature, final_temperature, max(0, min(step, steps - 1)), steps)
-        batch, batch_mask = _subsample(memories, mask, batch_size)
-        if method == "denoising":
-            return denoising_loss(moving(corruption(batch)), moving(batch), temperature=tau)
-        return separation_loss(moving(batch), kind=kind, temperature=tau, mask=batch_mask)
-
-    parameters = [moving.weight]
-    separation_optimizer = SeparationOptimizer(optimizer, parameters, lr)
-    history = []
-    for step in logging.tqdm(range(steps), desc="separation", leave=False, delay=3):
-        with torch.enable_grad():
-            loss = loss_at(step)
-            gradients = torch.autograd.grad(loss, parameters)
-        if is_readable(loss) and not is_finite(gradients[0]):
-            raise ValueError(
-                "the gradient of the separation loss must be finite, and is not: the memories are too small or too large; scale them"
-            )
-        separation_optimizer.step(gradients)
-        if method == "uhop+":
-            moving.normalize_rows()
-        history.append(loss.item())
-    if method == "uhop":
-        moving.normalize_rows()
-    with torch.no_grad():
-        history.append(loss_at(steps).item())
-        if is_half:
+    history = StageOne(moving, separation).run(iter(lambda: subsample(memories, mask, separation.batch_size), None))
+    if moving is not feature_map:
+        with torch.no_grad():
             feature_map.weight.copy_(moving.weight)
     return history
-
-
-def _subsample(memories: torch.Tensor, mask: torch.Tensor | None, batch_size: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Draw a random subset of the memories (..., M, d), and the same subset of the mask."""
-    count = memories.shape[-2]
-    if batch_size is None or batch_size >= count:
-        return memories, mask
-    chosen = torch.randperm(count, device=memories.device)[:batch_size]
-    if mask is not None:
-        mask = mask[..., chosen, :][..., chosen] if mask.dim() == memories.dim() else mask[..., chosen]
-    return memories[..., chosen, :], mask
-
-
-def annealed(start: float, end: float, step: int, steps: int) -> float:
-    """Interpolate geometrically from `start` at step 0 to `end` at step `steps - 1`."""
-    return start * (end / start) ** (step / max(steps - 1, 1))
 
 
 class SeparationOptimizer:

@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from modeling_uhop import FeatureMap, energy, maximize_separation, retrieve
+from modeling_uhop import FeatureMap, Separation, energy, maximize_separation, retrieve
 from modeling_uhop.feature_map import unit_norm
 
 
@@ -46,7 +46,8 @@ def separated_map(points: torch.Tensor, steps: int) -> FeatureMap:
     """The linear map of the plane after `steps` of U-Hop+ from the identity."""
     phi = FeatureMap(2, feature_init="identity").to(points.dtype)
     if len(points) > 1 and steps > 0:
-        maximize_separation(phi, points, method="uhop+", steps=steps, temperature=0.05, final_temperature=0.05, lr=0.03, optimizer="sgd")
+        separation = Separation.uhop_plus(steps=steps, temperature=0.05, final_temperature=None, lr=0.03, optimizer="sgd")
+        maximize_separation(phi, points, separation)
     return phi.requires_grad_(False)
 
 

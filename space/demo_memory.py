@@ -1,7 +1,7 @@
 """The memory explorer: digits are stored, asked for by damaged copies, and retrieved with and without a separation step."""
 
 import html
-import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,14 +14,14 @@ from demo_drawing import GRID, INK, MUTED, RIGHT, WITH, WITHOUT, WRONG, bar, bla
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator
 
-from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, energy, mask_patterns
+from modeling_uhop import Separation, UHopMemoryConfig, UHopMemoryModel, add_noise, energy, mask_patterns
 
 
 CORRUPTIONS = ("hide pixels", "hide the lower part", "add noise")
-METHODS = {"none": None, "denoising": "denoising", "U-Hop": "uhop", "U-Hop+": "uhop+"}
+METHODS = {"none": None, "denoising": Separation.denoising, "U-Hop": Separation.uhop, "U-Hop+": Separation.uhop_plus}
 # The demo begins with what the package does by default, whatever that is.
 DEFAULTS = UHopMemoryConfig()
-SEPARATE = {name: parameter.default for name, parameter in inspect.signature(UHopMemoryModel.separate).parameters.items()}
+SEPARATION = UHopMemoryModel(DEFAULTS).default_separation
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class MemorySettings:
     alpha: float = DEFAULTS.alpha
     beta: float = DEFAULTS.beta
     update_steps: int = DEFAULTS.update_steps
-    method: str = next(name for name, method in METHODS.items() if method == SEPARATE["method"])
-    separation_steps: int = SEPARATE["steps"]
+    method: str = next(name for name, preset in METHODS.items() if preset is not None and preset().kind == SEPARATION.kind)
+    separation_steps: int = SEPARATION.steps
     seed: int = 0
 
 
@@ -94,8 +94,8 @@ def corrupted(patterns: torch.Tensor, corruption: str, amount: float, seed: int)
     raise ValueError(f"corruption must be one of {CORRUPTIONS}, got {corruption!r}")
 
 
-def memory_of(patterns: torch.Tensor, settings: MemorySettings, method: str | None) -> UHopMemoryModel:
-    """A memory of `patterns` after Stage I, or without Phi (W = I) for no method.
+def memory_of(patterns: torch.Tensor, settings: MemorySettings, preset: Callable[..., Separation] | None) -> UHopMemoryModel:
+    """A memory of `patterns` after Stage I, or without Phi (W = I) for no preset.
 
     Phi is linear, so that the energy never rises, and every stored pattern is scaled to a feature of norm 1: beta then means the same
     with Phi and without.
@@ -110,10 +110,10 @@ def memory_of(patterns: torch.Tensor, settings: MemorySettings, method: str | No
     )
     memory = UHopMemoryModel(config)
     memory.store(patterns)
-    if method is not None and len(patterns) > 1:
-        # With an option of its own, U-Hop+ takes its gradient steps: the code found once and for all would make N mean nothing.
-        options: dict[str, Any] = {"temperature": 0.25} if method == "uhop+" else {}
-        memory.separate(settings.separation_steps, method=method, **options)
+    if preset is not None and len(patterns) > 1:
+        # Because the optimal code, which needs no steps, would make N mean nothing, U-Hop+ takes steps on all patterns.
+        separation = memory.default_separation if preset == Separation.denoising else preset(batch_size=len(patterns))
+        memory.separate(separation, steps=settings.separation_steps)
     memory.requires_grad_(False)
     memory.store(with_unit_features(memory, patterns))
     return memory.eval()
@@ -161,7 +161,7 @@ def explore(settings: MemorySettings) -> tuple[np.ndarray, dict[str, Recall]]:
     if sides["with"] is None:
         del sides["with"]
     return indices, {
-        name: recall(memory_of(patterns, settings, method), patterns, queries, settings.update_steps) for name, method in sides.items()
+        name: recall(memory_of(patterns, settings, preset), patterns, queries, settings.update_steps) for name, preset in sides.items()
     }
 
 

@@ -21,7 +21,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from modeling_uhop import (
     DataCollatorForBags,
     FeatureMap,
+    Separation,
     SeparationCallback,
+    StageOne,
     UHopMILConfig,
     UHopMILForBagClassification,
     UHopViTConfig,
@@ -29,7 +31,7 @@ from modeling_uhop import (
     denoising_loss,
     separation_loss,
 )
-from modeling_uhop.callbacks import STATE_FILE
+from modeling_uhop.trainer.state import STATE_FILE
 
 
 FIELDS = {
@@ -111,7 +113,7 @@ def algorithm_2(
     schedule: str = "step", steps: int = 1, parameters: str = "feature_maps", kind: str = "squared", **options: Any
 ) -> SeparationCallback:
     """The callback with the settings of U-Hop Algorithm 2, which the tests change one at a time."""
-    return SeparationCallback(schedule, steps, parameters, kind, **options)
+    return SeparationCallback(schedule, steps, parameters=parameters, kind=kind, **options)
 
 
 SCHEDULES = [{"schedule": "train_begin", "steps": 4}, {"schedule": "epoch", "steps": 2}, {"schedule": "step"}]
@@ -229,9 +231,8 @@ def test_denoising_bags_ignores_their_padding():
     noisy = {**batch, "instances": batch["instances"] + 0.1}
     (copies,) = model.memory_sets(**noisy)
     each = [denoising_loss(copies.features()[i, :size], stored.features()[i, :size]) * size for i, size in ((0, 1), (1, 4), (2, 2))]
-    callback = algorithm_2(kind="denoising", temperature=0.1)
-    arguments = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
-    assert_close(callback._losses(arguments, model, [batch, noisy], 0.1), (sum(each) / 7).unsqueeze(0))
+    stage = StageOne(model, Separation.denoising())
+    assert_close(stage.losses(batch, noisy, 0), (sum(each) / 7).unsqueeze(0))
 
 
 def test_no_gradient_remains_and_training_modes_are_restored(tmp_path):
@@ -270,22 +271,28 @@ def test_the_loss_before_and_after_is_logged(tmp_path, schedule, entries, steps)
     logged = [entry for entry in trainer.state.log_history if "separation_loss" in entry]
     assert [entry["step"] for entry in logged] == entries
     assert all(entry["separation_loss"] < entry["separation_loss_before"] for entry in logged)
-    assert callback._steps_done == steps
+    assert callback.stage.steps_done == steps
     assert logged[0]["separation_loss_before"] <= 0
 
 
-def test_annealing_covers_all_rounds(tmp_path):
+def test_annealing_covers_all_rounds(tmp_path, monkeypatch):
+    seen: list[float] = []
+
+    def recorded(features, *, temperature, **options):
+        # The loss after a round is measured without gradients; each step has two layers.
+        if features.requires_grad:
+            seen.append(temperature)
+        return separation_loss(features, temperature=temperature, **options)
+
+    monkeypatch.setattr("modeling_uhop.separation.separation_loss", recorded)
     for schedule, total in (
         ({"schedule": "train_begin", "steps": 4}, 4),
         ({"schedule": "epoch", "steps": 2}, 4),
         ({"schedule": "step"}, 12),
     ):
-        seen: list[float] = []
-        callback = algorithm_2(**schedule, temperature=0.8, final_temperature=0.1, batch_size=8)
-        step = callback._step
-        callback._step = lambda *args, step=step, seen=seen: seen.append(args[-1]) or step(*args)  # type: ignore[method-assign]
-        _train(tmp_path, callback)
-        assert seen == pytest.approx([0.8 * (0.1 / 0.8) ** (i / (total - 1)) for i in range(total)])
+        seen.clear()
+        _train(tmp_path, algorithm_2(**schedule, temperature=0.8, final_temperature=0.1, batch_size=8))
+        assert seen[::2] == seen[1::2] == pytest.approx([0.8 * (0.1 / 0.8) ** (i / (total - 1)) for i in range(total)])
 
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
@@ -301,7 +308,7 @@ def test_rows_of_w_can_be_normalised(tmp_path, option):
 def test_with_gradient_accumulation_there_is_one_round_per_optimizer_step(tmp_path):
     callback = algorithm_2(batch_size=8, lr=0.0)
     accumulated = _train(tmp_path, callback, gradient_accumulation_steps=3)
-    assert callback._steps_done == 4
+    assert callback.stage.steps_done == 4
     assert _equal(accumulated, _train(tmp_path, gradient_accumulation_steps=3))
 
 
@@ -418,7 +425,7 @@ def test_integer_inputs_can_be_denoised(tmp_path):
 def test_a_streamed_data_set_is_read_in_order_and_repeatedly(tmp_path):
     callback = algorithm_2(batch_size=16)
     _train(tmp_path, callback, dataset=Stream(), max_steps=5)
-    assert callback._steps_done == 5
+    assert callback.stage.steps_done == 5
     images = Images(augment=False).images
     for index in (0, 1, 4, 2):
         start = 16 * index % 48
@@ -513,7 +520,7 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
     actual = _train(tmp_path, resumed, dataset=images, save_strategy="no", resume=str(tmp_path / f"checkpoint-{stop}"))
     assert _equal(expected, actual)
     assert resumed.history == whole.history
-    assert resumed._steps_done == whole._steps_done
+    assert resumed.stage.steps_done == whole.stage.steps_done
     assert resumed._latest == whole._latest
 
 
@@ -538,7 +545,7 @@ def test_a_resume_in_the_same_process_repeats_the_failed_round(tmp_path):
 
 def test_a_failed_round_is_not_counted_as_done(tmp_path, monkeypatch):
     callback = algorithm_2("train_begin", steps=4, batch_size=8)
-    step, calls = callback._step, []
+    step, calls = StageOne.step, []
 
     def interrupted(*args):
         calls.append(args)
@@ -546,7 +553,7 @@ def test_a_failed_round_is_not_counted_as_done(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(callback, "_step", interrupted)
+    monkeypatch.setattr(StageOne, "step", interrupted)
     trainer = _trainer(tmp_path, callback, dataset=Images(augment=False))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -561,7 +568,7 @@ def test_an_out_of_memory_error_names_the_separation_step(tmp_path, monkeypatch,
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
     callback = algorithm_2(schedule, batch_size=8)
-    monkeypatch.setattr(callback, "_step", exhausted)
+    monkeypatch.setattr(StageOne, "step", exhausted)
     with pytest.raises(MemoryError, match="the separation step ran out of memory with batch_size=8"):
         _train(tmp_path, callback, auto_find_batch_size=True)
 
@@ -626,7 +633,7 @@ def test_a_run_can_resume_from_a_checkpoint_with_its_state_in_a_file_only(tmp_pa
         _train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "sgd"}, resume_from=moved), resume=str(moved))
     resumed = algorithm_2(**schedule, resume_from=moved)
     actual = _train(tmp_path / "second", resumed, dataset=images, resume=str(moved))
-    assert resumed._steps_done == 12
+    assert resumed.stage.steps_done == 12
     # Without its optimizer state, the Trainer itself does not resume exactly.
     assert _equal(expected, actual) or save_only_model
     other = tmp_path / "first" / "checkpoint-8"
@@ -732,8 +739,8 @@ def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
         ({"optimizer": "lion"}, "optimizer must be one of .* got 'lion'"),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
-        ({"steps": 1.5}, "steps must be an integer of at least 1, got 1.5"),
-        ({"steps": 5.0}, "steps must be an integer of at least 1, got 5.0"),
+        ({"steps": 1.5}, "steps must be an integer of at least 0, got 1.5"),
+        ({"steps": 5.0}, "steps must be an integer of at least 0, got 5.0"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"final_temperature": -1.0}, "final_temperature must be positive, got -1.0"),
         ({"noise": 0.0}, "noise must be positive, got 0.0"),
@@ -747,8 +754,8 @@ def test_bad_arguments_are_refused(arguments, message):
 
 @pytest.mark.parametrize(("schedule", "steps"), [("train_begin", 100), ("epoch", 1), ("step", 1)])
 def test_the_default_number_of_steps_is_larger_for_a_single_round(schedule, steps):
-    assert SeparationCallback(schedule).steps == steps
-    assert SeparationCallback(schedule, steps=7).steps == 7
+    assert SeparationCallback(schedule).separation.steps == steps
+    assert SeparationCallback(schedule, steps=7).separation.steps == 7
 
 
 def test_by_default_all_upstream_parameters_are_updated_once_before_training(tmp_path):
@@ -759,7 +766,7 @@ def test_by_default_all_upstream_parameters_are_updated_once_before_training(tmp
     plain = SeparationCallback(batch_size=16)
     before = {name: parameter.detach().clone() for name, parameter in _model().named_parameters()}
     after = run(plain)
-    assert _equal(after, run(SeparationCallback("train_begin", 100, "upstream", "average", batch_size=16)))
+    assert _equal(after, run(SeparationCallback("train_begin", 100, parameters="upstream", kind="average", batch_size=16)))
     assert len(plain.history) == 100
     assert plain.history[0]["separation_loss"] > plain.history[-1]["separation_loss"]
     moved = {name for name in before if not torch.equal(before[name], after[name])}

@@ -36,7 +36,7 @@ def _started(module: str, *arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TRAINING, TESTS.parent)))}
     finished = subprocess.run([sys.executable, "-m", module, *arguments], env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     if finished.returncode != 0:
-        pytest.fail(finished.stderr[-5000:])
+        pytest.fail(finished.stderr)
     return finished.stdout
 
 

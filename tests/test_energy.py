@@ -194,7 +194,7 @@ def test_torch_func_transforms_equal_the_loops():
 
 def _separated(patterns):
     phi = FeatureMap(5, feature_init="identity")
-    maximize_separation(phi, patterns, steps=3, method="denoising", corruption=lambda x: 0.5 * x)
+    maximize_separation(phi, patterns, steps=3, kind="denoising", corruption=lambda x: 0.5 * x)
     return phi.weight.detach()
 
 

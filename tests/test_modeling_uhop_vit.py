@@ -8,7 +8,6 @@ from conftest import CHECKPOINTING, assert_close
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, UHopViTModel
-from modeling_uhop.feature_map import FeatureMap
 
 
 SMALL = {
@@ -307,25 +306,6 @@ def test_initial_weights_have_the_configured_standard_deviation():
     assert abs(model.embeddings.cls_token.std().item() - 0.1) < 0.02
     phi = model.layers[0].attention.feature_map.weight
     assert_close(phi @ phi.mT, torch.eye(192))
-
-
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "no phi"])
-def test_memory_sets_are_what_the_feature_maps_see(name):
-    model = _model(**VARIANTS[name])
-    images = _images()
-    seen = []
-    hooks = [m.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for m in model.modules() if isinstance(m, FeatureMap)]
-    model(images)
-    for hook in hooks:
-        hook.remove()
-    if model.config.encoder_type == "class_query":
-        seen = [torch.cat(seen, dim=1)]
-    sets = list(model.memory_sets(images, labels=torch.tensor([0, 1, 2])))
-    whole = list(model.memory_sets(images, include_class_token=True))
-    assert [s.feature_map for s in sets] == [layer.attention.feature_map for layer in model.vit.layers]
-    for tokens, without, with_class in zip(seen, sets, whole, strict=True):
-        assert_close(with_class.memories, tokens)
-        assert_close(without.memories, tokens[:, 1:])
 
 
 @pytest.mark.parametrize("name", ["dense", "class query"])

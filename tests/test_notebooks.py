@@ -19,7 +19,7 @@ import torch
 from conftest import assert_close
 from transformers.utils import logging
 
-from modeling_uhop import FeatureMap, denoising_loss, energy, maximize_separation, retrieve, separation_loss, simplex_map
+from modeling_uhop import FeatureMap, Separation, denoising_loss, energy, maximize_separation, retrieve, separation_loss, simplex_map
 
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ def test_minimal_separates_as_the_package_does(minimal, case):
     feature_map, weight, _, memories = case
     copies = memories * (torch.rand(memories.shape) < 0.5)
     settings = {"steps": 5, "lr": 0.5, "optimizer": "sgd", "temperature": 0.2}
-    maximize_separation(feature_map, memories, method="denoising", corruption=lambda patterns: copies, **settings)
+    maximize_separation(feature_map, memories, Separation.denoising(), corruption=lambda patterns: copies, **settings)
     theirs = minimal.separate(
         weight, lambda w: minimal.denoising_loss(minimal.phi(copies, w), minimal.phi(memories, w), 0.2), steps=5, rate=0.5
     )

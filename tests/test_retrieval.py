@@ -1,7 +1,6 @@
 """Retrieval experiments: recipes, measurements, results files."""
 
 import dataclasses
-import inspect
 import json
 import subprocess
 import sys
@@ -212,7 +211,8 @@ def test_the_memorys_defaults_are_the_best_on_validation_images():
     assert {result["recipe"]["split"] for result in results} == {"validation"}
     ranks = choice_ranks(results)
     assert {len(places) for places in ranks.values()} == {12}
-    config, method = UHopMemoryConfig(), inspect.signature(UHopMemoryModel.separate).parameters["method"].default
+    config = UHopMemoryConfig()
+    method = UHopMemoryModel(config).default_separation.kind
     assert next(iter(ranks)) == (method, config.alpha, config.beta)
     assert choice_table(results).splitlines()[2].startswith(f"| {method} | {config.alpha:g} | {config.beta:g} | ")
 

@@ -9,8 +9,8 @@ from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modeling_uhop import FeatureMap, maximize_separation, separation_loss
-from modeling_uhop.separation import SEPARATION_KINDS, annealed
+from modeling_uhop import FeatureMap, Separation, maximize_separation, separation_loss
+from modeling_uhop.separation_loss import SEPARATION_KINDS
 
 
 @pytest.mark.parametrize("kind", SEPARATION_KINDS)
@@ -148,14 +148,16 @@ def test_a_sample_without_a_pair_for_the_nearest_or_with_a_mask_is_refused(argum
         separation_loss(torch.randn(9, 3), **arguments)
 
 
-@pytest.mark.parametrize("method", ["uhop", "uhop+"])
+@pytest.mark.parametrize("preset", [Separation.uhop, Separation.uhop_plus])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_maximize_separation_lowers_the_loss_and_changes_only_the_map(method, optimizer):
+def test_maximize_separation_lowers_the_loss_and_changes_only_the_map(preset, optimizer):
     memories = torch.randn(12, 8) + 2.0
     phi = FeatureMap(8, 8)
-    kind = "average" if method == "uhop" else "per_memory"
+    separation = preset(optimizer=optimizer, steps=30, lr=0.05)
+    kind = separation.kind
     before = separation_loss(phi(memories), kind=kind, temperature=0.05)
-    history = maximize_separation(phi, memories, method=method, optimizer=optimizer, steps=30, lr=0.05, final_temperature=0.05)
+    fall = {} if preset is Separation.uhop else {"final_temperature": 0.05}
+    history = maximize_separation(phi, memories, separation, **fall)
     assert len(history) == 31
     assert separation_loss(phi(memories), kind=kind, temperature=0.05) < before - 0.1
     assert_close(phi.weight.norm(dim=-1), torch.ones(8))
@@ -173,9 +175,10 @@ def test_the_first_sgd_step_is_the_gradient():
 
 
 def test_the_temperature_falls_geometrically():
-    path = [annealed(0.4, 0.1, step, 3) for step in range(3)]
-    assert path == pytest.approx([0.4, 0.2, 0.1])
-    assert annealed(0.4, 0.1, 0, 1) == 0.4
+    falling = Separation(temperature=0.4, final_temperature=0.1)
+    assert [falling.temperature_of(step, 3) for step in range(3)] == pytest.approx([0.4, 0.2, 0.1])
+    assert falling.temperature_of(0, 1) == 0.4
+    assert Separation(temperature=0.4).temperature_of(2, 3) == 0.4
 
 
 def test_a_refused_separation_changes_nothing():
@@ -183,13 +186,13 @@ def test_a_refused_separation_changes_nothing():
     kept = phi.weight.clone()
     for arguments in ({"final_temperature": -1.0}, {"final_temperature": 0.0}, {"temperature": -1.0}):
         with pytest.raises(ValueError, match="temperature must be positive"):
-            maximize_separation(phi, torch.randn(4, 3), method="uhop+", steps=3, **arguments)
+            maximize_separation(phi, torch.randn(4, 3), Separation.uhop_plus(), steps=3, **arguments)
     assert torch.equal(phi.weight, kept)
     with pytest.raises(ValueError, match="frozen"):
         maximize_separation(phi.requires_grad_(False), torch.randn(4, 3))
 
 
-@pytest.mark.parametrize("arguments", [{"method": "u-hop"}, {"optimizer": "lbfgs"}, {"steps": -1}, {"lr": -0.1}, {"lr": math.nan}])
+@pytest.mark.parametrize("arguments", [{"kind": "u-hop"}, {"optimizer": "lbfgs"}, {"steps": -1}, {"lr": -0.1}, {"lr": math.nan}])
 def test_maximize_separation_refuses_bad_arguments(arguments):
     with pytest.raises(ValueError, match="must be"):
         maximize_separation(FeatureMap(3), torch.randn(4, 3), **arguments)
@@ -204,16 +207,16 @@ def test_a_single_absent_memory_has_no_influence_even_as_nan(mask):
     assert torch.equal(features.grad, torch.zeros(1, 1, 3))
 
 
-@pytest.mark.parametrize("method", ["uhop", "uhop+", "denoising"])
+@pytest.mark.parametrize("preset", [Separation.uhop, Separation.uhop_plus, Separation.denoising])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_maps_are_updated_in_fp32(method, dtype):
+def test_half_precision_maps_are_updated_in_fp32(preset, dtype):
     phi, memories = FeatureMap(8, feature_init="orthogonal").to(dtype), torch.randn(6, 8).to(dtype)
     wide = FeatureMap(8).float()
     wide.load_state_dict(phi.state_dict())
     histories = []
     for feature_map, patterns in ((phi, memories), (wide, memories.float())):
         torch.manual_seed(0)
-        histories.append(maximize_separation(feature_map, patterns, method=method, steps=20, lr=1e-2))
+        histories.append(maximize_separation(feature_map, patterns, preset(), steps=20, lr=1e-2))
     assert histories[0] == histories[1]
     assert phi.weight.dtype == dtype
     assert torch.equal(phi.weight, wide.weight.to(dtype))

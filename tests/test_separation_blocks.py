@@ -7,7 +7,7 @@ from conftest import assert_close
 from torch.nn.functional import normalize
 
 from modeling_uhop import separation_blocks, separation_loss
-from modeling_uhop.separation import SEPARATION_KINDS, _subsample
+from modeling_uhop.separation_loss import SEPARATION_KINDS, subsample
 
 
 @pytest.fixture(params=[3, 4, 512])
@@ -75,7 +75,7 @@ def test_no_tensor_of_the_size_of_the_pairs_is_saved():
 def test_sampled_memories_estimate_the_mean_before_the_logarithm():
     features = normalize(torch.randn(200, 4, dtype=torch.float64), dim=-1)
     exact = separation_loss(features).exp()
-    estimates = torch.stack([separation_loss(_subsample(features, None, 20)[0]).exp() for _ in range(2000)])
+    estimates = torch.stack([separation_loss(subsample(features, None, 20)[0]).exp() for _ in range(2000)])
     error = estimates.std() / len(estimates) ** 0.5
     assert (estimates.mean() - exact).abs() < 4 * error
     assert error < 0.02 * exact

@@ -1,5 +1,4 @@
 import base64
-import inspect
 import io
 import re
 import runpy
@@ -146,9 +145,9 @@ def test_the_first_classification_takes_less_than_five_seconds():
 
 def test_the_demo_begins_with_the_defaults_of_the_package():
     start, config = MemorySettings(), UHopMemoryConfig()
-    separate = inspect.signature(UHopMemoryModel.separate).parameters
-    assert demo_memory.METHODS[start.method] == separate["method"].default == "denoising"
-    assert start.separation_steps == separate["steps"].default
+    separation = UHopMemoryModel(config).default_separation
+    assert demo_memory.METHODS[start.method]().kind == separation.kind == "denoising"
+    assert start.separation_steps == separation.steps
     assert (start.alpha, start.beta, start.update_steps) == (config.alpha, config.beta, config.update_steps)
 
 

@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from run_retrieval import draw, load_patterns, pixels
 from styles import METHODS, OBSERVED, REFERENCE, save
 
-from modeling_uhop import FeatureMap, association, energy, maximize_separation, retrieve, spherical_code
+from modeling_uhop import FeatureMap, Separation, association, energy, maximize_separation, retrieve, spherical_code
 from modeling_uhop.capacity import metastable_sizes, separation_bounds
 from modeling_uhop.feature_map import unit_norm
 from modeling_uhop.spherical import closest_similarity, separate_optimally
@@ -142,17 +142,17 @@ def separated_maps(memories: torch.Tensor, recipe: GeometryRecipe, seed: int = 0
     maps = {}
     for steps in recipe.separation_steps:
         maps[steps] = copy.deepcopy(phi)
-        maximize_separation(maps[steps], memories, method="uhop+", steps=steps, **uhop_plus(recipe))
+        maximize_separation(maps[steps], memories, uhop_plus(recipe, steps))
         maps[steps].requires_grad_(False)
         if not recipe.normalize:
             maps[steps].weight.mul_((memories.square().sum() / maps[steps](memories).square().sum()).sqrt())
     return maps
 
 
-def uhop_plus(recipe: GeometryRecipe) -> dict[str, Any]:
-    """The arguments of `maximize_separation` that a recipe sets."""
-    final = recipe.temperature if recipe.final_temperature is None else recipe.final_temperature
-    return {"temperature": recipe.temperature, "final_temperature": final, "lr": recipe.lr, "optimizer": recipe.optimizer}
+def uhop_plus(recipe: GeometryRecipe, steps: int) -> Separation:
+    """U-Hop+ with the fields that a recipe sets."""
+    temperatures = {"temperature": recipe.temperature, "final_temperature": recipe.final_temperature}
+    return Separation.uhop_plus(**temperatures, lr=recipe.lr, optimizer=recipe.optimizer, steps=steps)
 
 
 def on_arc(count: int, degrees: float) -> torch.Tensor:
@@ -277,7 +277,7 @@ def loss_curve(recipe: GeometryRecipe) -> Result:
         torch.manual_seed(0)
         memories = torch.randn(count, recipe.pattern_dim)
         phi = FeatureMap(recipe.pattern_dim, recipe.feature_dim, feature_init="normal")
-        history = maximize_separation(phi, memories, method="uhop+", steps=max(recipe.separation_steps), **uhop_plus(recipe))
+        history = maximize_separation(phi, memories, uhop_plus(recipe, max(recipe.separation_steps)))
         results[f"M={count}"] = {"first": history[0], "last": history[-1], "history": history}
     return results, loss_curve_figure(results, as_recorded(recipe))
 

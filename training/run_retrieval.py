@@ -9,7 +9,7 @@ import dataclasses
 import json
 import statistics
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,22 +35,22 @@ from styles import dataset_name
 from tables import BASELINES
 from transformers.utils import logging
 
-from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, add_noise, association, mask_patterns, separation_loss
+from modeling_uhop import Separation, UHopMemoryConfig, UHopMemoryModel, add_noise, association, mask_patterns, separation_loss
 from modeling_uhop.feature_map import unit_norm
 from modeling_uhop.images import as_rgb, is_grey
 
 
 EXPERIMENTS = ("memory_size", "noise_level", "beta", "separation_steps", "separation_loss")
 
-# Configuration of the memory, and the arguments of `separate` for methods that have a Stage I.
-MODELS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+# Configuration of the memory, and for methods that have a Stage I its separation and fields to change.
+MODELS: dict[str, tuple[dict[str, Any], tuple[Callable[..., Separation], dict[str, Any]] | None]] = {
     "no Phi": ({"similarity": "dot"}, None),
     "untrained Phi": ({"similarity": "kernel"}, None),
-    "U-Hop": ({"similarity": "kernel"}, {"method": "uhop"}),
-    "U-Hop, closest pair": ({"similarity": "kernel"}, {"method": "uhop", "kind": "nearest"}),
-    "U-Hop+": ({"similarity": "kernel"}, {"method": "uhop+"}),
-    "denoising": ({"similarity": "kernel"}, {"method": "denoising"}),
-    "denoising, learned from noise": ({"similarity": "kernel"}, {"method": "denoising", "corruption": add_noise}),
+    "U-Hop": ({"similarity": "kernel"}, (Separation.uhop, {})),
+    "U-Hop, closest pair": ({"similarity": "kernel"}, (Separation.uhop, {"kind": "nearest"})),
+    "U-Hop+": ({"similarity": "kernel"}, (Separation.uhop_plus, {})),
+    "denoising": ({"similarity": "kernel"}, (Separation.denoising, {})),
+    "denoising, learned from noise": ({"similarity": "kernel"}, (Separation.denoising, {"corruption": add_noise})),
     "polynomial": ({"similarity": "polynomial"}, None),
     "cosine": ({"similarity": "cosine"}, None),
     "L2": ({"similarity": "l2"}, None),
@@ -246,13 +246,14 @@ def build(name: str, panel: Panel, memories: torch.Tensor, recipe: RetrievalReci
         warnings.simplefilter("ignore")  # because equal images are stored twice, and `store` warns of them
         model.store(memories)
     if separation is not None and steps > 0:
-        options: dict[str, Any] = {}
-        if separation["method"] != "uhop+":
+        preset, changes = separation
+        options: dict[str, Any] = {"steps": steps}
+        if preset != Separation.uhop_plus:
             # U-Hop+ reaches an optimal code, or has its own optimizer and rate.
-            options = {"optimizer": panel.optimizer, "lr": panel.lr if lr is None else lr}
-        if separation["method"] == "denoising":
-            options["corruption"] = corruption_of(recipe)
-        model.separate(steps=steps, **{**options, **separation})
+            options |= {"optimizer": panel.optimizer, "lr": panel.lr if lr is None else lr}
+        if preset == Separation.denoising:
+            options |= {"corruption": corruption_of(recipe), "temperature": 1.0 / model.config.beta}
+        model.separate(preset(**{**options, **changes}))
     return model
 
 
@@ -319,7 +320,7 @@ def _measure(
         queries = corruption_of(recipe)(memories) if condition.noise is None else None
         # U-Hop and U-Hop+ do not depend on beta, and no Stage I depends on alpha.
         separation = MODELS[name][1]
-        beta = panel.beta if separation is not None and separation["method"] == "denoising" else None
+        beta = panel.beta if separation is not None and separation[0] == Separation.denoising else None
         key = (seed, name, condition.memories, condition.steps, condition.lr_factor, beta, panel.normalize, panel.optimizer, panel.lr)
         if key not in built:
             if len(built) >= len(recipe.panels):

@@ -1,0 +1,1 @@
+"""The separation step inside the stock `Trainer` of transformers."""
