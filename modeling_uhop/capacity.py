@@ -8,7 +8,7 @@ import torch
 
 from .energy import inner_products
 from .feature_map import magnitude, norms, unit_norm
-from .simplex import at_least_fp32
+from .precision import at_least_fp32
 
 
 def margins(kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from .feature_map import FeatureMap
+from .precision import is_traced
 from .search import Candidates, FaissIndex, is_in_step, trained_index
-from .validation import is_plain, is_traced
+from .validation import is_plain
 
 
 class FeatureCache(NamedTuple):

@@ -19,10 +19,11 @@ from .feature_cache import cached_features, index_candidates, select_index
 from .feature_map import FeatureMap
 from .memories import MemorySet
 from .modeling_hopfield import HopfieldPreTrainedModel
+from .precision import is_finite, is_traced
 from .search import Candidates, brute_force, mixture, sparse_association
 from .separation import Separation, maximize_separation
 from .spherical import are_independent, separate_optimally
-from .validation import check_tensors, is_finite, is_traced
+from .validation import check_tensors
 
 
 # Because the optimal spherical code of more than 2 * feature_dim memories must be searched, "uhop+"
@@ -65,10 +66,9 @@ class UHopMemorySearchOutput(ModelOutput):
 
 
 class UHopMemoryPreTrainedModel(HopfieldPreTrainedModel):
-    """Base class of the U-Hop memory: initialization, loading and saving."""
+    """Base class of the U-Hop memory."""
 
     config: UHopMemoryConfig
-    config_class = UHopMemoryConfig
     base_model_prefix = "memory"
     main_input_name = "queries"
     read_at_each_call = (*HopfieldPreTrainedModel.read_at_each_call, "degree")
@@ -80,9 +80,7 @@ class UHopMemoryPreTrainedModel(HopfieldPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FeatureMap):
-            module.reset_parameters()
-        elif isinstance(module, UHopMemoryModel):
+        if isinstance(module, UHopMemoryModel):
             init.zeros_(module.memories)
 
 

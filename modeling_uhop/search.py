@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from .energy import in_range, inner_products
-from .simplex import at_least_fp32, simplex_map
-from .validation import is_finite, is_readable
+from .precision import at_least_fp32, is_finite, is_readable
+from .simplex import simplex_map
 
 
 try:

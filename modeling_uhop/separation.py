@@ -15,9 +15,9 @@ from transformers.utils import logging
 from .corruption import Corruption
 from .feature_map import FeatureMap
 from .memories import MemorySet
+from .precision import at_least_fp32, is_finite, is_readable
 from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
-from .simplex import at_least_fp32
-from .validation import check_tensor, check_tensors, is_finite, is_readable
+from .validation import check_tensor, check_tensors
 
 
 KINDS = (*SEPARATION_KINDS, "denoising")

@@ -6,7 +6,8 @@ from transformers import initialization as init
 
 from .configuration_stanhop import STanHopConfig
 from .feature_map import unit_norm
-from .simplex import at_least_fp32, simplex_map
+from .precision import at_least_fp32
+from .simplex import simplex_map
 
 
 class STanHopWindowMemory(nn.Module):

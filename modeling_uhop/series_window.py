@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 
 from .feature_map import magnitude
-from .validation import as_mask, check_tensor, check_tensors, is_finite, is_readable
+from .precision import is_finite, is_readable
+from .validation import as_mask, check_tensor, check_tensors
 
 
 class ScaledWindow(NamedTuple):

@@ -1,4 +1,4 @@
-"""Checks of inputs and configurations that several models share, and the loss on checked labels."""
+"""Checks of inputs that several models share, and the loss on checked labels."""
 
 import copy
 import functools
@@ -9,63 +9,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .precision import is_readable, largest
+
 
 logger = logging.get_logger(__name__)
-
-
-def check_hopfield(config) -> None:
-    """Check the ranges and combinations of the Hopfield fields of a configuration.
-
-    Types alone cannot express them.
-
-    Raises:
-        ValueError: If a field is out of range; the message names it.
-    """
-    if not 1.0 <= config.alpha <= 2.0:
-        raise ValueError(f"alpha must lie in [1, 2], got {config.alpha}")
-    if config.learnable_alpha and not 1.0 < config.alpha < 2.0:
-        raise ValueError(f"a learnable alpha must begin strictly between 1 and 2, got alpha={config.alpha}")
-    if config.beta is not None and not 0 < config.beta < float("inf"):
-        raise ValueError(f"beta must be positive and finite, or None for 1 / sqrt(head width), got {config.beta}")
-    if config.feature_dim is not None and config.feature_dim < 1:
-        raise ValueError(f"feature_dim must be at least 1, or None for hidden_size, got {config.feature_dim}")
-    features = config.feature_dim if config.use_feature_map and config.feature_dim is not None else config.hidden_size
-    if config.value_source == "projected_memory" and features != config.hidden_size:
-        raise ValueError(
-            "value_source 'projected_memory' applies W_K to features and to raw memories, so feature_dim must equal "
-            f"hidden_size {config.hidden_size}, got {features}"
-        )
-
-
-def check_at_least_one(config, *names: str) -> None:
-    """Raise a `ValueError` for the first of these fields that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-
-
-def check_dropouts(config, *names: str) -> None:
-    """Raise a `ValueError` for the first of these fields that is not a probability below 1."""
-    for name in names:
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
-
-
-def is_traced() -> bool:
-    """Return whether `torch.compile`, `torch.export` or `torch.jit.trace` is recording a graph.
-
-    A graph cannot branch on values.
-    """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def is_readable(tensor: torch.Tensor) -> bool:
-    """Return whether Python may read the values of a tensor.
-
-    It may on a CPU. On an accelerator, reading would stall every step. A traced graph, or a
-    function that torch.func transforms, cannot branch on values.
-    """
-    return tensor.device.type == "cpu" and not is_traced() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_tensor(value, name: str) -> None:
@@ -134,26 +81,6 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks or getattr(module.forward, "__func__", None) is not kind.forward
     plain = all(type(weight) is nn.Parameter and not weight.is_meta for weight in module.parameters())
     return type(module) is kind and not hooked and plain
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether every value of a tensor is finite.
-
-    If the sum is finite, all values are. If it is not, it may only have overflowed, and each value
-    is checked.
-    """
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def largest(tensor: torch.Tensor) -> float:
-    """Return the largest absolute value of a tensor; nan if any value is nan.
-
-    It is 0 for an empty tensor, and if the values cannot be read.
-    """
-    if not is_readable(tensor) or tensor.numel() == 0:
-        return 0.0
-    low, high = tensor.detach().aminmax()
-    return max(-low.item(), high.item())
 
 
 def check_no_overflow(states: torch.Tensor, example: str, limit: float = math.inf) -> None:
