@@ -298,7 +298,9 @@ def retrieval_weights_figure(path: Path, over_time: np.ndarray, over_series: np.
         over_series: (C, C), weights through the prototypes, averaged over heads and positions.
         names: Of the series.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.6), layout="constrained")
+    # Because long names take the place of the panels, the figure grows with them.
+    longest = max(map(len, names))
+    figure, axes = plt.subplots(1, 2, figsize=(10.0 + 0.12 * longest, 4.4 + 0.13 * longest), layout="constrained")
     for axis, weights, title in zip(axes, (over_time, over_series), ("Over time", "Over series"), strict=True):
         picture = axis.imshow(weights, cmap="viridis", vmin=0.0)
         figure.colorbar(picture, ax=axis, label="association weight")
