@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention_interface import hopfield_kernel
 from .loading import AutoClassesMixin, SafetensorsOnlyMixin
-from .memories import MemorySet, observe
+from .memories import MemorySet, SharedMemorySet, observe
 from .validation import is_traced
 
 
@@ -112,8 +112,10 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
         first = 0 if include_class_token else self.num_class_tokens
         sets = []
         for name, (feature_map, memories, mask) in observed:
-            count = len(memories) // batch_size if name.startswith(self._shared_memories) else len(memories)
-            sets.append(MemorySet(feature_map, memories[:count, first:], None if mask is None else mask[:count, first:]))
+            kind, count = MemorySet, len(memories)
+            if name.startswith(self._shared_memories):
+                kind, count = SharedMemorySet, count // batch_size
+            sets.append(kind(feature_map, memories[:count, first:], None if mask is None else mask[:count, first:]))
         return iter(sets)
 
     def save_pretrained(self, *args, **kwargs) -> None:

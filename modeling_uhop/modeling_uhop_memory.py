@@ -25,7 +25,7 @@ from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import mask_patterns
 from .energy import association_of, energy, inner_products, mixed
 from .feature_map import FeatureMap, norms, unit_norm
-from .memories import MemorySet
+from .memories import MemorySet, SharedMemorySet
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .search import Candidates, brute_force, faiss_index, mark_in_step, mixture, sparse_association, trained_index
 from .separation import Separation, maximize_separation
@@ -330,7 +330,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
     def memory_sets(self, *inputs, include_class_token: bool = False, **batch) -> Iterator[MemorySet]:
         """Return the one set of stored patterns (1, M, d), with the feature map."""
-        return iter([MemorySet(self.feature_map, self.memories.unsqueeze(0))])
+        return iter([SharedMemorySet(self.feature_map, self.memories.unsqueeze(0))])
 
     def _separate_optimally(self) -> list[float]:
         """Reach the optimal spherical code; return minus the smallest margin before and after."""

@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from ..separation import Separation, StageOne, check_settings, mean_over_processes
+from ..distributed import mean_over_processes
+from ..separation import Separation, StageOne, check_settings
 from .sampler import accepted_names, combined_seed, is_stream, sampler
 from .state import attach_to_optimizer, checkpoint, evaluating, isolated_rng, state_file_name, write_state
 
