@@ -8,7 +8,7 @@ part of the averaged gradient. FSDP2's own state stays that of a model between t
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,12 +94,11 @@ def is_sharded(tensor: Any) -> bool:
 
 def whole(tensor: Any) -> torch.Tensor:
     """Return the whole value of a tensor, without its graph; every process must call it."""
-    value: torch.Tensor = tensor.detach()
-    if not is_sharded(value):
-        return value
-    # Because parameters that FSDP2 offloads are on the CPU, we gather on the device that computes.
-    gathered: torch.Tensor = value.to(tensor.device_mesh.device_type).full_tensor()
-    return gathered
+    value = tensor.detach()
+    if is_sharded(value):
+        # Because FSDP2 may keep its shards on the CPU, we gather on the device that computes.
+        value = value.to(tensor.device_mesh.device_type).full_tensor()
+    return cast(torch.Tensor, value)
 
 
 def part_like(value: torch.Tensor, tensor: Any) -> torch.Tensor:

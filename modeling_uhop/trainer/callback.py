@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from ..distributed import mean_over_processes
+from ..distributed import mean_over_processes, reshard
 from ..separation import Separation, StageOne, check_settings
 from .sampler import accepted_names, combined_seed, is_stream, sampler
 from .state import attach_to_optimizer, checkpoint, evaluating, isolated_rng, state_file_name, write_state
@@ -100,8 +100,8 @@ class SeparationCallback(TrainerCallback):
             parameters.
         FileNotFoundError: On resuming, if the Stage I state of a checkpoint is missing.
         MemoryError: If a separation step runs out of memory.
-        NotImplementedError: When training begins under FSDP, DeepSpeed or another engine that
-            shards parameters.
+        NotImplementedError: When training begins under FSDP1, DeepSpeed, tensor parallelism or
+            another engine that shards parameters, except FSDP2.
     """
 
     def __init__(
@@ -137,11 +137,15 @@ class SeparationCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         """Prepare Stage I, load its state on a resume, and run the round of "train_begin"."""
+        refuse_engines(args)
         self._file_name = state_file_name(state)
         if self._state_dict_hook is not None:
             self._state_dict_hook.remove()
+        self._is_sharded = reshard(model)
+        # Because accelerate saves FSDP2's optimizer by the names of its parameters, which this entry
+        # does not have, the state then has only its own file.
         self._state_dict_hook, loaded_state = attach_to_optimizer(
-            optimizer, self._file_name, lambda: self._state() if self._training else None
+            None if self._is_sharded else optimizer, self._file_name, lambda: self._state() if self._training else None
         )
         names = accepted_names(model, args.label_names or []) if args.remove_unused_columns else None
         if state.global_step == 0 and self._separated_model is model:
@@ -168,7 +172,6 @@ class SeparationCallback(TrainerCallback):
             total_steps=rounds * self.separation.steps,
             autocast=lambda: torch.autocast(args.device.type, dtype=half, enabled=is_mixed),
         )
-        refuse_sharding(args, self.stage.parameters)
         self.history, self._latest = [], {}
         self._logged_losses: list[dict[str, float]] = []
         self._mid_epoch = False
@@ -213,24 +216,22 @@ class SeparationCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Write the Stage I state into the checkpoint folder."""
-        if not args.should_save:
+        if not (args.should_save or self._is_sharded):
             return
+        content = self._state()
         folder = checkpoint(args, state)
-        if not folder.is_dir():
+        if args.should_save and not folder.is_dir():
             warnings.warn(f"Stage I's state is not saved: the checkpoint is not in {folder}", stacklevel=2)
-            return
-        self._write(folder)
+        elif args.should_save:
+            write_state(folder / self._file_name, content)
 
     def on_push_begin(self, args, state, control, **kwargs):
         # Because the Trainer uploads a checkpoint before it calls `on_save`, we write the state
-        # here.
-        """Write the Stage I state before a checkpoint is uploaded."""
+        # here. It calls this in one process, which holds only a part of a sharded state.
+        """Write the Stage I state before a checkpoint is uploaded; under FSDP2 it is not uploaded."""
         folder = checkpoint(args, state)
-        if self._training and args.should_save and folder.is_dir():
-            self._write(folder)
-
-    def _write(self, folder: Path) -> None:
-        write_state(folder / self._file_name, self._state())
+        if self._training and args.should_save and folder.is_dir() and not self._is_sharded:
+            write_state(folder / self._file_name, self._state())
 
     def _state(self) -> dict[str, Any]:
         """What an exact resume needs."""
@@ -312,17 +313,18 @@ class SeparationCallback(TrainerCallback):
         return True
 
 
-def refuse_sharding(args: TrainingArguments, parameters: list[nn.Parameter]) -> None:
-    """Raise a `NotImplementedError` if parameters are sharded over processes."""
-    unsharded = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
-    kind = PartialState().distributed_type
-    engine = next((engine for engine in ("fsdp", "deepspeed") if getattr(args, engine, None)), kind.value)
-    # Because tensor parallelism shards without telling accelerate, we also check for
-    # `placements`, which only a DTensor has.
-    if engine != kind.value or kind not in unsharded or any(hasattr(parameter, "placements") for parameter in parameters):
+def refuse_engines(args: TrainingArguments) -> None:
+    """Raise a `NotImplementedError` if an engine other than FSDP shards or copies parameters.
+
+    `StageOne` tells the kinds of FSDP apart.
+    """
+    kinds = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP")
+    kind = PartialState().distributed_type.value
+    engine = "deepspeed" if getattr(args, "deepspeed", None) else kind
+    if engine not in kinds:
         raise NotImplementedError(
-            f"SeparationCallback needs parameters that are not sharded, but {engine} shards or copies them; "
-            "train with plain data parallelism (DDP)"
+            f"SeparationCallback needs whole parameters or those of FSDP2, but {engine} shards or copies them; "
+            "train with plain data parallelism (DDP) or FSDP2 (fsdp_version: 2)"
         )
 
 
