@@ -3,14 +3,12 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
-from .validation import check_at_least_one, check_dropouts, check_hopfield
+from .configuration_hopfield import ACTIVATION, HopfieldLayersConfig, check_fields
 
 
 @strict
-class STanHopConfig(PreTrainedConfig):
+class STanHopConfig(HopfieldLayersConfig):
     r"""Configuration of STanHop-Net, which forecasts series by retrieval over time and over series.
 
     The model is described in arXiv 2312.17346; its Hopfield layers use the feature map $\Phi$ of
@@ -62,28 +60,11 @@ class STanHopConfig(PreTrainedConfig):
             stored windows.
         loss (`str`, defaults to `"mse"`): "mse" or "mae", over the observed future values in their
             own units.
-        qkv_bias (`bool`, defaults to `True`): Whether the query, key and value projections have a
-            bias.
-        alpha (`float`, defaults to 1.5): Tsallis exponent of the Hopfield layers, in [1, 2]; as in
-            `UHopViTConfig`.
-        learnable_alpha (`bool`, defaults to `True`): Whether each head learns its own exponent; as
-            in `UHopViTConfig`.
-        beta (`float`, *optional*): Inverse temperature of the Hopfield layers, positive; `None`
-            means 1 / sqrt(head width).
-        use_feature_map (`bool`, defaults to `True`): Whether queries and keys pass through a
-            feature map; as in `UHopViTConfig`.
-        feature_dim (`int`, *optional*): Width D of a feature, at least 1; `None` means `d_model`.
-        feature_init (`str`, defaults to `"orthogonal"`): Initial value of the feature map:
-            "identity", "orthogonal" or "normal"; see `FeatureMap`.
-        update_steps (`int`, defaults to 1): Update steps per layer, at least 1.
-        value_source (`str`, defaults to `"projected_memory"`): What the values are, as in
-            `UHopViTConfig`. STanHop uses $W_V W_K Y$, "projected_memory".
-
-    Raises:
-        ValueError: If a value is out of range or two fields do not fit together. The message names
-            the field, its value and what is accepted.
-        StrictDataclassFieldValidationError: If a value has the wrong type or is not one of the
-            choices (an error class of `huggingface_hub`).
+        alpha (`float`, defaults to 1.5): As in `HopfieldLayersConfig`.
+        learnable_alpha (`bool`, defaults to `True`): As in `HopfieldLayersConfig`.
+        value_source (`str`, defaults to `"projected_memory"`): As in `HopfieldLayersConfig`;
+            STanHop uses $W_V W_K Y$.
+        kwargs (Any): Further fields of the Hopfield layers: see `HopfieldLayersConfig`.
 
     Examples:
         >>> from modeling_uhop import STanHopConfig, STanHopForPrediction
@@ -120,38 +101,24 @@ class STanHopConfig(PreTrainedConfig):
     memory_beta: float | int = 12.0
     memory_alpha: float | int = 1.0
     loss: Literal["mse", "mae"] = "mse"
-    qkv_bias: bool = True
     alpha: float | int = 1.5
     learnable_alpha: bool = True
-    beta: float | int | None = None
-    use_feature_map: bool = True
-    feature_dim: int | None = None
-    feature_init: Literal["identity", "orthogonal", "normal"] = "orthogonal"
-    update_steps: int = 1
     value_source: Literal["memory", "projected_memory"] = "projected_memory"
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.validate_hopfield()
 
     def validate_hopfield(self):
         """Check ranges and combinations of fields that the type annotations do not express."""
-        check_at_least_one(self, "num_input_channels", "context_length", "prediction_length", "patch_length", "num_hidden_layers")
-        check_at_least_one(self, "num_prototypes", "d_model", "num_attention_heads", "ffn_dim", "update_steps")
+        super().validate_hopfield()
+        check_fields(self, "be at least 1", "num_input_channels", "context_length", "prediction_length", "patch_length")
+        check_fields(self, "be at least 1", "num_hidden_layers", "num_prototypes", "d_model", "num_attention_heads", "ffn_dim")
+        check_fields(self, ACTIVATION, "activation_function")
+        check_fields(self, "lie in [0, 1)", "attention_dropout", "ff_dropout")
+        check_fields(self, "be at least 0", "num_memories")
+        check_fields(self, "be positive and finite", "memory_beta")
+        check_fields(self, "lie in [1, 2]", "memory_alpha")
         if self.merge_window < 2 and self.num_hidden_layers > 1:
             raise ValueError(f"merge_window must be at least 2 if num_hidden_layers is above 1, got {self.merge_window}")
-        if self.activation_function not in ACT2FN:
-            raise ValueError(f"activation_function must be one of {sorted(ACT2FN)}, got {self.activation_function!r}")
-        check_dropouts(self, "attention_dropout", "ff_dropout")
-        if self.num_memories < 0:
-            raise ValueError(f"num_memories must be at least 0, got {self.num_memories}")
-        if not 0 < self.memory_beta < float("inf"):
-            raise ValueError(f"memory_beta must be positive and finite, got {self.memory_beta}")
-        if not 1.0 <= self.memory_alpha <= 2.0:
-            raise ValueError(f"memory_alpha must lie in [1, 2], got {self.memory_alpha}")
         if not self.minimum_scale > 0:
             raise ValueError(f"minimum_scale must be positive, got {self.minimum_scale}")
-        check_hopfield(self)
 
 
 __all__ = ["STanHopConfig"]

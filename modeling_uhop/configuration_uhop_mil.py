@@ -4,16 +4,15 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .configuration_hopfield import ACTIVATION, HopfieldLayersConfig, check_fields
 from .pipelines import TASK
-from .validation import check_at_least_one, check_dropouts, check_hopfield
 
 
 @strict
-class UHopMILConfig(PreTrainedConfig):
+class UHopMILConfig(HopfieldLayersConfig):
     r"""Configuration of a classifier of bags, which retrieves from a bag with learned queries.
 
     The model has three parts. It embeds each instance of a bag. Learned queries then retrieve from
@@ -55,32 +54,10 @@ class UHopMILConfig(PreTrainedConfig):
         num_attention_heads (`int`, defaults to 4): Number of attention heads.
         head_dim (`int`, *optional*): Width of a head; `None` means `hidden_size //
             num_attention_heads`.
-        qkv_bias (`bool`, defaults to `True`): Whether the query, key and value projections have a
-            bias.
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
         initializer_range (`float`, defaults to 0.02): Standard deviation of newly initialized
             queries.
-        alpha (`float`, defaults to 1): Tsallis exponent of the simplex map, in [1, 2]; as in
-            `UHopViTConfig`.
-        learnable_alpha (`bool`, defaults to `False`): Whether each head learns its own exponent; as
-            in `UHopViTConfig`.
-        beta (`float`, *optional*): Inverse temperature, positive; `None` means 1 / sqrt(head
-            width).
-        use_feature_map (`bool`, defaults to `True`): Whether queries and keys pass through a
-            feature map; as in `UHopViTConfig`.
-        feature_dim (`int`, *optional*): Width D of a feature, at least 1; `None` means
-            `hidden_size`.
-        feature_init (`str`, defaults to `"orthogonal"`): Initial value of the feature map:
-            "identity", "orthogonal" or "normal"; see `FeatureMap`.
-        update_steps (`int`, defaults to 1): Update steps of a retrieval, at least 1.
-        value_source (`str`, defaults to `"memory"`): What the values are, "memory" or
-            "projected_memory"; as in `UHopViTConfig`.
-
-    Raises:
-        ValueError: If a value is out of range or two fields do not fit together. The message names
-            the field, its value and what is accepted.
-        StrictDataclassFieldValidationError: If a value has the wrong type or is not one of the
-            choices (an error class of `huggingface_hub`).
+        kwargs (Any): Fields of the Hopfield layer: see `HopfieldLayersConfig`.
 
     Examples:
         >>> from modeling_uhop import UHopMILConfig, UHopMILForBagClassification
@@ -112,17 +89,8 @@ class UHopMILConfig(PreTrainedConfig):
     num_queries: int = 1
     num_attention_heads: int = 4
     head_dim: int | None = None
-    qkv_bias: bool = True
     layer_norm_eps: float | int = 1e-5
     initializer_range: float | int = 0.02
-    alpha: float | int = 1.0
-    learnable_alpha: bool = False
-    beta: float | int | None = None
-    use_feature_map: bool = True
-    feature_dim: int | None = None
-    feature_init: Literal["identity", "orthogonal", "normal"] = "orthogonal"
-    update_steps: int = 1
-    value_source: Literal["memory", "projected_memory"] = "memory"
 
     def __post_init__(self, **kwargs):
         if isinstance(self.backbone_config, dict):
@@ -136,31 +104,19 @@ class UHopMILConfig(PreTrainedConfig):
             # transformers would run the folder's copy of the code and ask for `trust_remote_code`.
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
-        self.validate_hopfield()
 
     def validate_hopfield(self):
         """Check ranges and combinations of fields that the type annotations do not express."""
-        sizes = (
-            "instance_dim",
-            "num_channels",
-            "hidden_size",
-            "num_embedding_layers",
-            "num_queries",
-            "num_attention_heads",
-            "update_steps",
-        )
-        check_at_least_one(self, *sizes)
-        if self.head_dim is not None and self.head_dim < 1:
-            raise ValueError(f"head_dim must be at least 1, or None for hidden_size // num_attention_heads, got {self.head_dim}")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
-        check_dropouts(self, "hidden_dropout_prob", "attention_probs_dropout_prob", "bag_dropout_prob")
+        super().validate_hopfield()
+        check_fields(self, "be at least 1", "instance_dim", "num_channels", "hidden_size", "num_embedding_layers", "num_queries")
+        check_fields(self, "be at least 1", "num_attention_heads", head_dim="hidden_size // num_attention_heads")
+        check_fields(self, ACTIVATION, "hidden_act")
+        check_fields(self, "lie in [0, 1)", "hidden_dropout_prob", "attention_probs_dropout_prob", "bag_dropout_prob")
         if (self.instance_type == "backbone") != (self.backbone_config is not None):
             raise ValueError(
                 "backbone_config must be given if, and only if, instance_type is 'backbone'; got "
                 f"instance_type={self.instance_type!r} and backbone_config={self.backbone_config}"
             )
-        check_hopfield(self)
 
 
 __all__ = ["UHopMILConfig"]

@@ -3,14 +3,12 @@
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
-from .validation import check_at_least_one, check_dropouts, check_hopfield
+from .configuration_hopfield import ACTIVATION, HopfieldLayersConfig, check_fields
 
 
 @strict
-class UHopViTConfig(PreTrainedConfig):
+class UHopViTConfig(HopfieldLayersConfig):
     r"""Configuration of a vision transformer whose attention layers are kernelized Hopfield layers.
 
     Each layer computes equation 3.1 of U-Hop (arXiv 2404.03827):
@@ -41,42 +39,16 @@ class UHopViTConfig(PreTrainedConfig):
         image_size (`int` or pair (height, width), defaults to 224): Size of an image in pixels.
         patch_size (`int` or pair (height, width), defaults to 16): Size of a patch in pixels.
         num_channels (`int`, defaults to 3): Number of image channels.
-        qkv_bias (`bool`, defaults to `True`): Whether the query, key and value projections have a
-            bias.
         pooler_output_size (`int`, *optional*): Output width of the pooler; `None` means
             `hidden_size`.
         pooler_act (`str`, defaults to `"tanh"`): Activation of the pooler.
-        alpha (`float`, defaults to 1): Tsallis exponent $\alpha$ of the simplex map, in [1, 2]: 1
-            is softmax (modern Hopfield model), 2 is sparsemax (sparse Hopfield model), and values
-            between them are alpha-entmax.
-        learnable_alpha (`bool`, defaults to `False`): Whether each head learns its own exponent in
-            (1, 2). The exponents start at `alpha`, which must then lie strictly between 1 and 2,
-            for example 1.5.
-        beta (`float`, *optional*): Inverse temperature $\beta$, positive; `None` means 1 /
-            sqrt(head width).
-        use_feature_map (`bool`, defaults to `True`): Whether queries and keys pass through a
-            feature map $\Phi$. Without it the model is a plain Hopfield vision transformer and has
-            no feature map to separate.
-        feature_dim (`int`, *optional*): Width D of a feature, at least 1; `None` means
-            `hidden_size`.
-        feature_init (`str`, defaults to `"orthogonal"`): Initial value of $\Phi$: "identity",
-            "orthogonal" or "normal"; see `FeatureMap`.
-        update_steps (`int`, defaults to 1): Update steps per layer, at least 1.
-        value_source (`str`, defaults to `"memory"`): What the values $V$ are. "memory": $W_V \Xi$,
-            as in the authors' code. "projected_memory": $W_V W_K \Xi$, as in equation 3.1; this
-            needs `feature_dim` to equal `hidden_size`.
         encoder_type (`str`, defaults to `"transformer"`): "transformer": pre-norm blocks of
             self-attention and MLP (the papers' three-layer encoder). "class_query": the papers'
             CIFAR encoder, in which only the CLS token queries the patches; the result passes
             through `hidden_act` and a layer norm to the classifier.
         use_distillation_token (`bool`, defaults to `False`): Whether a second, separate token
             follows the CLS token, as in DeiT. The "class_query" encoder does not support it.
-
-    Raises:
-        ValueError: If a value is out of range or two fields do not fit together. The message names
-            the field, its value and what is accepted.
-        StrictDataclassFieldValidationError: If a value has the wrong type or is not one of the
-            choices (an error class of `huggingface_hub`).
+        kwargs (Any): Fields of the Hopfield layers: see `HopfieldLayersConfig`.
 
     Examples:
         >>> from modeling_uhop import UHopViTConfig, UHopViTModel
@@ -100,33 +72,21 @@ class UHopViTConfig(PreTrainedConfig):
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
-    qkv_bias: bool = True
     pooler_output_size: int | None = None
     pooler_act: str = "tanh"
-    alpha: float | int = 1.0
-    learnable_alpha: bool = False
-    beta: float | int | None = None
-    use_feature_map: bool = True
-    feature_dim: int | None = None
-    feature_init: Literal["identity", "orthogonal", "normal"] = "orthogonal"
-    update_steps: int = 1
-    value_source: Literal["memory", "projected_memory"] = "memory"
     encoder_type: Literal["transformer", "class_query"] = "transformer"
     use_distillation_token: bool = False
 
     def __post_init__(self, **kwargs):
         self.pooler_output_size = self.pooler_output_size if self.pooler_output_size else self.hidden_size
         super().__post_init__(**kwargs)
-        self.validate_hopfield()
 
     def validate_hopfield(self):
         """Check ranges and combinations of fields that the type annotations do not express."""
-        check_at_least_one(self, "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
-        check_at_least_one(self, "update_steps")
-        check_dropouts(self, "hidden_dropout_prob", "attention_probs_dropout_prob")
-        for name in ("hidden_act", "pooler_act"):
-            if getattr(self, name) not in ACT2FN:
-                raise ValueError(f"{name} must be one of {sorted(ACT2FN)}, got {getattr(self, name)!r}")
+        super().validate_hopfield()
+        check_fields(self, "be at least 1", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
+        check_fields(self, "lie in [0, 1)", "hidden_dropout_prob", "attention_probs_dropout_prob")
+        check_fields(self, ACTIVATION, "hidden_act", "pooler_act")
         image, patch = ([size, size] if isinstance(size, int) else list(size) for size in (self.image_size, self.patch_size))
         if len(image) != 2 or len(patch) != 2 or not all(1 <= small <= large for small, large in zip(patch, image, strict=True)):
             raise ValueError(
@@ -135,7 +95,6 @@ class UHopViTConfig(PreTrainedConfig):
             )
         if self.use_distillation_token and self.encoder_type == "class_query":
             raise ValueError("use_distillation_token=True needs encoder_type='transformer', got 'class_query'")
-        check_hopfield(self)
 
 
 __all__ = ["UHopViTConfig"]

@@ -1,6 +1,5 @@
 """Hopfield layers: attention as one update step that retrieves from a memory of tokens."""
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -12,7 +11,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_interface import KERNELS, eager_attention_forward, hopfield_kernel
 from .feature_map import FeatureMap
 from .memories import MemorySet, present_memories
-from .modeling_hopfield import HopfieldPreTrainedModel
 from .validation import check_tensor, check_tensors, is_plain
 
 
@@ -194,36 +192,6 @@ def _compose(outer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None =
     if outer.bias is not None:
         composed.bias.copy_(outer.bias if bias is None else wide @ bias.double() + outer.bias.double())
     return composed
-
-
-class FoldableModel(HopfieldPreTrainedModel):
-    """Base of models whose layers are `HopfieldAttention`, which can fold their feature maps."""
-
-    read_at_each_call = (*HopfieldPreTrainedModel.read_at_each_call, "attention_probs_dropout_prob")
-
-    def fold_feature_maps(self):
-        """Return a copy for inference with its feature maps folded into its projections.
-
-        The copy computes the same outputs with fewer products. It is a model without Phi
-        (`config.use_feature_map` is `False`), and saves and loads as one. The original does not
-        change.
-
-        Raises:
-            ValueError: If Phi or a projection is hooked, offloaded, quantized, or inside an
-                adapter; `merge_and_unload()` merges adapters.
-        """
-        folded = copy.deepcopy(self)
-        for module in folded.modules():
-            if isinstance(module, HopfieldAttention):
-                module.fold_feature_map()
-        for module in folded.modules():
-            config = getattr(module, "config", None)
-            if config is not None and getattr(config, "use_feature_map", False):
-                config.use_feature_map, config.value_source, config.feature_dim = False, "memory", None
-        for module in folded.modules():
-            if isinstance(module, HopfieldPreTrainedModel):
-                module.remember_configuration()
-        return folded
 
 
 class HopfieldPooling(nn.Module):

@@ -1,4 +1,4 @@
-"""Base class of all model families: saving, loading, and a configuration that matches the model."""
+"""Base class of all model families: initialization, kernels, folding, saving and loading."""
 
 import copy
 import dataclasses
@@ -6,10 +6,14 @@ import functools
 from collections.abc import Iterator
 from typing import Any, cast
 
+import torch
+from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention_interface import hopfield_kernel
-from .loading import AutoClassesMixin, SafetensorsOnlyMixin
+from .feature_map import FeatureMap
+from .hopfield import HopfieldAttention, HopfieldPooling
 from .memories import MemorySet, SharedMemorySet, observe
 from .validation import is_traced
 
@@ -18,7 +22,7 @@ from .validation import is_traced
 _INITIALIZATION_FIELDS = {"initializer_range", "init_std", "position_init_std", "feature_init"}
 
 
-class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrainedModel):
+class HopfieldPreTrainedModel(PreTrainedModel):
     """A `PreTrainedModel` whose configuration always says what the model computes.
 
     Therefore a saved model is the model that ran. If a field of the configuration is edited after
@@ -27,7 +31,9 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
     another field raises a `ValueError` at the next call and in `save_pretrained`.
     """
 
-    read_at_each_call: tuple[str, ...] = ("alpha", "beta", "update_steps")
+    read_at_each_call: tuple[str, ...] = ("alpha", "beta", "update_steps", "attention_probs_dropout_prob")
+    # The entries of a saved folder for the auto classes.
+    _auto_classes: dict[str, str]
     # Beginnings of the names of layers whose memories are the same for every example of a batch.
     _shared_memories: tuple[str, ...] = ()
 
@@ -74,7 +80,7 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
                 "build a model from a configuration of its own, or pass the field to from_pretrained"
             )
         config.validate_hopfield()
-        if hasattr(config, "learnable_alpha"):
+        if _has_layers(config):
             hopfield_kernel(config, config._attn_implementation)
         self.remember_configuration()
 
@@ -118,8 +124,49 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
             sets.append(kind(feature_map, memories[:count, first:], None if mask is None else mask[:count, first:]))
         return iter(sets)
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (FeatureMap, HopfieldAttention, HopfieldPooling)):
+            module.reset_parameters()
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Choose the attention kernel of the Hopfield layers; see `hopfield_kernel`."""
+        if _has_layers(self.config):
+            requested_attention = hopfield_kernel(self.config, requested_attention)
+        return super().get_correct_attn_implementation(requested_attention, is_init_check)
+
+    def fold_feature_maps(self):
+        """Return a copy for inference with its feature maps folded into its projections.
+
+        The copy computes the same outputs with fewer products. It is a model without Phi
+        (`config.use_feature_map` is `False`), and saves and loads as one. The original does not
+        change.
+
+        Raises:
+            ValueError: If Phi or a projection is hooked, offloaded, quantized, or inside an
+                adapter; `merge_and_unload()` merges adapters. Also if the model has no projections.
+        """
+        if not _has_layers(self.config):
+            raise ValueError(f"a {type(self).__name__} has no projections that its feature map could be folded into")
+        folded = copy.deepcopy(self)
+        for module in folded.modules():
+            if isinstance(module, HopfieldAttention):
+                module.fold_feature_map()
+        for module in folded.modules():
+            config = getattr(module, "config", None)
+            if config is not None and getattr(config, "use_feature_map", False):
+                config.use_feature_map, config.value_source, config.feature_dim = False, "memory", None
+        for module in folded.modules():
+            if isinstance(module, HopfieldPreTrainedModel):
+                module.remember_configuration()
+        return folded
+
     def save_pretrained(self, *args, **kwargs) -> None:
         """Save the model; see `PreTrainedModel.save_pretrained`.
+
+        The saved folder names its classes for the auto classes. It holds only the files of its
+        model's own class. Therefore the folder of a subclass from elsewhere names none of them.
 
         Raises:
             ValueError: As in `check_configuration`, if the saved configuration would differ from
@@ -130,7 +177,38 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
             own = getattr(part, "config", None)
             if isinstance(own, type(self.config)) and own is not self.config:
                 raise ValueError(f"{name} has a configuration of its own, which would not be saved; edit model.config instead")
+        # Because transformers would write only the entry of the saved class, we set all entries.
+        named = getattr(self.config, "auto_map", None) or {}
+        elsewhere = {name: entry for name, entry in named.items() if entry not in self._auto_classes.values()}
+        self.config.auto_map = dict(self._auto_classes) if self._is_named() else elsewhere
         super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, use_safetensors: bool | None = True, **kwargs):
+        """Load a model; see `PreTrainedModel.from_pretrained`.
+
+        Only safetensors files are loaded. Other formats are pickles, which may run code when they
+        are read.
+
+        Raises:
+            OSError: If a folder or repository has no safetensors file, lacks a file that its index
+                names, or has a damaged file.
+            ValueError: If `use_safetensors` is `False`.
+        """
+        if use_safetensors is False:
+            raise ValueError(f"{cls.__name__} loads only safetensors files, got use_safetensors=False; leave it out")
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"a weights file of {pretrained_model_name_or_path} is damaged ({error}); "
+                "save it again, or download it with force_download=True"
+            ) from error
+
+    def _is_named(self) -> bool:
+        # Because PyTorch derives a class for a sharded module, we skip classes of torch.
+        own = next(kind for kind in type(self).__mro__ if not kind.__module__.startswith("torch."))
+        return f"{own.__module__.rpartition('.')[2]}.{own.__name__}" in self._auto_classes.values()
 
     def _fields(self) -> dict[str, Any]:
         """Return the values of the configuration's own fields."""
@@ -142,6 +220,11 @@ class HopfieldPreTrainedModel(AutoClassesMixin, SafetensorsOnlyMixin, PreTrained
     def _sizes(self) -> dict[str, int]:
         """Return fields that code other than the user's sets, such as the number of labels."""
         return {} if getattr(self, "num_labels", None) is None else {"num_labels": cast(int, self.num_labels)}
+
+
+def _has_layers(config: Any) -> bool:
+    """Return whether a model of this configuration has Hopfield layers; a memory has none."""
+    return hasattr(config, "use_feature_map")
 
 
 def _without_alpha(config: PreTrainedConfig) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_interface import hopfield_kernel
 from .configuration_stanhop import STanHopConfig
-from .feature_map import FeatureMap, magnitude, unit_norm
-from .hopfield import FoldableModel, HopfieldAttention
+from .feature_map import magnitude, unit_norm
+from .hopfield import HopfieldAttention
+from .modeling_hopfield import HopfieldPreTrainedModel
 from .simplex import at_least_fp32, simplex_map
 from .validation import as_mask, check_tensor, check_tensors, is_finite, is_readable
 
@@ -286,14 +286,13 @@ class STanHopSkip(nn.Linear):
     """
 
 
-class STanHopPreTrainedModel(FoldableModel):
+class STanHopPreTrainedModel(HopfieldPreTrainedModel):
     """Base class of the STanHop models: initialization, loading and saving."""
 
     config: STanHopConfig
-    config_class = STanHopConfig
     base_model_prefix = "model"
     main_input_name = "past_values"
-    read_at_each_call = (*FoldableModel.read_at_each_call, "attention_dropout", "memory_alpha", "memory_beta", "loss")
+    read_at_each_call = (*HopfieldPreTrainedModel.read_at_each_call, "attention_dropout", "memory_alpha", "memory_beta", "loss")
     _auto_classes = {
         "AutoConfig": "configuration_stanhop.STanHopConfig",
         "AutoModel": "modeling_stanhop.STanHopModel",
@@ -310,7 +309,7 @@ class STanHopPreTrainedModel(FoldableModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (FeatureMap, HopfieldAttention, STanHopWindowMemory)):
+        if isinstance(module, STanHopWindowMemory):
             module.reset_parameters()
         elif isinstance(module, STanHopSkip):
             init.zeros_(module.weight)
@@ -321,16 +320,6 @@ class STanHopPreTrainedModel(FoldableModel):
             init.normal_(module.prototypes, mean=0.0, std=self.config.init_std)
         elif isinstance(module, (STanHopModel, STanHopDecoder)):
             init.normal_(module.position_embeddings, mean=0.0, std=self.config.position_init_std)
-
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        # Because "hopfield" can return weights when a call requests them, softmax uses it too.
-        """Choose the attention kernel: "hopfield", or "eager" if the configuration requests
-        attentions.
-        """
-        requested_attention = hopfield_kernel(self.config, requested_attention)
-        if requested_attention is None:
-            requested_attention = "eager" if self.config.output_attentions else "hopfield"
-        return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
 
 class STanHopModel(STanHopPreTrainedModel):

@@ -101,10 +101,9 @@ class UHopMemorySearchOutput(ModelOutput):
 
 
 class UHopMemoryPreTrainedModel(HopfieldPreTrainedModel):
-    """Base class of the U-Hop memory: initialization, loading and saving."""
+    """Base class of the U-Hop memory."""
 
     config: UHopMemoryConfig
-    config_class = UHopMemoryConfig
     base_model_prefix = "memory"
     main_input_name = "queries"
     read_at_each_call = (*HopfieldPreTrainedModel.read_at_each_call, "degree")
@@ -116,9 +115,7 @@ class UHopMemoryPreTrainedModel(HopfieldPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, FeatureMap):
-            module.reset_parameters()
-        elif isinstance(module, UHopMemoryModel):
+        if isinstance(module, UHopMemoryModel):
             init.zeros_(module.memories)
 
 

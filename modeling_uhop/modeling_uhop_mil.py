@@ -13,8 +13,8 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_uhop_mil import UHopMILConfig
-from .feature_map import FeatureMap
-from .hopfield import FoldableModel, HopfieldAttention, HopfieldPooling
+from .hopfield import HopfieldPooling
+from .modeling_hopfield import HopfieldPreTrainedModel
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
 from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, largest
 
@@ -131,14 +131,13 @@ class UHopMILMaxPooling(nn.Module):
         return torch.where(filled, largest, 0.0), shares * mask
 
 
-class UHopMILPreTrainedModel(FoldableModel):
+class UHopMILPreTrainedModel(HopfieldPreTrainedModel):
     """Base class of the U-Hop multiple-instance models: initialization, loading and saving."""
 
     config: UHopMILConfig
-    config_class = UHopMILConfig
     base_model_prefix = "mil"
     main_input_name = "instances"
-    read_at_each_call = (*FoldableModel.read_at_each_call, "bag_dropout_prob")
+    read_at_each_call = (*HopfieldPreTrainedModel.read_at_each_call, "bag_dropout_prob")
     # Because transformers has no auto class for bags, we use the closest one: a sequence is a set
     # with an order.
     _auto_classes = {
@@ -152,9 +151,7 @@ class UHopMILPreTrainedModel(FoldableModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (FeatureMap, HopfieldAttention, HopfieldPooling)):
-            module.reset_parameters()
-        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
             # Because these narrow layers would start close to zero at a fixed 0.02, we use
             # PyTorch's default scale.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))

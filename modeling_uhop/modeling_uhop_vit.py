@@ -14,11 +14,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_interface import hopfield_kernel
 from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
-from .feature_map import FeatureMap
-from .hopfield import FoldableModel, HopfieldAttention
+from .hopfield import HopfieldAttention
+from .modeling_hopfield import HopfieldPreTrainedModel
 from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, largest
 
 
@@ -164,11 +163,10 @@ class UHopViTPooler(nn.Module):
         return self.activation(self.dense(hidden_states[:, 0]))
 
 
-class UHopViTPreTrainedModel(FoldableModel):
-    """Base class of the U-Hop vision transformers: initialization, loading, conversion."""
+class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
+    """Base class of the U-Hop vision transformers: initialization and conversion."""
 
     config: UHopViTConfig
-    config_class = UHopViTConfig
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
     _auto_classes = {
@@ -199,8 +197,6 @@ class UHopViTPreTrainedModel(FoldableModel):
             for token in (module.distillation_token, module.mask_token):
                 if token is not None:
                     init.zeros_(token)
-        elif isinstance(module, (FeatureMap, HopfieldAttention)):
-            module.reset_parameters()
 
     @property
     def num_class_tokens(self) -> int:
@@ -209,7 +205,6 @@ class UHopViTPreTrainedModel(FoldableModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Choose the attention kernel; refuse kernels that cannot mask a single query."""
-        requested_attention = hopfield_kernel(self.config, requested_attention)
         if self.config.encoder_type == "class_query" and requested_attention not in (None, "eager", "sdpa", "hopfield"):
             raise ValueError(
                 f"encoder_type 'class_query' masks a single query, which attn_implementation={requested_attention!r} does not support; "

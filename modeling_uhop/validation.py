@@ -1,4 +1,4 @@
-"""Checks of inputs and configurations that several models share, and the loss on checked labels."""
+"""Checks of inputs that several models share, and the loss on checked labels."""
 
 import copy
 import functools
@@ -11,44 +11,6 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
-
-
-def check_hopfield(config) -> None:
-    """Check the ranges and combinations of the Hopfield fields of a configuration.
-
-    Types alone cannot express them.
-
-    Raises:
-        ValueError: If a field is out of range; the message names it.
-    """
-    if not 1.0 <= config.alpha <= 2.0:
-        raise ValueError(f"alpha must lie in [1, 2], got {config.alpha}")
-    if config.learnable_alpha and not 1.0 < config.alpha < 2.0:
-        raise ValueError(f"a learnable alpha must begin strictly between 1 and 2, got alpha={config.alpha}")
-    if config.beta is not None and not 0 < config.beta < float("inf"):
-        raise ValueError(f"beta must be positive and finite, or None for 1 / sqrt(head width), got {config.beta}")
-    if config.feature_dim is not None and config.feature_dim < 1:
-        raise ValueError(f"feature_dim must be at least 1, or None for hidden_size, got {config.feature_dim}")
-    features = config.feature_dim if config.use_feature_map and config.feature_dim is not None else config.hidden_size
-    if config.value_source == "projected_memory" and features != config.hidden_size:
-        raise ValueError(
-            "value_source 'projected_memory' applies W_K to features and to raw memories, so feature_dim must equal "
-            f"hidden_size {config.hidden_size}, got {features}"
-        )
-
-
-def check_at_least_one(config, *names: str) -> None:
-    """Raise a `ValueError` for the first of these fields that is below 1."""
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
-
-
-def check_dropouts(config, *names: str) -> None:
-    """Raise a `ValueError` for the first of these fields that is not a probability below 1."""
-    for name in names:
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ValueError(f"{name} must lie in [0, 1), got {getattr(config, name)}")
 
 
 def is_traced() -> bool:

@@ -766,7 +766,7 @@ def test_by_default_all_upstream_parameters_are_updated_once_before_training(tmp
     plain = SeparationCallback(batch_size=16)
     before = {name: parameter.detach().clone() for name, parameter in _model().named_parameters()}
     after = run(plain)
-    assert _equal(after, run(SeparationCallback("train_begin", 100, "upstream", "average", batch_size=16)))
+    assert _equal(after, run(SeparationCallback("train_begin", 100, parameters="upstream", kind="average", batch_size=16)))
     assert len(plain.history) == 100
     assert plain.history[0]["separation_loss"] > plain.history[-1]["separation_loss"]
     moved = {name for name in before if not torch.equal(before[name], after[name])}

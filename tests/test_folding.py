@@ -10,6 +10,8 @@ from modeling_uhop import (
     FeatureMap,
     STanHopConfig,
     STanHopForPrediction,
+    UHopMemoryConfig,
+    UHopMemoryModel,
     UHopMILConfig,
     UHopMILForBagClassification,
     UHopViTConfig,
@@ -156,3 +158,8 @@ def test_quantized_weights_are_refused(module):
     assert type(changed.weight) is Quantized
     with pytest.raises(ValueError, match=f"{module} must be a plain .* or has quantized weights"):
         model.fold_feature_maps()
+
+
+def test_a_memory_has_nothing_to_fold_into():
+    with pytest.raises(ValueError, match="a UHopMemoryModel has no projections"):
+        UHopMemoryModel(UHopMemoryConfig(pattern_dim=4)).fold_feature_maps()

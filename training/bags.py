@@ -13,7 +13,7 @@ from recipe import BagDataRecipe, RecipeError
 # isort: split
 
 import numpy as np
-from datasets import ClassLabel, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 from labels import as_classes
 from sklearn.datasets import load_digits
 
@@ -56,6 +56,11 @@ class Bags:
         return None if self.image_shape is None else bag.reshape(-1, *self.image_shape)
 
 
+def load_instances(data: BagDataRecipe) -> list[np.ndarray]:
+    """Load and check the bags of a recipe without their labels; see `load_bags`."""
+    return digit_bags().instances if data.dataset == "digits" else _instances_of(_rows(data), data)
+
+
 def load_bags(data: BagDataRecipe) -> Bags:
     """Load and check the bags of a recipe.
 
@@ -69,6 +74,24 @@ def load_bags(data: BagDataRecipe) -> Bags:
     """
     if data.dataset == "digits":
         return digit_bags()
+    loaded = _rows(data, data.label_column)
+    classes = as_classes(loaded[data.label_column], lambda index: f"bag {index} of {data.dataset}")
+    values = sorted(set(classes))
+    feature = loaded.features[data.label_column]
+    named = isinstance(feature, ClassLabel)
+    if named and values[0] < 0:
+        raise RecipeError(
+            f"bag {classes.index(values[0])} of {data.dataset} has the label {values[0]}, which means no label; remove the bag"
+        )
+    return Bags(
+        instances=_instances_of(loaded, data),
+        labels=np.array([values.index(label) for label in classes]),
+        names=[feature.int2str(value) if named else str(value) for value in values],
+    )
+
+
+def _rows(data: BagDataRecipe, *columns: str) -> Dataset:
+    """The rows of a data set of bags, which has the column of instances and these columns."""
     path = Path(data.dataset).expanduser()
     if path.is_file():
         if path.suffix not in LOADERS:
@@ -83,28 +106,21 @@ def load_bags(data: BagDataRecipe) -> Bags:
         if data.split not in splits:
             raise RecipeError(f"{data.dataset} has no split {data.split!r}; it has {sorted(splits)}")
         loaded = splits[data.split]
-    for column in (data.instances_column, data.label_column):
+    for column in (data.instances_column, *columns):
         if column not in loaded.column_names:
             raise RecipeError(f"{data.dataset} has no column {column!r}; it has {loaded.column_names}")
-    classes = as_classes(loaded[data.label_column], lambda index: f"bag {index} of {data.dataset}")
-    values = sorted(set(classes))
-    feature = loaded.features[data.label_column]
-    named = isinstance(feature, ClassLabel)
-    if named and values[0] < 0:
-        raise RecipeError(
-            f"bag {classes.index(values[0])} of {data.dataset} has the label {values[0]}, which means no label; remove the bag"
-        )
+    return loaded
+
+
+def _instances_of(loaded: Dataset, data: BagDataRecipe) -> list[np.ndarray]:
+    """The instances of each bag; at least one bag has some."""
     try:
         instances = _as_instances(loaded[data.instances_column])
     except ValueError as error:
         raise RecipeError(f"{data.dataset}: {error}") from error
     if not any(len(bag) > 0 for bag in instances):
         raise RecipeError(f"every bag of {data.dataset} is empty; at least one must have instances")
-    return Bags(
-        instances=instances,
-        labels=np.array([values.index(label) for label in classes]),
-        names=[feature.int2str(value) if named else str(value) for value in values],
-    )
+    return instances
 
 
 def _as_instances(bags: Sequence[Any]) -> list[np.ndarray]:

@@ -4,7 +4,6 @@ benchmarks/results.
 `python training/document.py` writes those in model_cards/ again.
 """
 
-import inspect
 import json
 import re
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 
 from intervals import half_width, half_width_of, half_width_over_folds
 from recipe import ROOT, MILRecipe, STanHopRecipe, ViTRecipe, apply_override
+from stage_one import with_defaults
 from styles import BASELINES
 from tables import results_table
 
-from modeling_uhop import SeparationCallback, UHopMemoryConfig, UHopMemoryModel
+from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
 from modeling_uhop.model_card import family_of, model_card, write_model_card
 
 
@@ -37,7 +37,7 @@ OPTIONS = ("ensemble", "architecture", "skip_start")
 # The settings that the card of a memory describes: the package's defaults, and the largest number
 # of memories.
 MEMORIES = "500"
-METHOD: str = inspect.signature(UHopMemoryModel.separate).parameters["method"].default
+METHOD: str = UHopMemoryModel(UHopMemoryConfig()).default_separation.kind
 ALPHA, BETA = (f"{getattr(UHopMemoryConfig(), name):g}" for name in ("alpha", "beta"))
 PANEL = f"unit norm, beta {BETA}"
 NAMES = {"denoising": "denoising", "uhop": "U-Hop", "uhop+": "U-Hop+"}
@@ -223,8 +223,7 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
         model = {**vars(recipe_class.config_class()), **recipe["model"]}
         rest = {key: recipe.get(key, getattr(recipe_class, key, None)) for key in ("separation", "training", *OPTIONS)}
         if rest["separation"] is not None:
-            arguments = inspect.signature(SeparationCallback).parameters.values()
-            rest["separation"] = {**{each.name: each.default for each in arguments}, **rest["separation"]}
+            rest["separation"] = with_defaults(rest["separation"])
         return {**rest, "name": recipe["name"], "model": model, "data": data}
 
     return training(first) == training(second)

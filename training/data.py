@@ -48,6 +48,29 @@ def load_images(data: DataRecipe) -> DatasetDict:
     return DatasetDict(train=train, validation=held_out["test"], test=splits["test"])
 
 
+def unlabelled_images(data: DataRecipe, dataset: str | None = None, split: str | None = None) -> Dataset:
+    """Load and check images for the separation step, which needs no labels.
+
+    The columns are `image` and `row`. The training split of the recipe's own data set is returned
+    without its validation images, but with the images that `max_train_samples` leaves out.
+
+    Args:
+        data: The data section of the recipe, whose columns and other settings hold here too.
+        dataset: As `data.dataset`; `None` means that of the recipe.
+        split: Name of the split; `None` means `data.train_split`.
+
+    Raises:
+        RecipeError: If the data set, the split or the image column is missing.
+    """
+    dataset, split = dataset or data.dataset, split or data.train_split
+    if dataset == data.dataset and split == data.train_split:
+        return load_images(replace(data, max_train_samples=None))["train"].remove_columns("label")
+    given = replace(data, dataset=dataset, train_split=split, test_split=split)
+    loaded = _digits(data)[split] if dataset == "digits" else _from_hub_or_folder(given)["train"]
+    images = _select_columns(loaded, given, split, labelled=False)
+    return _readable(images) if data.skip_unreadable else images
+
+
 def _digits(data: DataRecipe) -> DatasetDict:
     digits = load_digits()
     images = [PILImage.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images]
@@ -81,12 +104,13 @@ def _from_parquet(files: dict[str, list[str]]) -> DatasetDict:
     return DatasetDict({split: load_dataset("parquet", data_files=paths, split="train") for split, paths in files.items()})
 
 
-def _select_columns(split: Dataset, data: DataRecipe, name: str) -> Dataset:
-    for column in (data.image_column, data.label_column):
+def _select_columns(split: Dataset, data: DataRecipe, name: str, labelled: bool = True) -> Dataset:
+    columns = {data.image_column: "image", **({data.label_column: "label"} if labelled else {})}
+    for column in columns:
         if column not in split.column_names:
             raise RecipeError(f"{data.dataset} has no column {column!r}; it has {split.column_names}")
-    split = split.select_columns([data.image_column, data.label_column])
-    for column, renamed in ((data.image_column, "image"), (data.label_column, "label")):
+    split = split.select_columns([*columns])
+    for column, renamed in columns.items():
         if column != renamed:
             split = split.rename_column(column, renamed)
     if not isinstance(split.features["image"], Image):
@@ -136,7 +160,7 @@ def make_image_processor(data: DataRecipe, image_size: Any) -> ViTImageProcessor
 
 
 def with_pixels(split: Dataset, processor: ViTImageProcessorPil, augment: DataRecipe | None = None) -> Dataset:
-    """A split whose items have `pixel_values` and `labels`.
+    """A split whose items have `pixel_values`, and `labels` if it is labelled.
 
     When an item is read, its image is decoded, converted to RGB by `as_rgb`, augmented as `augment`
     says, and processed.
@@ -158,7 +182,8 @@ def make_transform(processor: ViTImageProcessorPil, augment: DataRecipe | None =
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
         if not torch.isfinite(pixel_values).all():
             raise ValueError("an image has pixels that are not finite; check the image, data.image_mean and data.image_std")
-        return {"pixel_values": list(pixel_values), "labels": batch["label"]}
+        labels = {"labels": batch["label"]} if "label" in batch else {}
+        return {"pixel_values": list(pixel_values), **labels}
 
     return transform
 

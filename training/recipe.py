@@ -31,7 +31,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
-from modeling_uhop import SeparationCallback, STanHopConfig, UHopMILConfig, UHopViTConfig
+from modeling_uhop import Separation, SeparationCallback, STanHopConfig, UHopMILConfig, UHopViTConfig
 
 
 if _missing := [
@@ -149,8 +149,10 @@ class ViTRecipe:
         name: Name of the experiment; the file name if the recipe gives none.
         data: Where the images come from.
         model: Fields of `UHopViTConfig`.
-        separation: Arguments of `SeparationCallback`; `None` for a run without the separation step
-            (Stage I).
+        separation: Arguments of `SeparationCallback` and fields of `Separation`; `None` for a run
+            without the separation step (Stage I). `preset` begins with a preset of `Separation`.
+            `dataset` and `split` name the data set that Stage I draws from, which needs no labels;
+            without them it is that of the training.
         training: Fields of `TrainingArguments`.
         seed: Training seed.
         architecture: "uhop_vit", or "vit" for the baseline: the ViT of transformers at the same
@@ -240,6 +242,10 @@ class STanHopRecipe:
 
 ROOT = Path(__file__).parent.parent
 Recipe = ViTRecipe | MILRecipe | STanHopRecipe
+
+# Keys of the section `separation`, without the arguments that are no text or number.
+_ARGUMENTS = {*inspect.signature(Separation).parameters, *inspect.signature(SeparationCallback).parameters, "preset", "split"}
+SEPARATION_KEYS = sorted(_ARGUMENTS - {"corruption", "separation", "data_collator", "fields"})
 
 # Earlier names of recipe fields, and their names now.
 RENAMED = {"judge": "evaluate_on", "anchor_lengths": "baseline_lengths"}
@@ -372,7 +378,7 @@ def build_recipe(content: dict[str, Any], recipe_class: Any) -> Any:
     sections = {name: content.get(name) or {} for name in ("model", "separation", "training")}
     with_known_keys("data", data, recipe_class.data_class)
     with_known_keys("model", sections["model"], recipe_class.config_class)
-    check_keys("separation", sections["separation"], list(inspect.signature(SeparationCallback).parameters))
+    check_keys("separation", sections["separation"], SEPARATION_KEYS)
     with_known_keys("training", sections["training"], TrainingArguments)
     for owned in ("output_dir", "seed"):
         if owned in sections["training"]:

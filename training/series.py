@@ -3,7 +3,7 @@ array."""
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Because `recipe` says what to install if a package is missing, we import it before the other
@@ -145,6 +145,30 @@ def load_series(data: SeriesDataRecipe) -> Series:
                     stacklevel=2,
                 )
     return Series(torch.from_numpy(scaled), [str(name) for name in frame.columns], mean, std, rows)
+
+
+def unlabelled_windows(
+    data: SeriesDataRecipe, series: Series, lengths: tuple[int, int], dataset: str | None = None, split: str | None = None
+) -> Windows:
+    """Load windows for the separation step: of another series with as many columns, or of a split.
+
+    Args:
+        data: The data section of the recipe, whose settings hold for the other data set too.
+        series: The series of the recipe.
+        lengths: Context length and prediction length.
+        dataset: As `data.dataset`; `None` means that of the recipe.
+        split: "train" (if `None`), "validation" or "test".
+
+    Raises:
+        RecipeError: If the number of columns differs, or the split is unknown; also as
+            `load_series`.
+    """
+    other = series if dataset is None else load_series(replace(data, dataset=dataset))
+    if len(other.names) != len(series.names):
+        raise RecipeError(f"separation.dataset must have {len(series.names)} series, as data.dataset has, got {len(other.names)}")
+    if split is not None and split not in other.rows:
+        raise RecipeError(f"separation.split must be one of {[*other.rows]}, got {split!r}")
+    return other.windows(split or "train", *lengths)
 
 
 def _scaled(values: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

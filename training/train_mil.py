@@ -6,6 +6,7 @@ python training/train_mil.py configs/mil_digits.yaml
 python training/train_mil.py configs/mil_tiger.yaml --dataset path/to/tiger.parquet
 """
 
+import dataclasses
 import gc
 import tempfile
 import time
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
-from bags import Bags, load_bags
+from bags import Bags, load_bags, load_instances
 from cards import write_card
 from figures import bag_figure
 from metrics import BAG_METRICS, bag_metrics
 from recipe import (
+    BagDataRecipe,
     MILRecipe,
     RecipeError,
     check_evaluate_on,
@@ -38,12 +40,13 @@ from recipe import (
 from reload import check_reload
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from stage_one import separation_callback
 from stages import read_stage, save_stage
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from modeling_uhop import DataCollatorForBags, SeparationCallback, UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
+from modeling_uhop import DataCollatorForBags, UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
 
 
 NUM_PROBES = 64
@@ -265,6 +268,7 @@ def fit(
     examples = [{"instances": bag, "label": label} for bag, label in zip(extractor.transform(instances), labels.tolist(), strict=True)]
     set_seed(seed)
     model = UHopMILForBagClassification(model_config(recipe, extractor.instance_dim, names))
+    separation = separation_callback(recipe.separation, lambda *where: _unlabelled(data, extractor, *where))
     with tempfile.TemporaryDirectory() as folder:
         arguments = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training}
         trainer = Trainer(
@@ -273,13 +277,19 @@ def fit(
             train_dataset=examples,
             data_collator=DataCollatorForBags(max_instances=data.max_instances),
             processing_class=extractor,
-            callbacks=[] if recipe.separation is None else [SeparationCallback(**recipe.separation)],
+            callbacks=[] if separation is None else [separation],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     # Because accelerate wraps the model, for instance for half precision, we remove its wrappers
     # before the evaluation.
     return extract_model_from_parallel(model, keep_fp32_wrapper=False).eval(), extractor
+
+
+def _unlabelled(data: BagDataRecipe, extractor: UHopMILFeatureExtractor, dataset: str | None, split: str | None) -> list[dict[str, Any]]:
+    """Bags for the separation step, which needs no labels."""
+    bags = load_instances(dataclasses.replace(data, dataset=dataset or data.dataset, split=split or data.split))
+    return [{"instances": bag} for bag in extractor.transform(bags)]
 
 
 @torch.no_grad()

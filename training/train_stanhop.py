@@ -35,12 +35,13 @@ from recipe import (
     write_results,
 )
 from reload import check_reload
-from series import Series, load_series
+from series import Series, load_series, unlabelled_windows
+from stage_one import separation_callback
 from stages import begin, load_weights, restore_state, train
 from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
-from modeling_uhop import SeparationCallback, STanHopConfig, STanHopForPrediction
+from modeling_uhop import STanHopConfig, STanHopForPrediction
 
 
 TRAINING_DEFAULTS = {
@@ -102,6 +103,7 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
     load_weights(model, folder, trained, checkpoint)
     if recipe.skip_start == "ridge" and not resume:
         init_as_linear_map(model, linear_map(series, *lengths, last_value=False))
+    separation = separation_callback(recipe.separation, lambda *where: unlabelled_windows(recipe.data, series, lengths, *where))
     # Because one process changes the folder below, we wait until every process has checked it.
     PartialState().wait_for_everyone()
     trainer = Trainer(
@@ -115,7 +117,7 @@ def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume:
         eval_dataset=validation,
         callbacks=[
             Patience(recipe.patience),
-            *([] if recipe.separation is None else [SeparationCallback(**recipe.separation)]),
+            *([] if separation is None else [separation]),
             SealingCallback(),
         ],
     )

@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
 from cards import write_card
 from checkpoints import SealingCallback, remove_unfinished
-from data import load_images, make_image_processor, with_dataset, with_pixels
+from data import load_images, make_image_processor, unlabelled_images, with_dataset, with_pixels
 from datasets import Dataset, DatasetDict
 from figures import training_figure
 from metrics import classification_metrics
@@ -36,6 +36,7 @@ from recipe import (
     write_results,
 )
 from reload import check_reload
+from stage_one import separation_callback
 from stages import begin, load_weights, restore_state, train
 from transformers import (
     PreTrainedModel,
@@ -112,7 +113,11 @@ def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: boo
     model = build_model(recipe, names)
     load_weights(model, folder, trained, checkpoint)
     processor = make_image_processor(recipe.data, model.config.image_size)
-    separation = None if recipe.separation is None else SeparationCallback(**recipe.separation)
+
+    def unlabelled(dataset: str | None, split: str | None) -> Dataset:
+        return with_pixels(unlabelled_images(recipe.data, dataset, split), processor, augment=recipe.data)
+
+    separation = separation_callback(recipe.separation, unlabelled)
     # Because one process changes the folder below, we wait until every process has checked it.
     PartialState().wait_for_everyone()
     trainer = build_trainer(recipe, folder, model, processor, images, separation)

@@ -1,0 +1,297 @@
+"""Tests of Separation and StageOne: their values, their steps, and Stage I on a data set of its own."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bags import digit_bags
+from conftest import assert_close
+from recipe import BagDataRecipe, DataRecipe, RecipeError, SeriesDataRecipe
+from series import load_series, unlabelled_windows
+from stage_one import separation_callback, with_defaults
+from test_callbacks import Images, _map_weights, _model, _train
+from torch import nn
+
+from modeling_uhop import (
+    FeatureMap,
+    Separation,
+    SeparationCallback,
+    StageOne,
+    UHopMILConfig,
+    UHopMILForBagClassification,
+    denoising_loss,
+    mask_patterns,
+    maximize_separation,
+    separation_loss,
+)
+from modeling_uhop.separation import PRESETS
+
+
+def test_presets_are_the_papers_methods():
+    assert Separation.uhop() == Separation(
+        kind="average", normalize_rows=True, parameters="feature_maps", optimizer="adam", lr=1e-3, temperature=0.25
+    )
+    plus = Separation.uhop_plus(lr=0.5)
+    assert (plus.kind, plus.project, plus.temperature, plus.final_temperature, plus.lr) == ("per_memory", True, 0.25, 0.01, 0.5)
+    second = Separation.algorithm_2()
+    assert (second.kind, second.steps, second.parameters, second.optimizer) == ("squared", 1, "feature_maps", "sgd")
+    assert (Separation.denoising().kind, Separation.denoising().temperature) == ("denoising", 0.1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        second.lr = 3.0  # type: ignore[misc]
+
+
+def test_unknown_fields_are_named():
+    with pytest.raises(TypeError, match=r"\['method'\] must be among the fields of Separation.*presets \['uhop', 'uhop_plus'"):
+        maximize_separation(FeatureMap(3), torch.randn(4, 3), method="uhop+")
+    with pytest.raises(TypeError, match=r"\['step'\] must be among"):
+        SeparationCallback(step=3)
+
+
+@pytest.mark.parametrize("parameters", ["feature_maps", "upstream"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_loop_of_ones_own_equals_the_callback(tmp_path, preset, parameters):
+    dataset = Images(size=8, augment=False)
+    batch = {"pixel_values": dataset.images}
+    separation = PRESETS[preset](steps=4, batch_size=8, parameters=parameters, lr=0.05, corruption=lambda images: 0.5 * images)
+    callback = SeparationCallback(separation=separation)
+    trained = _model()
+    _train(tmp_path, callback, model=trained, dataset=dataset, learning_rate=0.0)
+    model = _model().eval()
+    stage = StageOne(model, separation)
+    # The callback draws the examples in another order, which changes only the rounding of a mean.
+    losses = [stage.step(batch).mean().item() for _ in range(4)]
+    stage.finish_round()
+    assert [entry["separation_loss"] for entry in callback.history] == pytest.approx(losses, abs=2e-5)
+    for ours, theirs in zip(_map_weights(model), _map_weights(trained), strict=True):
+        assert_close(ours, theirs, scale=20)
+
+
+def test_run_repeats_its_batches_and_measures_the_end():
+    torch.manual_seed(0)
+    model = _model().eval()
+    batches = [{"pixel_values": Images(size=12, augment=False).images[start : start + 6]} for start in (0, 6)]
+    stage = StageOne(model, Separation.uhop(), steps=5, lr=0.01)
+    history = stage.run(batches)
+    assert len(history) == 6
+    assert stage.steps_done == 5
+    # The sixth batch is the second again, with the final maps, whose rows have unit norm.
+    expected = [separation_loss(each.features()) for each in model.memory_sets(**batches[1])]
+    assert history[-1] == pytest.approx(torch.stack(expected).mean().item(), abs=1e-6)
+    assert_close(torch.stack([weight.norm(dim=-1) for weight in _map_weights(model)]), torch.ones(2, 16))
+    with pytest.raises(ValueError, match="there is no batch to separate"):
+        stage.run([])
+    with pytest.raises(ValueError, match="there is no batch to separate"):
+        stage.run(iter(batches))
+
+
+def test_the_state_of_a_stage_resumes_exactly():
+    batches = [{"pixel_values": images} for images in Images(size=24, augment=False).images.split(8)]
+    settings: dict[str, Any] = {"parameters": "upstream", "optimizer": "adam", "lr": 1e-2, "final_temperature": 0.05, "steps": 6}
+    whole = StageOne(_model().eval(), **settings)
+    for batch in batches * 2:
+        whole.step(batch)
+    first = StageOne(_model().eval(), **settings)
+    for batch in batches:
+        first.step(batch)
+    second_model = _model().eval()
+    second = StageOne(second_model, **settings)
+    with pytest.raises(ValueError, match="the state belongs to other weights than the loaded ones"):
+        second.load_state_dict(first.state_dict())
+    second_model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(first.state_dict())
+    for batch in batches:
+        second.step(batch)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters, second.parameters, strict=True))
+    with pytest.raises(ValueError, match="was written with optimizer='adam' and cannot be resumed with optimizer='sgd'"):
+        StageOne(second_model, **{**settings, "optimizer": "sgd"}).load_state_dict(second.state_dict())
+
+
+def test_corrupted_copies_are_made_of_the_main_input():
+    model = UHopMILForBagClassification(UHopMILConfig(instance_dim=5, hidden_size=8, num_attention_heads=2)).eval()
+    batch = {"instances": torch.randn(2, 4, 5), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
+    stage = StageOne(model, Separation.denoising(corruption=mask_patterns), lr=0.0)
+    copy = stage.corrupted(batch)
+    assert set(copy) == set(batch)
+    assert ((copy["instances"] == 0) | (copy["instances"] == batch["instances"])).all()
+    assert (copy["instances"] == 0).any()
+    ((memories,), (corrupted,)) = (model.memory_sets(**each) for each in (batch, copy))
+    expected = denoising_loss(corrupted.features(), memories.features(), mask=memories.mask)
+    assert_close(stage.step(batch, copy), expected.unsqueeze(0))
+    assert StageOne(model).corrupted(batch) is None
+
+
+def test_a_gradient_that_is_not_finite_is_refused_before_it_changes_a_weight():
+    phi = FeatureMap(3)
+    kept = phi.weight.detach().clone()
+    with pytest.raises(ValueError, match="the gradient of the separation loss must be finite"):
+        StageOne(phi).step(torch.full((4, 3), torch.nan))
+    assert torch.equal(phi.weight, kept)
+
+
+def test_masked_memories_of_one_map_have_no_influence():
+    memories, mask = torch.randn(5, 3), torch.tensor([True, True, False, True, True])
+    maps = [FeatureMap(3, feature_init="identity") for _ in range(2)]
+    maximize_separation(maps[0], memories, Separation.denoising(corruption=lambda x: 0.5 * x), mask=mask, steps=3, lr=0.1)
+    maximize_separation(maps[1], memories[mask], Separation.denoising(corruption=lambda x: 0.5 * x), steps=3, lr=0.1)
+    assert_close(maps[0].weight, maps[1].weight)
+
+
+class Unlabelled(torch.utils.data.Dataset):
+    """Images without labels, and a column that the model does not take."""
+
+    def __init__(self, images: torch.Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"pixel_values": self.images[index], "file": f"{index}.png"}
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    """The same images as a stream."""
+
+    def __init__(self, images: torch.Tensor):
+        self.images = images
+
+    def __iter__(self):
+        return iter([{"pixel_values": image} for image in self.images])
+
+
+@pytest.mark.parametrize("schedule", ["train_begin", "epoch", "step"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_stage_one_can_draw_from_another_data_set(tmp_path, schedule, streamed):
+    images = Images(size=8, augment=False).images + 3.0
+    source: Any = Streamed(images) if streamed else Unlabelled(images)
+    callback = SeparationCallback(schedule, 1, dataset=source, batch_size=8, lr=0.05)
+    model = _model(hidden_dropout_prob=0.0)
+    expected = StageOne(_model(hidden_dropout_prob=0.0).eval(), batch_size=8).step({"pixel_values": images}).mean()
+    _train(tmp_path, callback, model=model, dataset=Images(augment=False))
+    assert callback.history[0]["separation_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_collator_of_its_own_makes_the_batches(tmp_path):
+    def collate(examples):
+        return {"pixel_values": torch.stack([example["pixel_values"] for example in examples]) * 0.5}
+
+    images = Images(size=8, augment=False).images
+    callback = SeparationCallback(steps=1, dataset=Unlabelled(images), data_collator=collate, batch_size=8)
+    expected = StageOne(_model().eval(), batch_size=8).step({"pixel_values": images * 0.5}).mean()
+    _train(tmp_path, callback)
+    assert callback.history[0]["separation_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_an_empty_data_set_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the separation data set is empty"):
+        _train(tmp_path, SeparationCallback(dataset=Unlabelled(torch.zeros(0, 1, 8, 8))))
+
+
+def test_a_recipe_names_a_preset_and_a_data_set():
+    asked = []
+
+    def load(*where):
+        asked.append(where)
+        return [1, 2]
+
+    section = {"preset": "uhop_plus", "steps": 7, "schedule": "epoch", "dataset": "stl10", "split": "unlabelled"}
+    callback = separation_callback(section, load)
+    assert callback is not None
+    assert asked == [("stl10", "unlabelled")]
+    assert (callback.separation, callback.schedule, callback.dataset) == (Separation.uhop_plus(steps=7), "epoch", [1, 2])
+    assert separation_callback(None, lambda *_: None) is None
+    plain = separation_callback({"lr": 0.5}, lambda *_: pytest.fail("no data set was asked for"))
+    assert plain is not None
+    assert (plain.separation, plain.dataset) == (Separation(lr=0.5), None)
+    with pytest.raises(RecipeError, match=r"separation.preset must be one of \['uhop', .* got 'u-hop'"):
+        separation_callback({"preset": "u-hop"}, lambda *_: None)
+    assert with_defaults({"lr": 0.5}) == with_defaults({"lr": 0.5, "kind": "average", "schedule": "train_begin", "batch_size": None})
+
+
+def test_unlabelled_images_leave_out_the_validation_images(tmp_path):
+    from data import load_images, unlabelled_images
+
+    data = DataRecipe("digits", max_train_samples=100)
+    images, splits = unlabelled_images(data), load_images(data)
+    assert images.column_names == ["image", "row"]
+    assert len(images) == len(load_images(DataRecipe("digits"))["train"]) > 1200
+    assert not set(images["row"]) & {*splits["validation"]["row"], *splits["test"]["row"]}
+    assert set(splits["train"]["row"]) < set(images["row"])
+    # Another data set needs no labels.
+    splits["test"].remove_columns(["label", "row"]).to_parquet(tmp_path / "unlabelled.parquet")
+    other = unlabelled_images(data, str(tmp_path), "unlabelled")
+    assert len(other) == len(splits["test"])
+    with pytest.raises(RecipeError, match=r"has no split|no folder"):
+        unlabelled_images(data, str(tmp_path / "missing"), "unlabelled")
+
+
+def test_unlabelled_bags_and_windows(tmp_path):
+    from bags import load_instances
+    from datasets import Dataset
+
+    bags = [bag.tolist() for bag in digit_bags().instances[:5]]
+    Dataset.from_dict({"instances": bags}).to_parquet(tmp_path / "bags.parquet")
+    loaded = load_instances(BagDataRecipe(str(tmp_path / "bags.parquet")))
+    assert all(np.allclose(ours, theirs) for ours, theirs in zip(loaded, bags, strict=True))
+    recipe = SeriesDataRecipe("synthetic", split=[200, 61, 60])
+    series = load_series(recipe)
+    assert len(unlabelled_windows(recipe, series, (24, 6))) == len(series.windows("train", 24, 6))
+    assert unlabelled_windows(recipe, series, (24, 6), split="validation")[0]["past_values"].shape == (24, len(series.names))
+    with pytest.raises(RecipeError, match=r"separation.split must be one of \['train', 'validation', 'test'\], got 'all'"):
+        unlabelled_windows(recipe, series, (24, 6), split="all")
+    (tmp_path / "two.csv").write_text("date,a,b\n" + "\n".join(f"2020-01-{day:02d},{day},{day * day % 7}" for day in range(1, 31)))
+    with pytest.raises(RecipeError, match=r"separation.dataset must have \d+ series, as data.dataset has, got 2"):
+        unlabelled_windows(dataclasses.replace(recipe, split=[0.6, 0.2, 0.2]), series, (4, 2), str(tmp_path / "two.csv"))
+
+
+@pytest.mark.parametrize("script", ["vit", "mil", "stanhop"])
+def test_every_script_separates_on_unlabelled_data(tmp_path, script, monkeypatch):
+    """A run whose Stage I has a data set of its own separates on it."""
+    drawn = []
+    step = StageOne.step
+
+    def recorded(self, batch, *views):
+        drawn.append(set(batch))
+        return step(self, batch, *views)
+
+    monkeypatch.setattr(StageOne, "step", recorded)
+    separation = {"steps": 2, "batch_size": 8, "split": "train"}
+    if script == "vit":
+        import train_vit
+        from recipe import ViTRecipe
+
+        sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        training = {"max_steps": 1, "per_device_train_batch_size": 8, "use_cpu": True, "report_to": "none", "eval_strategy": "no"}
+        monkeypatch.setattr("train_vit.check_reload", lambda *_: None)
+        data = DataRecipe("digits", max_train_samples=50, max_eval_samples=20)
+        train_vit.run(ViTRecipe("small", data, sizes, separation, training), tmp_path / "run")
+        assert drawn == [{"pixel_values"}] * 2
+    elif script == "mil":
+        import train_mil
+        from recipe import MILRecipe
+
+        bags = digit_bags()
+        recipe = MILRecipe("small", BagDataRecipe("digits"), {"hidden_size": 8, "num_attention_heads": 2}, separation, {"max_steps": 1})
+        train_mil.fit(recipe, bags.instances[:20], bags.labels[:20], bags.names, 0)
+        assert drawn == [{"instances", "attention_mask"}] * 2
+    else:
+        import train_stanhop
+        from recipe import STanHopRecipe
+
+        model = {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16}
+        series = SeriesDataRecipe("synthetic", split=[200, 61, 60])
+        monkeypatch.setattr("train_stanhop.check_reload", lambda *_: None)
+        train_stanhop.run(
+            STanHopRecipe("small", series, model, separation, {"max_steps": 1, "use_cpu": True}, baseline_lengths=[]), tmp_path / "run"
+        )
+        assert drawn == [{"past_values", "future_values"}] * 2
+        assert json.loads((Path(tmp_path) / "run" / "results.json").read_text())["recipe"]["separation"] == separation
+
+
+def test_a_model_without_memories_is_refused():
+    with pytest.raises(ValueError, match=r"needs a model with feature maps .* Linear has none"):
+        StageOne(nn.Linear(2, 2))

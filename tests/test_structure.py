@@ -1,0 +1,84 @@
+"""Tests of the package's structure: what travels to the Hub, and which way imports go."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import modeling_uhop
+
+
+ROOT = Path(modeling_uhop.__file__).parent
+MODELING = sorted(path.name for pattern in ("modeling_*.py", "feature_extraction_*.py") for path in ROOT.glob(pattern))
+# What a Hub folder may import: in the environment of anyone who loads a model.
+LIBRARIES = {"torch", "transformers", "huggingface_hub", "numpy", "safetensors"}
+
+
+def _imports(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def _own(path: Path) -> list[ast.ImportFrom]:
+    """The imports of a file from this package."""
+    return [node for node in _imports(path) if isinstance(node, ast.ImportFrom) and node.level > 0]
+
+
+def _closure(name: str) -> set[str]:
+    """The files that travel to the Hub with a file."""
+    found, waiting = set(), [name]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += [f"{node.module}.py" for node in _own(ROOT / name)]
+    return found
+
+
+@pytest.mark.parametrize("name", MODELING)
+def test_files_that_travel_are_flat(name):
+    """Transformers copies only files that `from .file import name` reaches, into one folder."""
+    for travelling in _closure(name):
+        for node in _own(ROOT / travelling):
+            assert node.level == 1
+            assert node.module is not None
+            assert "." not in node.module, f"{travelling} imports {node.module}"
+            assert (ROOT / f"{node.module}.py").is_file(), f"{travelling} imports {node.module}, which is not a file of the root"
+
+
+@pytest.mark.parametrize("name", MODELING)
+def test_files_that_travel_import_only_what_every_user_has(name):
+    for travelling in _closure(name):
+        tree = ast.parse((ROOT / travelling).read_text())
+        # An optional library is imported in a `try`, or in a function that needs it.
+        for node in tree.body:
+            if isinstance(node, ast.Import | ast.ImportFrom) and getattr(node, "level", 0) == 0:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                for module in names:
+                    top = module.partition(".")[0]
+                    assert top in LIBRARIES or top in sys.stdlib_module_names, f"{travelling} imports {module}"
+
+
+def test_imports_go_one_way():
+    """The root imports no subfolder, and no file imports itself by way of others."""
+    files = {path.relative_to(ROOT).as_posix(): path for path in ROOT.rglob("*.py") if path.name != "__init__.py"}
+    assert len(files) > 25
+    targets: dict[str, set[str]] = {}
+    for name, path in files.items():
+        parents = name.split("/")[:-1]
+        targets[name] = set()
+        for node in _own(path):
+            folder = parents[: len(parents) - (node.level - 1)]
+            target = "/".join([*folder, *(node.module or "").split(".")]) + ".py"
+            if "/" not in name:
+                assert "/" not in target, f"{name} imports {target}"
+            targets[name].add(target)
+
+    def reached(name: str, seen: set[str]) -> set[str]:
+        for target in targets.get(name, set()) - seen:
+            seen.add(target)
+            reached(target, seen)
+        return seen
+
+    circles = [name for name in files if name in reached(name, set())]
+    assert circles == []

@@ -1,0 +1,43 @@
+"""The separation section of a recipe: `SeparationCallback`, with a preset and a data set of its own."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from recipe import RecipeError
+
+from modeling_uhop import Separation, SeparationCallback
+from modeling_uhop.separation import PRESETS
+
+
+def separation_callback(section: dict[str, Any] | None, unlabelled: Callable[[str | None, str | None], Any]) -> SeparationCallback | None:
+    """Build the callback of a recipe.
+
+    Args:
+        section: The section `separation` of the recipe; `None` for a run without Stage I. Its keys
+            are the fields of `Separation`, the other arguments of `SeparationCallback`, `preset`
+            (the name of a preset of `Separation`), `dataset` and `split`.
+        unlabelled: A function of `dataset` and `split` that loads what Stage I draws from; at least
+            one of them is not `None`.
+
+    Raises:
+        RecipeError: For an unknown preset.
+    """
+    if section is None:
+        return None
+    given = dict(section)
+    preset, dataset, split = (given.pop(name, None) for name in ("preset", "dataset", "split"))
+    if preset is not None and preset not in PRESETS:
+        raise RecipeError(f"separation.preset must be one of {list(PRESETS)}, got {preset!r}")
+    separation = None if preset is None else PRESETS[preset]()
+    source = None if dataset is None and split is None else unlabelled(dataset, split)
+    return SeparationCallback(separation=separation, dataset=source, **given)
+
+
+def with_defaults(section: dict[str, Any]) -> dict[str, Any]:
+    """Return the section of a recipe with the default of each key that it leaves out."""
+    arguments = inspect.signature(SeparationCallback).parameters.values()
+    defaults = {each.name: each.default for each in arguments if each.kind is not inspect.Parameter.VAR_KEYWORD}
+    fields = {field.name: field.default for field in dataclasses.fields(Separation)}
+    return {**fields, **defaults, **section}
