@@ -302,7 +302,7 @@ class SeparationCallback(TrainerCallback):
             warnings.warn(f"the checkpoint has no {self._file_name}: it predates the separation step, which starts now", stacklevel=2)
             return False
         else:
-            loaded_state = torch.load(path, map_location=args.device, weights_only=True)
+            loaded_state = torch.load(path, map_location="cpu", weights_only=True)
         saved = cast(dict[str, Any], loaded_state)
         check_settings(saved["settings"], {"schedule": self.schedule}, str(path))
         self.stage.load_state_dict(saved, str(path))
