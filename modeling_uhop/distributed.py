@@ -6,13 +6,15 @@ part of the averaged gradient. FSDP2's own state stays that of a model between t
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from .validation import is_finite
 
 
 def process_count() -> int:
@@ -118,8 +120,15 @@ def averaged_like(gradient: torch.Tensor, parameter: Any) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, Partial
 
     mesh = parameter.device_mesh
-    summand = DTensor.from_local(gradient, mesh, [Partial()] * mesh.ndim, run_check=False)
-    return (summand.redistribute(placements=parameter.placements) / mesh.size()).to(parameter.device)
+    summand = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    return summand.redistribute(placements=parameter.placements).to(parameter.device)
+
+
+def are_finite(tensors: Sequence[Any]) -> bool:
+    """Return whether every value of some tensors is finite, those of other processes included."""
+    finite = all(is_finite(tensor.to_local() if is_sharded(tensor) else tensor) for tensor in tensors)
+    # Because all processes must go on or stop together, they tell each other.
+    return bool(averaged(torch.tensor(float(finite))) == 1.0) if any(map(is_sharded, tensors)) else finite
 
 
 def reshard(model: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .corruption import Corruption
 from .distributed import (
+    are_finite,
     averaged_like,
     check_sharding,
     gather_rows,
@@ -29,7 +30,7 @@ from .feature_map import FeatureMap
 from .memories import MemorySet, SharedMemorySet
 from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
 from .simplex import at_least_fp32
-from .validation import check_tensor, check_tensors, is_finite, is_readable
+from .validation import check_tensor, check_tensors, is_readable
 
 
 KINDS = (*SEPARATION_KINDS, "denoising")
@@ -289,7 +290,7 @@ class StageOne:
                     "there is nothing to train: all parameters that the memories' features depend on are frozen (requires_grad=False)"
                 )
             gradients = self._gradients(losses.sum(), leaves)
-        if is_readable(losses) and not all(gradient is None or is_finite(gradient) for gradient in gradients):
+        if is_readable(losses) and not are_finite([gradient for gradient in gradients if gradient is not None]):
             raise ValueError(
                 "the gradient of the separation loss must be finite, and is not: the memories are too small or too large; scale them"
             )
