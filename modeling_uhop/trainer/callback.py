@@ -320,11 +320,11 @@ def refuse_engines(args: TrainingArguments) -> None:
     """
     kinds = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP")
     kind = PartialState().distributed_type.value
-    engine = "deepspeed" if getattr(args, "deepspeed", None) else kind
+    engine = "DEEPSPEED" if getattr(args, "deepspeed", None) else kind
     if engine not in kinds:
         raise NotImplementedError(
-            f"SeparationCallback needs whole parameters or those of FSDP2, but {engine} shards or copies them; "
-            "train with plain data parallelism (DDP) or FSDP2 (fsdp_version: 2)"
+            f"the separation step needs whole parameters or those of FSDP2, but {engine} shards or copies them; "
+            "use plain data parallelism (DDP) or FSDP2 (fsdp_version: 2 of accelerate)"
         )
 
 
