@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .validation import is_finite
+from .precision import is_finite
 
 
 def process_count() -> int:

@@ -28,9 +28,9 @@ from .distributed import (
 )
 from .feature_map import FeatureMap
 from .memories import MemorySet, SharedMemorySet
+from .precision import at_least_fp32, is_readable
 from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
-from .simplex import at_least_fp32
-from .validation import check_tensor, check_tensors, is_readable
+from .validation import check_tensor, check_tensors
 
 
 KINDS = (*SEPARATION_KINDS, "denoising")
