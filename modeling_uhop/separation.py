@@ -440,9 +440,10 @@ def _feature_maps(model: Any, needed: bool) -> list[Any]:
 
     The list may be empty only if `needed` is false.
     """
-    # Because code loaded from a model folder has its own FeatureMap class, we compare class names.
+    # Because code loaded from a model folder has its own FeatureMap class, and FSDP2 makes a subclass,
+    # we compare the names of all base classes.
     # An adapter of PEFT holds the wrapped module as `base_layer`.
-    names = [name for name, module in model.named_modules() if type(module).__name__ == "FeatureMap"]
+    names = [name for name, module in model.named_modules() if "FeatureMap" in {kind.__name__ for kind in type(module).__mro__}]
     maps = [model.get_submodule(re.sub(r"(\.base_layer)+$", "", name)) for name in names]
     if not (isinstance(model, FeatureMap) or hasattr(model, "memory_sets")) or (needed and not maps):
         raise ValueError(

@@ -91,7 +91,9 @@ def replicas(model: Any) -> None:
 
 
 def group(model: Any) -> None:
-    """Shard all layers as one group, and the columns of the remaining matrices."""
+    """Shard each feature map, the layers as one group, and the columns of the remaining matrices."""
+    for layer in model.vit.layers:
+        fully_shard(layer.attention.feature_map)
     fully_shard(list(model.vit.layers))
     fully_shard(model, shard_placement_fn=lambda parameter: Shard(1) if parameter.dim() == 2 else None)
 

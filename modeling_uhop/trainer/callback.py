@@ -137,7 +137,7 @@ class SeparationCallback(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self._latest: dict[str, float] = {}
         self._separated_model: nn.Module | None = None
-        self._training = False
+        self._training = self._is_sharded = False
         self._state_dict_hook: RemovableHandle | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
