@@ -27,6 +27,20 @@ class MemorySet(NamedTuple):
         """Map the memories to feature space (B, M, D); without Phi they stay unchanged."""
         return self.memories if self.feature_map is None else self.feature_map(self.memories)
 
+    @property
+    def shared(self) -> bool:
+        """Whether the memories are the same for every example."""
+        return False
+
+
+class SharedMemorySet(MemorySet):
+    """Memories that do not depend on the example, such as learned ones."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether the memories are the same for every example."""
+        return True
+
 
 def present_memories(attention_mask: torch.Tensor | None, memories: torch.Tensor) -> torch.Tensor | None:
     """Return which memories any query may retrieve, as a mask (B, M).

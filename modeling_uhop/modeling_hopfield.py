@@ -15,7 +15,7 @@ from .attention_interface import hopfield_kernel
 from .feature_map import FeatureMap
 from .folding import fold_model
 from .hopfield import HopfieldAttention, HopfieldPooling
-from .memories import MemorySet, observe
+from .memories import MemorySet, SharedMemorySet, observe
 from .precision import is_traced
 
 
@@ -119,8 +119,10 @@ class HopfieldPreTrainedModel(PreTrainedModel):
         first = 0 if include_class_token else self.num_class_tokens
         sets = []
         for name, (feature_map, memories, mask) in observed:
-            count = len(memories) // batch_size if name.startswith(self._shared_memories) else len(memories)
-            sets.append(MemorySet(feature_map, memories[:count, first:], None if mask is None else mask[:count, first:]))
+            kind, count = MemorySet, len(memories)
+            if name.startswith(self._shared_memories):
+                kind, count = SharedMemorySet, count // batch_size
+            sets.append(kind(feature_map, memories[:count, first:], None if mask is None else mask[:count, first:]))
         return iter(sets)
 
     @torch.no_grad()

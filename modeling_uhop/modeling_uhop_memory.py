@@ -17,7 +17,7 @@ from .corruption import mask_patterns
 from .energy import association_of, energy, mixed
 from .feature_cache import cached_features, index_candidates, select_index
 from .feature_map import FeatureMap
-from .memories import MemorySet
+from .memories import MemorySet, SharedMemorySet
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import is_finite, is_traced
 from .search import Candidates, brute_force, mixture, sparse_association
@@ -276,7 +276,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
     def memory_sets(self, *inputs, include_class_token: bool = False, **batch) -> Iterator[MemorySet]:
         """Return the one set of stored patterns (1, M, d), with the feature map."""
-        return iter([MemorySet(self.feature_map, self.memories.unsqueeze(0))])
+        return iter([SharedMemorySet(self.feature_map, self.memories.unsqueeze(0))])
 
     def _separate_optimally(self) -> list[float]:
         """Reach the optimal spherical code; return minus the smallest margin before and after."""

@@ -13,9 +13,22 @@ from torch import nn
 from transformers.utils import logging
 
 from .corruption import Corruption
+from .distributed import (
+    are_finite,
+    averaged_like,
+    check_sharding,
+    gather_rows,
+    is_sharded,
+    mean_over_processes,
+    part_like,
+    process_count,
+    reshard,
+    whole,
+    whole_parameters,
+)
 from .feature_map import FeatureMap
-from .memories import MemorySet
-from .precision import at_least_fp32, is_finite, is_readable
+from .memories import MemorySet, SharedMemorySet
+from .precision import at_least_fp32, is_readable
 from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
 from .validation import check_tensor, check_tensors
 
@@ -23,6 +36,7 @@ from .validation import check_tensor, check_tensors
 KINDS = (*SEPARATION_KINDS, "denoising")
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 PARAMETERS = ("feature_maps", "upstream")
+POOLINGS = (False, True, "global")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +79,10 @@ class Separation:
         batch_size: Number of examples of a step, over all processes together, or of memories where
             one feature map is separated. `None` means 128 examples, and all memories.
         include_class_token: Whether the CLS token of an image is a memory.
-        pool_memories: Whether all memories of a batch form one set, instead of one set per example
-            (image, bag, series).
+        pool_memories: Which memories form one set. `False`: those of one example (image, bag,
+            series). `True`: those of the batch of a process. "global": those of the batches of all
+            processes together, so that the loss does not depend on the number of processes. With
+            one process it is `True`.
 
     Raises:
         ValueError: If a value is not one of its choices or out of range.
@@ -90,10 +106,16 @@ class Separation:
     corruption: Corruption | None = None
     batch_size: int | None = None
     include_class_token: bool = False
-    pool_memories: bool = False
+    pool_memories: bool | str = False
 
     def __post_init__(self):
-        for name, choices in (("kind", KINDS), ("parameters", PARAMETERS), ("optimizer", tuple(OPTIMIZERS))):
+        fields: dict[str, tuple] = {
+            "kind": KINDS,
+            "parameters": PARAMETERS,
+            "optimizer": tuple(OPTIMIZERS),
+            "pool_memories": POOLINGS,
+        }
+        for name, choices in fields.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for name, least in (("steps", 0), ("batch_size", 1)):
@@ -162,6 +184,11 @@ class StageOne:
     maps. It leaves no `.grad` behind, has an optimizer of its own, and changes only the parameters
     that `separation.parameters` selects. In several processes, gradients are averaged.
 
+    The model may be sharded by FSDP2 (`fully_shard`), before it comes here. Then every process must
+    call each method. During a step, each process holds the whole parameters of the model and their
+    gradients; the state of the optimizer stays sharded. The parameters are gathered as they are
+    stored, so a `MixedPrecisionPolicy` has no effect; `autocast` has.
+
     Args:
         model: A model with `memory_sets` (possibly wrapped by PEFT), or a `FeatureMap`. A model in
             training mode is separated with its dropout; `SeparationCallback` switches it off.
@@ -176,6 +203,7 @@ class StageOne:
         ValueError: If a model has no `memory_sets`; if no selected parameter is trainable; if
             `project` or `normalize_rows` is set while an adapter is trained instead of W.
         TypeError: If a name in `fields` is not a field of `Separation`.
+        NotImplementedError: If FSDP1, DeepSpeed ZeRO-3 or tensor parallelism shards the parameters.
 
     Examples:
         >>> from modeling_uhop import Separation, StageOne, UHopViTConfig, UHopViTForImageClassification
@@ -199,6 +227,8 @@ class StageOne:
         self.separation = (separation or Separation()).replace(**fields)
         self.total_steps = self.separation.steps if total_steps is None else total_steps
         self.autocast = autocast
+        check_sharding(model)
+        reshard(model)
         scales_rows = self.separation.project or self.separation.normalize_rows
         self.maps = _feature_maps(model, needed=self.separation.parameters == "feature_maps" or scales_rows)
         if scales_rows and any(hasattr(phi, "base_layer") for phi in self.maps):
@@ -253,14 +283,14 @@ class StageOne:
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("separation needs gradients, which torch.inference_mode() forbids; torch.no_grad() does not")
-        with torch.enable_grad():
+        with torch.enable_grad(), whole_parameters(self.model) as leaves:
             losses = self.losses(batch, self.corrupted(batch) if corrupted is None else corrupted, self.steps_done)
             if not losses.requires_grad:
                 raise ValueError(
                     "there is nothing to train: all parameters that the memories' features depend on are frozen (requires_grad=False)"
                 )
-            gradients = self._gradients(losses.sum())
-        if is_readable(losses) and not all(gradient is None or is_finite(gradient) for gradient in gradients):
+            gradients = self._gradients(losses.sum(), leaves)
+        if is_readable(losses) and not are_finite([gradient for gradient in gradients if gradient is not None]):
             raise ValueError(
                 "the gradient of the separation loss must be finite, and is not: the memories are too small or too large; scale them"
             )
@@ -290,7 +320,7 @@ class StageOne:
     def losses(self, batch: Any, corrupted: Any, step: int) -> torch.Tensor:
         """Return the loss of each layer on a batch (and its corrupted copy), at a step's temperature."""
         temperature = self.separation.temperature_of(step, self.total_steps)
-        with self.autocast():
+        with self.autocast(), whole_parameters(self.model):
             stored = self._memory_sets(batch)
             if corrupted is not None:
                 copies = self._memory_sets(corrupted)
@@ -305,7 +335,7 @@ class StageOne:
         return torch.stack(losses)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact resume needs."""
+        """Return what an exact resume needs, in any number of processes: it holds whole tensors."""
         return {
             "steps_done": self.steps_done,
             "optimizer": self.optimizer.state_dict(),
@@ -336,7 +366,7 @@ class StageOne:
         """Hash of the parameters that the steps change."""
         digest = hashlib.sha256()
         for parameter in self.parameters:
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+            digest.update(whole(parameter).float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def _memory_sets(self, batch: Any) -> list[MemorySet]:
@@ -345,9 +375,9 @@ class StageOne:
             return [MemorySet(self.model, *_pair(batch))]
         options = {"include_class_token": True} if self.separation.include_class_token else {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.separation.parameters == "upstream"):
-            sets = [MemorySet(*memory_set) for memory_set in self.model.memory_sets(**batch, **options)]
+            sets = [_own_kind(memory_set) for memory_set in self.model.memory_sets(**batch, **options)]
         if self.separation.pool_memories:
-            sets = [MemorySet(phi, memories.flatten(0, 1), None if mask is None else mask.flatten()) for phi, memories, mask in sets]
+            sets = [self._pooled(each) for each in sets]
         separable = [each for each in sets if each.mask is not None or each.memories.shape[-2] > 1]
         if not separable:
             raise ValueError(
@@ -356,14 +386,24 @@ class StageOne:
             )
         return separable
 
-    def _gradients(self, loss: torch.Tensor) -> list[torch.Tensor | None]:
+    def _pooled(self, memory_set: MemorySet) -> MemorySet:
+        """Return the memories of all examples as one set: of this process, or of all."""
+        memories, mask = memory_set.memories.flatten(0, 1), None if memory_set.mask is None else memory_set.mask.flatten()
+        if self.separation.pool_memories == "global" and process_count() > 1 and not memory_set.shared:
+            memories = gather_rows(memories if mask is None else memories[mask])
+            mask = None if mask is None else mask.new_ones(len(memories))
+        return memory_set._replace(memories=memories, mask=mask)
+
+    def _gradients(self, loss: torch.Tensor, leaves: dict[int, torch.Tensor]) -> list[torch.Tensor | None]:
         """Gradients of the loss, averaged over processes; `None` where it does not depend."""
         # Because other code may freeze a layer during training, we check again in every step.
         moving = [parameter for parameter in self.parameters if parameter.requires_grad]
-        found = dict(zip(map(id, moving), torch.autograd.grad(loss, moving, allow_unused=True), strict=True))
-        return [None if found.get(id(parameter)) is None else _averaged(found[id(parameter)]) for parameter in self.parameters]
+        gradients = torch.autograd.grad(loss, [leaves.get(id(parameter), parameter) for parameter in moving], allow_unused=True)
+        found = dict(zip(map(id, moving), gradients, strict=True))
+        return [None if found.get(id(each)) is None else averaged_like(found[id(each)], each) for each in self.parameters]
 
     def _normalize_rows(self) -> None:
+        reshard(self.model)
         for phi in self._moved_maps:
             phi.normalize_rows()
 
@@ -375,18 +415,9 @@ def check_settings(saved: dict[str, str], now: dict[str, str], name: str) -> Non
             raise ValueError(f"{name} was written with {key}={saved[key]!r} and cannot be resumed with {key}={value!r}")
 
 
-def mean_over_processes(losses: torch.Tensor) -> float:
-    """Return the mean loss over layers and processes."""
-    return float(_averaged(losses).mean())
-
-
-def _averaged(tensor: torch.Tensor) -> torch.Tensor:
-    """Mean of a tensor over all processes."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return tensor
-    total = tensor.clone()
-    torch.distributed.all_reduce(total)
-    return total / torch.distributed.get_world_size()
+def _own_kind(memory_set: Any) -> MemorySet:
+    """Return a memory set as one of this package; code loaded from a model folder has its own class."""
+    return (SharedMemorySet if getattr(memory_set, "shared", False) else MemorySet)(*memory_set)
 
 
 def _pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -409,9 +440,10 @@ def _feature_maps(model: Any, needed: bool) -> list[Any]:
 
     The list may be empty only if `needed` is false.
     """
-    # Because code loaded from a model folder has its own FeatureMap class, we compare class names.
+    # Because code loaded from a model folder has its own FeatureMap class, and FSDP2 makes a subclass,
+    # we compare the names of all base classes.
     # An adapter of PEFT holds the wrapped module as `base_layer`.
-    names = [name for name, module in model.named_modules() if type(module).__name__ == "FeatureMap"]
+    names = [name for name, module in model.named_modules() if "FeatureMap" in {kind.__name__ for kind in type(module).__mro__}]
     maps = [model.get_submodule(re.sub(r"(\.base_layer)+$", "", name)) for name in names]
     if not (isinstance(model, FeatureMap) or hasattr(model, "memory_sets")) or (needed and not maps):
         raise ValueError(
@@ -500,7 +532,10 @@ class SeparationOptimizer:
             raise ValueError(f"the separation learning rate must be at least 0, got {lr}")
         self.parameters = list(parameters)
         self.wide = [parameter.detach().float() if _is_half(parameter) else parameter for parameter in self.parameters]
-        self.inner = OPTIMIZERS[name](self.wide, lr=lr)
+        # Because one multi-tensor kernel cannot update sharded and whole parameters together, each is
+        # then updated by itself.
+        foreach = False if len({is_sharded(wide) for wide in self.wide}) > 1 else None
+        self.inner = OPTIMIZERS[name](self.wide, lr=lr, foreach=foreach)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor | None]) -> None:
@@ -518,15 +553,25 @@ class SeparationOptimizer:
                 parameter.copy_(wide)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state for an exact resume, including the fp32 copies."""
-        copies = {place: wide for place, wide in enumerate(self.wide) if wide is not self.parameters[place]}
-        return {**self.inner.state_dict(), "wide": copies}
+        """Return the state for an exact resume, including the fp32 copies, as whole tensors."""
+        copies = {place: _saved(wide) for place, wide in enumerate(self.wide) if wide is not self.parameters[place]}
+        saved = self.inner.state_dict()
+        moments = {place: {name: _saved(value) for name, value in part.items()} for place, part in saved["state"].items()}
+        return {**saved, "state": moments, "wide": copies}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        self.inner.load_state_dict({name: part for name, part in state.items() if name != "wide"})
+        moments = {
+            place: {name: part_like(value, self.wide[place]) for name, value in part.items()} for place, part in state["state"].items()
+        }
+        self.inner.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
         for place, wide in state.get("wide", {}).items():
-            self.wide[place].copy_(wide)
+            self.wide[place].copy_(part_like(wide, self.wide[place]))
+
+
+def _saved(value: Any) -> Any:
+    """Return a value of an optimizer's state, or the whole of a sharded one, on the CPU."""
+    return whole(value).cpu() if is_sharded(value) else value
 
 
 def _is_half(tensor: torch.Tensor) -> bool:

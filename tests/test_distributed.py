@@ -18,7 +18,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from conftest import TOLERANCE, assert_close
+from conftest import assert_close
 from recipe import SeriesDataRecipe, STanHopRecipe
 
 from modeling_uhop import UHopViTModel
@@ -87,15 +87,6 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path):
     options = {"separation": {"batch_size": 7}, "batch_size": 4}
     with pytest.raises(pytest.fail.Exception, match="batch_size must be a multiple of the 2 processes, got 7"):
         _launch(tmp_path, 2, options)
-
-
-def test_a_model_sharded_by_fsdp2_equals_the_whole_model(tmp_path):
-    _run(2, str(TESTS / "sharding_worker.py"), str(tmp_path))
-    for rank in range(2):
-        result = json.loads((tmp_path / f"rank_{rank}.json").read_text())
-        assert result["loss"] < TOLERANCE[torch.float32]
-        assert result["gradient"] < TOLERANCE[torch.float32]
-        assert result["count"] > 20
 
 
 def test_a_forecasting_recipe_in_two_processes_equals_one_process(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from ..separation import Separation, StageOne, check_settings, mean_over_processes
+from ..distributed import mean_over_processes, reshard
+from ..separation import Separation, StageOne, check_settings
 from .sampler import accepted_names, combined_seed, is_stream, sampler
 from .state import attach_to_optimizer, checkpoint, evaluating, isolated_rng, state_file_name, write_state
 
@@ -61,6 +62,11 @@ class SeparationCallback(TrainerCallback):
     without an optimizer. Several callbacks of this class in one Trainer write `separation.pt`,
     `separation_1.pt` and so on; a resume needs them in the same order.
 
+    **Many processes.** DDP and FSDP2 are supported; see `StageOne` for the memory that FSDP2 needs.
+    Under FSDP2, only `separation.pt` holds the state, as whole tensors that any number of processes
+    can load. FSDP1, DeepSpeed and tensor parallelism raise an error. With
+    `pool_memories="global"`, the memories of all processes form one set.
+
     **PEFT.** In a model wrapped by PEFT, Stage I trains what PEFT trains: an adapter of the feature
     map (`LoraConfig(target_parameters=["feature_map.weight"])`), or the feature map itself
     (`modules_to_save=["feature_map"]`).
@@ -99,8 +105,8 @@ class SeparationCallback(TrainerCallback):
             parameters.
         FileNotFoundError: On resuming, if the Stage I state of a checkpoint is missing.
         MemoryError: If a separation step runs out of memory.
-        NotImplementedError: When training begins under FSDP, DeepSpeed or another engine that
-            shards parameters.
+        NotImplementedError: When training begins under FSDP1, DeepSpeed, tensor parallelism or
+            another engine that shards parameters, except FSDP2.
     """
 
     def __init__(
@@ -131,16 +137,20 @@ class SeparationCallback(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self._latest: dict[str, float] = {}
         self._separated_model: nn.Module | None = None
-        self._training = False
+        self._training = self._is_sharded = False
         self._state_dict_hook: RemovableHandle | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         """Prepare Stage I, load its state on a resume, and run the round of "train_begin"."""
+        refuse_engines(args)
         self._file_name = state_file_name(state)
         if self._state_dict_hook is not None:
             self._state_dict_hook.remove()
+        self._is_sharded = reshard(model)
+        # Because accelerate saves FSDP2's optimizer by the names of its parameters, which this entry
+        # does not have, the state then has only its own file.
         self._state_dict_hook, loaded_state = attach_to_optimizer(
-            optimizer, self._file_name, lambda: self._state() if self._training else None
+            None if self._is_sharded else optimizer, self._file_name, lambda: self._state() if self._training else None
         )
         names = accepted_names(model, args.label_names or []) if args.remove_unused_columns else None
         if state.global_step == 0 and self._separated_model is model:
@@ -167,7 +177,6 @@ class SeparationCallback(TrainerCallback):
             total_steps=rounds * self.separation.steps,
             autocast=lambda: torch.autocast(args.device.type, dtype=half, enabled=is_mixed),
         )
-        refuse_sharding(args, self.stage.parameters)
         self.history, self._latest = [], {}
         self._logged_losses: list[dict[str, float]] = []
         self._mid_epoch = False
@@ -212,24 +221,22 @@ class SeparationCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Write the Stage I state into the checkpoint folder."""
-        if not args.should_save:
+        if not (args.should_save or self._is_sharded):
             return
+        content = self._state()
         folder = checkpoint(args, state)
-        if not folder.is_dir():
+        if args.should_save and not folder.is_dir():
             warnings.warn(f"Stage I's state is not saved: the checkpoint is not in {folder}", stacklevel=2)
-            return
-        self._write(folder)
+        elif args.should_save:
+            write_state(folder / self._file_name, content)
 
     def on_push_begin(self, args, state, control, **kwargs):
         # Because the Trainer uploads a checkpoint before it calls `on_save`, we write the state
-        # here.
-        """Write the Stage I state before a checkpoint is uploaded."""
+        # here. It calls this in one process, which holds only a part of a sharded state.
+        """Write the Stage I state before a checkpoint is uploaded; under FSDP2 it is not uploaded."""
         folder = checkpoint(args, state)
-        if self._training and args.should_save and folder.is_dir():
-            self._write(folder)
-
-    def _write(self, folder: Path) -> None:
-        write_state(folder / self._file_name, self._state())
+        if self._training and args.should_save and folder.is_dir() and not self._is_sharded:
+            write_state(folder / self._file_name, self._state())
 
     def _state(self) -> dict[str, Any]:
         """What an exact resume needs."""
@@ -300,7 +307,7 @@ class SeparationCallback(TrainerCallback):
             warnings.warn(f"the checkpoint has no {self._file_name}: it predates the separation step, which starts now", stacklevel=2)
             return False
         else:
-            loaded_state = torch.load(path, map_location=args.device, weights_only=True)
+            loaded_state = torch.load(path, map_location="cpu", weights_only=True)
         saved = cast(dict[str, Any], loaded_state)
         check_settings(saved["settings"], {"schedule": self.schedule}, str(path))
         self.stage.load_state_dict(saved, str(path))
@@ -311,17 +318,18 @@ class SeparationCallback(TrainerCallback):
         return True
 
 
-def refuse_sharding(args: TrainingArguments, parameters: list[nn.Parameter]) -> None:
-    """Raise a `NotImplementedError` if parameters are sharded over processes."""
-    unsharded = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU)
-    kind = PartialState().distributed_type
-    engine = next((engine for engine in ("fsdp", "deepspeed") if getattr(args, engine, None)), kind.value)
-    # Because tensor parallelism shards without telling accelerate, we also check for
-    # `placements`, which only a DTensor has.
-    if engine != kind.value or kind not in unsharded or any(hasattr(parameter, "placements") for parameter in parameters):
+def refuse_engines(args: TrainingArguments) -> None:
+    """Raise a `NotImplementedError` if an engine other than FSDP shards or copies parameters.
+
+    `StageOne` tells the kinds of FSDP apart.
+    """
+    kinds = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP")
+    kind = PartialState().distributed_type.value
+    engine = "DEEPSPEED" if getattr(args, "deepspeed", None) else kind
+    if engine not in kinds:
         raise NotImplementedError(
-            f"SeparationCallback needs parameters that are not sharded, but {engine} shards or copies them; "
-            "train with plain data parallelism (DDP)"
+            f"the separation step needs whole parameters or those of FSDP2, but {engine} shards or copies them; "
+            "use plain data parallelism (DDP) or FSDP2 (fsdp_version: 2 of accelerate)"
         )
 
 
