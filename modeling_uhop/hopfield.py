@@ -1,6 +1,5 @@
 """Hopfield layers: attention as one update step that retrieves from a memory of tokens."""
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -12,6 +11,7 @@ from .attention_interface import KERNELS, eager_attention_forward, hopfield_kern
 from .feature_map import FeatureMap
 from .folding import fold_layer
 from .memories import MemorySet, present_memories
+from .simplex import alpha_logit, learned_alpha
 from .validation import check_tensor, check_tensors
 
 
@@ -69,7 +69,7 @@ class HopfieldAttention(nn.Module):
         """The fixed exponent, or the learned exponents (H, 1, 1) in (1, 2)."""
         if self.alpha_logit is None:
             return self.config.alpha
-        return 1.0 + self.alpha_logit.float().sigmoid().view(-1, 1, 1)
+        return learned_alpha(self.alpha_logit)
 
     @property
     def scaling(self) -> float:
@@ -80,7 +80,7 @@ class HopfieldAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Set a learnable alpha to `config.alpha`."""
         if self.alpha_logit is not None:
-            init.constant_(self.alpha_logit, math.log((self.config.alpha - 1.0) / (2.0 - self.config.alpha)))
+            init.constant_(self.alpha_logit, alpha_logit(self.config.alpha))
 
     def forward(
         self,
