@@ -114,7 +114,9 @@ def to_vit(model: Any) -> PreTrainedModel:
         relative = attention.scaling * attention.head_dim**0.5
         for parameter in attention.q_proj.parameters():
             parameter.mul_(relative)
-    vit_config = AutoConfig.for_model("deit" if config.use_distillation_token else "vit", **_shared(config, (*SIZES, *SETTINGS)))
+    # Because transformers reads `architectures` where a type has several classes, it must be a list.
+    fields = {**_shared(config, (*SIZES, *SETTINGS)), "architectures": []}
+    vit_config = AutoConfig.for_model("deit" if config.use_distillation_token else "vit", **fields)
     if hasattr(folded, "classifier"):
         vit = AutoModelForImageClassification.from_config(vit_config)
         vit.classifier.load_state_dict(folded.classifier.state_dict())

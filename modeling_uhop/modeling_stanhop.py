@@ -256,10 +256,7 @@ class STanHopModel(STanHopPreTrainedModel):
         config: The configuration. The model keeps a copy of it.
     """
 
-    _can_record_outputs = {
-        "hidden_states": STanHopBlock,
-        "attentions": HopfieldAttention,
-    }
+    _can_record_outputs = {"hidden_states": STanHopBlock, "attentions": HopfieldAttention}
 
     def __init__(self, config: STanHopConfig):
         # Because `store` updates num_memories and several models may be built from one

@@ -1,7 +1,7 @@
 """U-Hop vision transformer: a PyTorch model with kernelized Hopfield layers as attention."""
 
 import math
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from .conversion import from_vit, to_vit
 from .hopfield import HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import largest
-from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss
+from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, required_input
 
 
 class UHopViTPatchEmbeddings(nn.Module):
@@ -76,10 +76,7 @@ class UHopViTEmbeddings(nn.Module):
         return torch.cat((prefix_positions, patch_positions.flatten(2).transpose(1, 2)), dim=1)
 
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        bool_masked_pos: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, interpolate_pos_encoding: bool | None = None
     ) -> torch.Tensor:
         height, width = pixel_values.shape[-2:]
         tokens = self.patch_embeddings(pixel_values)
@@ -183,10 +180,7 @@ class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {
-        "hidden_states": UHopViTEncoderLayer,
-        "attentions": HopfieldAttention,
-    }
+    _can_record_outputs = {"hidden_states": UHopViTEncoderLayer, "attentions": HopfieldAttention}
     _input_embed_layer = "patch_embeddings"
 
     @torch.no_grad()
@@ -332,10 +326,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
         self, pixel_values: torch.Tensor | None, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool | None
     ) -> torch.Tensor:
         self.check_configuration()
-        if pixel_values is None:
-            raise ValueError("pixel_values is required, got None")
-        check_tensor(pixel_values, "pixel_values")
-        check_tensor(bool_masked_pos, "bool_masked_pos")
+        pixel_values = required_input("pixel_values", pixel_values, bool_masked_pos=bool_masked_pos)
         size = largest(pixel_values)
         if not size < math.inf:
             raise ValueError(f"pixel_values must be finite, got {int((~pixel_values.isfinite()).sum())} values that are not")
@@ -400,11 +391,10 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
                 message names the example).
         """
         self.check_configuration()
-        outputs: BaseModelOutputWithPooling = self.vit(
+        outputs: Any = self.vit(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, return_dict=True, **kwargs
         )
-        tokens = cast(torch.Tensor, outputs.last_hidden_state)
-        logits = self.classifier(tokens[:, 0])
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
         check_no_overflow(logits, "image")
         loss = None if labels is None else label_loss(self, labels, logits, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
