@@ -392,8 +392,7 @@ def hopfield_mask(*args, **kwargs) -> torch.Tensor | None:
     A causal mask is always written out, because these attention functions do not apply causality
     themselves.
     """
-    mask: torch.Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-    return mask
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 # Names of the kernels in transformers, for `attn_implementation` and `set_attn_implementation`.

@@ -57,11 +57,9 @@ def from_vit(cls, source, *, alpha: float = 1.0, **fields):
     for name in fields:
         if name in determined:
             raise ValueError(f"{name} is determined by the weights of the source and must not be given, got {fields[name]!r}")
-    relabelled = (
-        not fields.keys().isdisjoint(("id2label", "label2id"))
-        or fields.get("num_labels", source_config.num_labels) != source_config.num_labels
-    )
-    settings = [name for name in SETTINGS if not (relabelled and name in ("id2label", "label2id"))]
+    labels = {"id2label", "label2id"}
+    relabelled = bool(labels & fields.keys()) or fields.get("num_labels", source_config.num_labels) != source_config.num_labels
+    settings = [name for name in SETTINGS if not (relabelled and name in labels)]
     converted = cls(cls.config_class(**{**_shared(source_config, settings), **determined, "alpha": alpha, **fields}))
     if is_path:
         auto_class = AutoModelForImageClassification if hasattr(converted, "classifier") else AutoModel

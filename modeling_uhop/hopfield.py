@@ -1,10 +1,11 @@
-"""Hopfield layers: attention as one update step that retrieves from a memory of tokens."""
+"""Hopfield layers: attention as one update step that retrieves from a memory of tokens; and an MLP."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_interface import KERNELS, eager_attention_forward, hopfield_kernel
@@ -208,3 +209,16 @@ class HopfieldPooling(nn.Module):
         contents = self.layernorm_content(states)
         present = None if mask is None else mask.bool()[:, None, None, :]
         return self.attention(queries, self.layernorm_memory(states), present, contents, **kwargs)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them, which follow a retrieval."""
+
+    def __init__(self, width: int, hidden_width: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.activation_fn = ACT2FN[activation]
+        self.fc2 = nn.Linear(hidden_width, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))

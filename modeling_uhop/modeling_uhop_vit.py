@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
-from .hopfield import HopfieldAttention
+from .hopfield import MLP, HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import largest
 from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, required_input
@@ -97,19 +97,6 @@ class UHopViTEmbeddings(nn.Module):
         return self.dropout(tokens + self.interpolate_pos_encoding(height, width))
 
 
-class UHopViTMLP(nn.Module):
-    """Two-layer MLP of an encoder block."""
-
-    def __init__(self, config: UHopViTConfig):
-        super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
-
-
 class UHopViTEncoderLayer(GradientCheckpointingLayer):
     """Base class of both encoder layers: a Hopfield layer, and dropout of what it retrieves."""
 
@@ -126,7 +113,7 @@ class UHopViTLayer(UHopViTEncoderLayer):
         super().__init__(config)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = UHopViTMLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         retrieved, _ = self.attention(self.layernorm_before(hidden_states), attention_mask=attention_mask, **kwargs)
@@ -338,12 +325,12 @@ class UHopViTModel(UHopViTPreTrainedModel):
 
     def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None):
         check_tensor(attention_mask, "attention_mask")
-        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != hidden_states.shape[:2]:
-            raise ValueError(
-                f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, one entry for each patch and each token before them, "
-                f"got {tuple(attention_mask.shape)}"
-            )
         if attention_mask is not None and attention_mask.dim() == 2:
+            if attention_mask.shape != hidden_states.shape[:2]:
+                raise ValueError(
+                    f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, one entry for each patch and each token before "
+                    f"them, got {tuple(attention_mask.shape)}"
+                )
             attention_mask = as_mask(attention_mask, "attention_mask", "tokens that may be retrieved from", "others")
         return create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
 

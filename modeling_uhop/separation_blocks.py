@@ -49,8 +49,7 @@ def blocked_separation_loss(features: torch.Tensor, members: torch.Tensor | None
         temperature: As in `separation_loss`.
     """
     needs_gradient = torch.is_grad_enabled() and features.requires_grad
-    losses: torch.Tensor = _BlockedSeparation.apply(features, members, kind, temperature, needs_gradient)
-    return losses
+    return _BlockedSeparation.apply(features, members, kind, temperature, needs_gradient)
 
 
 class _BlockedSeparation(torch.autograd.Function):
