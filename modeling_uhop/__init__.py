@@ -3,14 +3,7 @@
 The package implements U-Hop (arXiv 2404.03827) and U-Hop+ (arXiv 2410.23126).
 """
 
-from transformers import (
-    AutoConfig,
-    AutoFeatureExtractor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoModelForTimeSeriesPrediction,
-)
+import transformers
 
 from .attention_interface import hopfield_attention, plain_hopfield_attention
 from .attention_models import use_hopfield_attention
@@ -40,33 +33,25 @@ from .trainer.callback import SeparationCallback
 from .version import __version__
 
 
-AutoConfig.register("uhop_memory", UHopMemoryConfig, exist_ok=True)
-AutoModel.register(UHopMemoryConfig, UHopMemoryModel, exist_ok=True)
-AutoConfig.register("uhop_vit", UHopViTConfig, exist_ok=True)
-AutoModel.register(UHopViTConfig, UHopViTModel, exist_ok=True)
-AutoModelForImageClassification.register(UHopViTConfig, UHopViTForImageClassification, exist_ok=True)
-register_image_pipeline()
-AutoConfig.register("uhop_mil", UHopMILConfig, exist_ok=True)
-AutoModel.register(UHopMILConfig, UHopMILModel, exist_ok=True)
-AutoModelForSequenceClassification.register(UHopMILConfig, UHopMILForBagClassification, exist_ok=True)
-AutoFeatureExtractor.register(UHopMILConfig, UHopMILFeatureExtractor, exist_ok=True)
-register()
-AutoConfig.register("stanhop", STanHopConfig, exist_ok=True)
-AutoModel.register(STanHopConfig, STanHopModel, exist_ok=True)
-AutoModelForTimeSeriesPrediction.register(STanHopConfig, STanHopForPrediction, exist_ok=True)
-
-UHopMemoryConfig.register_for_auto_class()
-UHopMemoryModel.register_for_auto_class("AutoModel")
-UHopViTConfig.register_for_auto_class()
-UHopViTModel.register_for_auto_class("AutoModel")
-UHopViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
-UHopMILConfig.register_for_auto_class()
-UHopMILModel.register_for_auto_class("AutoModel")
-UHopMILForBagClassification.register_for_auto_class("AutoModelForSequenceClassification")
+for _config in (UHopMemoryConfig, UHopViTConfig, UHopMILConfig, STanHopConfig):
+    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    _config.register_for_auto_class()
+for _model in (
+    UHopMemoryModel,
+    UHopViTModel,
+    UHopViTForImageClassification,
+    UHopMILModel,
+    UHopMILForBagClassification,
+    STanHopModel,
+    STanHopForPrediction,
+):
+    _auto_class = next(name for name, entry in _model._auto_classes.items() if entry.endswith(f".{_model.__name__}"))
+    getattr(transformers, _auto_class).register(_model.config_class, _model, exist_ok=True)
+    _model.register_for_auto_class(_auto_class)
+transformers.AutoFeatureExtractor.register(UHopMILConfig, UHopMILFeatureExtractor, exist_ok=True)
 UHopMILFeatureExtractor.register_for_auto_class()
-STanHopConfig.register_for_auto_class()
-STanHopModel.register_for_auto_class("AutoModel")
-STanHopForPrediction.register_for_auto_class("AutoModelForTimeSeriesPrediction")
+register_image_pipeline()
+register()
 
 __all__ = [
     "DataCollatorForBags",

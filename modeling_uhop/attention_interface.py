@@ -5,7 +5,7 @@ is the reference with which all kernels agree.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from .attention_cpu import chunked_hopfield_attention
 from .attention_softmax import accepts as softmax_accepts
 from .attention_softmax import softmax_attention
 from .precision import at_least_fp32
-from .simplex import check_alpha_range, is_softmax, simplex_map
+from .simplex import check_alpha_range, is_softmax, learned_alpha, simplex_map
 from .validation import check_tensor, check_tensors
 
 
@@ -102,7 +102,7 @@ def _attend(kernels: tuple[Kernel, ...], query: torch.Tensor, key: torch.Tensor,
     not know.
     """
     check_alpha_range(settings["alpha"])
-    _check_inputs(query, key, value, settings["attention_mask"], settings["dropout"], settings["sinks"])
+    _check_inputs(query, key, value, **settings)
     settings = {name: x for name, x in settings.items() if isinstance(x, torch.Tensor) or x != _WITHOUT_EFFECT.get(name)}
     for accepts, attend in kernels:
         if accepts(query, key, value, **settings):
@@ -128,7 +128,7 @@ def plain_hopfield_attention(
     differentiable in the mask too. Arguments, return value and errors are those of
     `hopfield_attention`.
     """
-    _check_inputs(query, key, value, attention_mask, dropout, sinks)
+    _check_inputs(query, key, value, attention_mask=attention_mask, dropout=dropout, sinks=sinks)
     weights = hopfield_weights(query, key, alpha=alpha, scaling=scaling, attention_mask=attention_mask, softcap=softcap, sinks=sinks)
     return _grouped_matmul(nn.functional.dropout(weights, dropout).to(value.dtype), value)
 
@@ -178,14 +178,8 @@ def _grouped_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return rows.unflatten(2, (groups, left.shape[2])).flatten(1, 2)
 
 
-def _check_inputs(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float,
-    sinks: torch.Tensor | None,
-) -> None:
+def _check_inputs(query, key, value, *, attention_mask=None, dropout=0.0, sinks=None, **others) -> None:
+    """Check the arguments of `hopfield_attention` except alpha."""
     check_tensors(query=query, key=key, value=value)
     check_tensor(attention_mask, "attention_mask")
     if attention_mask is not None and attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
@@ -272,12 +266,11 @@ def hopfield_attention_forward(
     return _attend(kernels, query, key, value, **settings).transpose(1, 2), None
 
 
-def triton_attention_forward(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def triton_attention_forward(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute Hopfield attention by the Triton kernels, named "hopfield_triton" in transformers.
 
-    If the kernels do not support the call, it falls back to "hopfield". They do not support:
+    Arguments, return value and errors are those of `hopfield_attention_forward`. If the kernels do
+    not support the call, it falls back to "hopfield". They do not support:
 
     - softmax, an alpha close to 1, and a learnable alpha;
     - dropout, a soft cap, and sinks;
@@ -289,18 +282,16 @@ def triton_attention_forward(
     from .attention_triton import accepts, triton_hopfield_attention
 
     kernels = ((accepts, triton_hopfield_attention), *_KERNELS)
-    return hopfield_attention_forward(module, query, key, value, attention_mask, kernels=kernels, **kwargs)
+    return hopfield_attention_forward(*args, kernels=kernels, **kwargs)
 
 
-def entmax_attention_forward(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
-) -> tuple[torch.Tensor, torch.Tensor]:
+def entmax_attention_forward(*args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute Hopfield attention by the solver of the entmax library.
 
-    Its name in transformers is "hopfield_entmax". The name is registered only if the entmax library
-    is installed.
+    Arguments, return value and errors are those of `eager_attention_forward`. Its name in
+    transformers is "hopfield_entmax", registered only if the entmax library is installed.
     """
-    return eager_attention_forward(module, query, key, value, attention_mask, simplex=_library_simplex_map, **kwargs)
+    return eager_attention_forward(*args, simplex=_library_simplex_map, **kwargs)
 
 
 def _library_simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -318,7 +309,7 @@ def _library_simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor, mask
     return weights.masked_fill(~mask, 0.0).to(scores.dtype)
 
 
-def exponent_of(module: nn.Module) -> float | torch.Tensor:
+def exponent_of(module: Any) -> float | torch.Tensor:
     """Return alpha of an attention layer of a transformers model.
 
     It is `hopfield_alpha` of the configuration that the layer belongs to, or 1 without one. With
@@ -336,7 +327,7 @@ def exponent_of(module: nn.Module) -> float | torch.Tensor:
             f"hopfield_learnable_alpha is set, but {type(module).__name__} has no learned alpha; import modeling_uhop before the model is "
             "loaded, or call use_hopfield_attention(model)"
         )
-    return 1.0 + cast(torch.Tensor, module.hopfield_alpha_logit).float().sigmoid().view(-1, 1, 1)
+    return learned_alpha(module.hopfield_alpha_logit)
 
 
 def _settings(
@@ -401,8 +392,7 @@ def hopfield_mask(*args, **kwargs) -> torch.Tensor | None:
     A causal mask is always written out, because these attention functions do not apply causality
     themselves.
     """
-    mask: torch.Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-    return mask
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 # Names of the kernels in transformers, for `attn_implementation` and `set_attn_implementation`.

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 import re
 from numbers import Real
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .attention_interface import KERNELS
+from .simplex import alpha_logit
 
 
 logger = logging.get_logger(__name__)
@@ -126,9 +126,8 @@ def _bind_alpha(layer: Any, owner: Any) -> None:
     layer.hopfield_config = owner
     layer.config.hopfield_alpha, layer.config.hopfield_learnable_alpha = owner.hopfield_alpha, owner.hopfield_learnable_alpha
     if owner.hopfield_learnable_alpha and not hasattr(layer, "hopfield_alpha_logit"):
-        alpha = owner.hopfield_alpha
         device = next((parameter.device for parameter in layer.parameters()), None)
-        logits = torch.full((_num_heads(layer),), math.log((alpha - 1.0) / (2.0 - alpha)), dtype=torch.float32, device=device)
+        logits = torch.full((_num_heads(layer),), alpha_logit(owner.hopfield_alpha), dtype=torch.float32, device=device)
         layer.register_parameter("hopfield_alpha_logit", nn.Parameter(logits))
 
 

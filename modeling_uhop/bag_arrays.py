@@ -68,11 +68,9 @@ def as_arrays(
         array = array if arrange is None else arrange(array)
         if len(array) > 0:
             if array.ndim not in (2, 4):
-                saved = (
-                    f"; if vectors were saved as (1, instances, features), pass bag[{index}][0]"
-                    if array.ndim == 3 and len(array) == 1
-                    else ""
-                )
+                saved = ""
+                if array.ndim == 3 and len(array) == 1:
+                    saved = f"; if vectors were saved as (1, instances, features), pass bag[{index}][0]"
                 raise ValueError(
                     f"bag {index} must have shape (instances, features), or (instances, channels, height, width), got {array.shape}{saved}"
                 )

@@ -4,19 +4,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
-    DeiTConfig,
-    DeiTForImageClassification,
-    DeiTModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 
@@ -69,11 +57,9 @@ def from_vit(cls, source, *, alpha: float = 1.0, **fields):
     for name in fields:
         if name in determined:
             raise ValueError(f"{name} is determined by the weights of the source and must not be given, got {fields[name]!r}")
-    relabelled = (
-        not fields.keys().isdisjoint(("id2label", "label2id"))
-        or fields.get("num_labels", source_config.num_labels) != source_config.num_labels
-    )
-    settings = [name for name in SETTINGS if not (relabelled and name in ("id2label", "label2id"))]
+    labels = {"id2label", "label2id"}
+    relabelled = bool(labels & fields.keys()) or fields.get("num_labels", source_config.num_labels) != source_config.num_labels
+    settings = [name for name in SETTINGS if not (relabelled and name in labels)]
     converted = cls(cls.config_class(**{**_shared(source_config, settings), **determined, "alpha": alpha, **fields}))
     if is_path:
         auto_class = AutoModelForImageClassification if hasattr(converted, "classifier") else AutoModel
@@ -126,17 +112,15 @@ def to_vit(model: Any) -> PreTrainedModel:
         relative = attention.scaling * attention.head_dim**0.5
         for parameter in attention.q_proj.parameters():
             parameter.mul_(relative)
-    classes: Any = (ViTConfig, ViTModel, ViTForImageClassification)
-    if config.use_distillation_token:
-        classes = (DeiTConfig, DeiTModel, DeiTForImageClassification)
-    config_class, base_class, head_class = classes
-    vit_config = config_class(**_shared(config, (*SIZES, *SETTINGS)))
+    # Because transformers reads `architectures` where a type has several classes, it must be a list.
+    fields = {**_shared(config, (*SIZES, *SETTINGS)), "architectures": []}
+    vit_config = AutoConfig.for_model("deit" if config.use_distillation_token else "vit", **fields)
     if hasattr(folded, "classifier"):
-        vit = head_class(vit_config)
+        vit = AutoModelForImageClassification.from_config(vit_config)
         vit.classifier.load_state_dict(folded.classifier.state_dict())
     else:
-        masks = folded.embeddings.mask_token is not None
-        vit = base_class(vit_config, add_pooling_layer=folded.pooler is not None, use_mask_token=masks)
+        parts = {"add_pooling_layer": folded.pooler is not None, "use_mask_token": folded.embeddings.mask_token is not None}
+        vit = AutoModel.from_config(vit_config, **parts)
     vit.base_model.load_state_dict(folded.base_model.state_dict())
     return vit.to(model.device, model.dtype).train(model.training)
 

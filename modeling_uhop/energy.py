@@ -352,14 +352,9 @@ def _retrieve_by_attention(
     _check_beta(beta)
     given = [x for x in (queries, stored, memories, beta, alpha) if isinstance(x, torch.Tensor)]
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    simple = similarity in ("kernel", "dot", "cosine") and stored.dim() == memories.dim() == 2 and mask is None
-    if (
-        needs_grad
-        or not simple
-        or isinstance(alpha, torch.Tensor)
-        or not all(map(is_readable, given))
-        or min(*queries.shape, *stored.shape) == 0
-    ):
+    whole_set = stored.dim() == memories.dim() == 2 and mask is None
+    simple = similarity in ("kernel", "dot", "cosine") and not isinstance(alpha, torch.Tensor)
+    if needs_grad or not whole_set or not simple or not all(map(is_readable, given)) or min(*queries.shape, *stored.shape) == 0:
         return None
     queries, stored = at_least_fp32(queries), at_least_fp32(stored)
     if similarity == "cosine":

@@ -48,8 +48,7 @@ def entmax(scores: torch.Tensor, alpha: float | torch.Tensor, dim: int) -> torch
         # Because ONNX's TorchScript exporter loses the in-place changes of a custom autograd
         # function, we call the solver directly.
         return entmax_solve(scores * entmax_scale(eps), eps, dim).weights
-    weights: torch.Tensor = _Entmax.apply(scores, eps, dim)
-    return weights
+    return _Entmax.apply(scores, eps, dim)
 
 
 class _Entmax(torch.autograd.Function):

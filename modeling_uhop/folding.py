@@ -28,11 +28,8 @@ def fold_layer(layer: Any) -> None:
         module = getattr(layer, name)
         if not is_plain(module, kind):
             found = type(module)
-            what = (
-                "one that is hooked, patched or offloaded, or has quantized weights"
-                if found is kind
-                else f"{found.__module__}.{found.__name__}"
-            )
+            changed = "one that is hooked, patched or offloaded, or has quantized weights"
+            what = changed if found is kind else f"{found.__module__}.{found.__name__}"
             raise ValueError(
                 f"{name} must be a plain {kind.__name__} to be folded, got {what}; "
                 "if the model has adapters, fold the model that merge_and_unload() returns"
@@ -51,9 +48,8 @@ def fold_model(model: Any) -> Any:
     for module in folded.modules():
         if hasattr(module, "fold_feature_map"):
             module.fold_feature_map()
-    for module in folded.modules():
-        config = getattr(module, "config", None)
-        if config is not None and getattr(config, "use_feature_map", False):
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_feature_map", False):
             config.use_feature_map, config.value_source, config.feature_dim = False, "memory", None
     for module in folded.modules():
         if hasattr(module, "remember_configuration"):

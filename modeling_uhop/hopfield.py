@@ -1,17 +1,18 @@
-"""Hopfield layers: attention as one update step that retrieves from a memory of tokens."""
+"""Hopfield layers: attention as one update step that retrieves from a memory of tokens; and an MLP."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_interface import KERNELS, eager_attention_forward, hopfield_kernel
 from .feature_map import FeatureMap
 from .folding import fold_layer
 from .memories import MemorySet, present_memories
+from .simplex import alpha_logit, learned_alpha
 from .validation import check_tensor, check_tensors
 
 
@@ -69,7 +70,7 @@ class HopfieldAttention(nn.Module):
         """The fixed exponent, or the learned exponents (H, 1, 1) in (1, 2)."""
         if self.alpha_logit is None:
             return self.config.alpha
-        return 1.0 + self.alpha_logit.float().sigmoid().view(-1, 1, 1)
+        return learned_alpha(self.alpha_logit)
 
     @property
     def scaling(self) -> float:
@@ -80,7 +81,7 @@ class HopfieldAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Set a learnable alpha to `config.alpha`."""
         if self.alpha_logit is not None:
-            init.constant_(self.alpha_logit, math.log((self.config.alpha - 1.0) / (2.0 - self.config.alpha)))
+            init.constant_(self.alpha_logit, alpha_logit(self.config.alpha))
 
     def forward(
         self,
@@ -208,3 +209,16 @@ class HopfieldPooling(nn.Module):
         contents = self.layernorm_content(states)
         present = None if mask is None else mask.bool()[:, None, None, :]
         return self.attention(queries, self.layernorm_memory(states), present, contents, **kwargs)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them, which follow a retrieval."""
+
+    def __init__(self, width: int, hidden_width: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.activation_fn = ACT2FN[activation]
+        self.fc2 = nn.Linear(hidden_width, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))

@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SampleTSPredictionOutput
 from transformers.utils import ModelOutput
@@ -17,7 +16,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_stanhop import STanHopConfig
-from .hopfield import HopfieldAttention
+from .hopfield import MLP, HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import is_finite, is_readable
 from .series_memory import STanHopWindowMemory
@@ -89,19 +88,6 @@ class STanHopDecoderOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class STanHopMLP(nn.Module):
-    """Two-layer MLP of a sub-block."""
-
-    def __init__(self, config: STanHopConfig):
-        super().__init__()
-        self.fc1 = nn.Linear(config.d_model, config.ffn_dim)
-        self.activation_fn = ACT2FN[config.activation_function]
-        self.fc2 = nn.Linear(config.ffn_dim, config.d_model)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
-
-
 class STanHopRetrieval(nn.Module):
     r"""Post-norm sub-block: states retrieve from memories, then an MLP follows.
 
@@ -116,7 +102,7 @@ class STanHopRetrieval(nn.Module):
     def __init__(self, config: STanHopConfig):
         super().__init__()
         self.attention = HopfieldAttention(config)
-        self.mlp = STanHopMLP(config)
+        self.mlp = MLP(config.d_model, config.ffn_dim, config.activation_function)
         self.layernorm_retrieved = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.layernorm_mlp = nn.LayerNorm(config.d_model, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.ff_dropout)
@@ -256,10 +242,7 @@ class STanHopModel(STanHopPreTrainedModel):
         config: The configuration. The model keeps a copy of it.
     """
 
-    _can_record_outputs = {
-        "hidden_states": STanHopBlock,
-        "attentions": HopfieldAttention,
-    }
+    _can_record_outputs = {"hidden_states": STanHopBlock, "attentions": HopfieldAttention}
 
     def __init__(self, config: STanHopConfig):
         # Because `store` updates num_memories and several models may be built from one

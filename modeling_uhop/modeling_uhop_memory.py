@@ -270,20 +270,15 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         is_default_code = separation == Separation.uhop_plus(steps=separation.steps, lr=separation.lr)
         can_be_found = len(self) <= max(_SEARCHED_CODES, 2 * len(self.feature_map.weight))
         if is_default_code and can_be_found and are_independent(self.memories):
-            return self._separate_optimally()
+            before = cosine_margin(self._cached_features())
+            separate_optimally(self.feature_map, self.memories)
+            return [-before, -cosine_margin(self._cached_features())]
         batch_size = _MEMORIES_IN_A_STEP if separation.batch_size is None else separation.batch_size
         return maximize_separation(self.feature_map, self.memories, separation, batch_size=batch_size)
 
     def memory_sets(self, *inputs, include_class_token: bool = False, **batch) -> Iterator[MemorySet]:
         """Return the one set of stored patterns (1, M, d), with the feature map."""
         return iter([SharedMemorySet(self.feature_map, self.memories.unsqueeze(0))])
-
-    def _separate_optimally(self) -> list[float]:
-        """Reach the optimal spherical code; return minus the smallest margin before and after."""
-        assert self.feature_map is not None
-        before = cosine_margin(self._cached_features())
-        separate_optimally(self.feature_map, self.memories)
-        return [-before, -cosine_margin(self._cached_features())]
 
     def forward(
         self,
@@ -316,9 +311,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
                 scores and energies: of fp64).
             TypeError: If `queries` is not a tensor.
         """
-        steps = self._steps(update_steps)
         self.check_configuration()
-        states = torch.atleast_2d(self._validated(queries, "queries"))
+        states, steps = self._start(queries, update_steps)
         settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha}
         similarity: dict[str, Any] = {"similarity": self.config.similarity, "degree": self.config.degree}
         features = self._cached_features()
@@ -349,12 +343,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
     @torch.no_grad()
     def search(
-        self,
-        queries: torch.Tensor,
-        update_steps: int | None = None,
-        *,
-        top_k: int = 64,
-        candidates: Candidates | Any | None = None,
+        self, queries: torch.Tensor, update_steps: int | None = None, *, top_k: int = 64, candidates: Candidates | Any | None = None
     ) -> UHopMemorySearchOutput:
         """Retrieve (Stage II) from many memories without computing the weights that are zero.
 
@@ -378,9 +367,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             ValueError: As `forward`; also if the similarity is not an inner product, or if the
                 candidates do not match the current memories.
         """
-        steps = self._steps(update_steps)
         self._check_inner_product("search")
-        states = torch.atleast_2d(self._validated(queries, "queries"))
+        states, steps = self._start(queries, update_steps)
         features = self._cached_features()
         given = index_candidates(self, features) if candidates is None else candidates
         candidates = brute_force(features) if given is None else given
@@ -481,11 +469,12 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
     def _sizes(self) -> dict[str, int]:
         return {"num_memories": len(self.memories)} if "memories" in self._buffers else {}
 
-    def _steps(self, update_steps: int | None) -> int:
+    def _start(self, queries: torch.Tensor, update_steps: int | None) -> tuple[torch.Tensor, int]:
+        """Return the first states (Q, pattern_dim) of a retrieval, and its number of updates."""
         steps = self.config.update_steps if update_steps is None else update_steps
         if steps < 1:
             raise ValueError(f"update_steps must be at least 1, got {steps}")
-        return steps
+        return torch.atleast_2d(self._validated(queries, "queries")), steps
 
     def _check_inner_product(self, what: str) -> None:
         if self.config.similarity not in ("kernel", "dot"):

@@ -17,7 +17,7 @@ from .hopfield import HopfieldPooling
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
 from .precision import largest
-from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss
+from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, label_loss, required_input
 
 
 @dataclass
@@ -252,10 +252,7 @@ class UHopMILModel(UHopMILPreTrainedModel):
     def _embed(self, instances: torch.Tensor | None, attention_mask: torch.Tensor | None) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """Outputs of the embedding layers (B, N, hidden_size), zeros for padding; mask (B, N)."""
         self.check_configuration()
-        if instances is None:
-            raise ValueError("instances is required, got None")
-        check_tensor(instances, "instances")
-        check_tensor(attention_mask, "attention_mask")
+        instances = required_input("instances", instances, attention_mask=attention_mask)
         mask = self._checked_mask(instances, attention_mask)
         instances = instances.to(self.dtype).masked_fill(~_broadcast_mask(mask, instances), 0.0)
         size = largest(instances)

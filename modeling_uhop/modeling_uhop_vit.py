@@ -1,7 +1,7 @@
 """U-Hop vision transformer: a PyTorch model with kernelized Hopfield layers as attention."""
 
 import math
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,10 +16,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
-from .hopfield import HopfieldAttention
+from .hopfield import MLP, HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import largest
-from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss
+from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, required_input
 
 
 class UHopViTPatchEmbeddings(nn.Module):
@@ -76,10 +76,7 @@ class UHopViTEmbeddings(nn.Module):
         return torch.cat((prefix_positions, patch_positions.flatten(2).transpose(1, 2)), dim=1)
 
     def forward(
-        self,
-        pixel_values: torch.Tensor,
-        bool_masked_pos: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool | None = None,
+        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, interpolate_pos_encoding: bool | None = None
     ) -> torch.Tensor:
         height, width = pixel_values.shape[-2:]
         tokens = self.patch_embeddings(pixel_values)
@@ -100,19 +97,6 @@ class UHopViTEmbeddings(nn.Module):
         return self.dropout(tokens + self.interpolate_pos_encoding(height, width))
 
 
-class UHopViTMLP(nn.Module):
-    """Two-layer MLP of an encoder block."""
-
-    def __init__(self, config: UHopViTConfig):
-        super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
-
-
 class UHopViTEncoderLayer(GradientCheckpointingLayer):
     """Base class of both encoder layers: a Hopfield layer, and dropout of what it retrieves."""
 
@@ -129,7 +113,7 @@ class UHopViTLayer(UHopViTEncoderLayer):
         super().__init__(config)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = UHopViTMLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         retrieved, _ = self.attention(self.layernorm_before(hidden_states), attention_mask=attention_mask, **kwargs)
@@ -183,10 +167,7 @@ class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {
-        "hidden_states": UHopViTEncoderLayer,
-        "attentions": HopfieldAttention,
-    }
+    _can_record_outputs = {"hidden_states": UHopViTEncoderLayer, "attentions": HopfieldAttention}
     _input_embed_layer = "patch_embeddings"
 
     @torch.no_grad()
@@ -332,10 +313,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
         self, pixel_values: torch.Tensor | None, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool | None
     ) -> torch.Tensor:
         self.check_configuration()
-        if pixel_values is None:
-            raise ValueError("pixel_values is required, got None")
-        check_tensor(pixel_values, "pixel_values")
-        check_tensor(bool_masked_pos, "bool_masked_pos")
+        pixel_values = required_input("pixel_values", pixel_values, bool_masked_pos=bool_masked_pos)
         size = largest(pixel_values)
         if not size < math.inf:
             raise ValueError(f"pixel_values must be finite, got {int((~pixel_values.isfinite()).sum())} values that are not")
@@ -347,12 +325,12 @@ class UHopViTModel(UHopViTPreTrainedModel):
 
     def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None):
         check_tensor(attention_mask, "attention_mask")
-        if attention_mask is not None and attention_mask.dim() == 2 and attention_mask.shape != hidden_states.shape[:2]:
-            raise ValueError(
-                f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, one entry for each patch and each token before them, "
-                f"got {tuple(attention_mask.shape)}"
-            )
         if attention_mask is not None and attention_mask.dim() == 2:
+            if attention_mask.shape != hidden_states.shape[:2]:
+                raise ValueError(
+                    f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, one entry for each patch and each token before "
+                    f"them, got {tuple(attention_mask.shape)}"
+                )
             attention_mask = as_mask(attention_mask, "attention_mask", "tokens that may be retrieved from", "others")
         return create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
 
@@ -400,11 +378,10 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
                 message names the example).
         """
         self.check_configuration()
-        outputs: BaseModelOutputWithPooling = self.vit(
+        outputs: Any = self.vit(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, return_dict=True, **kwargs
         )
-        tokens = cast(torch.Tensor, outputs.last_hidden_state)
-        logits = self.classifier(tokens[:, 0])
+        logits = self.classifier(outputs.last_hidden_state[:, 0])
         check_no_overflow(logits, "image")
         loss = None if labels is None else label_loss(self, labels, logits, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)

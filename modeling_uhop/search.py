@@ -238,8 +238,7 @@ def first_difference(index: Any, features: np.ndarray) -> int | None:
 
 
 def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    distances: np.ndarray = np.linalg.norm(first.astype(np.float64) - second, axis=1)
-    return distances
+    return np.linalg.norm(first.astype(np.float64) - second, axis=1)
 
 
 def _as_stored(index: Any, vectors: np.ndarray) -> np.ndarray:

@@ -7,8 +7,9 @@ gradient and is then discarded. Blocks lie on and above the diagonal.
 """
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -48,15 +49,14 @@ def blocked_separation_loss(features: torch.Tensor, members: torch.Tensor | None
         temperature: As in `separation_loss`.
     """
     needs_gradient = torch.is_grad_enabled() and features.requires_grad
-    losses: torch.Tensor = _BlockedSeparation.apply(features, members, kind, temperature, needs_gradient)
-    return losses
+    return _BlockedSeparation.apply(features, members, kind, temperature, needs_gradient)
 
 
 class _BlockedSeparation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, members, kind, temperature, needs_gradient):
         losses = features.new_empty(len(features))
-        gradient = torch.empty_like(features) if needs_gradient else None
+        gradient: Any = torch.empty_like(features) if needs_gradient else None
         sets = max(1, _BLOCK**2 // (features.shape[1] * max(features.shape[1:])))
         for first in range(0, len(features), sets):
             part = slice(first, first + sets)
@@ -66,13 +66,11 @@ class _BlockedSeparation(torch.autograd.Function):
             norm = torch.where(norm > 0, norm, 1.0)
             unit.div_(norm)
             present = None if members is None else members[part]
-            if gradient is None:
-                losses[part] = _LOSSES[kind](unit, present, temperature, None)
-                continue
-            unit_gradient = torch.zeros_like(unit)
+            unit_gradient = torch.zeros_like(unit) if needs_gradient else None
             losses[part] = _LOSSES[kind](unit, present, temperature, unit_gradient)
-            radial = torch.linalg.vecdot(unit, unit_gradient).unsqueeze(-1)
-            torch.div(unit_gradient.addcmul_(unit, radial, value=-1.0), norm * size, out=gradient[part])
+            if unit_gradient is not None:
+                radial = torch.linalg.vecdot(unit, unit_gradient).unsqueeze(-1)
+                torch.div(unit_gradient.addcmul_(unit, radial, value=-1.0), norm * size, out=gradient[part])
         if needs_gradient:
             ctx.save_for_backward(gradient)
         return losses
@@ -113,7 +111,7 @@ def _add_to_gradient(gradient: torch.Tensor, features: torch.Tensor, block: Bloc
 
 
 def _mean_of_exponentials(
-    features: torch.Tensor, members: torch.Tensor | None, power: int, temperature: float, gradient: torch.Tensor | None
+    power: int, features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None
 ) -> torch.Tensor:
     r"""Compute $\log \mathrm{mean} \exp((K^n - 1) / \tau)$ over pairs, for a power n of 1 or 2.
 
@@ -143,16 +141,6 @@ def _mean_of_exponentials(
     if gradient is not None:
         gradient.mul_(power / temperature / torch.where(present, total, 1.0))
     return torch.where(present, largest - 1.0 / temperature + total.log(), 0.0).flatten() - pairs.clamp(min=1).log()
-
-
-# Each of the following functions returns losses (S,). It adds the gradient to `gradient` (S, M, D),
-# which is zero at first; `None` if no gradient is needed.
-def _average(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
-    return _mean_of_exponentials(features, members, 1, temperature, gradient)
-
-
-def _squared(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
-    return _mean_of_exponentials(features, members, 2, temperature, gradient)
 
 
 def _nearest(features: torch.Tensor, members: torch.Tensor | None, temperature: float, gradient: torch.Tensor | None) -> torch.Tensor:
@@ -205,4 +193,11 @@ def _pairs(features: torch.Tensor, members: torch.Tensor | None) -> torch.Tensor
     return count * (count - 1.0) / 2.0
 
 
-_LOSSES = {"average": _average, "squared": _squared, "nearest": _nearest, "per_memory": _per_memory}
+# Each function of (features, members, temperature, gradient) returns losses (S,). It adds the
+# gradient to `gradient` (S, M, D), which is zero at first; `None` if no gradient is needed.
+_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "average": partial(_mean_of_exponentials, 1),
+    "squared": partial(_mean_of_exponentials, 2),
+    "nearest": _nearest,
+    "per_memory": _per_memory,
+}

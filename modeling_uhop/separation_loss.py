@@ -85,6 +85,8 @@ def separation_loss(
     count = features.shape[-2]
     features, mask = subsample(features, mask, sample)
     features = at_least_fp32(features)
+    if features.shape[-2] < 2:
+        return (features * 0.0).nan_to_num().sum()
     if mask is not None and mask.dim() == features.dim():
         loss = _loss_of_counted_pairs(features, kind, temperature, mask)
     else:
@@ -97,10 +99,7 @@ def separation_loss(
 
 def _loss_of_sets(features: torch.Tensor, kind: str, temperature: float, mask: torch.Tensor | None) -> torch.Tensor:
     """Compute `separation_loss` over all pairs of present memories."""
-    size = features.shape[-2]
-    if size < 2:
-        return (features * 0.0).nan_to_num().sum()
-    members = None
+    size, members = features.shape[-2], None
     if mask is not None:
         members = mask.expand(features.shape[:-1]).reshape(-1, size)
         features = features.masked_fill(~mask.unsqueeze(-1), 0.0)
@@ -115,8 +114,6 @@ def _loss_of_counted_pairs(features: torch.Tensor, kind: str, temperature: float
 
     All similarities are formed at once.
     """
-    if features.shape[-2] < 2:
-        return (features * 0.0).nan_to_num().sum()
     different = ~torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
     pairs = mask.expand(*features.shape[:-1], features.shape[-2]) & different
     members = pairs.any(-1) | pairs.any(-2)
@@ -196,12 +193,12 @@ def denoising_loss(
     queries, stored = unit_norm(at_least_fp32(corrupted_features)), unit_norm(at_least_fp32(features))
     with torch.autocast(queries.device.type, enabled=False):
         scores = queries @ stored.mT / temperature
-    if mask is None:
-        losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
-        return losses.sum() / max(1, losses.numel())
-    # Because a set without any memory needs a finite gradient, we use a finite value, not -inf.
-    scores = scores.masked_fill(~stored_mask.mT, torch.finfo(scores.dtype).min)
+    if mask is not None:
+        # Because a set without any memory needs a finite gradient, we use a finite value, not -inf.
+        scores = scores.masked_fill(~stored_mask.mT, torch.finfo(scores.dtype).min)
     losses = -scores.log_softmax(-1).diagonal(dim1=-2, dim2=-1)
+    if mask is None:
+        return losses.sum() / max(1, losses.numel())
     mask = mask.expand_as(losses)
     return losses.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
 

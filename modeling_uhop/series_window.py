@@ -6,7 +6,7 @@ import torch
 
 from .feature_map import magnitude
 from .precision import is_finite, is_readable
-from .validation import as_mask, check_tensor, check_tensors
+from .validation import as_mask, check_tensor, required_input
 
 
 class ScaledWindow(NamedTuple):
@@ -32,10 +32,7 @@ class ScaledWindow(NamedTuple):
         dtype would lose the differences between values far from zero. The configuration has the
         shape, `scaling` and `minimum_scale`. The errors are those of `STanHopModel.forward`.
         """
-        if past is None:
-            raise ValueError("past_values is required, got None")
-        check_tensors(past_values=past)
-        check_tensor(mask, "past_observed_mask")
+        past = required_input("past_values", past, past_observed_mask=mask)
         expected = (config.context_length, config.num_input_channels)
         if past.dim() != 3 or past.shape[1:] != expected:
             raise ValueError(

@@ -146,6 +146,16 @@ def is_softmax(alpha: float | torch.Tensor) -> bool:
     return not isinstance(alpha, torch.Tensor) and alpha == 1.0
 
 
+def learned_alpha(logit: torch.Tensor) -> torch.Tensor:
+    """Return the exponents (H, 1, 1) in (1, 2), in fp32, of learnable logits (H,)."""
+    return 1.0 + logit.float().sigmoid().view(-1, 1, 1)
+
+
+def alpha_logit(alpha: float) -> float:
+    """Return the logit for which `learned_alpha` is alpha, in (1, 2)."""
+    return math.log((alpha - 1.0) / (2.0 - alpha))
+
+
 def check_alpha_range(alpha: float | torch.Tensor) -> None:
     """Raise a `ValueError` if alpha is outside [1, 2].
 

@@ -37,6 +37,20 @@ def check_tensors(**inputs) -> None:
         check_tensor(value, name)
 
 
+def required_input(name: str, value, **others) -> torch.Tensor:
+    """Return the main input of a model.
+
+    Raises:
+        ValueError: If it is `None`.
+        TypeError: If it or one of the other inputs, which may be `None`, is not a tensor.
+    """
+    if value is None:
+        raise ValueError(f"{name} is required, got None")
+    for each, given in {name: value, **others}.items():
+        check_tensor(given, each)
+    return value
+
+
 def as_floats(**inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Convert integer tensors to floats; return floating tensors unchanged.
 

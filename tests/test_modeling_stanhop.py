@@ -184,8 +184,9 @@ def test_series_and_windows_do_not_leak_over_time():
     assert torch.equal(first[1], second[1])
     assert torch.equal(first[0, [0, 2]], second[0, [0, 2]])
     assert not torch.equal(first[0, 1], second[0, 1])
-    series, other = block.series_of(states), block.series_of(changed)
-    different = (block.pooled(series) != block.pooled(other)).flatten(1).any(1)
+    series, other = (each.transpose(1, 2).flatten(0, 1) for each in (states, changed))
+    prototypes = block.prototypes.expand(len(series), -1, -1)
+    different = (block.pooling(prototypes, series)[0] != block.pooling(prototypes, other)[0]).flatten(1).any(1)
     assert different.tolist() == [index == 2 for index in range(10)]
 
 
