@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..distributed import mean_over_processes, reshard
 from ..separation import Separation, StageOne, check_settings
+from ..zero import has_master, is_partitioned
 from .sampler import accepted_names, combined_seed, is_stream, sampler
 from .state import attach_to_optimizer, checkpoint, evaluating, isolated_rng, state_file_name, write_state
 
@@ -100,8 +101,8 @@ class SeparationCallback(TrainerCallback):
             parameters.
         FileNotFoundError: On resuming, if the Stage I state of a checkpoint is missing.
         MemoryError: If a separation step runs out of memory.
-        NotImplementedError: When training begins under FSDP1, DeepSpeed, tensor parallelism or
-            another engine that shards parameters, except FSDP2.
+        NotImplementedError: When training begins under FSDP1, tensor parallelism, DeepSpeed without
+            ZeRO, or another engine that shards parameters. FSDP2 and ZeRO-1, ZeRO-2 and ZeRO-3 work.
     """
 
     def __init__(
@@ -137,13 +138,13 @@ class SeparationCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         """Prepare Stage I, load its state on a resume, and run the round of "train_begin"."""
-        refuse_engines(args)
+        refuse_engines(args, model)
         self._file_name = state_file_name(state)
         if self._state_dict_hook is not None:
             self._state_dict_hook.remove()
-        self._is_sharded = reshard(model)
+        self._is_sharded = reshard(model) or any(map(is_partitioned, model.parameters()))
         # Because accelerate saves FSDP2's optimizer by the names of its parameters, which this entry
-        # does not have, the state then has only its own file.
+        # does not have, the state then has only its own file. DeepSpeed's optimizer takes no hook.
         self._state_dict_hook, loaded_state = attach_to_optimizer(
             None if self._is_sharded else optimizer, self._file_name, lambda: self._state() if self._training else None
         )
@@ -228,7 +229,7 @@ class SeparationCallback(TrainerCallback):
     def on_push_begin(self, args, state, control, **kwargs):
         # Because the Trainer uploads a checkpoint before it calls `on_save`, we write the state
         # here. It calls this in one process, which holds only a part of a sharded state.
-        """Write the Stage I state before a checkpoint is uploaded; under FSDP2 it is not uploaded."""
+        """Write the Stage I state before a checkpoint is uploaded; under FSDP2 and ZeRO-3 it is not."""
         folder = checkpoint(args, state)
         if self._training and args.should_save and folder.is_dir() and not self._is_sharded:
             write_state(folder / self._file_name, self._state())
@@ -313,18 +314,19 @@ class SeparationCallback(TrainerCallback):
         return True
 
 
-def refuse_engines(args: TrainingArguments) -> None:
-    """Raise a `NotImplementedError` if an engine other than FSDP shards or copies parameters.
+def refuse_engines(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise a `NotImplementedError` if an engine other than FSDP or ZeRO shards or copies parameters.
 
-    `StageOne` tells the kinds of FSDP apart.
+    `StageOne` tells the kinds of FSDP apart. DeepSpeed without ZeRO is refused, because its copies
+    in fp32 cannot be reached from the model.
     """
     kinds = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP")
     kind = PartialState().distributed_type.value
     engine = "deepspeed" if getattr(args, "deepspeed", None) else kind
-    if engine not in kinds:
+    if engine not in kinds and not (engine.lower() == "deepspeed" and any(map(has_master, model.parameters()))):
         raise NotImplementedError(
-            f"SeparationCallback needs whole parameters or those of FSDP2, but {engine} shards or copies them; "
-            "train with plain data parallelism (DDP) or FSDP2 (fsdp_version: 2)"
+            f"SeparationCallback needs whole parameters or those of FSDP2 or DeepSpeed's ZeRO, but {engine} shards or copies them; "
+            "train with plain data parallelism (DDP), FSDP2 (fsdp_version: 2) or DeepSpeed with zero_optimization.stage 1, 2 or 3"
         )
 
 
