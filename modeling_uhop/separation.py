@@ -412,7 +412,7 @@ class StageOne:
         reshard(self.model)
         for phi in self._moved_maps:
             if has_master(phi.weight):
-                write([phi.weight], [unit_norm(master(phi.weight))])
+                write([(phi.weight, unit_norm(master(phi.weight)))])
             else:
                 phi.normalize_rows()
 
@@ -539,6 +539,7 @@ class SeparationOptimizer:
         if not lr >= 0:
             raise ValueError(f"the separation learning rate must be at least 0, got {lr}")
         self.parameters = list(parameters)
+        self.mastered = [has_master(parameter) for parameter in self.parameters]
         self.wide = [_wide(parameter) for parameter in self.parameters]
         # Because one multi-tensor kernel cannot update sharded and whole parameters together, each is
         # then updated by itself.
@@ -549,8 +550,8 @@ class SeparationOptimizer:
     def step(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take one step with a gradient for each parameter, or `None` to leave it unchanged."""
         own_gradients = [wide.grad for wide in self.wide]
-        for parameter, wide, gradient in zip(self.parameters, self.wide, gradients, strict=True):
-            if has_master(parameter):
+        for parameter, wide, gradient, mastered in zip(self.parameters, self.wide, gradients, self.mastered, strict=True):
+            if mastered:
                 if gradient is not None:
                     wide.copy_(master(parameter))
             elif wide is not parameter:
@@ -558,19 +559,19 @@ class SeparationOptimizer:
                 wide.copy_(torch.where(wide.to(parameter.dtype) == parameter, wide, parameter.float()))
             wide.grad = None if gradient is None else at_least_fp32(gradient)
         self.inner.step()
-        for parameter, wide, own_gradient in zip(self.parameters, self.wide, own_gradients, strict=True):
-            wide.grad = own_gradient
-            if wide is not parameter and not has_master(parameter):
+        masters = []
+        for place, (parameter, wide) in enumerate(zip(self.parameters, self.wide, strict=True)):
+            wide.grad = own_gradients[place]
+            if self.mastered[place]:
+                masters += [(parameter, wide)] if gradients[place] is not None else []
+            elif wide is not parameter:
                 parameter.copy_(wide)
-        triples = zip(self.parameters, self.wide, gradients, strict=True)
-        mastered = [(parameter, wide) for parameter, wide, gradient in triples if gradient is not None and has_master(parameter)]
-        if mastered:
-            write(*zip(*mastered, strict=True))
+        write(masters)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for an exact resume, including the fp32 copies, as whole tensors."""
         # Because DeepSpeed saves its masters itself, only copies of other parameters are saved here.
-        own = [place for place, parameter in enumerate(self.parameters) if not has_master(parameter)]
+        own = [place for place, mastered in enumerate(self.mastered) if not mastered]
         copies = {place: _saved(self.wide[place]) for place in own if self.wide[place] is not self.parameters[place]}
         saved = self.inner.state_dict()
         moments = {place: {name: _saved(value) for name, value in part.items()} for place, part in saved["state"].items()}

@@ -19,8 +19,8 @@ def is_partitioned(parameter: Any) -> bool:
 
 
 def has_master(parameter: Any) -> bool:
-    """Return whether an engine keeps a master of a parameter (ZeRO-1, ZeRO-2 and ZeRO-3)."""
-    return hasattr(parameter, "_z3_optimizer" if is_partitioned(parameter) else "_hp_mapping")
+    """Return whether an engine trains a parameter, and so keeps a master of it."""
+    return parameter.requires_grad and hasattr(parameter, "_z3_optimizer" if is_partitioned(parameter) else "_hp_mapping")
 
 
 def gathered(parameters: Sequence[Any]) -> list[torch.Tensor]:
@@ -39,19 +39,21 @@ def master(parameter: nn.Parameter) -> torch.Tensor:
 
 
 @torch.no_grad()
-def write(parameters: Sequence[Any], values: Sequence[torch.Tensor]) -> None:
+def write(pairs: Sequence[tuple[Any, torch.Tensor]]) -> None:
     """Set parameters and their masters to whole values, which are equal in all processes.
 
-    Every process must call it.
+    Every process must call it with the same parameters.
     """
-    from deepspeed.utils import safe_set_full_fp32_param
+    if not pairs:
+        return
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_full_fp32_param
 
     # Because the process of rank 0 sends a partitioned parameter to the others, only it sets one.
-    first = torch.distributed.get_rank() == 0
-    with GatheredParameters(parameters, modifier_rank=0):
-        for parameter, value in zip(parameters, values, strict=True):
-            if first or not is_partitioned(parameter):
+    is_first = torch.distributed.get_rank() == 0
+    with GatheredParameters([parameter for parameter, _ in pairs], modifier_rank=0):
+        for parameter, value in pairs:
+            if is_first or not is_partitioned(parameter):
                 parameter.copy_(value)
-    for parameter, value in zip(parameters, values, strict=True):
+    for parameter, value in pairs:
         safe_set_full_fp32_param(parameter, value)
