@@ -14,6 +14,7 @@ from transformers import (
 
 from .attention_interface import hopfield_attention, plain_hopfield_attention
 from .attention_models import use_hopfield_attention
+from .bag_collator import DataCollatorForBags
 from .capacity import MemoryReport, metastable_sizes
 from .configuration_stanhop import STanHopConfig
 from .configuration_uhop_memory import UHopMemoryConfig
@@ -21,7 +22,7 @@ from .configuration_uhop_mil import UHopMILConfig
 from .configuration_uhop_vit import UHopViTConfig
 from .corruption import add_noise, mask_patterns
 from .energy import association, energy, retrieve, similarity_scores
-from .feature_extraction_uhop_mil import DataCollatorForBags, UHopMILFeatureExtractor
+from .feature_extraction_uhop_mil import UHopMILFeatureExtractor
 from .feature_map import FeatureMap
 from .hopfield import HopfieldAttention, HopfieldPooling
 from .image_pipeline import UHopImageClassificationPipeline

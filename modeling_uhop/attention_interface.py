@@ -1,6 +1,6 @@
 """Hopfield attention as a function, and under the names by which transformers finds it.
 
-`hopfield_attention` chooses the fastest kernel that supports the call. `plain_hopfield_attention`
+`hopfield_attention` takes the first kernel that accepts the call. `plain_hopfield_attention`
 is the reference with which all kernels agree.
 """
 
@@ -9,19 +9,28 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import chunked_hopfield_attention
-from .simplex import at_least_fp32, cast_by_autocast, check_alpha_range, simplex_map
-from .validation import check_tensor, check_tensors, is_readable, is_traced
+from .attention_cpu import accepts as chunked_accepts
+from .attention_cpu import chunked_hopfield_attention
+from .attention_softmax import accepts as softmax_accepts
+from .attention_softmax import softmax_attention
+from .precision import at_least_fp32
+from .simplex import check_alpha_range, is_softmax, simplex_map
+from .validation import check_tensor, check_tensors
 
 
 try:
     from entmax import entmax_bisect
 except ImportError:
     entmax_bisect = None
+
+# Settings of a call that change nothing; `None` changes nothing either.
+_WITHOUT_EFFECT = {"alpha": 1.0, "dropout": 0.0}
+# Whether a kernel computes a call, and the kernel.
+Kernel = tuple[Callable[..., bool], Callable[..., torch.Tensor]]
+_KERNELS: tuple[Kernel, ...] = ((softmax_accepts, softmax_attention), (chunked_accepts, chunked_hopfield_attention))
 
 
 def hopfield_attention(
@@ -82,17 +91,23 @@ def hopfield_attention(
         >>> torch.allclose(hopfield_attention(query, key, value, alpha=1.0), softmax, atol=1e-5)
         True
     """
-    check_alpha_range(alpha)
-    _check_inputs(query, key, value, attention_mask, dropout, sinks)
-    settings: dict[str, Any] = {"scaling": scaling, "attention_mask": attention_mask, "dropout": dropout}
-    learned_mask = attention_mask is not None and attention_mask.requires_grad
-    if softcap is None and sinks is None and not learned_mask and query.dim() == key.dim() == value.dim() == 4:
-        if not isinstance(alpha, torch.Tensor) and alpha == 1.0:
-            if _softmax_kernel_supports(query, key, value):
-                return _softmax_attention(query, key, value, **settings)
-        elif is_readable(query):
-            return chunked_hopfield_attention(query, key, value, alpha=alpha, **settings)
-    return plain_hopfield_attention(query, key, value, alpha=alpha, **settings, softcap=softcap, sinks=sinks)
+    settings = {"alpha": alpha, "scaling": scaling, "attention_mask": attention_mask, "dropout": dropout}
+    return _attend(_KERNELS, query, key, value, **settings, softcap=softcap, sinks=sinks)
+
+
+def _attend(kernels: tuple[Kernel, ...], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **settings) -> torch.Tensor:
+    """Compute `hopfield_attention` by the first kernel that accepts the call, or by the plain one.
+
+    Settings without effect are left out. Therefore a kernel can refuse every setting that it does
+    not know.
+    """
+    check_alpha_range(settings["alpha"])
+    _check_inputs(query, key, value, settings["attention_mask"], settings["dropout"], settings["sinks"])
+    settings = {name: x for name, x in settings.items() if isinstance(x, torch.Tensor) or x != _WITHOUT_EFFECT.get(name)}
+    for accepts, attend in kernels:
+        if accepts(query, key, value, **settings):
+            return attend(query, key, value, **settings)
+    return plain_hopfield_attention(query, key, value, **settings)
 
 
 def plain_hopfield_attention(
@@ -131,15 +146,7 @@ def hopfield_weights(
 ) -> torch.Tensor:
     """Compute the association weights (B, H, Q, N) of `hopfield_attention`.
 
-    Args:
-        query: As in `hopfield_attention`.
-        key: As in `hopfield_attention`.
-        alpha: As in `hopfield_attention`.
-        scaling: As in `hopfield_attention`.
-        attention_mask: As in `hopfield_attention`.
-        softcap: As in `hopfield_attention`.
-        sinks: As in `hopfield_attention`.
-        simplex: The map from scores to weights, with the signature of `simplex_map`.
+    Arguments are those of `hopfield_attention`. `simplex` maps scores to weights as `simplex_map`.
     """
     dtype = query.dtype
     if dtype == torch.float16:
@@ -196,49 +203,6 @@ def _check_inputs(
         raise ValueError(f"sinks must have one score for each of the {heads} heads, got {len(sinks)}")
 
 
-def _softmax_kernel_supports(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Return whether `scaled_dot_product_attention` accepts these tensors.
-
-    It does if no tensor must be broadcast or cast, and there is at least one key.
-    """
-    shapes_match = query.shape[0] == key.shape[0] == value.shape[0] and key.shape[1:3] == value.shape[1:3]
-    is_nonempty = is_traced() or min(*query.shape, *key.shape, *value.shape) > 0
-    return shapes_match and is_nonempty and query.dtype == key.dtype == value.dtype and query.shape[1] % key.shape[1] == 0
-
-
-def _softmax_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float | None,
-    attention_mask: torch.Tensor | None,
-    dropout: float,
-) -> torch.Tensor:
-    """Compute `hopfield_attention` at alpha = 1 by PyTorch's kernels.
-
-    A query without keys gets zeros.
-    """
-    without_keys = None
-    if attention_mask is not None:
-        is_boolean = attention_mask.dtype == torch.bool
-        present = attention_mask if is_boolean else attention_mask > torch.finfo(attention_mask.dtype).min
-        without_keys = ~present.any(-1, keepdim=True)
-        # Because kernels differ in the result for a row without keys, we give it all keys, and set
-        # its output to zero afterwards.
-        attention_mask = present | without_keys if is_boolean else attention_mask.masked_fill(~present & ~without_keys, -torch.inf)
-        if not is_boolean:
-            attention_mask = attention_mask.masked_fill(without_keys, 0.0).to(query.dtype)
-    grouped = bool(query.shape[1] != key.shape[1])
-    if grouped and attention_mask is not None and query.device.type != "cpu":
-        # Because the kernels of an accelerator form all weights if heads are shared and there is a
-        # mask, we copy the shared heads instead.
-        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
-        grouped = False
-    output = scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=grouped)
-    return output if without_keys is None else output.masked_fill(without_keys, 0.0)
-
-
 # Keywords that models pass and that we ignore, because they have no effect on attention or repeat
 # what the mask says.
 _IGNORED_KEYWORDS = {
@@ -285,6 +249,7 @@ def hopfield_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
+    kernels: tuple[Kernel, ...] = _KERNELS,
     output_attentions: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -294,7 +259,7 @@ def hopfield_attention_forward(
     Otherwise the weights are `None`. The exponent alpha is taken from the call, or else from the
     module or its configuration; see `exponent_of`. The following arguments of a model are applied:
     a mask, `position_bias` (added to the scores), `softcap`, sinks (`s_aux`), `is_causal` if there
-    is no mask, and dropout in training.
+    is no mask, and dropout in training. The first of `kernels` that accepts the call computes it.
 
     Raises:
         TypeError: If a keyword is unknown; the message names it and the module that passes it.
@@ -304,18 +269,11 @@ def hopfield_attention_forward(
     if output_attentions:
         return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
     settings = _settings(module, query, key, attention_mask, **kwargs)
-    return hopfield_attention(query, key, value, **settings).transpose(1, 2), None
+    return _attend(kernels, query, key, value, **settings).transpose(1, 2), None
 
 
 def triton_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    output_attentions: bool | None = None,
-    **kwargs,
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute Hopfield attention by the Triton kernels, named "hopfield_triton" in transformers.
 
@@ -328,32 +286,10 @@ def triton_attention_forward(
     - masks other than masks of keys, (B, 1, 1, N) or expanded from this shape.
     """
     # Because Triton is an optional dependency and slow to import, we import it here.
-    from .triton_attention import MAX_WIDTH, MIN_ALPHA, triton_hopfield_attention
+    from .attention_triton import accepts, triton_hopfield_attention
 
-    settings = _settings(module, query, key, attention_mask, **kwargs)
-    alpha, mask = settings["alpha"], settings["attention_mask"]
-    query, key, value = cast_by_autocast(query, key, value)
-    masks_only_keys = mask is None or (
-        mask.dtype == torch.bool
-        and mask.dim() == 4
-        and mask.shape[0] in (1, len(key))
-        and mask.shape[1] == 1
-        and (mask.shape[2] == 1 or mask.stride(2) == 0)
-    )
-    batch_size, heads, queries = query.shape[:3]
-    shared = heads > key.shape[1] > 0 and heads % key.shape[1] == 0
-    rows = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3) if shared else query
-    shapes_match = rows.shape[:2] == key.shape[:2] and key.shape == value.shape and query.dtype == key.dtype == value.dtype
-    has_supported_shape = shapes_match and query.shape[-1] <= MAX_WIDTH.get(query.dtype, 0)
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or query.is_meta
-    has_unsupported_option = (
-        settings["dropout"] > 0.0 or output_attentions or traced or settings["softcap"] is not None or settings["sinks"] is not None
-    )
-    if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA or has_unsupported_option or not has_supported_shape or not masks_only_keys:
-        return hopfield_attention_forward(module, query, key, value, attention_mask, output_attentions=output_attentions, **kwargs)
-    key_mask = None if mask is None else mask[:, 0, 0].expand(len(key), key.shape[2])
-    output = triton_hopfield_attention(rows, key, value, alpha=alpha, scaling=settings["scaling"], key_mask=key_mask)
-    return output.reshape(batch_size, heads, queries, -1).transpose(1, 2), None
+    kernels = ((accepts, triton_hopfield_attention), *_KERNELS)
+    return hopfield_attention_forward(module, query, key, value, attention_mask, kernels=kernels, **kwargs)
 
 
 def entmax_attention_forward(
@@ -372,7 +308,7 @@ def _library_simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor, mask
 
     At alpha = 1, which the library does not support, it is softmax.
     """
-    if not isinstance(alpha, torch.Tensor) and alpha == 1.0:
+    if is_softmax(alpha):
         return simplex_map(scores, alpha, mask=mask)
     wide = at_least_fp32(scores)
     if mask is None:

@@ -154,4 +154,44 @@ def check_finite(index: int, array: np.ndarray, when: str = "") -> None:
             raise ValueError(f"bag {index} has entries that are not finite{when}, first in its instance {rows.start + bad[0]}")
 
 
-__all__ = ["as_arrays", "blocks", "channels_first", "check_finite", "is_one_bag"]
+def without_leading_axis(bags: list[Any]) -> list[Any]:
+    """Remove the first axis if all bags were saved as (1, instances, features).
+
+    Bags of different lengths cannot be the images (channels, height, width) of one bag, because
+    those have one size.
+    """
+    saved = all(getattr(bag, "ndim", 0) == 3 and bag.shape[0] == 1 for bag in bags)
+    return [bag[0] for bag in bags] if saved and len({bag.shape[1] for bag in bags}) > 1 else bags
+
+
+def describe_one_bag(bags: Any) -> str:
+    """Say for an error what was given instead of a list of bags, and what to pass."""
+    if hasattr(bags, "columns"):
+        return "one DataFrame, which is a single bag: pass [bag]"
+    first = np.shape(bags[0])
+    if len(first) == 3 and first[0] == 1:
+        return (
+            f"entries of one shape {first}: for vectors saved as (1, instances, features) pass [bag[0] for bag in bags], "
+            "for a single bag of images with one channel pass [bag]"
+        )
+    kind = "vectors" if len(first) == 1 else "images"
+    return f"{kind} of shape {first}, which make a single bag: pass [bag]"
+
+
+def padded(arrays: list[np.ndarray], shape: tuple[int, ...], write: Callable[[int, np.ndarray, np.ndarray], None]) -> dict[str, np.ndarray]:
+    """Build `instances` (B, N, *shape) and `attention_mask` (B, N).
+
+    `write` writes each array into its place.
+    """
+    lengths = np.array([len(array) for array in arrays])
+    instances = np.zeros((len(arrays), lengths.max(), *shape), dtype=np.float32)
+    for index, array in enumerate(arrays):
+        write(index, array, instances[index, : len(array)])
+    return {"instances": instances, "attention_mask": (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)}
+
+
+def copy_bag(index: int, array: np.ndarray, out: np.ndarray) -> None:
+    """Copy a bag into the float32 array `out`."""
+    with np.errstate(over="ignore"):
+        out[:] = array
+    check_finite(index, out, " in float32")

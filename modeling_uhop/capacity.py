@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from .feature_map import magnitude, norms
+from .energy import inner_products
+from .feature_map import magnitude, norms, unit_norm
+from .precision import at_least_fp32
 
 
 def margins(kernel: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,6 +152,22 @@ def metastable_sizes(weights: torch.Tensor, alpha: float) -> torch.Tensor:
     return (weights > (0.01 if alpha == 1.0 else 0.0)).sum(-1)
 
 
+def cosine_margin(features: torch.Tensor) -> float:
+    """Compute the smallest margin of features (M, D) scaled to unit norm: the smallest 1 - cos."""
+    unit = unit_norm(at_least_fp32(features))
+    return margins(unit @ unit.transpose(-1, -2))[0].min().item()
+
+
+def duplicates(memories: torch.Tensor) -> list[tuple[int, int]]:
+    """Return pairs (first, later) of indices of equal memories."""
+    if len(memories) < 2:
+        return []
+    _, group = torch.unique(memories, dim=0, return_inverse=True)
+    first: dict[int, int] = {}
+    pairs = [(first.setdefault(key, index), index) for index, key in enumerate(group.tolist())]
+    return [pair for pair in pairs if pair[0] != pair[1]]
+
+
 @dataclass
 class MemoryReport:
     r"""Report on what a memory set can hold; print it, or use `to_dataframe` and `plot`.
@@ -225,10 +243,6 @@ class MemoryReport:
         """Which memories retrieve only themselves."""
         return (self.metastable_size == 1) & (self.weight > 0.5)
 
-    def _columns(self) -> dict[str, list[Any]]:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "query_metastable_size"}
-        return {name: value.tolist() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-
     def to_dataframe(self) -> Any:
         """Return a pandas DataFrame with one row per memory.
 
@@ -239,7 +253,9 @@ class MemoryReport:
             import pandas
         except ImportError as error:
             raise ImportError("MemoryReport.to_dataframe needs pandas: pip install pandas") from error
-        return pandas.DataFrame(self._columns()).rename_axis("memory")
+        columns = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "query_metastable_size"}
+        tensors = {name: value.tolist() for name, value in columns.items() if isinstance(value, torch.Tensor)}
+        return pandas.DataFrame(tensors).rename_axis("memory")
 
     def plot(self, axis: Any = None) -> Any:
         """Plot the margins, smallest first, and return the matplotlib axis.
@@ -307,3 +323,55 @@ class MemoryReport:
             value = "vacuous" if self.vacuous[index] else f"{self.error_bound[index].item():.4g}"
             lines.append("    {:>6} {:>10.4g} {:>6} {:>7.3f} {:>10.4g}".format(index, *numbers) + (f" {value:>12}" if bound else ""))
         return "\n".join(lines)
+
+
+def memory_report(
+    memories: torch.Tensor,
+    features: torch.Tensor,
+    weights: torch.Tensor,
+    retrieved: torch.Tensor,
+    *,
+    beta: float,
+    alpha: float,
+    features_are_unit: bool,
+    query_weights: torch.Tensor | None = None,
+) -> MemoryReport:
+    """Report how well memories (M, d) with features (M, D) can be stored and retrieved.
+
+    The association weights (M, M) and the retrieved patterns (M, d) are those of one update with
+    the memories as queries; `query_weights` (Q, M) are those of other queries.
+    """
+    kernel = inner_products(features, features)
+    count, feature_dim = features.shape
+    separation = cosine_margin(features) if count > 1 else float("nan")
+    # Because scores may overflow fp32, `inner_products` may return fp64; we follow its dtype.
+    weights, patterns, features = (tensor.to(kernel.dtype) for tensor in (weights, memories, features))
+    margin, rival = margins(kernel)
+    # Because retrieval rounds its scores, exact retrieval is certified only if the margin is larger
+    # than the largest possible rounding error.
+    rounding = 2.0 * torch.finfo(memories.dtype).eps
+    itself = torch.eye(count, dtype=torch.bool, device=kernel.device)
+    kernel_lower_bound = kernel - rounding * kernel.abs().max() * itself
+    others = weights.masked_fill(itself, 0.0)
+    confused = sorted(((weights[m, n].item(), m, n) for m, n in (others > 0.01).nonzero().tolist()), reverse=True)
+    error_bound = retrieval_error_bound(patterns, features, beta)
+    return MemoryReport(
+        beta=beta,
+        alpha=alpha,
+        margin=margin,
+        rival=rival,
+        error_bound=error_bound,
+        vacuous=(error_bound >= 2.0 * norms(patterns).max()) | (alpha > 1.0),
+        own_error_bound=retrieval_error_bound(patterns, features, beta, radius=0.0),
+        error=norms(retrieved.to(kernel.dtype) - patterns),
+        weight=weights.diagonal(),
+        exact=is_exactly_retrieved(kernel_lower_bound, beta, alpha),
+        metastable_size=metastable_sizes(weights, alpha),
+        query_metastable_size=None if query_weights is None else metastable_sizes(query_weights, alpha),
+        separation=separation,
+        separation_bounds=separation_bounds(count, feature_dim) if count > 1 and feature_dim > 1 else (float("nan"), float("nan")),
+        well_separated=features_are_unit and is_well_separated(features, beta),
+        confusions=[(m, n, weight) for weight, m, n in confused],
+        duplicates=duplicates(memories),
+        rounding=2.0 * rounding * norms(patterns).max().item(),
+    )

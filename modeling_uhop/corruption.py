@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 
 from .feature_map import norms
-from .simplex import at_least_fp32
-from .validation import as_floats, is_finite, is_readable
+from .precision import at_least_fp32, is_finite, is_readable
+from .validation import as_floats
 
 
 Corruption = Callable[[torch.Tensor], torch.Tensor]

@@ -7,7 +7,7 @@ gradient. The engine's own state stays that of a model between two training step
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .precision import is_finite
 from .zero import gathered, has_master, is_partitioned
 
 
@@ -123,8 +124,15 @@ def averaged_like(gradient: torch.Tensor, parameter: Any) -> torch.Tensor:
     from torch.distributed.tensor import DTensor, Partial
 
     mesh = parameter.device_mesh
-    summand = DTensor.from_local(gradient, mesh, [Partial()] * mesh.ndim, run_check=False)
-    return (summand.redistribute(placements=parameter.placements) / mesh.size()).to(parameter.device)
+    summand = DTensor.from_local(gradient / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    return summand.redistribute(placements=parameter.placements).to(parameter.device)
+
+
+def are_finite(tensors: Sequence[Any]) -> bool:
+    """Return whether every value of some tensors is finite, those of other processes included."""
+    finite = all(is_finite(tensor.to_local() if is_sharded(tensor) else tensor) for tensor in tensors)
+    # Because all processes must go on or stop together, they tell each other.
+    return bool(averaged(torch.tensor(float(finite))) == 1.0) if any(map(is_sharded, tensors)) else finite
 
 
 def reshard(model: nn.Module) -> bool:

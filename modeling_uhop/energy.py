@@ -9,8 +9,9 @@ import torch
 
 from .attention_interface import hopfield_attention
 from .feature_map import magnitude, unit_norm
-from .simplex import at_least_fp32, simplex_conjugate, simplex_map
-from .validation import as_floats, is_finite, is_readable
+from .precision import at_least_fp32, is_finite, is_readable
+from .simplex import simplex_conjugate, simplex_map
+from .validation import as_floats
 
 
 # Products and sums of scores below this bound do not overflow fp32.

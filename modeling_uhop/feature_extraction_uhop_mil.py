@@ -1,25 +1,19 @@
-"""Feature extractor and data collator of UHopMIL: standardize and pad bags."""
+"""Feature extractor of UHopMIL: standardize and pad bags."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import BatchFeature, FeatureExtractionMixin
 
-from .bag_arrays import as_arrays, blocks, channels_first, check_finite, is_one_bag
+from .bag_arrays import as_arrays, blocks, channels_first, check_finite, describe_one_bag, is_one_bag, padded, without_leading_axis
 
 
 try:
     from sklearn.decomposition import PCA
 except ImportError:
     PCA = None
-
-
-# Because the collators of transformers accept these column names for labels, we do too.
-_LABELS = ("label", "labels", "label_ids")
 
 
 class UHopMILFeatureExtractor(FeatureExtractionMixin):
@@ -136,10 +130,10 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
                 instance at all. The message names the bag.
             ImportError: If `num_components` is set and scikit-learn is not installed.
         """
-        bags = bags if hasattr(bags, "columns") or getattr(bags, "ndim", 1) != 1 else _without_leading_axis(list(bags))
+        bags = bags if hasattr(bags, "columns") or getattr(bags, "ndim", 1) != 1 else without_leading_axis(list(bags))
         if is_one_bag(bags):
             raise ValueError(
-                "fit needs a list of bags (instances, features) or (instances, channels, height, width), got " + _one_bag(bags)
+                "fit needs a list of bags (instances, features) or (instances, channels, height, width), got " + describe_one_bag(bags)
             )
         bags = list(bags)
         columns = next((bag.columns for bag in bags if hasattr(bag, "columns")), None)
@@ -258,7 +252,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
 
     def padded(self, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
         """Transform and pad checked bags; return `instances` and `attention_mask`."""
-        return _padded(arrays, self._instance_shape(arrays[0]), self._write)
+        return padded(arrays, self._instance_shape(arrays[0]), self._write)
 
     def __call__(self, bags: Any, return_tensors: str | None = None, padding: bool = True) -> BatchFeature:
         """Transform bags and pad them to the length of the longest.
@@ -314,142 +308,9 @@ def _mean_and_scale(arrays: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return mean.reshape(-1), np.where(highest > lowest, np.sqrt(variance), 0.0)
 
 
-def _without_leading_axis(bags: list[Any]) -> list[Any]:
-    """Remove the first axis if all bags were saved as (1, instances, features).
-
-    Bags of different lengths cannot be the images (channels, height, width) of one bag, because
-    those have one size.
-    """
-    saved = all(getattr(bag, "ndim", 0) == 3 and bag.shape[0] == 1 for bag in bags)
-    return [bag[0] for bag in bags] if saved and len({bag.shape[1] for bag in bags}) > 1 else bags
-
-
-def _one_bag(bags: Any) -> str:
-    """Text of an error: what was given instead of a list of bags, and what to pass."""
-    if hasattr(bags, "columns"):
-        return "one DataFrame, which is a single bag: pass [bag]"
-    first = np.shape(bags[0])
-    if len(first) == 3 and first[0] == 1:
-        return (
-            f"entries of one shape {first}: for vectors saved as (1, instances, features) pass [bag[0] for bag in bags], "
-            "for a single bag of images with one channel pass [bag]"
-        )
-    kind = "vectors" if len(first) == 1 else "images"
-    return f"{kind} of shape {first}, which make a single bag: pass [bag]"
-
-
-def _as_labels(labels: list[Any]) -> torch.Tensor:
-    """Labels of bags as one tensor.
-
-    One label per bag gives (B,), as integers if all are integers, otherwise as floats. Several
-    labels per bag give floats (B, num_labels).
-    """
-    stacked: list[torch.Tensor] = []
-    for index, label in enumerate(labels):
-        try:
-            # Because an array of objects may hold numbers, we convert it through a list.
-            array = label if isinstance(label, torch.Tensor) else np.asarray(label)
-            array = np.asarray(array.tolist()) if array.dtype == object else array
-            tensor = array.detach().cpu().to_dense() if isinstance(array, torch.Tensor) else torch.tensor(array)
-        except (TypeError, ValueError):
-            tensor = None
-        if tensor is not None and tensor.shape == (1,):
-            tensor = tensor[0]
-        if tensor is None or tensor.is_complex() or tensor.dim() > 1 or (stacked and tensor.shape != stacked[0].shape):
-            hint = "; config.label2id has the class index of a name" if isinstance(label, str) else ""
-            raise ValueError(f"the label of bag {index} of the batch is not a number, or its shape differs from the first: {label!r}{hint}")
-        tensor = tensor.float() if tensor.is_floating_point() or tensor.dim() > 0 else tensor.long()
-        if not tensor.isfinite().all():
-            raise ValueError(f"the label of bag {index} of the batch is missing or not finite in float32: {label!r}")
-        stacked.append(tensor)
-    floats = any(tensor.is_floating_point() for tensor in stacked)
-    return torch.stack([tensor.float() if floats else tensor for tensor in stacked])
-
-
 def _array(values: Any) -> np.ndarray | None:
     """Convert a list to a float64 array; `None` stays `None`."""
     return None if values is None else np.asarray(values, dtype=np.float64)
 
 
-def _padded(
-    arrays: list[np.ndarray], shape: tuple[int, ...], write: Callable[[int, np.ndarray, np.ndarray], None]
-) -> dict[str, np.ndarray]:
-    """Build `instances` (B, N, *shape) and `attention_mask` (B, N).
-
-    `write` writes each array into its place.
-    """
-    lengths = np.array([len(array) for array in arrays])
-    instances = np.zeros((len(arrays), lengths.max(), *shape), dtype=np.float32)
-    for index, array in enumerate(arrays):
-        write(index, array, instances[index, : len(array)])
-    return {"instances": instances, "attention_mask": (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)}
-
-
-def _copy(index: int, array: np.ndarray, out: np.ndarray) -> None:
-    """Copy a bag into the float32 array `out`."""
-    with np.errstate(over="ignore"):
-        out[:] = array
-    check_finite(index, out, " in float32")
-
-
-@dataclass
-class DataCollatorForBags:
-    """Make a batch of model inputs from examples `{"instances": bag, "label": class}`.
-
-    Other columns are left out. Labels that are whole floats stay floats, because a batch does not
-    show whether they are classes or regression targets; the models read them as classes.
-    `label_smoothing_factor` of the Trainer, which computes the loss outside the model, needs
-    integers.
-
-    With `TrainingArguments(train_sampling_strategy="group_by_length")` the Trainer batches bags of
-    similar length. It needs a feature extractor as `processing_class`, or a column `length`. The
-    Trainer also evaluates through this collator, so `selection="random"` makes evaluation random
-    too.
-
-    Args:
-        feature_extractor: A fitted `UHopMILFeatureExtractor`. `None` for bags that went through its
-            `transform`; these are only padded.
-        max_instances: Largest number of instances in a bag, at least 1; larger bags are reduced to
-            it. `None` means no limit.
-        selection: Which instances remain: "random" (drawn again each time, from torch's random
-            state), "first", or "spread" (evenly over the bag).
-
-    Raises:
-        ValueError: If `max_instances` is below 1, if `selection` is unknown, or if only some
-            examples have a label.
-    """
-
-    feature_extractor: UHopMILFeatureExtractor | None = None
-    max_instances: int | None = None
-    selection: str = "random"
-
-    def __post_init__(self):
-        if self.max_instances is not None and self.max_instances < 1:
-            raise ValueError(f"max_instances must be at least 1, or None, got {self.max_instances}")
-        if self.selection not in ("random", "first", "spread"):
-            raise ValueError(f"selection must be one of ('random', 'first', 'spread'), got {self.selection!r}")
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        bags, extractor = [example["instances"] for example in examples], self.feature_extractor
-        arrays = [self._reduced(array) for array in (as_arrays(bags) if extractor is None else extractor.arrays(bags))]
-        padded = _padded(arrays, arrays[0].shape[1:], _copy) if extractor is None else extractor.padded(arrays)
-        batch = {name: torch.from_numpy(array) for name, array in padded.items()}
-        labels = [next((example[name] for name in _LABELS if example.get(name) is not None), None) for example in examples]
-        unlabelled = [index for index, label in enumerate(labels) if label is None]
-        if 0 < len(unlabelled) < len(labels):
-            raise ValueError(f"bag {unlabelled[0]} of the batch has no label, but others have one; give a label to all bags or to none")
-        if not unlabelled:
-            batch["labels"] = _as_labels(labels)
-        return batch
-
-    def _reduced(self, bag: np.ndarray) -> np.ndarray:
-        """Reduce a bag to `max_instances` instances."""
-        count, limit = len(bag), self.max_instances
-        if limit is None or count <= limit:
-            return bag
-        if self.selection == "random":
-            return bag[torch.randperm(count)[:limit].sort().values.numpy()]
-        return bag[:limit] if self.selection == "first" else bag[np.linspace(0, count - 1, limit).round().astype(int)]
-
-
-__all__ = ["DataCollatorForBags", "UHopMILFeatureExtractor"]
+__all__ = ["UHopMILFeatureExtractor"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .simplex import at_least_fp32
+from .precision import at_least_fp32
 from .validation import check_tensors
 
 

@@ -10,8 +10,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_interface import KERNELS, eager_attention_forward, hopfield_kernel
 from .feature_map import FeatureMap
+from .folding import fold_layer
 from .memories import MemorySet, present_memories
-from .validation import check_tensor, check_tensors, is_plain
+from .validation import check_tensor, check_tensors
 
 
 class HopfieldAttention(nn.Module):
@@ -145,53 +146,12 @@ class HopfieldAttention(nn.Module):
         memories = states if memories is None else memories
         return MemorySet(self.feature_map, memories, present_memories(attention_mask, memories))
 
-    @torch.no_grad()
     def fold_feature_map(self) -> None:
-        """Fold Phi into W_Q and W_K: the layer computes the same function with fewer products.
-
-        If values pass through W_K, it is folded into W_V too.
-
-        Raises:
-            ValueError: If Phi or a projection is not a plain matrix: if it is inside an adapter,
-                hooked, offloaded or quantized.
-        """
-        if self.feature_map is None:
-            return
-        plain = {"feature_map": FeatureMap, "q_proj": nn.Linear, "k_proj": nn.Linear, "v_proj": nn.Linear}
-        for name, kind in plain.items():
-            module = getattr(self, name)
-            if not is_plain(module, kind):
-                found = type(module)
-                what = (
-                    "one that is hooked, patched or offloaded, or has quantized weights"
-                    if found is kind
-                    else f"{found.__module__}.{found.__name__}"
-                )
-                raise ValueError(
-                    f"{name} must be a plain {kind.__name__} to be folded, got {what}; "
-                    "if the model has adapters, fold the model that merge_and_unload() returns"
-                )
-        if self.value_source == "projected_memory":
-            self.v_proj = _compose(self.v_proj, self.k_proj.weight, self.k_proj.bias)
-            self.value_source = "memory"
-        self.q_proj = _compose(self.q_proj, self.feature_map.weight)
-        self.k_proj = _compose(self.k_proj, self.feature_map.weight)
-        self.feature_map = None
+        """Fold Phi into W_Q and W_K; see `fold_layer`."""
+        fold_layer(self)
 
     def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.view(*tokens.shape[:-1], self.num_attention_heads, self.head_dim).transpose(1, 2)
-
-
-def _compose(outer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Linear:
-    """Return the linear layer `outer(weight x + bias)`, composed in fp64."""
-    like = {"device": weight.device, "dtype": weight.dtype}
-    composed = nn.utils.skip_init(nn.Linear, weight.shape[1], outer.out_features, outer.bias is not None, **like)
-    composed.train(outer.training).requires_grad_(outer.weight.requires_grad)
-    wide = outer.weight.double()
-    composed.weight.copy_(wide @ weight.double())
-    if outer.bias is not None:
-        composed.bias.copy_(outer.bias if bias is None else wide @ bias.double() + outer.bias.double())
-    return composed
 
 
 class HopfieldPooling(nn.Module):

@@ -13,9 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .attention_interface import hopfield_kernel
 from .feature_map import FeatureMap
+from .folding import fold_model
 from .hopfield import HopfieldAttention, HopfieldPooling
 from .memories import MemorySet, SharedMemorySet, observe
-from .validation import is_traced
+from .precision import is_traced
 
 
 # Fields that are used only to initialise weights.
@@ -149,18 +150,7 @@ class HopfieldPreTrainedModel(PreTrainedModel):
         """
         if not _has_layers(self.config):
             raise ValueError(f"a {type(self).__name__} has no projections that its feature map could be folded into")
-        folded = copy.deepcopy(self)
-        for module in folded.modules():
-            if isinstance(module, HopfieldAttention):
-                module.fold_feature_map()
-        for module in folded.modules():
-            config = getattr(module, "config", None)
-            if config is not None and getattr(config, "use_feature_map", False):
-                config.use_feature_map, config.value_source, config.feature_dim = False, "memory", None
-        for module in folded.modules():
-            if isinstance(module, HopfieldPreTrainedModel):
-                module.remember_configuration()
-        return folded
+        return fold_model(self)
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """Save the model; see `PreTrainedModel.save_pretrained`.

@@ -4,7 +4,7 @@ import copy
 import math
 import warnings
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,11 +17,12 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_stanhop import STanHopConfig
-from .feature_map import magnitude, unit_norm
 from .hopfield import HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
-from .simplex import at_least_fp32, simplex_map
-from .validation import as_mask, check_tensor, check_tensors, is_finite, is_readable
+from .precision import is_finite, is_readable
+from .series_memory import STanHopWindowMemory
+from .series_window import ScaledWindow, forecast_loss
+from .validation import check_tensors
 
 
 @dataclass
@@ -201,83 +202,6 @@ class STanHopDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, self.head(hidden_states).flatten(2)
 
 
-class STanHopScaler(nn.Module):
-    """Location and scale of each series of a window (B, L, C) over its observed values."""
-
-    def __init__(self, config: STanHopConfig):
-        super().__init__()
-        self.scaling = config.scaling
-        self.minimum_scale = config.minimum_scale
-
-    def forward(self, values: torch.Tensor, observed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return location and scale, each (B, 1, C).
-
-        A series without an observed value has location 0 and scale 1.
-        """
-        count = observed.sum(1, keepdim=True)
-        if self.scaling is None:
-            return torch.zeros_like(count), torch.ones_like(count)
-        # Because sums and squares of large or small values overflow or underflow, we divide by
-        # their magnitude first.
-        size = magnitude(values, dim=1)
-        values, count = values / size, count.clamp(min=1)
-        if self.scaling == "mean":
-            loc = torch.zeros_like(count)
-            scale = values.abs().sum(1, keepdim=True) / count
-        else:
-            loc = values.sum(1, keepdim=True) / count
-            deviations = (values - loc) * observed
-            spread = magnitude(deviations, dim=1)
-            scale = ((deviations / spread).square().sum(1, keepdim=True) / count).sqrt() * spread
-        seen = observed.amax(1, keepdim=True) > 0
-        return loc * size, torch.where(seen, (scale * size).clamp(min=self.minimum_scale), 1.0)
-
-
-class STanHopWindowMemory(nn.Module):
-    r"""Stored windows, from which each series retrieves by the cosine of the pasts.
-
-    For a past $R$ and the stored pasts $Y$ the weights are $p = \mathrm{Sep}_\alpha(\beta \cos(R,
-    Y))$. The recalled past is $p Y$, and the recalled future is $p Y_{\mathrm{future}}$. All
-    windows are scaled. A stored past of zeros has no direction and is never retrieved.
-    """
-
-    def __init__(self, config: STanHopConfig):
-        super().__init__()
-        self.config = config
-        for name, shape in self.shapes(config.num_memories).items():
-            self.register_buffer(name, torch.zeros(shape) if config.num_memories > 0 else None)
-        self.pasts: torch.Tensor
-        self.futures: torch.Tensor
-
-    def shapes(self, count: int) -> dict[str, tuple[int, int, int]]:
-        """Shapes of the buffers that hold `count` windows."""
-        channels = self.config.num_input_channels
-        return {"pasts": (channels, count, self.config.context_length), "futures": (channels, count, self.config.prediction_length)}
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Set the stored windows to zero."""
-        if self.pasts is not None:
-            init.zeros_(self.pasts)
-            init.zeros_(self.futures)
-
-    def weights(self, scaled: torch.Tensor) -> torch.Tensor:
-        """Association weights (C, B, num_memories) of windows (B, L, C)."""
-        similarity = unit_norm(scaled.permute(2, 0, 1)) @ unit_norm(self.pasts).transpose(-1, -2)
-        present = (self.pasts != 0).any(-1).unsqueeze(1)
-        return simplex_map(self.config.memory_beta * at_least_fp32(similarity), self.config.memory_alpha, mask=present).to(scaled.dtype)
-
-    def series(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Recalled past (B, C, L) and future (B, C, H) of windows (B, L, C)."""
-        weights = self.weights(scaled)
-        return (weights @ self.pasts).transpose(0, 1), (weights @ self.futures).transpose(0, 1)
-
-    def forward(self, scaled: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Recalled past (B, L, C) and future (B, H, C) of windows (B, L, C)."""
-        past, future = self.series(scaled)
-        return past.transpose(1, 2), future.transpose(1, 2)
-
-
 class STanHopSkip(nn.Linear):
     """Linear map that is added to the forecast and starts at zero.
 
@@ -343,7 +267,6 @@ class STanHopModel(STanHopPreTrainedModel):
         config = copy.deepcopy(config)
         super().__init__(config)
         self.num_patches = math.ceil(config.context_length / config.patch_length)
-        self.scaler = STanHopScaler(config)
         self.memory = STanHopWindowMemory(config)
         self.patch_embedding = nn.Linear(config.patch_length, config.d_model)
         self.position_embeddings = nn.Parameter(torch.empty(1, config.num_input_channels, self.num_patches, config.d_model))
@@ -363,12 +286,7 @@ class STanHopModel(STanHopPreTrainedModel):
         count = max((shape[1] for shape in sizes.values() if len(shape) == 3), default=0)
         shapes = self.memory.shapes(count)
         if sizes == shapes or (not sizes and f"{prefix}position_embeddings" in state_dict):
-            for name, shape in shapes.items():
-                kept = getattr(self.memory, name)
-                if count == 0:
-                    setattr(self.memory, name, None)
-                elif kept is None or tuple(kept.shape) != shape:
-                    setattr(self.memory, name, torch.zeros(shape, dtype=self.dtype, device=self.device))
+            self.memory.resize(count, self.dtype, self.device)
             self.config.num_memories = count
         elif self.config.num_memories == 0:
             errors += [
@@ -402,12 +320,12 @@ class STanHopModel(STanHopPreTrainedModel):
                 where it was observed; or if the scaled values are infinite in the dtype of the
                 model.
         """
-        scaled, loc, scale = self.scaled(past_values, past_observed_mask)
-        hidden_states = self.embed(scaled)
-        if self.config.scaling is None and is_readable(scaled) and scaled.numel() > 0:
+        window = self.scaled(past_values, past_observed_mask)
+        hidden_states = self.embed(window.values)
+        if self.config.scaling is None and is_readable(window.values) and window.values.numel() > 0:
             # Because layer norms square their input, it must be far below the largest number of its
             # dtype.
-            largest = scaled.abs().max().item()
+            largest = window.values.abs().max().item()
             if largest > torch.finfo(hidden_states.dtype).max ** 0.5 / 100 > 100 or not is_finite(hidden_states):
                 raise ValueError(
                     f"without scaling, past_values must be small enough for layer norms in {hidden_states.dtype}, got values up to "
@@ -419,27 +337,14 @@ class STanHopModel(STanHopPreTrainedModel):
                 hidden_states = self.mergers[index - 1](hidden_states)
             hidden_states = block(hidden_states, **kwargs)
             scales.append(hidden_states)
-        return STanHopModelOutput(last_hidden_state=hidden_states, scales=tuple(scales), loc=loc, scale=scale, scaled_values=scaled)
+        return STanHopModelOutput(
+            last_hidden_state=hidden_states, scales=tuple(scales), loc=window.loc, scale=window.scale, scaled_values=window.values
+        )
 
-    def scaled(
-        self, past_values: torch.Tensor | None, past_observed_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Scale windows.
-
-        Args:
-            past_values: As in `forward`.
-            past_observed_mask: As in `forward`.
-
-        Returns:
-            The window after subtraction of its location and division by its scale, with zeros where
-                it was not observed; the location and the scale, each (B, 1, C), in the dtype of the
-                values and at least in fp32.
-        """
-        values, observed = self.checked(past_values, past_observed_mask)
-        loc, scale = self.scaler(values, observed)
-        # Because differences of very large values overflow, we divide by their magnitude first.
-        size = magnitude(values, dim=1)
-        return self._cast((values / size - loc / size) / (scale / size) * observed, "past_values"), loc, scale
+    def scaled(self, past_values: torch.Tensor | None, past_observed_mask: torch.Tensor | None) -> ScaledWindow:
+        """Check and scale windows; the arguments and errors are those of `forward`."""
+        self.check_configuration()
+        return ScaledWindow.of(past_values, past_observed_mask, self.config, self.dtype)
 
     @torch.no_grad()
     def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
@@ -467,23 +372,17 @@ class STanHopModel(STanHopPreTrainedModel):
             raise ValueError(f"store needs at least one window, and future_values of shape (M, prediction_length, C) = {expected}, {given}")
         if bool(future_values.isinf().any()):
             raise ValueError("future_values must be finite, or NaN where they were not observed, got infinite values")
-        scaled, loc, scale = self.scaled(past_values.to(self.device), None)
-        # Because a window minus its mean has both signs, values of one sign are only the rounding
-        # error of a constant.
-        varies = (scaled > 0).any(1) & (scaled < 0).any(1) if self.config.scaling == "std" else scaled.any(1)
-        values, observed = self.checked(past_values.to(self.device), None)
-        lost = ~varies & _varies_in_past(values, observed.bool(), centred=self.config.scaling == "std")
+        past_values, centred = past_values.to(self.device), self.config.scaling == "std"
+        window = self.scaled(past_values, None)
+        varies = window.varies(centred)
+        lost = ~varies & window.varied(past_values, centred)
         if lost.any():
             warnings.warn(
                 f"{int(lost.sum())} series of the windows become constant in {self.dtype} when scaled by at least "
                 f"minimum_scale={self.config.minimum_scale}, and are never retrieved; (window, series): {lost.nonzero().tolist()[:10]}",
                 stacklevel=3,
             )
-        unretrievable = ~varies.unsqueeze(1)
-        futures = (future_values.to(self.device, loc.dtype) - loc) / scale
-        futures = self._cast(futures.masked_fill(futures.isnan() | unretrievable, 0.0), "future_values")
-        pasts = scaled.masked_fill(unretrievable, 0.0)
-        self.memory.pasts, self.memory.futures = pasts.permute(2, 0, 1).contiguous(), futures.permute(2, 0, 1).contiguous()
+        self.memory.store(window.values.masked_fill(~varies.unsqueeze(1), 0.0), window.future(future_values, varies))
         self.config.num_memories = len(past_values)
 
     @torch.no_grad()
@@ -505,45 +404,8 @@ class STanHopModel(STanHopPreTrainedModel):
         """
         if self.config.num_memories == 0 or not self.memory.pasts.any():
             raise ValueError("no window is stored: call store(past_values, future_values) first")
-        scaled, loc, scale = self.scaled(past_values, past_observed_mask)
-        return in_units(self.memory(scaled)[1], scale, loc)
-
-    def checked(self, past_values: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return values (zeros where not observed) and the mask as numbers, at least in fp32.
-
-        Values keep their dtype if it is wider, because a narrower dtype would lose the differences
-        between values far from zero.
-        """
-        self.check_configuration()
-        if past_values is None:
-            raise ValueError("past_values is required, got None")
-        check_tensors(past_values=past_values)
-        check_tensor(mask, "past_observed_mask")
-        expected = (self.config.context_length, self.config.num_input_channels)
-        if past_values.dim() != 3 or past_values.shape[1:] != expected:
-            raise ValueError(
-                f"past_values must have shape (B, context_length={expected[0]}, num_input_channels={expected[1]}), "
-                f"got {tuple(past_values.shape)}"
-            )
-        observed = ~past_values.isnan()
-        if mask is not None:
-            if mask.shape != past_values.shape:
-                shapes = f"{tuple(past_values.shape)}, got {tuple(mask.shape)}"
-                raise ValueError(f"past_observed_mask must have the shape of past_values, {shapes}")
-            observed = observed & as_mask(mask, "past_observed_mask", "observed values", "others")
-        wide = torch.promote_types(torch.promote_types(self.dtype, torch.float32), past_values.dtype)
-        values = past_values.to(wide).masked_fill(~observed, 0.0)
-        if is_readable(values) and not is_finite(values):
-            row, _, channel = (~values.isfinite()).nonzero()[0].tolist()
-            raise ValueError(f"observed past_values must be finite in {values.dtype}, but series {channel} of window {row} is not")
-        return values, observed.to(values.dtype)
-
-    def _cast(self, scaled: torch.Tensor, name: str) -> torch.Tensor:
-        """Convert scaled values to the dtype of the model; they must stay finite."""
-        narrow = scaled.to(self.dtype)
-        if is_readable(narrow) and not is_finite(narrow):
-            raise ValueError(f"{name} must be finite in {self.dtype} after scaling, got values up to {scaled.abs().max():.4g}")
-        return narrow
+        window = self.scaled(past_values, past_observed_mask)
+        return window.in_units(self.memory(window.values)[1])
 
     def _sizes(self) -> dict[str, int]:
         if "memory" not in self._modules:
@@ -554,8 +416,8 @@ class STanHopModel(STanHopPreTrainedModel):
         """Embed a scaled window (B, L, C) as patches (B, C, num_patches, d_model)."""
         series = scaled.transpose(1, 2)
         if self.config.memory_type == "plug" and self.config.num_memories > 0:
-            completed = series + self.memory.series(scaled)[0]
-            series = nn.functional.layer_norm(completed, (self.config.context_length,), eps=self.config.norm_eps)
+            completed = scaled + self.memory(scaled)[0]
+            series = nn.functional.layer_norm(completed.transpose(1, 2), (self.config.context_length,), eps=self.config.norm_eps)
         missing = self.num_patches * self.config.patch_length - series.shape[-1]
         if missing > 0:
             series = torch.cat([series[..., :1].expand(-1, -1, missing), series], dim=-1)
@@ -671,17 +533,17 @@ class STanHopForPrediction(STanHopPreTrainedModel):
                 shape, or (on CPU) if future values are infinite where they were observed.
         """
         self.check_configuration()
-        outputs: STanHopModelOutput = self.model(past_values, past_observed_mask, return_dict=True, **kwargs)
-        decoded: STanHopDecoderOutput = self.decoder(outputs.scales, return_dict=True, **kwargs)
-        forecast, scaled = cast(torch.Tensor, decoded.forecast), cast(torch.Tensor, outputs.scaled_values)
+        outputs: Any = self.model(past_values, past_observed_mask, return_dict=True, **kwargs)
+        decoded: Any = self.decoder(outputs.scales, return_dict=True, **kwargs)
+        window, forecast = ScaledWindow(outputs.scaled_values, outputs.loc, outputs.scale), decoded.forecast
         if self.linear_skip is not None:
-            forecast = forecast + self.linear_skip(scaled.transpose(1, 2)).transpose(1, 2)
+            forecast = forecast + self.linear_skip(window.values.transpose(1, 2)).transpose(1, 2)
         if self.memory_head is not None and self.config.num_memories > 0:
-            forecast = forecast + self.memory_head(self.model.memory.series(scaled)[1]).transpose(1, 2)
-        prediction = in_units(forecast, cast(torch.Tensor, outputs.scale), cast(torch.Tensor, outputs.loc))
+            forecast = forecast + self.memory_head(self.model.memory(window.values)[1].transpose(1, 2)).transpose(1, 2)
+        prediction = window.in_units(forecast)
         loss = None
         if future_values is not None and return_loss:
-            loss = self._loss(prediction, future_values, future_observed_mask)
+            loss = forecast_loss(prediction, future_values, future_observed_mask, self.config.loss)
         return STanHopForPredictionOutput(
             loss=loss,
             prediction_outputs=prediction,
@@ -711,58 +573,6 @@ class STanHopForPrediction(STanHopPreTrainedModel):
 
     def _sizes(self) -> dict[str, int]:
         return self.model._sizes() if "model" in self._modules else {}
-
-    def _loss(self, prediction: torch.Tensor, future: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Mean error of the forecast over the observed future values."""
-        for name, tensor in (("future_values", future), ("future_observed_mask", mask)):
-            check_tensor(tensor, name)
-            if tensor is not None and tensor.shape != prediction.shape:
-                expected = f"(B, prediction_length, num_input_channels) = {tuple(prediction.shape)}"
-                raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
-        observed = ~future.isnan()
-        if mask is not None:
-            observed = observed & as_mask(mask, "future_observed_mask", "observed values", "others")
-        future = future.to(prediction.device, prediction.dtype).masked_fill(~observed, 0.0)
-        if is_readable(future) and not is_finite(future):
-            raise ValueError(f"observed future_values must be finite, got {int((~future.isfinite()).sum())} values that are not")
-        errors = prediction - future
-        errors = errors.abs() if self.config.loss == "mae" else errors.square()
-        loss = (errors * observed).sum() / observed.sum().clamp(min=1)
-        if is_readable(loss) and not is_finite(loss) and is_finite(prediction):
-            raise ValueError(
-                f"the {self.config.loss} loss must be finite in {loss.dtype}, but forecasts and future_values are too far apart; "
-                "use larger units, or pass past_values in torch.float64"
-            )
-        return loss
-
-
-def _varies_in_past(values: torch.Tensor, observed: torch.Tensor, centred: bool) -> torch.Tensor:
-    """Which series (B, C) vary over their observed values.
-
-    A series varies if a value differs from 0; if `centred`, from another value.
-    """
-    least, most = (torch.where(observed, values, bound) for bound in (torch.inf, -torch.inf))
-    return most.amax(1) > least.amin(1) if centred else (values * observed).any(1)
-
-
-def in_units(forecast: torch.Tensor, scale: torch.Tensor, loc: torch.Tensor) -> torch.Tensor:
-    """Convert a scaled forecast to the units of its window.
-
-    Args:
-        forecast: The scaled forecast (B, H, C).
-        scale: The scale of the window, (B, 1, C).
-        loc: The location of the window, (B, 1, C).
-
-    Raises:
-        ValueError: If (on CPU) the result exceeds the range of its dtype.
-    """
-    prediction = forecast * scale + loc
-    if is_readable(prediction) and not is_finite(prediction) and is_finite(forecast):
-        raise ValueError(
-            f"forecasts must be finite in {prediction.dtype}, but {int((~prediction.isfinite()).sum())} are not, for windows with values "
-            f"up to {max(loc.abs().max().item(), scale.max().item()):.4g}; pass past_values in larger units, or in torch.float64"
-        )
-    return prediction
 
 
 __all__ = [

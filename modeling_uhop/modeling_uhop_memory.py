@@ -4,66 +4,31 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from .capacity import (
-    MemoryReport,
-    is_exactly_retrieved,
-    is_well_separated,
-    margins,
-    metastable_sizes,
-    retrieval_error_bound,
-    separation_bounds,
-)
+from .capacity import MemoryReport, cosine_margin, duplicates, memory_report
 from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import mask_patterns
-from .energy import association_of, energy, inner_products, mixed
-from .feature_map import FeatureMap, norms, unit_norm
+from .energy import association_of, energy, mixed
+from .feature_cache import cached_features, index_candidates, select_index
+from .feature_map import FeatureMap
 from .memories import MemorySet, SharedMemorySet
 from .modeling_hopfield import HopfieldPreTrainedModel
-from .search import Candidates, brute_force, faiss_index, mark_in_step, mixture, sparse_association, trained_index
+from .precision import is_finite, is_traced
+from .search import Candidates, brute_force, mixture, sparse_association
 from .separation import Separation, maximize_separation
-from .simplex import at_least_fp32
 from .spherical import are_independent, separate_optimally
-from .validation import check_tensors, is_finite, is_plain, is_traced
+from .validation import check_tensors
 
 
 # Because the optimal spherical code of more than 2 * feature_dim memories must be searched, "uhop+"
 # computes it for at most 1000 memories. A separation step samples at most 4096 memories.
 _SEARCHED_CODES, _MEMORIES_IN_A_STEP = 1000, 4096
-
-
-class CachedFeatures(NamedTuple):
-    """Features of the stored memories, with what they were computed from."""
-
-    memories: torch.Tensor
-    state: tuple[int, torch.dtype, bool]
-    weight: torch.Tensor
-    features: torch.Tensor
-
-
-class FaissIndexState(NamedTuple):
-    """What `UHopMemoryModel.index` was asked for, and the faiss index built for it so far.
-
-    `features` and `version` identify the feature tensor (and its version) that the index holds.
-    """
-
-    factory: str
-    parameters: str
-    features: torch.Tensor | None = None
-    version: int = 0
-    candidates: Candidates | None = None
-
-
-# Because a copy of a model must not share its cache or index, we keep both outside the models.
-_FEATURES: WeakKeyDictionary[nn.Module, CachedFeatures] = WeakKeyDictionary()
-_INDEXES: WeakKeyDictionary[nn.Module, FaissIndexState] = WeakKeyDictionary()
 
 
 @dataclass
@@ -176,13 +141,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
 
         The features are cached for the next retrieval. They are computed again if the memories or
         the feature map have changed. PyTorch does not count changes of memories through `.data`, a
-        NumPy view or a collective operation, so these are not noticed. The cache is not used in
-        these cases:
-
-        - a gradient has to pass through the features;
-        - the feature map is offloaded, has hooks or is wrapped in an adapter;
-        - autocast or inference mode is on;
-        - the graph is traced.
+        NumPy view or a collective operation, so these are not noticed. The cache is not used while
+        a gradient has to pass through the features, a graph is traced, or autocast or inference
+        mode is on; nor if the feature map is offloaded, has hooks or is wrapped in an adapter.
         """
         return self.memories if self.feature_map is None else self._cached_features().clone()
 
@@ -191,19 +152,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         self.check_configuration()
         if self.feature_map is None:
             return self.memories
-        if is_traced() or not is_plain(self.feature_map, FeatureMap):
-            return self._features(self.memories, "memories")
-        memories, weight = self.memories, self.feature_map.weight
-        needs_gradient = torch.is_grad_enabled() and (weight.requires_grad or memories.requires_grad)
-        if needs_gradient or torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or memories.is_inference():
-            return self._features(memories, "memories")
-        cached = _FEATURES.get(self)
-        state = (memories._version, weight.dtype, self.feature_map.normalize)
-        # Because fused optimizers and collective operations do not increase the version counter of
-        # the weight, we compare its values.
-        if cached is None or cached.memories is not memories or cached.state != state or not torch.equal(cached.weight, weight):
-            cached = _FEATURES[self] = CachedFeatures(memories, state, weight.detach().clone(), self._features(memories, "memories"))
-        return cached.features
+        return cached_features(self, self.feature_map, self.memories, lambda memories: self._features(memories, "memories"))
 
     def __len__(self) -> int:
         return len(self.memories)
@@ -226,9 +175,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             raise ValueError(f"patterns must have shape (M, {self.config.pattern_dim}), got {tuple(patterns.shape)}")
         self.memories = patterns.detach().clone()
         self.config.num_memories = len(patterns)
-        duplicates = _duplicates(self.memories)
-        if duplicates:
-            warnings.warn(f"{len(duplicates)} memories equal an earlier one; pairs (first, later): {duplicates[:10]}", stacklevel=2)
+        equal = duplicates(self.memories)
+        if equal:
+            warnings.warn(f"{len(equal)} memories equal an earlier one; pairs (first, later): {equal[:10]}", stacklevel=2)
 
     def append(self, patterns: torch.Tensor) -> None:
         """Store further patterns after those that are already stored.
@@ -332,10 +281,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
     def _separate_optimally(self) -> list[float]:
         """Reach the optimal spherical code; return minus the smallest margin before and after."""
         assert self.feature_map is not None
-        before, _ = margins(self._unit_kernel())
+        before = cosine_margin(self._cached_features())
         separate_optimally(self.feature_map, self.memories)
-        after, _ = margins(self._unit_kernel())
-        return [-before.min().item(), -after.min().item()]
+        return [-before, -cosine_margin(self._cached_features())]
 
     def forward(
         self,
@@ -368,9 +316,7 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
                 scores and energies: of fp64).
             TypeError: If `queries` is not a tensor.
         """
-        steps = self.config.update_steps if update_steps is None else update_steps
-        if steps < 1:
-            raise ValueError(f"update_steps must be at least 1, got {steps}")
+        steps = self._steps(update_steps)
         self.check_configuration()
         states = torch.atleast_2d(self._validated(queries, "queries"))
         settings: dict[str, Any] = {"beta": self.config.beta, "alpha": self.config.alpha}
@@ -432,23 +378,19 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             ValueError: As `forward`; also if the similarity is not an inner product, or if the
                 candidates do not match the current memories.
         """
-        steps = self.config.update_steps if update_steps is None else update_steps
-        if steps < 1:
-            raise ValueError(f"update_steps must be at least 1, got {steps}")
-        if self.config.similarity not in ("kernel", "dot"):
-            raise ValueError(f"search needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
+        steps = self._steps(update_steps)
+        self._check_inner_product("search")
         states = torch.atleast_2d(self._validated(queries, "queries"))
         features = self._cached_features()
-        own = candidates is None and self not in _INDEXES
-        if candidates is None:
-            candidates = brute_force(features) if own else self._faiss_candidates(features)
+        given = index_candidates(self, features) if candidates is None else candidates
+        candidates = brute_force(features) if given is None else given
         # Because candidates other than our own inner products may return approximate scores, the
         # exact scores are computed from the features.
         settings: dict[str, Any] = {
             "beta": self.config.beta,
             "alpha": self.config.alpha,
             "top_k": top_k,
-            "features": None if own else features,
+            "features": None if given is None else features,
         }
         for _ in range(steps):
             weights, indices = sparse_association(self._features(states), len(self), candidates, **settings)
@@ -482,27 +424,9 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             >>> memory.search(memory.memories[:2]).indices[:, 0].tolist()
             [0, 1]
         """
-        if self.config.similarity not in ("kernel", "dot"):
-            raise ValueError(f"an index needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
-        _INDEXES.pop(self, None)
-        if factory != "flat":
-            width = self.config.pattern_dim if self.feature_map is None else self.config.feature_dim or self.config.pattern_dim
-            trained_index(factory, parameters, torch.zeros(0, width))
-            _INDEXES[self] = FaissIndexState(factory, parameters)
-
-    def _faiss_candidates(self, features: torch.Tensor) -> Candidates:
-        """Return the selected faiss index, built again if it does not hold these features."""
-        held = _INDEXES[self]
-        # Because tensors created in inference mode have no version counter, their index is always
-        # built again.
-        version = -1 if features.is_inference() else features._version
-        if held.candidates is None or held.features is not features or held.version != version or version < 0:
-            index = trained_index(held.factory, held.parameters, features)
-            mark_in_step(index, features)
-            candidates = faiss_index(index)
-            held = _INDEXES[self] = FaissIndexState(held.factory, held.parameters, features, version, candidates)
-        assert held.candidates is not None
-        return held.candidates
+        self._check_inner_product("an index")
+        width = self.config.pattern_dim if self.feature_map is None else self.config.feature_dim or self.config.pattern_dim
+        select_index(self, factory, parameters, width)
 
     def _features(self, patterns: torch.Tensor, name: str = "queries") -> torch.Tensor:
         if self.feature_map is None:
@@ -540,52 +464,32 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             ValueError: If nothing is stored, or if the similarity is not an inner product; also as
                 `forward`.
         """
-        if self.config.similarity not in ("kernel", "dot"):
-            raise ValueError(f"a report needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
+        self._check_inner_product("a report")
         features = self._cached_features()
         output = self(self.memories, update_steps=1, return_dict=True)
-        kernel = inner_products(features, features)
-        # Because scores may overflow fp32, `inner_products` may return fp64; we follow its dtype.
-        weights, patterns, features = (tensor.to(kernel.dtype) for tensor in (output.association, self.memories, features))
-        margin, rival = margins(kernel)
-        # Because retrieval rounds its scores, exact retrieval is certified only if the margin is
-        # larger than the largest possible rounding error.
-        rounding = 2.0 * torch.finfo(self.memories.dtype).eps
-        kernel_lower_bound = kernel - rounding * kernel.abs().max() * torch.eye(len(kernel), dtype=kernel.dtype, device=kernel.device)
-        count, feature_dim = features.shape
-        separation = margins(self._unit_kernel())[0].min().item() if count > 1 else float("nan")
-        others = weights.masked_fill(torch.eye(count, dtype=torch.bool, device=weights.device), 0.0)
-        confused = sorted(((weights[m, n].item(), m, n) for m, n in (others > 0.01).nonzero().tolist()), reverse=True)
-        features_are_unit = self.config.similarity == "kernel" and self.config.normalize_features
-        sizes = None if queries is None else metastable_sizes(self(queries, return_dict=True).association, self.config.alpha)
-        error_bound = retrieval_error_bound(patterns, features, self.config.beta)
-        return MemoryReport(
+        return memory_report(
+            self.memories,
+            features,
+            output.association,
+            output.retrieved,
             beta=self.config.beta,
             alpha=self.config.alpha,
-            margin=margin,
-            rival=rival,
-            error_bound=error_bound,
-            vacuous=(error_bound >= 2.0 * norms(patterns).max()) | (self.config.alpha > 1.0),
-            own_error_bound=retrieval_error_bound(patterns, features, self.config.beta, radius=0.0),
-            error=norms(output.retrieved.to(kernel.dtype) - patterns),
-            weight=weights.diagonal(),
-            exact=is_exactly_retrieved(kernel_lower_bound, self.config.beta, self.config.alpha),
-            metastable_size=metastable_sizes(weights, self.config.alpha),
-            query_metastable_size=sizes,
-            separation=separation,
-            separation_bounds=separation_bounds(count, feature_dim) if count > 1 and feature_dim > 1 else (float("nan"), float("nan")),
-            well_separated=features_are_unit and is_well_separated(features, self.config.beta),
-            confusions=[(m, n, weight) for weight, m, n in confused],
-            duplicates=_duplicates(self.memories),
-            rounding=2.0 * rounding * norms(patterns).max().item(),
+            features_are_unit=self.config.similarity == "kernel" and self.config.normalize_features,
+            query_weights=None if queries is None else self(queries, return_dict=True).association,
         )
 
     def _sizes(self) -> dict[str, int]:
         return {"num_memories": len(self.memories)} if "memories" in self._buffers else {}
 
-    def _unit_kernel(self) -> torch.Tensor:
-        features = unit_norm(at_least_fp32(self._cached_features()))
-        return features @ features.transpose(-1, -2)
+    def _steps(self, update_steps: int | None) -> int:
+        steps = self.config.update_steps if update_steps is None else update_steps
+        if steps < 1:
+            raise ValueError(f"update_steps must be at least 1, got {steps}")
+        return steps
+
+    def _check_inner_product(self, what: str) -> None:
+        if self.config.similarity not in ("kernel", "dot"):
+            raise ValueError(f"{what} needs the similarity 'kernel' or 'dot', got {self.config.similarity!r}")
 
     def _validated(self, patterns: torch.Tensor, name: str) -> torch.Tensor:
         """Move patterns to the memory's device and dtype; check width and finite values.
@@ -601,16 +505,6 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             bad = int((~patterns.isfinite()).sum())
             raise ValueError(f"{name} must be finite in {self.memories.dtype}, got {bad} entries that are not")
         return patterns
-
-
-def _duplicates(memories: torch.Tensor) -> list[tuple[int, int]]:
-    """Pairs (first, later) of indices of equal memories."""
-    if len(memories) < 2:
-        return []
-    _, group = torch.unique(memories, dim=0, return_inverse=True)
-    first: dict[int, int] = {}
-    pairs = [(first.setdefault(key, index), index) for index, key in enumerate(group.tolist())]
-    return [pair for pair in pairs if pair[0] != pair[1]]
 
 
 __all__ = ["UHopMemoryModel", "UHopMemoryOutput", "UHopMemoryPreTrainedModel", "UHopMemorySearchOutput"]

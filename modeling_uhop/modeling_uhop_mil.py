@@ -16,7 +16,8 @@ from .configuration_uhop_mil import UHopMILConfig
 from .hopfield import HopfieldPooling
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
-from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, largest
+from .precision import largest
+from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss
 
 
 @dataclass

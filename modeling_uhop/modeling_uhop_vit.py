@@ -18,7 +18,8 @@ from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
 from .hopfield import HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
-from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, largest
+from .precision import largest
+from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss
 
 
 class UHopViTPatchEmbeddings(nn.Module):

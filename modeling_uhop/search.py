@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from .energy import in_range, inner_products
-from .simplex import at_least_fp32, simplex_map
-from .validation import is_finite, is_readable
+from .precision import at_least_fp32, is_finite, is_readable
+from .simplex import simplex_map
 
 
 try:
@@ -110,7 +110,7 @@ class FaissIndex:
         Raises:
             ValueError: If it holds other vectors or does not give its vectors back.
         """
-        if _is_verified(self.index, features):
+        if is_in_step(self.index, features):
             return
         name = type(self.index).__name__
         try:
@@ -183,7 +183,8 @@ def mark_in_step(index: Any, features: torch.Tensor) -> None:
         _VERIFIED[index] = ref(features), features._version
 
 
-def _is_verified(index: Any, features: torch.Tensor) -> bool:
+def is_in_step(index: Any, features: torch.Tensor) -> bool:
+    """Return whether an index is recorded to hold these features in their current version."""
     held = _VERIFIED.get(index)
     return held is not None and not features.is_inference() and held[0]() is features and held[1] == features._version
 
@@ -285,6 +286,7 @@ def trained_index(factory: str, parameters: str, features: torch.Tensor) -> Any:
         raise ValueError(f"faiss refuses an index of {given} for {len(vectors)} memories: {_faiss_message(error)}") from error
     if index.metric_type != faiss.METRIC_INNER_PRODUCT:
         raise ValueError(f"an index must rank by inner products, which {factory!r} does not; choose another factory string")
+    mark_in_step(index, features)
     return index
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .corruption import Corruption
 from .distributed import (
+    are_finite,
     averaged_like,
     check_sharding,
     gather_rows,
@@ -27,9 +28,9 @@ from .distributed import (
 )
 from .feature_map import FeatureMap, unit_norm
 from .memories import MemorySet, SharedMemorySet
+from .precision import at_least_fp32, is_readable
 from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
-from .simplex import at_least_fp32
-from .validation import check_tensor, check_tensors, is_finite, is_readable
+from .validation import check_tensor, check_tensors
 from .zero import has_master, master, write
 
 
@@ -296,7 +297,7 @@ class StageOne:
                     "there is nothing to train: all parameters that the memories' features depend on are frozen (requires_grad=False)"
                 )
             gradients = self._gradients(losses.sum(), leaves)
-        if is_readable(losses) and not all(gradient is None or is_finite(gradient) for gradient in gradients):
+        if is_readable(losses) and not are_finite([gradient for gradient in gradients if gradient is not None]):
             raise ValueError(
                 "the gradient of the separation loss must be finite, and is not: the memories are too small or too large; scale them"
             )
@@ -449,9 +450,10 @@ def _feature_maps(model: Any, needed: bool) -> list[Any]:
 
     The list may be empty only if `needed` is false.
     """
-    # Because code loaded from a model folder has its own FeatureMap class, we compare class names.
+    # Because code loaded from a model folder has its own FeatureMap class, and FSDP2 makes a subclass,
+    # we compare the names of all base classes.
     # An adapter of PEFT holds the wrapped module as `base_layer`.
-    names = [name for name, module in model.named_modules() if type(module).__name__ == "FeatureMap"]
+    names = [name for name, module in model.named_modules() if "FeatureMap" in {kind.__name__ for kind in type(module).__mro__}]
     maps = [model.get_submodule(re.sub(r"(\.base_layer)+$", "", name)) for name in names]
     if not (isinstance(model, FeatureMap) or hasattr(model, "memory_sets")) or (needed and not maps):
         raise ValueError(

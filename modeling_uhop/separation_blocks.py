@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .feature_map import magnitude
-from .validation import is_readable
+from .precision import is_readable
 
 
 # Number of rows and of columns of a block: 1 MB of fp32.

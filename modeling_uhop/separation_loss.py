@@ -5,8 +5,8 @@ import math
 import torch
 
 from .feature_map import unit_norm
+from .precision import at_least_fp32
 from .separation_blocks import blocked_separation_loss
-from .simplex import at_least_fp32
 from .validation import as_floats, check_tensor
 
 

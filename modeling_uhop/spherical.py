@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging
 
 from .feature_map import FeatureMap
-from .validation import is_finite
+from .precision import is_finite
 
 
 _FINE_RESTARTS = 24

@@ -9,25 +9,10 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .precision import is_readable, largest
+
 
 logger = logging.get_logger(__name__)
-
-
-def is_traced() -> bool:
-    """Return whether `torch.compile`, `torch.export` or `torch.jit.trace` is recording a graph.
-
-    A graph cannot branch on values.
-    """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def is_readable(tensor: torch.Tensor) -> bool:
-    """Return whether Python may read the values of a tensor.
-
-    It may on a CPU. On an accelerator, reading would stall every step. A traced graph, or a
-    function that torch.func transforms, cannot branch on values.
-    """
-    return tensor.device.type == "cpu" and not is_traced() and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_tensor(value, name: str) -> None:
@@ -96,26 +81,6 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     hooked = module._forward_hooks or module._forward_pre_hooks or getattr(module.forward, "__func__", None) is not kind.forward
     plain = all(type(weight) is nn.Parameter and not weight.is_meta for weight in module.parameters())
     return type(module) is kind and not hooked and plain
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether every value of a tensor is finite.
-
-    If the sum is finite, all values are. If it is not, it may only have overflowed, and each value
-    is checked.
-    """
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def largest(tensor: torch.Tensor) -> float:
-    """Return the largest absolute value of a tensor; nan if any value is nan.
-
-    It is 0 for an empty tensor, and if the values cannot be read.
-    """
-    if not is_readable(tensor) or tensor.numel() == 0:
-        return 0.0
-    low, high = tensor.detach().aminmax()
-    return max(-low.item(), high.item())
 
 
 def check_no_overflow(states: torch.Tensor, example: str, limit: float = math.inf) -> None:

@@ -237,9 +237,10 @@ class Retrieved:
 def retrieved(forecaster: Forecaster, start: int, series: int, count: int = RETRIEVED) -> tuple[list[Retrieved], int]:
     """The stored windows with the largest weights, largest first; and how many have any."""
     model = forecaster.model.model
-    scaled, loc, scale = model.scaled(forecaster.pasts([start]), None)
-    weights = model.memory.weights(scaled)[series, 0]
-    windows = torch.cat([model.memory.pasts[series], model.memory.futures[series]], -1) * scale[0, 0, series] + loc[0, 0, series]
+    window = model.scaled(forecaster.pasts([start]), None)
+    weights = model.memory.weights(window.values)[series, 0]
+    windows = torch.cat([model.memory.pasts[series], model.memory.futures[series]], -1)
+    windows = windows * window.scale[0, 0, series] + window.loc[0, 0, series]
     found = [
         Retrieved(
             float(weights[best]),

@@ -17,16 +17,17 @@ from modeling_uhop import (
     UHopMILForBagClassification,
     UHopViTConfig,
     UHopViTForImageClassification,
-    attention,
+    attention_cpu,
+    attention_softmax,
     plain_hopfield_attention,
 )
-from modeling_uhop.attention import chunked_hopfield_attention
+from modeling_uhop.attention_cpu import chunked_hopfield_attention
 from modeling_uhop.attention_interface import hopfield_attention_forward, triton_attention_forward
 
 
 @pytest.fixture(params=[7, 40, 10**6], ids=["rows", "heads", "one piece"])
 def piece(request, monkeypatch):
-    monkeypatch.setattr(attention, "_PIECE", request.param)
+    monkeypatch.setattr(attention_cpu, "_PIECE", request.param)
 
 
 def _inputs(dtype=torch.float64, queries=5, keys=9):
@@ -274,6 +275,28 @@ def test_the_default_scaling_and_a_mask_that_adds_axes():
     assert_close(output, plain_hopfield_attention(query, key, value, alpha=1.3, attention_mask=mask), scale=3)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"softcap": 2.0},
+        {"sinks": torch.zeros(3)},
+        {"attention_mask": torch.zeros(5, 9, requires_grad=True)},
+        {"unknown": 1},
+        {"alpha": 1.0},
+    ],
+    ids=["soft cap", "sinks", "learned mask", "unknown", "softmax"],
+)
+def test_a_kernel_refuses_what_it_does_not_compute(changes):
+    call = dict(zip(("query", "key", "value"), _inputs(), strict=True))
+    assert attention_cpu.accepts(**call, alpha=torch.tensor(1.0), scaling=0.5, dropout=0.1, attention_mask=_masks()["boolean"])
+    assert not attention_cpu.accepts(**call, **{"alpha": 1.5, **changes})
+    with pytest.raises((ValueError, TypeError), match=r"needs alpha > 1|unexpected keyword argument"):
+        chunked_hopfield_attention(**call, **{"alpha": 1.5, **changes})
+    equal = dict(zip(call, (x[..., :4] for x in call.values()), strict=True))
+    assert attention_softmax.accepts(**equal, scaling=0.5, dropout=0.1, attention_mask=_masks()["boolean"])
+    assert not attention_softmax.accepts(**equal, **changes)
+
+
 @pytest.mark.parametrize("alpha", [0.5, 3.0, torch.tensor(3.0)])
 def test_alpha_out_of_range_is_refused(alpha):
     with pytest.raises(ValueError, match=r"alpha must lie in \[1, 2\]"):
@@ -296,7 +319,7 @@ def test_sums_over_many_chunks_keep_their_precision(monkeypatch):
     key, value = torch.randn(2, 1, 1, 32, 8, dtype=torch.float64)
     gradients = []
     for size, dtype in ((10**6, torch.float64), (32 * 16, torch.bfloat16)):
-        monkeypatch.setattr(attention, "_PIECE", size)
+        monkeypatch.setattr(attention_cpu, "_PIECE", size)
         inputs = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in (query, key, value)]
         chunked_hopfield_attention(*inputs, alpha=1.5).sum().backward()
         gradients.append(inputs[1].grad.double())
@@ -415,4 +438,4 @@ def test_chunks_have_the_size_for_the_cache(monkeypatch, cache, scores):
         return cache
 
     monkeypatch.setattr("os.sysconf", sysconf)
-    assert attention._piece() == scores
+    assert attention_cpu._piece() == scores

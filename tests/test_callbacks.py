@@ -707,24 +707,33 @@ def test_seeds_sample_independent_batches(tmp_path):
     assert len(torch.unique(drawn.flatten(1), dim=0)) == 8
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_sharded_parameters_are_refused(tmp_path, monkeypatch, kind):
     trainer = _trainer(tmp_path, algorithm_2())
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
+    _assert_refused(trainer, rf"but {kind.value} shards")
+
+
+def test_deepspeed_is_refused_before_it_starts(tmp_path):
+    trainer = _trainer(tmp_path, algorithm_2())
+    trainer.args.deepspeed = "zero2.json"
+    _assert_refused(trainer, r"but DEEPSPEED shards .* use plain data parallelism \(DDP\) or FSDP2")
+
+
+def test_fsdp_1_is_refused_by_name(tmp_path, monkeypatch):
+    class FullyShardedDataParallel(UHopViTForImageClassification):
+        pass
+
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
+    _assert_refused(
+        _trainer(tmp_path, algorithm_2(), model=FullyShardedDataParallel(_model().config)), r"but FSDP1 \(FullyShardedDataParallel\)"
+    )
+
+
+def _assert_refused(trainer: Trainer, message: str) -> None:
     callback = trainer.callback_handler.callbacks[1]
     assert isinstance(callback, SeparationCallback)
-    monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
-    with pytest.raises(NotImplementedError, match=rf"but {kind.value} shards"):
-        callback.on_train_begin(
-            trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=trainer.get_train_dataloader()
-        )
-
-
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
-    callback = algorithm_2()
-    trainer = _trainer(tmp_path, callback)
-    setattr(trainer.args, engine, "full_shard")
-    with pytest.raises(NotImplementedError, match=f"but {engine} shards"):
+    with pytest.raises(NotImplementedError, match=message):
         callback.on_train_begin(
             trainer.args, trainer.state, trainer.control, model=trainer.model, train_dataloader=trainer.get_train_dataloader()
         )
@@ -737,6 +746,7 @@ def test_an_engine_that_shards_is_refused_before_it_starts(tmp_path, engine):
         ({"parameters": "all"}, "parameters must be one of .* got 'all'"),
         ({"kind": "max"}, "kind must be one of .* got 'max'"),
         ({"optimizer": "lion"}, "optimizer must be one of .* got 'lion'"),
+        ({"pool_memories": "all"}, r"pool_memories must be one of \(False, True, 'global'\), got 'all'"),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"steps": 1.5}, "steps must be an integer of at least 0, got 1.5"),
@@ -774,7 +784,7 @@ def test_by_default_all_upstream_parameters_are_updated_once_before_training(tmp
     assert not [name for name in moved if name.startswith("classifier")]
 
 
-@pytest.mark.parametrize("pool_memories", [True, False])
+@pytest.mark.parametrize("pool_memories", [True, False, "global"])
 def test_pooled_memories_are_one_set(tmp_path, pool_memories):
     torch.manual_seed(0)
     model = UHopMILForBagClassification(UHopMILConfig(instance_dim=5, hidden_size=8, num_attention_heads=2))

@@ -11,8 +11,8 @@ import torch
 from conftest import assert_close
 
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, hopfield_attention, simplex_map
-from modeling_uhop import modeling_uhop_memory as memory_module
 from modeling_uhop import search as search_module
+from modeling_uhop.feature_cache import _INDEXES
 from modeling_uhop.search import brute_force, faiss_index, largest, sparse_association
 
 
@@ -433,9 +433,9 @@ def test_an_index_of_the_memory_is_updated_with_it(factory, similarity):
         assert_close(memory.search(queries).retrieved, expected, scale=10)
 
     check()
-    built = memory_module._INDEXES[memory].candidates
+    built = _INDEXES[memory].candidates
     check()
-    assert memory_module._INDEXES[memory].candidates is built
+    assert _INDEXES[memory].candidates is built
     memory.append(torch.randn(5, 12))
     check()
     memory.delete([0, 7])
@@ -448,7 +448,7 @@ def test_an_index_of_the_memory_is_updated_with_it(factory, similarity):
         memory.separate(steps=20, lr=0.1)
         check()
     memory.index("flat")
-    assert memory not in memory_module._INDEXES
+    assert memory not in _INDEXES
     check()
 
 
@@ -460,7 +460,7 @@ def test_an_index_is_not_copied_or_saved(tmp_path):
     expected = memory.search(queries).retrieved
     memory.save_pretrained(tmp_path)
     for twin in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory)), UHopMemoryModel.from_pretrained(tmp_path)):
-        assert twin not in memory_module._INDEXES
+        assert twin not in _INDEXES
         assert_close(twin.search(queries).retrieved, expected, scale=10)
     assert_close(memory.to(torch.float64).search(queries).retrieved, expected, dtype=torch.float32, scale=10)
 

@@ -16,7 +16,7 @@ from conftest import assert_close
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, plain_hopfield_attention
 from modeling_uhop.attention_interface import triton_attention_forward
-from modeling_uhop.triton_attention import MAX_WIDTH, triton_hopfield_attention
+from modeling_uhop.attention_triton import MAX_WIDTH, _TritonAttention, triton_hopfield_attention
 
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
@@ -47,8 +47,8 @@ def _assert_exact(inputs, *, scale, alpha=1.5, scaling=None, mask=None, dtype=to
     """Assert that outputs and gradients of the kernels equal those of the plain kernel in
     float64."""
     rounded = [x.to(dtype) for x in inputs]
-    output = triton_hopfield_attention(*rounded, alpha=alpha, scaling=scaling, key_mask=mask, **blocks)
     wide = None if mask is None else mask[:, None, None]
+    output = triton_hopfield_attention(*rounded, alpha=alpha, scaling=scaling, attention_mask=wide, **blocks)
     expected = plain_hopfield_attention(*(x.double() for x in rounded), alpha=alpha, scaling=scaling, attention_mask=wide)
     direction = torch.randn(output.shape, dtype=torch.float64)
     assert_close(output, expected, dtype=dtype, scale=scale)
@@ -76,7 +76,7 @@ def test_rows_without_a_key_retrieve_zeros_and_have_no_gradient(alpha):
     inputs = _inputs()
     mask = torch.ones(2, 45, dtype=torch.bool)
     mask[1] = False
-    output = triton_hopfield_attention(*inputs, alpha=alpha, key_mask=mask, **BLOCKS)
+    output = triton_hopfield_attention(*inputs, alpha=alpha, attention_mask=mask[:, None, None], **BLOCKS)
     gradients = torch.autograd.grad(output.sum(), inputs)
     assert output[0].abs().sum() > 0
     assert (output[1] == 0).all()
@@ -102,7 +102,7 @@ def test_nan_is_propagated(alpha):
     assert (gradients[0].isnan().any(-1) == spoiled).all()
     mask = torch.ones(2, 45, dtype=torch.bool)
     mask[1, 40] = False
-    hidden = triton_hopfield_attention(query, key, value, alpha=alpha, key_mask=mask, **BLOCKS)
+    hidden = triton_hopfield_attention(query, key, value, alpha=alpha, attention_mask=mask[:, None, None], **BLOCKS)
     assert hidden[1].isfinite().all()
 
 
@@ -187,13 +187,13 @@ def test_a_model_selects_the_kernel_by_name():
 
 def test_a_model_trains_with_autocast(monkeypatch):
     """Weights are fp32 and attention is in half precision, as with a Trainer with `fp16=True`."""
-    taken = []
+    taken, launch = [], _TritonAttention.apply
 
-    def kernel(query, *args, **kwargs):
+    def kernel(query, *args):
         taken.append(query.dtype)
-        return triton_hopfield_attention(query, *args, **kwargs)
+        return launch(query, *args)
 
-    monkeypatch.setattr("modeling_uhop.triton_attention.triton_hopfield_attention", kernel)
+    monkeypatch.setattr(_TritonAttention, "apply", kernel)
     model = _vit()
     images, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
     found = {}
@@ -264,8 +264,8 @@ def test_broadcasting_and_other_widths(key_shape, value_shape, mask_shape):
         ({"key": torch.zeros(2, 2, 45, 19)}, "must have shape"),
         ({"query": torch.zeros(2, 2, 19, 20, dtype=torch.float64)}, "of one dtype"),
         (dict.fromkeys(("query", "key", "value"), torch.zeros(2, 3, 4)), "must have shape"),
-        ({"key_mask": torch.ones(2, 44, dtype=torch.bool)}, "key_mask must be boolean"),
-        ({"key_mask": torch.ones(2, 45)}, "key_mask must be boolean"),
+        ({"attention_mask": torch.ones(2, 1, 1, 44, dtype=torch.bool)}, "attention_mask must be boolean"),
+        ({"attention_mask": torch.ones(2, 1, 1, 45)}, "attention_mask must be boolean"),
         ({"block_keys": 24}, "powers of two"),
         ({"block_queries": 8}, "powers of two"),
         (dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 2, MAX_WIDTH[torch.float32] + 1)), "up to 128 wide"),
@@ -333,7 +333,7 @@ def test_nothing_is_saved_without_a_gradient(asked, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, KEPT, **settings: kept.append(KEPT)
 
-    monkeypatch.setattr("modeling_uhop.triton_attention._forward_kernel", Kernel())
+    monkeypatch.setattr("modeling_uhop.attention_triton._forward_kernel", Kernel())
     with torch.set_grad_enabled(asked):
         triton_hopfield_attention(*_inputs(), alpha=1.5)
     assert kept == [asked]

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling_uhop import triton_attention
+from modeling_uhop import attention_triton
 
 
 NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -28,13 +28,13 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 def main(capability: str, dtype: str, width: str, eps: str, masked: str) -> None:
     """Print a JSON line for each kernel: registers, bytes spilled per thread, and bytes of shared
     memory per program."""
-    launch = triton_attention.launch_of(getattr(torch, dtype), int(width))
+    launch = attention_triton.launch_of(getattr(torch, dtype), int(width))
     warps = launch.pop("num_warps")
     has_mask = masked == "masked"
-    settings = {"EPS": float(eps), "PRECISION": "tf32x3", "STEPS": triton_attention._NEWTON_STEPS, "KEPT": True}
+    settings = {"EPS": float(eps), "PRECISION": "tf32x3", "STEPS": attention_triton._NEWTON_STEPS, "KEPT": True}
     constants = {"HAS_MASK": has_mask, "ALL_PRESENT": not has_mask, **settings, **launch}
     for name in ("_forward_kernel", "_grad_query_kernel", "_grad_memory_kernel"):
-        source = source_of(getattr(triton_attention, name), NAMES[dtype], constants)
+        source = source_of(getattr(attention_triton, name), NAMES[dtype], constants)
         options = {"num_warps": warps, "enable_fp_fusion": True}
         compiled = triton.compile(source, target=GPUTarget("cuda", int(capability), 32), options=options)
         registers, spilled = usage(compiled.asm["cubin"])

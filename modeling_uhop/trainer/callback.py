@@ -63,6 +63,11 @@ class SeparationCallback(TrainerCallback):
     without an optimizer. Several callbacks of this class in one Trainer write `separation.pt`,
     `separation_1.pt` and so on; a resume needs them in the same order.
 
+    **Many processes.** DDP and FSDP2 are supported; see `StageOne` for the memory that FSDP2 needs.
+    Under FSDP2, only `separation.pt` holds the state, as whole tensors that any number of processes
+    can load. FSDP1, DeepSpeed and tensor parallelism raise an error. With
+    `pool_memories="global"`, the memories of all processes form one set.
+
     **PEFT.** In a model wrapped by PEFT, Stage I trains what PEFT trains: an adapter of the feature
     map (`LoraConfig(target_parameters=["feature_map.weight"])`), or the feature map itself
     (`modules_to_save=["feature_map"]`).
@@ -133,7 +138,7 @@ class SeparationCallback(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self._latest: dict[str, float] = {}
         self._separated_model: nn.Module | None = None
-        self._training = False
+        self._training = self._is_sharded = False
         self._state_dict_hook: RemovableHandle | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
@@ -322,11 +327,11 @@ def refuse_engines(args: TrainingArguments, model: nn.Module) -> None:
     """
     kinds = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP")
     kind = PartialState().distributed_type.value
-    engine = "deepspeed" if getattr(args, "deepspeed", None) else kind
-    if engine not in kinds and not (engine.lower() == "deepspeed" and any(map(has_master, model.parameters()))):
+    engine = "DEEPSPEED" if getattr(args, "deepspeed", None) else kind
+    if engine not in kinds and not (engine == "DEEPSPEED" and any(map(has_master, model.parameters()))):
         raise NotImplementedError(
-            f"SeparationCallback needs whole parameters or those of FSDP2 or DeepSpeed's ZeRO, but {engine} shards or copies them; "
-            "train with plain data parallelism (DDP), FSDP2 (fsdp_version: 2) or DeepSpeed with zero_optimization.stage 1, 2 or 3"
+            f"the separation step needs whole parameters or those of FSDP2 or DeepSpeed's ZeRO, but {engine} shards or copies them; "
+            "use plain data parallelism (DDP), FSDP2 (fsdp_version: 2 of accelerate) or DeepSpeed with zero_optimization.stage 1, 2 or 3"
         )
 
 

@@ -13,16 +13,9 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .simplex import (
-    at_least_fp32,
-    cast_by_autocast,
-    check_alpha_range,
-    entmax_eps_gradient,
-    entmax_from_threshold,
-    entmax_scale,
-    entmax_score_gradient,
-    entmax_solve,
-)
+from .entmax import entmax_eps_gradient, entmax_from_threshold, entmax_scale, entmax_score_gradient, entmax_solve
+from .precision import at_least_fp32, cast_by_autocast, is_readable
+from .simplex import check_alpha_range, is_softmax
 
 
 def _piece() -> int:
@@ -57,6 +50,13 @@ class Piece(NamedTuple):
     rows: slice
 
 
+def accepts(query, key, value, *, alpha=1.0, attention_mask=None, **others) -> bool:
+    """Return whether `chunked_hopfield_attention` computes this call of `hopfield_attention`."""
+    learned_mask = attention_mask is not None and attention_mask.requires_grad
+    unknown = others.keys() - {"scaling", "dropout"}
+    return not (is_softmax(alpha) or learned_mask or unknown) and query.dim() == key.dim() == value.dim() == 4 and is_readable(query)
+
+
 def chunked_hopfield_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -69,10 +69,15 @@ def chunked_hopfield_attention(
 ) -> torch.Tensor:
     """Compute `hopfield_attention` for alpha in (1, 2] in pieces.
 
-    It is differentiable once in query, key, value and alpha, and not in the mask. Arguments, return
-    value and errors are those of `hopfield_attention`.
+    It is differentiable once in query, key, value and alpha. Arguments, return value and errors are
+    those of `hopfield_attention`. It also raises a `ValueError` for a call that it does not accept.
     """
     check_alpha_range(alpha)
+    if not accepts(query, key, value, alpha=alpha, attention_mask=attention_mask):
+        raise ValueError(
+            "chunked_hopfield_attention needs alpha > 1, tensors of four axes whose values Python can read, and a mask without gradient; "
+            "hopfield_attention computes every call"
+        )
     query, key, value = cast_by_autocast(query, key, value)
     eps, dtype = alpha - 1.0, value.dtype
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

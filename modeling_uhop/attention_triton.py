@@ -20,7 +20,8 @@ import os
 import torch
 from torch.autograd.function import once_differentiable
 
-from .simplex import cast_by_autocast, check_alpha_range
+from .precision import autocast_dtype, cast_by_autocast, is_traced
+from .simplex import check_alpha_range
 
 
 try:
@@ -41,6 +42,38 @@ def _kernel(function):
     return function if triton is None else triton.jit(function)
 
 
+def accepts(query, key, value, *, alpha=1.0, attention_mask=None, **others) -> bool:
+    """Return whether `triton_hopfield_attention` computes this call of `hopfield_attention`."""
+    return not others.keys() - {"scaling"} and _refusal(query, key, value, alpha, attention_mask) is None
+
+
+def _refusal(query, key, value, alpha, mask) -> str | None:
+    """Return why the kernels do not compute a call, or `None` if they do."""
+    if is_traced() or query.is_meta:
+        return "the Triton kernels need values, which traced graphs and meta tensors do not have"
+    if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA:
+        return f"alpha must be one number from {MIN_ALPHA} to 2 for the Triton kernels, got {alpha}"
+    same_shape = query.dim() == key.dim() == 4 and query.shape[::3] == key.shape[::3] and key.shape == value.shape
+    if not same_shape or not (query.shape[1] == key.shape[1] or query.shape[1] > key.shape[1] > 0 == query.shape[1] % key.shape[1]):
+        return (
+            "query must have shape (B, H, Q, d), key and value must have shape (B, H_k, N, d), where H is a multiple of H_k, "
+            f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    dtype, *others = map(autocast_dtype, (query, key, value))
+    if others != [dtype, dtype] or dtype not in MAX_WIDTH:
+        return f"query, key and value must be of one dtype, fp32, bf16 or fp16, got {dtype}, {others[0]}, {others[1]}"
+    if query.shape[-1] > MAX_WIDTH[dtype]:
+        return f"heads of {dtype} may be up to {MAX_WIDTH[dtype]} wide for the Triton kernels, got {query.shape[-1]}"
+    if mask is None:
+        return None
+    sizes = (len(key), 1, query.shape[2], key.shape[2])
+    fits = mask.dim() == 4 and all(size in (1, whole) for size, whole in zip(mask.shape, sizes, strict=True))
+    if mask.dtype != torch.bool or not fits or (mask.shape[2] > 1 and mask.stride(2) > 0):
+        wanted = f"of shape {(sizes[0], 1, 1, sizes[3])} or expanded from it"
+        return f"attention_mask must be boolean, {wanted}, for the Triton kernels, got {mask.dtype} of shape {tuple(mask.shape)}"
+    return None
+
+
 def triton_hopfield_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -48,7 +81,7 @@ def triton_hopfield_attention(
     *,
     alpha: float,
     scaling: float | None = None,
-    key_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
     block_queries: int | None = None,
     block_keys: int | None = None,
 ) -> torch.Tensor:
@@ -66,12 +99,13 @@ def triton_hopfield_attention(
         query: Queries (B, H, Q, d), in fp32 (d up to 128), bf16 or fp16 (d up to 256). Sums are in
             fp32. On NVIDIA GPUs, products of fp32 are made from three products of TF32. Under
             autocast the inputs are cast to its dtype.
-        key: Keys (B, H, N, d), in the dtype of the query.
-        value: Values (B, H, N, d), in the dtype of the query.
+        key: Keys (B, H_k, N, d), in the dtype of the query. H is a multiple of H_k, as in
+            `hopfield_attention`.
+        value: Values (B, H_k, N, d), in the dtype of the query.
         alpha: Tsallis exponent in [1.01, 2]. For a learnable one, use `hopfield_attention`.
         scaling: Inverse temperature beta; `None` for 1 / sqrt(d).
-        key_mask: Boolean (B, N), True where a key is present. A query without any key retrieves
-            zeros.
+        attention_mask: Boolean (B, 1, 1, N), or expanded from this shape, True where a key is
+            present. A query without any key retrieves zeros.
         block_queries: Number of queries that a program holds at once, a power of two, at least 16;
             `None` for a number that fits.
         block_keys: The same for keys.
@@ -89,42 +123,33 @@ def triton_hopfield_attention(
     if triton is None:
         raise ImportError("triton_hopfield_attention needs Triton: pip install 'modeling_uhop[gpu]'")
     check_alpha_range(alpha)
-    if isinstance(alpha, torch.Tensor) or alpha < MIN_ALPHA:
-        raise ValueError(f"alpha must be one number from {MIN_ALPHA} to 2 for the Triton kernels, got {alpha}")
+    if reason := _refusal(query, key, value, alpha, attention_mask):
+        raise ValueError(reason)
     query, key, value = cast_by_autocast(query, key, value)
-    same_shape = query.dim() == 4 and query.shape[:2] == key.shape[:2] and query.shape[3:] == key.shape[3:]
-    if not same_shape or key.shape != value.shape:
-        raise ValueError(
-            "query must have shape (B, H, Q, d), key and value must have shape (B, H, N, d), "
-            f"got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        )
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in MAX_WIDTH:
-        raise ValueError(f"query, key and value must be of one dtype, fp32, bf16 or fp16, got {query.dtype}, {key.dtype}, {value.dtype}")
-    if query.shape[-1] > MAX_WIDTH[query.dtype]:
-        raise ValueError(f"heads of {query.dtype} may be up to {MAX_WIDTH[query.dtype]} wide for the Triton kernels, got {query.shape[-1]}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if query.device.type != "cuda" and not interpreted:
         raise ValueError(f"the Triton kernels need a CUDA device, got tensors on {query.device}")
     if query.dtype == torch.bfloat16 and interpreted:
         raise ValueError("Triton's interpreter cannot multiply bf16; use fp32 or fp16, or leave TRITON_INTERPRET unset")
-    if key_mask is not None and (key_mask.dtype != torch.bool or key_mask.shape != (key.shape[0], key.shape[2])):
-        wanted = f"must be boolean, of shape {(key.shape[0], key.shape[2])}"
-        raise ValueError(f"key_mask {wanted}, got {key_mask.dtype} of shape {tuple(key_mask.shape)}")
     launch = launch_of(query.dtype, query.shape[-1])
     launch.update({name: size for name, size in (("BLOCK_Q", block_queries), ("BLOCK_N", block_keys)) if size is not None})
     for size in (launch["BLOCK_Q"], launch["BLOCK_N"]):
         if size < 16 or size & (size - 1):
             raise ValueError(f"blocks must have powers of two of queries and keys, at least 16, got {size}")
+    shape = query.shape
+    if query.shape[1] > key.shape[1]:
+        query = query.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
     if query.numel() == 0 or key.numel() == 0:
         # Because there is no query or no key, the result is empty or zero.
-        return query @ key.mT @ value
+        return (query @ key.mT @ value).reshape(shape)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Because the kernels subtract the largest product before scaling, the scaling must be positive.
     if scaling <= 0.0:
         query, scaling = (-query, -scaling) if scaling < 0.0 else (query * 0.0, 1.0)
     needs_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    key_mask = None if attention_mask is None else attention_mask[:, 0, 0].expand(len(key), key.shape[2])
     output: torch.Tensor = _TritonAttention.apply(query, key, value, key_mask, alpha - 1.0, scaling, launch, needs_gradient)
-    return output
+    return output.reshape(shape)
 
 
 def launch_of(dtype: torch.dtype, width: int) -> dict[str, int]:
