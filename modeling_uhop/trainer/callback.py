@@ -63,10 +63,11 @@ class SeparationCallback(TrainerCallback):
     without an optimizer. Several callbacks of this class in one Trainer write `separation.pt`,
     `separation_1.pt` and so on; a resume needs them in the same order.
 
-    **Many processes.** DDP and FSDP2 are supported; see `StageOne` for the memory that FSDP2 needs.
-    Under FSDP2, only `separation.pt` holds the state, as whole tensors that any number of processes
-    can load. FSDP1, DeepSpeed and tensor parallelism raise an error. With
-    `pool_memories="global"`, the memories of all processes form one set.
+    **Many processes.** DDP, FSDP2 and DeepSpeed with ZeRO-1, ZeRO-2 or ZeRO-3 are supported; see
+    `StageOne` for the memory that they need. Under FSDP2 and DeepSpeed, only `separation.pt` holds
+    the state, as whole tensors that any number of processes can load. FSDP1, tensor parallelism and
+    DeepSpeed without ZeRO raise an error. With `pool_memories="global"`, the memories of all
+    processes form one set.
 
     **PEFT.** In a model wrapped by PEFT, Stage I trains what PEFT trains: an adapter of the feature
     map (`LoraConfig(target_parameters=["feature_map.weight"])`), or the feature map itself
