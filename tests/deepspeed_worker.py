@@ -65,7 +65,7 @@ def compare(zero: int, setting: Setting, separation: dict[str, Any]) -> dict[str
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.05)
     found = []
     for _ in range(3):
-        copies = [None, None]
+        copies: list[Any] = [None, None]
         if separation.get("kind") == "denoising":
             torch.manual_seed(1)
             noisy = [{**each, "instances": each["instances"] + 0.3 * torch.randn_like(each["instances"])} for each in setting.examples]
@@ -134,7 +134,7 @@ def train(folder: Path, zero: int) -> dict[str, Any]:
             "save_strategy": "steps",
             "save_steps": 3,
         }
-        trainer = _trainer(folder / f"trained_{zero}", callback, model=model, dataset=Images(augment=False), **TRAINING, **own)
+        trainer: Any = _trainer(folder / f"trained_{zero}", callback, model=model, dataset=Images(augment=False), **TRAINING, **own)
         trainer.train(resume_from_checkpoint=str(folder / f"trained_{zero}" / "checkpoint-3") if name == "resumed" else None)
         weights = {name: whole(p) for name, p in trainer.model.named_parameters()}
         found[name] = {"weights": weights, "history": callback.history, "logged": trainer.state.log_history}

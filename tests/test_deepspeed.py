@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpee
 
 def partly_frozen() -> Setting:
     setting = images()
-    setting.model.vit.layers[0].mlp.requires_grad_(False)
+    model: Any = setting.model
+    model.vit.layers[0].mlp.requires_grad_(False)
     return setting
 
 
