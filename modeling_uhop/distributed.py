@@ -1,8 +1,9 @@
-"""What the separation step exchanges between processes: gradients, memories and FSDP2's shards.
+"""What the separation step exchanges between processes: gradients, memories and shards.
 
-FSDP2 (`fully_shard`) keeps a part of each parameter in each process, as a `DTensor`. A separation
-step gathers the whole parameters, computes as an unsharded model does, and gives each process its
-part of the averaged gradient. FSDP2's own state stays that of a model between two training steps.
+FSDP2 (`fully_shard`) keeps a part of each parameter in each process, as a `DTensor`; so does
+DeepSpeed's ZeRO-3, as a parameter without values (see `zero`). A separation step gathers the whole
+parameters, computes as an unsharded model does, and gives each process its part of the averaged
+gradient. The engine's own state stays that of a model between two training steps.
 """
 
 from collections import OrderedDict
@@ -15,6 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .precision import is_finite
+from .zero import gathered, has_master, is_partitioned
 
 
 def process_count() -> int:
@@ -72,19 +74,19 @@ class _GatherRows(torch.autograd.Function):
 
 
 def check_sharding(model: nn.Module) -> None:
-    """Raise a `NotImplementedError` if something other than FSDP2 shards the parameters of a model."""
+    """Raise a `NotImplementedError` if something other than FSDP2 or ZeRO shards the parameters of a model."""
     shards = [parameter for parameter in model.parameters() if is_sharded(parameter)]
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         engine = "FSDP1 (FullyShardedDataParallel)"
-    elif any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        engine = "DeepSpeed ZeRO-3"
+    elif any(is_partitioned(each) and each.requires_grad and not has_master(each) for each in model.parameters()):
+        engine = "deepspeed.zero.Init without deepspeed.initialize"
     elif shards and not (_fsdp_modules(model) and all(_is_fsdp_only(parameter) for parameter in shards)):
         engine = "tensor parallelism"
     else:
         return
     raise NotImplementedError(
-        f"the separation step needs whole parameters or those of FSDP2, but {engine} shards them; "
-        "use plain data parallelism (DDP) or FSDP2 (fully_shard, or fsdp_version: 2 of accelerate)"
+        f"the separation step needs whole parameters or those of FSDP2 or DeepSpeed's ZeRO, but {engine} shards them; "
+        "use plain data parallelism (DDP), FSDP2 (fully_shard, or fsdp_version: 2 of accelerate) or an engine of DeepSpeed"
     )
 
 
@@ -96,6 +98,8 @@ def is_sharded(tensor: Any) -> bool:
 
 def whole(tensor: Any) -> torch.Tensor:
     """Return the whole value of a tensor, without its graph; every process must call it."""
+    if is_partitioned(tensor):
+        return gathered([tensor])[0]
     value = tensor.detach()
     if is_sharded(value):
         # Because FSDP2 may keep its shards on the CPU, we gather on the device that computes.
@@ -145,43 +149,47 @@ def reshard(model: nn.Module) -> bool:
 
 @contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
-    """Replace the parameters that FSDP2 shards by whole tensors, and switch FSDP2's hooks off.
+    """Replace the parameters that FSDP2 or ZeRO-3 shards by whole tensors, and switch the engine's hooks off.
 
-    Inside, the model computes as an unsharded one. Every process must enter. A model that is not
-    sharded stays unchanged.
+    Inside, the model computes as an unsharded one. Every process must enter. A model without an
+    engine stays unchanged.
 
     Yields:
         The whole tensor that replaces each sharded parameter, by the parameter's `id`; a leaf of
             the graph.
     """
-    if not reshard(model):
-        yield {}
-        return
-    replaced: dict[int, torch.Tensor] = {}
-    parameters: list[tuple[dict[str, Any], str, Any]] = []
+    reshard(model)
+    modules, replaced = list(model.modules()), _whole_leaves(model)
+    changed: list[tuple[Any, str, Any]] = []
     hooks: list[tuple[Any, str, OrderedDict]] = []
     try:
-        for module in model.modules():
+        for module in modules if replaced else ():
             for name, parameter in module._parameters.items():
-                if is_sharded(parameter):
-                    parameters.append((module._parameters, name, parameter))
-        for holder, name, parameter in parameters:
-            if id(parameter) not in replaced:
-                replaced[id(parameter)] = whole(parameter).requires_grad_(parameter.requires_grad)
+                if id(parameter) in replaced:
+                    changed.append((module._parameters, name, parameter))
+        for holder, name, parameter in changed:
             holder[name] = replaced[id(parameter)]
-        for module in model.modules() if replaced else ():
+        for module in modules:
             for name in ("_forward_pre_hooks", "_forward_hooks"):
                 given = getattr(module, name)
-                others = OrderedDict((key, hook) for key, hook in given.items() if not _is_of_fsdp(hook))
+                others = OrderedDict((key, hook) for key, hook in given.items() if not _is_of_engine(hook))
                 if len(others) < len(given):
                     hooks.append((module, name, given))
                     setattr(module, name, others)
         yield replaced
     finally:
-        for holder, name, parameter in parameters:
+        for holder, name, parameter in changed:
             holder[name] = parameter
         for module, name, given in hooks:
             setattr(module, name, given)
+
+
+def _whole_leaves(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Return the whole tensor of each sharded parameter, by its `id`."""
+    partitioned = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
+    wholes = list(zip(partitioned, gathered(partitioned) if partitioned else (), strict=True))
+    wholes += [(parameter, whole(parameter)) for parameter in model.parameters() if is_sharded(parameter)]
+    return {id(parameter): value.requires_grad_(parameter.requires_grad) for parameter, value in wholes}
 
 
 def _is_running() -> bool:
@@ -206,5 +214,5 @@ def _is_fsdp_only(parameter: Any) -> bool:
     return last.is_shard() and all(placement.is_replicate() for placement in first)
 
 
-def _is_of_fsdp(hook: Any) -> bool:
-    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
+def _is_of_engine(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").startswith(("torch.distributed.fsdp", "deepspeed"))

@@ -63,9 +63,11 @@ class FeatureMap(nn.Module):
         elif self.feature_init == "normal":
             init.normal_(self.weight, mean=0.0, std=self.weight.shape[1] ** -0.5)
         else:
-            # Because QR is not available in half precision, we compute it in fp32.
+            # Because QR is not available in half precision, we compute it in fp32. Because transformers
+            # replaces the initializer by one without a result under ZeRO-3, we do not use its result.
             weight = torch.empty_like(self.weight, dtype=torch.float32)
-            init.copy_(self.weight, nn.init.orthogonal_(weight).to(self.weight.dtype))
+            nn.init.orthogonal_(weight)
+            init.copy_(self.weight, weight.to(self.weight.dtype))
 
     @torch.no_grad()
     def normalize_rows(self) -> None:
@@ -93,7 +95,8 @@ class FeatureMap(nn.Module):
         return nn.functional.linear(patterns, self.weight)
 
     def extra_repr(self) -> str:
-        feature_dim, pattern_dim = self.weight.shape
+        # Because ZeRO-3 of DeepSpeed takes the values of a parameter away, it keeps the shape.
+        feature_dim, pattern_dim = getattr(self.weight, "ds_shape", self.weight.shape)
         return f"{pattern_dim} -> {feature_dim}, feature_init={self.feature_init!r}, normalize={self.normalize}"
 
 

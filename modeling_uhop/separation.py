@@ -26,11 +26,12 @@ from .distributed import (
     whole,
     whole_parameters,
 )
-from .feature_map import FeatureMap
+from .feature_map import FeatureMap, unit_norm
 from .memories import MemorySet, SharedMemorySet
 from .precision import at_least_fp32, is_readable
 from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
 from .validation import check_tensor, check_tensors
+from .zero import has_master, master, write
 
 
 KINDS = (*SEPARATION_KINDS, "denoising")
@@ -189,6 +190,11 @@ class StageOne:
     gradients; the state of the optimizer stays sharded. The parameters are gathered as they are
     stored, so a `MixedPrecisionPolicy` has no effect; `autocast` has.
 
+    An engine of DeepSpeed may manage the model with ZeRO-1, ZeRO-2 or ZeRO-3. The model is then
+    `engine.module`, after `deepspeed.initialize`, between `engine.step()` and the next
+    `engine(...)`. Every process must call each method. Each process also keeps a whole fp32 copy of
+    the selected parameters, and the whole state of the optimizer.
+
     Args:
         model: A model with `memory_sets` (possibly wrapped by PEFT), or a `FeatureMap`. A model in
             training mode is separated with its dropout; `SeparationCallback` switches it off.
@@ -203,7 +209,8 @@ class StageOne:
         ValueError: If a model has no `memory_sets`; if no selected parameter is trainable; if
             `project` or `normalize_rows` is set while an adapter is trained instead of W.
         TypeError: If a name in `fields` is not a field of `Separation`.
-        NotImplementedError: If FSDP1, DeepSpeed ZeRO-3 or tensor parallelism shards the parameters.
+        NotImplementedError: If FSDP1 or tensor parallelism shards the parameters, or ZeRO-3 without
+            an engine.
 
     Examples:
         >>> from modeling_uhop import Separation, StageOne, UHopViTConfig, UHopViTForImageClassification
@@ -405,7 +412,10 @@ class StageOne:
     def _normalize_rows(self) -> None:
         reshard(self.model)
         for phi in self._moved_maps:
-            phi.normalize_rows()
+            if has_master(phi.weight):
+                write([(phi.weight, unit_norm(master(phi.weight)))])
+            else:
+                phi.normalize_rows()
 
 
 def check_settings(saved: dict[str, str], now: dict[str, str], name: str) -> None:
@@ -500,7 +510,7 @@ def maximize_separation(
         raise RuntimeError("separation needs gradients, which torch.inference_mode() forbids; torch.no_grad() does not")
     memories = memories if memories.is_floating_point() else memories.to(feature_map.weight.dtype)
     moving = feature_map
-    if _is_half(feature_map.weight):
+    if _is_half(feature_map.weight) and not has_master(feature_map.weight):
         # Because small steps would be lost in half precision, we train a copy in fp32.
         moving, memories = copy.deepcopy(feature_map).float(), memories.float()
     history = StageOne(moving, separation).run(iter(lambda: subsample(memories, mask, separation.batch_size), None))
@@ -531,7 +541,8 @@ class SeparationOptimizer:
         if not lr >= 0:
             raise ValueError(f"the separation learning rate must be at least 0, got {lr}")
         self.parameters = list(parameters)
-        self.wide = [parameter.detach().float() if _is_half(parameter) else parameter for parameter in self.parameters]
+        self.mastered = [has_master(parameter) for parameter in self.parameters]
+        self.wide = [_wide(parameter) for parameter in self.parameters]
         # Because one multi-tensor kernel cannot update sharded and whole parameters together, each is
         # then updated by itself.
         foreach = False if len({is_sharded(wide) for wide in self.wide}) > 1 else None
@@ -541,20 +552,29 @@ class SeparationOptimizer:
     def step(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Take one step with a gradient for each parameter, or `None` to leave it unchanged."""
         own_gradients = [wide.grad for wide in self.wide]
-        for parameter, wide, gradient in zip(self.parameters, self.wide, gradients, strict=True):
-            if wide is not parameter:
+        for parameter, wide, gradient, mastered in zip(self.parameters, self.wide, gradients, self.mastered, strict=True):
+            if mastered:
+                if gradient is not None:
+                    wide.copy_(master(parameter))
+            elif wide is not parameter:
                 # Because other code may have changed the parameter, we refresh its fp32 copy.
                 wide.copy_(torch.where(wide.to(parameter.dtype) == parameter, wide, parameter.float()))
             wide.grad = None if gradient is None else at_least_fp32(gradient)
         self.inner.step()
-        for parameter, wide, own_gradient in zip(self.parameters, self.wide, own_gradients, strict=True):
-            wide.grad = own_gradient
-            if wide is not parameter:
+        masters = []
+        for place, (parameter, wide) in enumerate(zip(self.parameters, self.wide, strict=True)):
+            wide.grad = own_gradients[place]
+            if self.mastered[place]:
+                masters += [(parameter, wide)] if gradients[place] is not None else []
+            elif wide is not parameter:
                 parameter.copy_(wide)
+        write(masters)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for an exact resume, including the fp32 copies, as whole tensors."""
-        copies = {place: _saved(wide) for place, wide in enumerate(self.wide) if wide is not self.parameters[place]}
+        # Because DeepSpeed saves its masters itself, only copies of other parameters are saved here.
+        own = [place for place, mastered in enumerate(self.mastered) if not mastered]
+        copies = {place: _saved(self.wide[place]) for place in own if self.wide[place] is not self.parameters[place]}
         saved = self.inner.state_dict()
         moments = {place: {name: _saved(value) for name, value in part.items()} for place, part in saved["state"].items()}
         return {**saved, "state": moments, "wide": copies}
@@ -572,6 +592,13 @@ class SeparationOptimizer:
 def _saved(value: Any) -> Any:
     """Return a value of an optimizer's state, or the whole of a sharded one, on the CPU."""
     return whole(value).cpu() if is_sharded(value) else value
+
+
+def _wide(parameter: nn.Parameter) -> torch.Tensor:
+    """Return what an optimizer updates in place of a parameter: it, its master, or a copy in fp32."""
+    if has_master(parameter):
+        return master(parameter)
+    return parameter.detach().float() if _is_half(parameter) else parameter
 
 
 def _is_half(tensor: torch.Tensor) -> bool:

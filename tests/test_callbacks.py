@@ -714,10 +714,10 @@ def test_sharded_parameters_are_refused(tmp_path, monkeypatch, kind):
     _assert_refused(trainer, rf"but {kind.value} shards")
 
 
-def test_deepspeed_is_refused_before_it_starts(tmp_path):
+def test_deepspeed_is_refused_where_it_manages_no_parameter(tmp_path):
     trainer = _trainer(tmp_path, algorithm_2())
     trainer.args.deepspeed = "zero2.json"
-    _assert_refused(trainer, r"but DEEPSPEED shards .* use plain data parallelism \(DDP\) or FSDP2")
+    _assert_refused(trainer, r"but DEEPSPEED shards .* use plain data parallelism \(DDP\), FSDP2 .* or DeepSpeed with zero_optimization")
 
 
 def test_fsdp_1_is_refused_by_name(tmp_path, monkeypatch):

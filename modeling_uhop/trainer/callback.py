@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..distributed import mean_over_processes, reshard
 from ..separation import Separation, StageOne, check_settings
+from ..zero import has_master, is_partitioned
 from .sampler import accepted_names, combined_seed, is_stream, sampler
 from .state import attach_to_optimizer, checkpoint, evaluating, isolated_rng, state_file_name, write_state
 
@@ -62,10 +63,11 @@ class SeparationCallback(TrainerCallback):
     without an optimizer. Several callbacks of this class in one Trainer write `separation.pt`,
     `separation_1.pt` and so on; a resume needs them in the same order.
 
-    **Many processes.** DDP and FSDP2 are supported; see `StageOne` for the memory that FSDP2 needs.
-    Under FSDP2, only `separation.pt` holds the state, as whole tensors that any number of processes
-    can load. FSDP1, DeepSpeed and tensor parallelism raise an error. With
-    `pool_memories="global"`, the memories of all processes form one set.
+    **Many processes.** DDP, FSDP2 and DeepSpeed with ZeRO-1, ZeRO-2 or ZeRO-3 are supported; see
+    `StageOne` for the memory that they need. Under FSDP2 and DeepSpeed, only `separation.pt` holds
+    the state, as whole tensors that any number of processes can load. FSDP1, tensor parallelism and
+    DeepSpeed without ZeRO raise an error. With `pool_memories="global"`, the memories of all
+    processes form one set.
 
     **PEFT.** In a model wrapped by PEFT, Stage I trains what PEFT trains: an adapter of the feature
     map (`LoraConfig(target_parameters=["feature_map.weight"])`), or the feature map itself
@@ -105,8 +107,8 @@ class SeparationCallback(TrainerCallback):
             parameters.
         FileNotFoundError: On resuming, if the Stage I state of a checkpoint is missing.
         MemoryError: If a separation step runs out of memory.
-        NotImplementedError: When training begins under FSDP1, DeepSpeed, tensor parallelism or
-            another engine that shards parameters, except FSDP2.
+        NotImplementedError: When training begins under FSDP1, tensor parallelism, DeepSpeed without
+            ZeRO, or another engine that shards parameters. FSDP2 and ZeRO-1, ZeRO-2 and ZeRO-3 work.
     """
 
     def __init__(
@@ -142,13 +144,13 @@ class SeparationCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         """Prepare Stage I, load its state on a resume, and run the round of "train_begin"."""
-        refuse_engines(args)
+        refuse_engines(args, model)
         self._file_name = state_file_name(state)
         if self._state_dict_hook is not None:
             self._state_dict_hook.remove()
-        self._is_sharded = reshard(model)
+        self._is_sharded = reshard(model) or any(map(is_partitioned, model.parameters()))
         # Because accelerate saves FSDP2's optimizer by the names of its parameters, which this entry
-        # does not have, the state then has only its own file.
+        # does not have, the state then has only its own file. DeepSpeed's optimizer takes no hook.
         self._state_dict_hook, loaded_state = attach_to_optimizer(
             None if self._is_sharded else optimizer, self._file_name, lambda: self._state() if self._training else None
         )
@@ -233,7 +235,7 @@ class SeparationCallback(TrainerCallback):
     def on_push_begin(self, args, state, control, **kwargs):
         # Because the Trainer uploads a checkpoint before it calls `on_save`, we write the state
         # here. It calls this in one process, which holds only a part of a sharded state.
-        """Write the Stage I state before a checkpoint is uploaded; under FSDP2 it is not uploaded."""
+        """Write the Stage I state before a checkpoint is uploaded; under FSDP2 and ZeRO-3 it is not."""
         folder = checkpoint(args, state)
         if self._training and args.should_save and folder.is_dir() and not self._is_sharded:
             write_state(folder / self._file_name, self._state())
@@ -318,18 +320,19 @@ class SeparationCallback(TrainerCallback):
         return True
 
 
-def refuse_engines(args: TrainingArguments) -> None:
-    """Raise a `NotImplementedError` if an engine other than FSDP shards or copies parameters.
+def refuse_engines(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise a `NotImplementedError` if an engine other than FSDP or ZeRO shards or copies parameters.
 
-    `StageOne` tells the kinds of FSDP apart.
+    `StageOne` tells the kinds of FSDP apart. DeepSpeed without ZeRO is refused, because its copies
+    in fp32 cannot be reached from the model.
     """
     kinds = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "FSDP")
     kind = PartialState().distributed_type.value
     engine = "DEEPSPEED" if getattr(args, "deepspeed", None) else kind
-    if engine not in kinds:
+    if engine not in kinds and not (engine == "DEEPSPEED" and any(map(has_master, model.parameters()))):
         raise NotImplementedError(
-            f"the separation step needs whole parameters or those of FSDP2, but {engine} shards or copies them; "
-            "use plain data parallelism (DDP) or FSDP2 (fsdp_version: 2 of accelerate)"
+            f"the separation step needs whole parameters or those of FSDP2 or DeepSpeed's ZeRO, but {engine} shards or copies them; "
+            "use plain data parallelism (DDP), FSDP2 (fsdp_version: 2 of accelerate) or DeepSpeed with zero_optimization.stage 1, 2 or 3"
         )
 
 
