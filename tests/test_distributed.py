@@ -33,7 +33,8 @@ def _run(processes: int, *worker: str) -> str:
 
 
 def _started(module: str, *arguments: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TRAINING, TESTS.parent)))}
+    paths = (TESTS, TRAINING, TESTS.parent, os.environ.get("PYTHONPATH", ""))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     finished = subprocess.run([sys.executable, "-m", module, *arguments], env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     if finished.returncode != 0:
         pytest.fail(finished.stderr)
