@@ -20,6 +20,7 @@ from .feature_map import FeatureMap
 from .hopfield import HopfieldAttention, HopfieldPooling
 from .image_pipeline import UHopImageClassificationPipeline
 from .image_pipeline import register as register_image_pipeline
+from .memories import MemorySet
 from .modeling_stanhop import STanHopForPrediction, STanHopModel
 from .modeling_uhop_memory import UHopMemoryModel
 from .modeling_uhop_mil import UHopMILForBagClassification, UHopMILModel
@@ -59,6 +60,7 @@ __all__ = [
     "HopfieldAttention",
     "HopfieldPooling",
     "MemoryReport",
+    "MemorySet",
     "MultipleInstanceClassificationPipeline",
     "STanHopConfig",
     "STanHopForPrediction",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -81,11 +82,13 @@ def observe(model: nn.Module, forward: Callable[[], Any]) -> list[tuple[str, Mem
     """
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "memory_set")}
     found: list[tuple[str, MemorySet]] = []
-    missing = set(layers)
+    missing, thread = set(layers), get_ident()
     with ExitStack() as stack:
         for name, layer in layers.items():
 
             def record(layer: Any, args: tuple, kwargs: dict[str, Any], name: str = name) -> None:
+                if get_ident() != thread:
+                    return
                 found.append((name, layer.memory_set(*args, **kwargs)))
                 missing.discard(name)
                 if not missing:

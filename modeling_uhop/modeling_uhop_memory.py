@@ -21,7 +21,7 @@ from .memories import MemorySet, SharedMemorySet
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import is_finite, is_traced
 from .search import Candidates, brute_force, mixture, sparse_association
-from .separation import Separation, maximize_separation
+from .separation import Separation, chosen, maximize_separation
 from .spherical import are_independent, separate_optimally
 from .validation import check_tensors
 
@@ -244,8 +244,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         corruption helps against others. Plain separation of clean patterns, `Separation.uhop()`,
         can amplify their corruption.
 
-        `Separation.uhop_plus()` computes the optimal spherical code directly, without `steps` and
-        `lr`, if the memories are linearly independent. It takes gradient steps otherwise, with
+        `Separation.uhop_plus()` computes the optimal spherical code directly, whatever `steps` and
+        `lr` are (if they are not 0), if the memories are linearly independent. It takes gradient steps otherwise, with
         other fields, and for more than 1000 memories that are also more than twice `feature_dim`.
 
         Args:
@@ -266,10 +266,10 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
             raise ValueError(f"similarity {self.config.similarity!r} has no feature map to separate with; 'kernel' has")
         if len(self) < 2:
             raise ValueError(f"separation needs at least two memories, got {len(self)}")
-        separation = (separation or self.default_separation).replace(**fields)
+        separation = chosen(separation, self.default_separation, **fields)
         is_default_code = separation == Separation.uhop_plus(steps=separation.steps, lr=separation.lr)
         can_be_found = len(self) <= max(_SEARCHED_CODES, 2 * len(self.feature_map.weight))
-        if is_default_code and can_be_found and are_independent(self.memories):
+        if is_default_code and separation.steps > 0 and separation.lr > 0 and can_be_found and are_independent(self.memories):
             before = cosine_margin(self._cached_features())
             separate_optimally(self.feature_map, self.memories)
             return [-before, -cosine_margin(self._cached_features())]

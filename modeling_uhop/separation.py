@@ -3,13 +3,14 @@
 import copy
 import dataclasses
 import hashlib
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils import logging
 
 from .corruption import Corruption
@@ -18,9 +19,7 @@ from .distributed import (
     averaged_like,
     check_sharding,
     gather_rows,
-    is_sharded,
     mean_over_processes,
-    part_like,
     process_count,
     reshard,
     whole,
@@ -28,14 +27,14 @@ from .distributed import (
 )
 from .feature_map import FeatureMap, unit_norm
 from .memories import MemorySet, SharedMemorySet
-from .precision import at_least_fp32, is_readable
+from .precision import is_readable
 from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
+from .separation_optimizer import OPTIMIZERS, SeparationOptimizer, is_half
 from .validation import check_tensor, check_tensors
 from .zero import has_master, master, write
 
 
 KINDS = (*SEPARATION_KINDS, "denoising")
-OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 PARAMETERS = ("feature_maps", "upstream")
 POOLINGS = (False, True, "global")
 
@@ -49,18 +48,16 @@ class Separation:
     presets `uhop`, `uhop_plus`, `algorithm_2` and `denoising` are the papers' methods and ours;
     each takes further fields.
 
-    The defaults are those of the Trainer: SGD steps on every parameter that the features depend on.
-    They gave the best results when training from scratch on about 1,000 images. With 5,000 and
-    10,000 images they gave no gain on held-out images, and many more than 100 steps reduced
-    accuracy.
+    The defaults are those of the Trainer: SGD steps on every parameter that the features depend on;
+    see `SeparationCallback`.
 
     Args:
         kind: The loss: one of the kinds of `separation_loss`, or "denoising". The latter trains the
             model to tell each memory from the others of its set, given its corrupted copy; see
             `denoising_loss`.
         temperature: Temperature $\tau$ of the loss, positive.
-        final_temperature: Temperature of the last step, positive; the temperature falls
-            geometrically to it (U-Hop+). `None` keeps the temperature fixed.
+        final_temperature: Temperature of the last step, positive and at most `temperature`; the
+            temperature falls geometrically to it (U-Hop+). `None` keeps the temperature fixed.
         steps: Gradient steps, at least 0 (the papers' N, or N_i of Algorithm 2).
         lr: Learning rate, at least 0.
         optimizer: "sgd" or "adam".
@@ -77,8 +74,9 @@ class Separation:
         corruption: For "denoising", a function from clean values to corrupted ones, such as
             `mask_patterns`; `None` adds noise. It acts on patterns, or on the main input of a model
             (pixels, instances, past values).
-        batch_size: Number of examples of a step, over all processes together, or of memories where
-            one feature map is separated. `None` means 128 examples, and all memories.
+        batch_size: Number of examples of a step of `SeparationCallback`, over all processes
+            together, or of memories of a step of `maximize_separation`. `None` means 128 examples,
+            and all memories. `StageOne` takes batches as they are given.
         include_class_token: Whether the CLS token of an image is a memory.
         pool_memories: Which memories form one set. `False`: those of one example (image, bag,
             series). `True`: those of the batch of a process. "global": those of the batches of all
@@ -110,25 +108,29 @@ class Separation:
     pool_memories: bool | str = False
 
     def __post_init__(self):
-        fields: dict[str, tuple] = {
-            "kind": KINDS,
-            "parameters": PARAMETERS,
-            "optimizer": tuple(OPTIMIZERS),
-            "pool_memories": POOLINGS,
+        choices: dict[str, tuple] = {"kind": KINDS, "parameters": PARAMETERS, "optimizer": tuple(OPTIMIZERS), "pool_memories": POOLINGS}
+        choices |= dict.fromkeys(("project", "normalize_rows", "include_class_token"), (False, True))
+        for name, accepted in choices.items():
+            value = getattr(self, name)
+            # Because 1 == True, the type is compared too.
+            if not any(value == choice and type(value) is type(choice) for choice in accepted):
+                raise ValueError(f"{name} must be one of {accepted}, got {value!r}")
+        rules: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+            "steps": (Integral, lambda value: value >= 0, "an integer of at least 0"),
+            "batch_size": (Integral, lambda value: value >= 1, "an integer of at least 1, or None"),
+            "lr": (Real, lambda value: 0 <= value < math.inf, "a finite number of at least 0"),
+            "temperature": (Real, lambda value: 0 < value < math.inf, "a positive, finite number"),
+            "final_temperature": (Real, lambda value: 0 < value <= self.temperature, f"positive and at most {self.temperature}, or None"),
+            "noise": (Real, lambda value: 0 < value < math.inf, "a positive, finite number"),
         }
-        for name, choices in fields.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name, least in (("steps", 0), ("batch_size", 1)):
-            number = getattr(self, name)
-            if number is not None and (not isinstance(number, int) or number < least):
-                raise ValueError(f"{name} must be an integer of at least {least}, got {number}")
-        for name in ("temperature", "final_temperature", "noise"):
-            size = getattr(self, name)
-            if size is not None and not size > 0:
-                raise ValueError(f"{name} must be positive, got {size}")
-        if not self.lr >= 0:
-            raise ValueError(f"lr must be at least 0, got {self.lr}")
+        for name, (kind, holds, rule) in rules.items():
+            value = getattr(self, name)
+            if value is None and rule.endswith("or None"):
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool) or not holds(value):
+                raise ValueError(f"{name} must be {rule}, got {value!r}")
+        if self.corruption is not None and not callable(self.corruption):
+            raise ValueError(f"corruption must be a function of clean values, or None, got {self.corruption!r}")
 
     @classmethod
     def uhop(cls, **fields) -> "Separation":
@@ -137,7 +139,7 @@ class Separation:
 
     @classmethod
     def uhop_plus(cls, **fields) -> "Separation":
-        r"""U-Hop+: projected gradient descent, $W \\leftarrow \\mathrm{Proj}(W - \\eta \\nabla L)$.
+        r"""U-Hop+: projected gradient descent, $W \leftarrow \mathrm{Proj}(W - \eta \nabla L)$.
 
         The loss is "per_memory", and the temperature falls from 0.25 to 0.01.
         """
@@ -168,14 +170,32 @@ class Separation:
         return dataclasses.replace(self, **fields)
 
     def temperature_of(self, step: int, steps: int) -> float:
-        """Return the temperature of a step of `steps`, by geometric interpolation."""
+        """Return the temperature of a step of `steps`, by geometric interpolation.
+
+        From the last step on, it is the final temperature.
+        """
         if self.final_temperature is None:
             return self.temperature
-        return self.temperature * (self.final_temperature / self.temperature) ** (step / max(steps - 1, 1))
+        return self.temperature * (self.final_temperature / self.temperature) ** (min(step, steps - 1) / max(steps - 1, 1))
 
 
 _ON_MAPS: dict[str, Any] = {"parameters": "feature_maps", "optimizer": "adam", "lr": 1e-3}
-PRESETS = {preset.__name__: preset for preset in (Separation.uhop, Separation.uhop_plus, Separation.algorithm_2, Separation.denoising)}
+_PRESETS = (Separation.uhop, Separation.uhop_plus, Separation.algorithm_2, Separation.denoising)
+PRESETS: dict[str, Callable[..., Separation]] = {preset.__name__: preset for preset in _PRESETS}
+
+
+def chosen(separation: Any, default: Separation, **fields) -> Separation:
+    """Return a given separation, or a default for `None`, with other values of some fields.
+
+    Raises:
+        TypeError: If it is not a `Separation`, or a name in `fields` is not a field.
+    """
+    separation = default if separation is None else separation
+    # Because code loaded from a model folder has its own class, we compare class names.
+    if type(separation).__name__ != "Separation":
+        raise TypeError(f"separation must be a Separation, such as Separation.uhop(), got {separation!r}")
+    changed: Separation = separation.replace(**fields)
+    return changed
 
 
 class StageOne:
@@ -231,8 +251,12 @@ class StageOne:
         **fields,
     ):
         self.model = model
-        self.separation = (separation or Separation()).replace(**fields)
-        self.total_steps = self.separation.steps if total_steps is None else total_steps
+        self.separation = chosen(separation, Separation(), **fields)
+        self.total_steps = max(1, self.separation.steps) if total_steps is None else total_steps
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
+        if hasattr(model, "default_separation"):
+            raise ValueError(f"a {type(model).__name__} separates its own patterns: call separate(separation) of the model")
         self.autocast = autocast
         check_sharding(model)
         reshard(model)
@@ -245,6 +269,8 @@ class StageOne:
             )
         moved = model.parameters() if self.separation.parameters == "upstream" else (p for phi in self.maps for p in phi.parameters())
         self.parameters = [parameter for parameter in moved if parameter.requires_grad]
+        if not self.parameters:
+            raise ValueError("there is nothing to train: all selected parameters are frozen (requires_grad=False)")
         self.optimizer = SeparationOptimizer(self.separation.optimizer, self.parameters, self.separation.lr)
         self.steps_done = 0
         self._moved_maps: list[Any] = []
@@ -253,23 +279,27 @@ class StageOne:
         """Take `separation.steps` steps, one for each batch, and normalise rows at the end.
 
         Args:
-            batches: Batches as in `step`. They are read again from the start where they end before
-                the last step.
+            batches: Batches as in `step`: a list, a `DataLoader` or another iterable. They are read
+                again from the start where they end before the last step.
             progress: Whether to show a progress bar.
 
         Returns:
             The `steps + 1` losses, averaged over layers and processes: before each step, and after
-                the last one on a further batch.
+                the last one on a further batch (on the last batch again, if there is none).
 
         Raises:
-            ValueError: If there is no batch; also as `step`.
+            ValueError: If the batches end before the last step; also as `step`.
         """
-        source, history = _repeated(batches), []
+        source, batch = _repeated(batches), None
+        history: list[float] = []
         for _ in logging.tqdm(range(self.separation.steps), desc="separation", leave=False, delay=3, disable=not progress):
-            history.append(mean_over_processes(self.step(next(source))))
+            batch = next(source, None)
+            if batch is None:
+                raise ValueError(f"batches ended after {len(history)} of {self.separation.steps} steps: pass what can be read again")
+            history.append(mean_over_processes(self.step(batch)))
         self.finish_round()
         with torch.no_grad():
-            batch = next(source)
+            batch = next(source, batch)
             return [*history, mean_over_processes(self.losses(batch, self.corrupted(batch), max(0, self.steps_done - 1)))]
 
     def step(self, batch: Any, corrupted: Any = None) -> torch.Tensor:
@@ -284,8 +314,9 @@ class StageOne:
             The loss of each layer before the step.
 
         Raises:
-            ValueError: If no set has two memories; if all parameters below the features are frozen;
-                or (on CPU) if the gradient is not finite.
+            TypeError: If the batch has the wrong type.
+            ValueError: If no set has room for two memories; if all parameters below the features
+                are frozen; or (on CPU) if the gradient is not finite.
             RuntimeError: If called under `torch.inference_mode()`.
         """
         if torch.is_inference_mode_enabled():
@@ -315,10 +346,16 @@ class StageOne:
             self._normalize_rows()
 
     def corrupted(self, batch: Any) -> Any:
-        """Return the corrupted copy of a batch for "denoising", and `None` for another kind."""
+        """Return the corrupted copy of a batch for "denoising", and `None` for another kind.
+
+        Noise is drawn from torch's global random state.
+        """
         if self.separation.kind != "denoising":
             return None
+        self._check(batch)
         name = None if isinstance(self.model, FeatureMap) else self.model.main_input_name
+        if name is not None and name not in batch:
+            raise ValueError(f"a batch must have {name}, the main input of the model, got {list(batch)}")
         clean = _pair(batch)[0] if name is None else batch[name]
         clean = clean if clean.is_floating_point() else clean.float()
         corrupt = self.separation.corruption or (lambda values: values + self.separation.noise * torch.randn_like(values))
@@ -366,8 +403,8 @@ class StageOne:
         self.steps_done = state["steps_done"]
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def _settings(self) -> dict[str, str]:
-        return {name: getattr(self.separation, name) for name in ("parameters", "optimizer", "kind")}
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self.separation).items() if name != "corruption"}
 
     def _fingerprint(self) -> str:
         """Hash of the parameters that the steps change."""
@@ -378,20 +415,26 @@ class StageOne:
 
     def _memory_sets(self, batch: Any) -> list[MemorySet]:
         """What each layer retrieves from, under `pool_memories` and `include_class_token`."""
+        self._check(batch)
         if isinstance(self.model, FeatureMap):
-            return [MemorySet(self.model, *_pair(batch))]
+            return _separable([MemorySet(self.model, *_pair(batch))])
         options = {"include_class_token": True} if self.separation.include_class_token else {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.separation.parameters == "upstream"):
             sets = [_own_kind(memory_set) for memory_set in self.model.memory_sets(**batch, **options)]
         if self.separation.pool_memories:
             sets = [self._pooled(each) for each in sets]
-        separable = [each for each in sets if each.mask is not None or each.memories.shape[-2] > 1]
-        if not separable:
-            raise ValueError(
-                "there is nothing to separate: a memory set needs at least two memories, and every set has one "
-                "(for images, include_class_token=True adds one)"
+        return _separable(sets)
+
+    def _check(self, batch: Any) -> None:
+        """Raise a `TypeError` for a batch of the wrong type."""
+        if isinstance(self.model, FeatureMap):
+            memories = _pair(batch)[0]
+            if not isinstance(memories, torch.Tensor):
+                raise TypeError(f"a batch of a FeatureMap must be memories, or memories and a mask, got {type(memories).__name__}")
+        elif not isinstance(batch, Mapping):
+            raise TypeError(
+                f"a batch must be a dictionary of the model's inputs, got {type(batch).__name__}; `run` takes a list of batches"
             )
-        return separable
 
     def _pooled(self, memory_set: MemorySet) -> MemorySet:
         """Return the memories of all examples as one set: of this process, or of all."""
@@ -418,7 +461,19 @@ class StageOne:
                 phi.normalize_rows()
 
 
-def check_settings(saved: dict[str, str], now: dict[str, str], name: str) -> None:
+def _separable(sets: list[MemorySet]) -> list[MemorySet]:
+    """Return the sets that can hold two memories; raise a `ValueError` if there is none."""
+    # Because the bags of a batch may by chance have one instance each, a set with a mask is kept.
+    separable = [each for each in sets if each.mask is not None or each.memories.shape[-2] > 1]
+    if not separable:
+        raise ValueError(
+            "there is nothing to separate: a memory set needs at least two memories, and every set has fewer "
+            "(for images, include_class_token=True adds one)"
+        )
+    return separable
+
+
+def check_settings(saved: dict[str, Any], now: dict[str, Any], name: str) -> None:
     """Raise a `ValueError` if a setting differs from the one that a state was saved with."""
     for key, value in now.items():
         if saved.get(key, value) != value:
@@ -432,17 +487,17 @@ def _own_kind(memory_set: Any) -> MemorySet:
 
 def _pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Memories and their mask, from memories alone or a pair."""
-    return batch if isinstance(batch, tuple) else (batch, None)
+    return (batch[0], batch[1]) if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
 
 
 def _repeated(batches: Iterable[Any]) -> Iterator[Any]:
-    """Read batches again and again; raise a `ValueError` where there is none."""
-    while True:
-        batch = _repeated
+    """Read batches again and again, until there is none."""
+    was_empty = False
+    while not was_empty:
+        was_empty = True
         for batch in batches:
+            was_empty = False
             yield batch
-        if batch is _repeated:
-            raise ValueError("there is no batch to separate: pass a list or a DataLoader, which can be read again")
 
 
 def _feature_maps(model: Any, needed: bool) -> list[Any]:
@@ -459,7 +514,7 @@ def _feature_maps(model: Any, needed: bool) -> list[Any]:
         raise ValueError(
             f"the separation step needs a model with feature maps (use_feature_map=True) and memory_sets; {type(model).__name__} has none"
         )
-    if maps and not any(parameter.requires_grad for phi in maps for parameter in phi.parameters()):
+    if needed and not any(parameter.requires_grad for phi in maps for parameter in phi.parameters()):
         raise ValueError(
             "the separation step needs trainable feature maps, but all of them are frozen (requires_grad=False); "
             "with PEFT, LoraConfig(target_parameters=['feature_map.weight']) adapts them"
@@ -499,18 +554,17 @@ def maximize_separation(
         >>> len(history)
         21
     """
+    if type(feature_map).__name__ != "FeatureMap":
+        raise TypeError(f"feature_map must be a FeatureMap, got {type(feature_map).__name__}; StageOne separates a model")
     check_tensors(memories=memories)
     check_tensor(mask, "mask")
-    separation = (separation or Separation.uhop()).replace(**fields)
+    separation = chosen(separation, Separation.uhop(), **fields)
     if separation.batch_size is not None and separation.batch_size < 2:
         raise ValueError(f"batch_size must be at least 2 memories, got {separation.batch_size}")
     if separation.kind == "denoising" and mask is not None and mask.dim() == memories.dim():
         raise ValueError(f"the mask of kind 'denoising' must be one of memories (..., M), not of pairs, got shape {tuple(mask.shape)}")
-    if torch.is_inference_mode_enabled():
-        raise RuntimeError("separation needs gradients, which torch.inference_mode() forbids; torch.no_grad() does not")
-    memories = memories if memories.is_floating_point() else memories.to(feature_map.weight.dtype)
-    moving = feature_map
-    if _is_half(feature_map.weight) and not has_master(feature_map.weight):
+    memories, moving = memories.to(feature_map.weight.dtype), feature_map
+    if is_half(feature_map.weight) and not has_master(feature_map.weight):
         # Because small steps would be lost in half precision, we train a copy in fp32.
         moving, memories = copy.deepcopy(feature_map).float(), memories.float()
     history = StageOne(moving, separation).run(iter(lambda: subsample(memories, mask, separation.batch_size), None))
@@ -518,88 +572,3 @@ def maximize_separation(
         with torch.no_grad():
             feature_map.weight.copy_(moving.weight)
     return history
-
-
-class SeparationOptimizer:
-    """Optimizer of Stage I, which leaves the parameters' own `.grad` unchanged.
-
-    Half-precision parameters are updated through fp32 copies, because small steps would be lost in
-    rounding, and Adam's epsilon is 0 in fp16.
-
-    Args:
-        name: "sgd" (used in the papers) or "adam".
-        parameters: The parameters to update.
-        lr: Learning rate, at least 0.
-
-    Raises:
-        ValueError: If the name is unknown or the rate is negative.
-    """
-
-    def __init__(self, name: str, parameters: Iterable[nn.Parameter], lr: float):
-        if name not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {tuple(OPTIMIZERS)}, got {name!r}")
-        if not lr >= 0:
-            raise ValueError(f"the separation learning rate must be at least 0, got {lr}")
-        self.parameters = list(parameters)
-        self.mastered = [has_master(parameter) for parameter in self.parameters]
-        self.wide = [_wide(parameter) for parameter in self.parameters]
-        # Because one multi-tensor kernel cannot update sharded and whole parameters together, each is
-        # then updated by itself.
-        foreach = False if len({is_sharded(wide) for wide in self.wide}) > 1 else None
-        self.inner = OPTIMIZERS[name](self.wide, lr=lr, foreach=foreach)
-
-    @torch.no_grad()
-    def step(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """Take one step with a gradient for each parameter, or `None` to leave it unchanged."""
-        own_gradients = [wide.grad for wide in self.wide]
-        for parameter, wide, gradient, mastered in zip(self.parameters, self.wide, gradients, self.mastered, strict=True):
-            if mastered:
-                if gradient is not None:
-                    wide.copy_(master(parameter))
-            elif wide is not parameter:
-                # Because other code may have changed the parameter, we refresh its fp32 copy.
-                wide.copy_(torch.where(wide.to(parameter.dtype) == parameter, wide, parameter.float()))
-            wide.grad = None if gradient is None else at_least_fp32(gradient)
-        self.inner.step()
-        masters = []
-        for place, (parameter, wide) in enumerate(zip(self.parameters, self.wide, strict=True)):
-            wide.grad = own_gradients[place]
-            if self.mastered[place]:
-                masters += [(parameter, wide)] if gradients[place] is not None else []
-            elif wide is not parameter:
-                parameter.copy_(wide)
-        write(masters)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for an exact resume, including the fp32 copies, as whole tensors."""
-        # Because DeepSpeed saves its masters itself, only copies of other parameters are saved here.
-        own = [place for place, mastered in enumerate(self.mastered) if not mastered]
-        copies = {place: _saved(self.wide[place]) for place in own if self.wide[place] is not self.parameters[place]}
-        saved = self.inner.state_dict()
-        moments = {place: {name: _saved(value) for name, value in part.items()} for place, part in saved["state"].items()}
-        return {**saved, "state": moments, "wide": copies}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
-        moments = {
-            place: {name: part_like(value, self.wide[place]) for name, value in part.items()} for place, part in state["state"].items()
-        }
-        self.inner.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
-        for place, wide in state.get("wide", {}).items():
-            self.wide[place].copy_(part_like(wide, self.wide[place]))
-
-
-def _saved(value: Any) -> Any:
-    """Return a value of an optimizer's state, or the whole of a sharded one, on the CPU."""
-    return whole(value).cpu() if is_sharded(value) else value
-
-
-def _wide(parameter: nn.Parameter) -> torch.Tensor:
-    """Return what an optimizer updates in place of a parameter: it, its master, or a copy in fp32."""
-    if has_master(parameter):
-        return master(parameter)
-    return parameter.detach().float() if _is_half(parameter) else parameter
-
-
-def _is_half(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in (torch.float16, torch.bfloat16)

@@ -748,13 +748,13 @@ def _assert_refused(trainer: Trainer, message: str) -> None:
         ({"optimizer": "lion"}, "optimizer must be one of .* got 'lion'"),
         ({"pool_memories": "all"}, r"pool_memories must be one of \(False, True, 'global'\), got 'all'"),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, or None, got 0"),
         ({"steps": 1.5}, "steps must be an integer of at least 0, got 1.5"),
         ({"steps": 5.0}, "steps must be an integer of at least 0, got 5.0"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-        ({"final_temperature": -1.0}, "final_temperature must be positive, got -1.0"),
-        ({"noise": 0.0}, "noise must be positive, got 0.0"),
-        ({"lr": -0.1}, "lr must be at least 0, got -0.1"),
+        ({"temperature": 0.0}, "temperature must be a positive, finite number, got 0.0"),
+        ({"final_temperature": -1.0}, "final_temperature must be positive and at most 0.25, or None, got -1.0"),
+        ({"noise": 0.0}, "noise must be a positive, finite number, got 0.0"),
+        ({"lr": -0.1}, "lr must be a finite number of at least 0, got -0.1"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):

@@ -55,7 +55,12 @@ def folder(tmp_path_factory) -> Path:
     # steps, the model has none.
     _model(hidden_dropout_prob=0.0, qkv_bias=False).save_pretrained(folder / "model")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(FOLDER)}.items():
+        for name, value in {
+            "DS_ACCELERATOR": "cpu",
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(FOLDER),
+        }.items():
             patch.setenv(name, value)
         _run(2, str(TESTS / "deepspeed_worker.py"), str(folder))
     return folder

@@ -1,5 +1,6 @@
 """Observed memories equal those of a second forward pass written out for each family."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -242,6 +243,23 @@ def test_the_pass_ends_where_the_last_layer_retrieves():
     calls.clear()
     model(**batch)
     assert len(calls) == len(sets)
+
+
+def test_threads_observe_their_own_pass():
+    model, batch, reference = _case("vit")
+    expected = list(reference(model, batch))
+    logits = model(**batch).logits
+
+    def call(index: int) -> bool:
+        if index % 2:
+            return torch.allclose(model(**batch).logits, logits, atol=1e-5)
+        found = list(model.memory_sets(**batch))
+        return len(found) == len(expected) and all(
+            torch.allclose(ours.memories, theirs.memories, atol=1e-5) for ours, theirs in zip(found, expected, strict=True)
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(40)))
 
 
 def test_an_error_in_the_pass_is_raised_and_leaves_no_hook():

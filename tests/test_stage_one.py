@@ -10,7 +10,7 @@ import pytest
 import torch
 from bags import digit_bags
 from conftest import assert_close
-from recipe import BagDataRecipe, DataRecipe, RecipeError, SeriesDataRecipe
+from recipe import BagDataRecipe, DataRecipe, RecipeError, SeriesDataRecipe, apply_override
 from series import load_series, unlabelled_windows
 from stage_one import separation_callback, with_defaults
 from test_callbacks import Images, _map_weights, _model, _train
@@ -21,6 +21,8 @@ from modeling_uhop import (
     Separation,
     SeparationCallback,
     StageOne,
+    UHopMemoryConfig,
+    UHopMemoryModel,
     UHopMILConfig,
     UHopMILForBagClassification,
     denoising_loss,
@@ -82,10 +84,15 @@ def test_run_repeats_its_batches_and_measures_the_end():
     expected = [separation_loss(each.features()) for each in model.memory_sets(**batches[1])]
     assert history[-1] == pytest.approx(torch.stack(expected).mean().item(), abs=1e-6)
     assert_close(torch.stack([weight.norm(dim=-1) for weight in _map_weights(model)]), torch.ones(2, 16))
-    with pytest.raises(ValueError, match="there is no batch to separate"):
+    with pytest.raises(ValueError, match="batches ended after 0 of 5 steps"):
         stage.run([])
-    with pytest.raises(ValueError, match="there is no batch to separate"):
+    with pytest.raises(ValueError, match="batches ended after 2 of 5 steps"):
         stage.run(iter(batches))
+    # Without a further batch, the last loss is that of the last batch.
+    once = StageOne(_model().eval(), Separation.uhop(), steps=2)
+    history = once.run(iter(batches))
+    expected = [separation_loss(each.features()) for each in once.model.memory_sets(**batches[1])]
+    assert history[-1] == pytest.approx(torch.stack(expected).mean().item(), abs=1e-6)
 
 
 def test_the_state_of_a_stage_resumes_exactly():
@@ -108,6 +115,103 @@ def test_the_state_of_a_stage_resumes_exactly():
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters, second.parameters, strict=True))
     with pytest.raises(ValueError, match="was written with optimizer='adam' and cannot be resumed with optimizer='sgd'"):
         StageOne(second_model, **{**settings, "optimizer": "sgd"}).load_state_dict(second.state_dict())
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.5}, {"temperature": 0.1}, {"kind": "squared"}, {"steps": 7}])
+def test_a_state_belongs_to_its_separation(change):
+    state = StageOne(_model(), Separation.uhop()).state_dict()
+    with pytest.raises(ValueError, match=rf"was written with {next(iter(change))}=.* and cannot be resumed with"):
+        StageOne(_model(), Separation.uhop(**change)).load_state_dict(state)
+
+
+def test_the_temperature_stays_at_its_end():
+    falling = Separation.uhop_plus()
+    assert falling.temperature_of(5, 3) == falling.temperature_of(2, 3) == pytest.approx(0.01)
+    with pytest.raises(ValueError, match="total_steps must be at least 1, got 0"):
+        StageOne(FeatureMap(3), falling, total_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("lr", "0.1"),
+        ("lr", None),
+        ("lr", float("inf")),
+        ("temperature", None),
+        ("temperature", "0.25"),
+        ("final_temperature", 0.5),
+        ("noise", None),
+        ("steps", True),
+        ("steps", None),
+        ("project", "no"),
+        ("pool_memories", 1),
+        ("corruption", "mask_patterns"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named(field, value):
+    with pytest.raises(ValueError, match=rf"^{field} must be .*, got {value!r}$"):
+        Separation(**{field: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert Separation(steps=np.int64(5), lr=np.float64(0.5)) == Separation(steps=5, lr=0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", ["uhop", Separation.uhop, {"kind": "average"}, 20])
+def test_what_is_not_a_separation_is_refused(wrong):
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=3))
+    memory.store(torch.randn(4, 3))
+    for call in (
+        lambda: maximize_separation(FeatureMap(3), torch.randn(4, 3), wrong),
+        lambda: StageOne(FeatureMap(3), wrong),
+        lambda: SeparationCallback(separation=wrong),
+        lambda: memory.separate(wrong),
+    ):
+        with pytest.raises(TypeError, match=r"separation must be a Separation, such as Separation.uhop\(\), got"):
+            call()
+    with pytest.raises(ValueError, match="a Separation is passed as separation="):
+        SeparationCallback(Separation.uhop())  # type: ignore[arg-type]
+
+
+def test_batches_of_the_wrong_kind_are_refused():
+    batch = {"pixel_values": Images(size=4, augment=False).images}
+    stage = StageOne(_model(), steps=1)
+    for wrong in (batch, batch["pixel_values"]):
+        with pytest.raises(TypeError, match=r"a batch must be a dictionary .*`run` takes a list of batches"):
+            stage.run(wrong)
+    with pytest.raises(ValueError, match=r"a batch must have pixel_values, the main input of the model, got \['image'\]"):
+        StageOne(_model(), Separation.denoising()).step({"image": batch["pixel_values"]})
+    with pytest.raises(TypeError, match="a batch of a FeatureMap must be memories, or memories and a mask, got list"):
+        StageOne(FeatureMap(3)).step([torch.randn(4, 3)])
+    with pytest.raises(ValueError, match="there is nothing to separate"):
+        maximize_separation(FeatureMap(3), torch.randn(1, 3))
+    mask = torch.tensor([True, True, False, True])
+    memories = torch.randn(4, 3)
+    pair, listed = (StageOne(FeatureMap(3, feature_init="identity")).step(given) for given in ((memories, mask), [memories, mask]))
+    assert torch.equal(pair, listed)
+
+
+def test_a_memory_separates_itself_and_does_nothing_without_steps():
+    memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=8))
+    memory.store(torch.randn(4, 8))
+    with pytest.raises(ValueError, match=r"UHopMemoryModel separates its own patterns: call separate\(separation\)"):
+        StageOne(memory, Separation.denoising())
+    assert memory.feature_map is not None
+    kept = memory.feature_map.weight.detach().clone()
+    memory.separate(Separation.uhop_plus(), steps=0)
+    assert torch.equal(memory.feature_map.weight, kept)
+
+
+def test_layers_below_a_frozen_map_can_be_separated():
+    model = _model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("patch_embeddings" in name)
+    stage = StageOne(model, lr=0.1)
+    before = model.vit.embeddings.patch_embeddings.projection.weight.detach().clone()
+    stage.step({"pixel_values": Images(size=4, augment=False).images})
+    assert not torch.equal(model.vit.embeddings.patch_embeddings.projection.weight, before)
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        StageOne(model.requires_grad_(False))
 
 
 def test_corrupted_copies_are_made_of_the_main_input():
@@ -186,6 +290,17 @@ def test_a_collator_of_its_own_makes_the_batches(tmp_path):
     assert callback.history[0]["separation_loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("wrong", ["cifar10", {"pixel_values": []}, torch.zeros(3, 1, 8, 8)])
+def test_what_is_not_a_data_set_is_refused(tmp_path, wrong):
+    with pytest.raises(TypeError, match="dataset must be a data set of examples, map-style or a stream, got"):
+        _train(tmp_path, SeparationCallback(dataset=wrong))
+
+
+def test_a_generator_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the separation data set is a stream that can be read only once"):
+        _train(tmp_path, SeparationCallback(dataset=(example for example in Unlabelled(torch.zeros(3, 1, 8, 8)))))
+
+
 def test_an_empty_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the separation data set is empty"):
         _train(tmp_path, SeparationCallback(dataset=Unlabelled(torch.zeros(0, 1, 8, 8))))
@@ -246,6 +361,38 @@ def test_unlabelled_bags_and_windows(tmp_path):
     (tmp_path / "two.csv").write_text("date,a,b\n" + "\n".join(f"2020-01-{day:02d},{day},{day * day % 7}" for day in range(1, 31)))
     with pytest.raises(RecipeError, match=r"separation.dataset must have \d+ series, as data.dataset has, got 2"):
         unlabelled_windows(dataclasses.replace(recipe, split=[0.6, 0.2, 0.2]), series, (4, 2), str(tmp_path / "two.csv"))
+
+
+def test_a_preset_on_the_command_line_replaces_the_fields_of_the_file():
+    content: dict[str, Any] = {"separation": {"schedule": "step", "kind": "squared", "lr": 0.5, "parameters": "upstream", "steps": 3}}
+    apply_override(content, "separation.preset=uhop_plus")
+    apply_override(content, "separation.lr=0.2")
+    assert content["separation"] == {"schedule": "step", "steps": 3, "preset": "uhop_plus", "lr": 0.2}
+    assert (
+        with_defaults({"preset": "uhop"}) == with_defaults({"preset": "uhop", "lr": 1e-3}) != with_defaults({"preset": "uhop", "lr": 0.1})
+    )
+    assert with_defaults({"schedule": "step"}) == with_defaults({"schedule": "step", "steps": 1})
+
+
+def test_bags_of_other_folds_are_left_out(monkeypatch):
+    import train_mil
+    from recipe import MILRecipe
+
+    drawn: list[Any] = []
+    monkeypatch.setattr("train_mil.separation_callback", lambda section, load: drawn.append(load(None, "train")))
+    bags = digit_bags()
+    recipe = MILRecipe("small", BagDataRecipe("digits"), {"hidden_size": 8, "num_attention_heads": 2}, {}, {"max_steps": 1})
+    train_mil.fit(recipe, bags.instances[:20], bags.labels[:20], bags.names, 0)
+    assert len(drawn[0]) == 20
+    with pytest.raises(RecipeError, match=r"digits has no split 'foo'"):
+        train_mil._unlabelled(recipe.data, train_mil.UHopMILFeatureExtractor(), [], None, "foo")
+
+
+def test_unknown_splits_of_images_are_refused():
+    from data import unlabelled_images
+
+    with pytest.raises(RecipeError, match=r"digits has no split 'foo'; it has \['test', 'train'\]"):
+        unlabelled_images(DataRecipe("digits"), split="foo")
 
 
 @pytest.mark.parametrize("script", ["vit", "mil", "stanhop"])

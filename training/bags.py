@@ -58,6 +58,8 @@ class Bags:
 
 def load_instances(data: BagDataRecipe) -> list[np.ndarray]:
     """Load and check the bags of a recipe without their labels; see `load_bags`."""
+    if data.dataset == "digits" and data.split != "train":
+        raise RecipeError(f"digits has no split {data.split!r}; it has ['train']")
     return digit_bags().instances if data.dataset == "digits" else _instances_of(_rows(data), data)
 
 

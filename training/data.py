@@ -10,7 +10,7 @@ from typing import Any
 
 # Because `recipe` says what to install if a package is missing, we import it before the other
 # packages.
-from recipe import DataRecipe, RecipeError
+from recipe import DataRecipe, RecipeError, same_data
 
 
 # isort: split
@@ -63,9 +63,11 @@ def unlabelled_images(data: DataRecipe, dataset: str | None = None, split: str |
         RecipeError: If the data set, the split or the image column is missing.
     """
     dataset, split = dataset or data.dataset, split or data.train_split
-    if dataset == data.dataset and split == data.train_split:
+    if same_data(dataset, data.dataset) and split == data.train_split:
         return load_images(replace(data, max_train_samples=None))["train"].remove_columns("label")
     given = replace(data, dataset=dataset, train_split=split, test_split=split)
+    if dataset == "digits" and split not in ("train", "test"):
+        raise RecipeError(f"digits has no split {split!r}; it has ['test', 'train']")
     loaded = _digits(data)[split] if dataset == "digits" else _from_hub_or_folder(given)["train"]
     images = _select_columns(loaded, given, split, labelled=False)
     return _readable(images) if data.skip_unreadable else images

@@ -355,9 +355,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), recipe_class: t
     return build_recipe(content, recipe_class)
 
 
+def same_data(first: str, second: str) -> bool:
+    """Return whether two texts name the same data set: the same name, or the same local path."""
+    paths = [Path(text).expanduser() for text in (first, second)]
+    return first == second or (all(path.exists() for path in paths) and paths[0].samefile(paths[1]))
+
+
 def apply_override(content: dict[str, Any], override: str) -> None:
     """Apply an override such as `training.learning_rate=1e-4` to the mapping of a recipe, in
-    place."""
+    place.
+
+    `separation.preset` removes the fields of `Separation` that were set before it, except those of
+    its sampling: otherwise they would change the preset."""
     keys, separator, value = override.partition("=")
     if not separator:
         raise RecipeError(f"an override must look like training.learning_rate=1e-4, got {override!r}")
@@ -366,6 +375,10 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         if content.get(key) is None:
             content[key] = {}
         content = content[key]
+    if keys == "separation.preset":
+        kept = {"steps", "batch_size", "include_class_token", "pool_memories"}
+        for field in set(content) & {*inspect.signature(Separation).parameters} - kept:
+            del content[field]
     content[last] = yaml.load(value, Loader=_Loader)
 
 
@@ -505,9 +518,9 @@ def as_recorded(recipe: Any) -> dict[str, Any]:
     Because a local path has no meaning on another machine, a local data set is recorded by its
     name."""
     content = dataclasses.asdict(recipe)
-    data = content.get("data")
-    if data is not None and Path(data["dataset"]).exists():
-        data["dataset"] = Path(data["dataset"]).resolve().name
+    for section in (content.get("data"), content.get("separation")):
+        if section is not None and section.get("dataset") is not None and Path(section["dataset"]).exists():
+            section["dataset"] = Path(section["dataset"]).resolve().name
     return content
 
 

@@ -1,6 +1,5 @@
 """The separation section of a recipe: `SeparationCallback`, with a preset and a data set of its own."""
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -39,5 +38,8 @@ def with_defaults(section: dict[str, Any]) -> dict[str, Any]:
     """Return the section of a recipe with the default of each key that it leaves out."""
     arguments = inspect.signature(SeparationCallback).parameters.values()
     defaults = {each.name: each.default for each in arguments if each.kind is not inspect.Parameter.VAR_KEYWORD}
-    fields = {field.name: field.default for field in dataclasses.fields(Separation)}
-    return {**fields, **defaults, **section}
+    preset = section.get("preset")
+    fields = dict(vars(Separation() if preset is None else PRESETS[preset]()))
+    if preset is None and section.get("schedule", "train_begin") != "train_begin":
+        fields["steps"] = 1
+    return {**defaults, **fields, **section}

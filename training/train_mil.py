@@ -34,6 +34,7 @@ from recipe import (
     errors_in_one_line,
     load_recipe,
     refuse_several_processes,
+    same_data,
     write_recipe,
     write_results,
 )
@@ -268,7 +269,7 @@ def fit(
     examples = [{"instances": bag, "label": label} for bag, label in zip(extractor.transform(instances), labels.tolist(), strict=True)]
     set_seed(seed)
     model = UHopMILForBagClassification(model_config(recipe, extractor.instance_dim, names))
-    separation = separation_callback(recipe.separation, lambda *where: _unlabelled(data, extractor, *where))
+    separation = separation_callback(recipe.separation, lambda *where: _unlabelled(data, extractor, instances, *where))
     with tempfile.TemporaryDirectory() as folder:
         arguments = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training}
         trainer = Trainer(
@@ -286,9 +287,16 @@ def fit(
     return extract_model_from_parallel(model, keep_fp32_wrapper=False).eval(), extractor
 
 
-def _unlabelled(data: BagDataRecipe, extractor: UHopMILFeatureExtractor, dataset: str | None, split: str | None) -> list[dict[str, Any]]:
-    """Bags for the separation step, which needs no labels."""
-    bags = load_instances(dataclasses.replace(data, dataset=dataset or data.dataset, split=split or data.split))
+def _unlabelled(
+    data: BagDataRecipe, extractor: UHopMILFeatureExtractor, training: list[np.ndarray], dataset: str | None, split: str | None
+) -> list[dict[str, Any]]:
+    """Bags for the separation step, which needs no labels.
+
+    Of the recipe's own bags, these are the training bags, because the others are held out.
+    """
+    is_own = same_data(dataset or data.dataset, data.dataset) and (split or data.split) == data.split
+    given = dataclasses.replace(data, dataset=dataset or data.dataset, split=split or data.split)
+    bags = training if is_own else load_instances(given)
     return [{"instances": bag} for bag in extractor.transform(bags)]
 
 

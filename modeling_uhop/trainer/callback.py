@@ -18,7 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..distributed import mean_over_processes, reshard
-from ..separation import Separation, StageOne, check_settings
+from ..separation import Separation, StageOne, check_settings, chosen
 from ..zero import has_master, is_partitioned
 from .sampler import accepted_names, combined_seed, is_stream, sampler
 from .state import attach_to_optimizer, checkpoint, evaluating, isolated_rng, state_file_name, write_state
@@ -99,12 +99,12 @@ class SeparationCallback(TrainerCallback):
         fields: Fields of `Separation` to change, such as `kind` or `parameters`.
 
     Raises:
+        TypeError: If `separation` is not a `Separation`, or a name in `fields` is not a field.
         ValueError: If an argument is not one of its choices or out of range. When training begins:
             if no selected parameter is trainable; if `project` or `normalize_rows` is set while an
             adapter is trained instead of W; if the data set is a stream that can be read only once;
             if `final_temperature` is used with "epoch" on a stream. On resuming: if the saved state
-            belongs to other weights, or to another schedule, kind, optimizer or choice of
-            parameters.
+            belongs to other weights, to another schedule, or to a `Separation` with other fields.
         FileNotFoundError: On resuming, if the Stage I state of a checkpoint is missing.
         MemoryError: If a separation step runs out of memory.
         NotImplementedError: When training begins under FSDP1, tensor parallelism, DeepSpeed without
@@ -124,10 +124,10 @@ class SeparationCallback(TrainerCallback):
         **fields,
     ):
         if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
+            raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}; a Separation is passed as separation=")
         if steps is None and separation is None:
             steps = 100 if schedule == "train_begin" else 1
-        self.separation = (separation or Separation()).replace(**fields, **({} if steps is None else {"steps": steps}))
+        self.separation = chosen(separation, Separation(), **fields, **({} if steps is None else {"steps": steps}))
         if self.separation.steps < 1:
             raise ValueError(f"steps must be an integer of at least 1, got {self.separation.steps}")
         self.schedule = schedule

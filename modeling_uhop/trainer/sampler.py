@@ -26,14 +26,17 @@ def sampler(
         names: Columns to keep of an example of `dataset`; `None` keeps all.
 
     Raises:
+        TypeError: If `dataset` is not a data set of examples.
         ValueError: If the data set is empty, or a stream that can be read only once.
     """
+    if isinstance(dataset, str | Mapping | torch.Tensor | DataLoader):
+        raise TypeError(f"dataset must be a data set of examples, map-style or a stream, got {type(dataset).__name__}")
     given = loader.dataset if dataset is None else dataset
     source: Any = given.dataset if isinstance(given, IterableDatasetShard) else given
     collate = loader.collate_fn if collate is None else collate
     rank, world_size = PartialState().process_index, PartialState().num_processes
     whose = "training" if dataset is None else "separation"
-    if is_stream(source) and iter(copy.copy(source)) is iter(copy.copy(source)):
+    if isinstance(source, Iterator) or (is_stream(source) and iter(copy.copy(source)) is iter(copy.copy(source))):
         raise ValueError(f"the {whose} data set is a stream that can be read only once, but the separation step needs to read it again")
     if not is_stream(source) and len(source) == 0:
         raise ValueError(f"the {whose} data set is empty: there is nothing to separate")
