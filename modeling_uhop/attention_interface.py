@@ -16,9 +16,9 @@ from .attention_cpu import accepts as chunked_accepts
 from .attention_cpu import chunked_hopfield_attention
 from .attention_softmax import accepts as softmax_accepts
 from .attention_softmax import softmax_attention
+from .checks import check_tensor, check_tensors
 from .precision import at_least_fp32
 from .simplex import check_alpha_range, is_softmax, learned_alpha, simplex_map
-from .validation import check_tensor, check_tensors
 
 
 try:

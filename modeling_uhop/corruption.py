@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
+from .checks import as_floats
 from .feature_map import norms
 from .precision import at_least_fp32, is_finite, is_readable
-from .validation import as_floats
 
 
 Corruption = Callable[[torch.Tensor], torch.Tensor]

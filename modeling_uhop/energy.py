@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 
 from .attention_interface import hopfield_attention
+from .checks import as_floats
 from .feature_map import magnitude, unit_norm
 from .precision import at_least_fp32, is_finite, is_readable
 from .simplex import simplex_conjugate, simplex_map
-from .validation import as_floats
 
 
 # Products and sums of scores below this bound do not overflow fp32.

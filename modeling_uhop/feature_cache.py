@@ -11,10 +11,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .checks import is_plain
 from .feature_map import FeatureMap
 from .precision import is_traced
 from .search import Candidates, FaissIndex, is_in_step, trained_index
-from .validation import is_plain
 
 
 class FeatureCache(NamedTuple):

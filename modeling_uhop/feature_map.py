@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .checks import check_tensors
 from .precision import at_least_fp32
-from .validation import check_tensors
 
 
 class FeatureMap(nn.Module):

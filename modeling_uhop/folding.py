@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import is_plain
 from .feature_map import FeatureMap
-from .validation import is_plain
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_interface import KERNELS, eager_attention_forward, hopfield_kernel
+from .checks import check_tensor, check_tensors
 from .feature_map import FeatureMap
 from .folding import fold_layer
 from .memories import MemorySet, present_memories
 from .simplex import alpha_logit, learned_alpha
-from .validation import check_tensor, check_tensors
 
 
 class HopfieldAttention(nn.Module):

@@ -15,13 +15,13 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .checks import check_tensors
 from .configuration_stanhop import STanHopConfig
 from .hopfield import MLP, HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import is_finite, is_readable
 from .series_memory import STanHopWindowMemory
 from .series_window import ScaledWindow, forecast_loss
-from .validation import check_tensors
 
 
 @dataclass

@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .capacity import MemoryReport, cosine_margin, duplicates, memory_report
+from .checks import check_tensors
 from .configuration_uhop_memory import UHopMemoryConfig
 from .corruption import mask_patterns
 from .energy import association_of, energy, mixed
@@ -23,7 +24,6 @@ from .precision import is_finite, is_traced
 from .search import Candidates, brute_force, mixture, sparse_association
 from .separation import Separation, chosen, maximize_separation
 from .spherical import are_independent, separate_optimally
-from .validation import check_tensors
 
 
 # Because the optimal spherical code of more than 2 * feature_dim memories must be searched, "uhop+"

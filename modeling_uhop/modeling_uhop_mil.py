@@ -12,12 +12,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .checks import LARGE, MAX_STATE, as_mask, check_no_overflow, label_loss, required_input
 from .configuration_uhop_mil import UHopMILConfig
 from .hopfield import HopfieldPooling
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .pipelines import TASK, MultipleInstanceClassificationPipeline
 from .precision import largest
-from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, label_loss, required_input
 
 
 @dataclass

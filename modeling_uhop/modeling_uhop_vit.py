@@ -14,12 +14,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .checks import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, required_input
 from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
 from .hopfield import MLP, HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import largest
-from .validation import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, required_input
 
 
 class UHopViTPatchEmbeddings(nn.Module):

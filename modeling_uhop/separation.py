@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from .checks import check_tensor, check_tensors
 from .corruption import Corruption
 from .distributed import (
     are_finite,
@@ -30,7 +31,6 @@ from .memories import MemorySet, SharedMemorySet
 from .precision import is_readable
 from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
 from .separation_optimizer import OPTIMIZERS, SeparationOptimizer, is_half
-from .validation import check_tensor, check_tensors
 from .zero import has_master, master, write
 
 

@@ -4,10 +4,10 @@ import math
 
 import torch
 
+from .checks import as_floats, check_tensor
 from .feature_map import unit_norm
 from .precision import at_least_fp32
 from .separation_blocks import blocked_separation_loss
-from .validation import as_floats, check_tensor
 
 
 SEPARATION_KINDS = ("average", "squared", "nearest", "per_memory")

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .checks import as_mask, check_tensor, required_input
 from .feature_map import magnitude
 from .precision import is_finite, is_readable
-from .validation import as_mask, check_tensor, required_input
 
 
 class ScaledWindow(NamedTuple):

@@ -22,9 +22,9 @@ from numbers import Real
 
 import torch
 
+from .checks import as_floats
 from .entmax import entmax, expm1_ratio, safe_log
 from .precision import at_least_fp32, is_readable
-from .validation import as_floats
 
 
 def simplex_map(scores: torch.Tensor, alpha: float | torch.Tensor = 1.0, dim: int = -1, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -185,7 +185,7 @@ def test_a_refused_separation_changes_nothing():
     phi = FeatureMap(3)
     kept = phi.weight.clone()
     for arguments in ({"final_temperature": -1.0}, {"final_temperature": 0.0}, {"temperature": -1.0}):
-        with pytest.raises(ValueError, match="temperature must be (a )?positive"):
+        with pytest.raises(ValueError, match=r"temperature must be (a )?positive"):
             maximize_separation(phi, torch.randn(4, 3), Separation.uhop_plus(), steps=3, **arguments)
     assert torch.equal(phi.weight, kept)
     with pytest.raises(ValueError, match="frozen"):

@@ -298,7 +298,7 @@ def test_what_is_not_a_data_set_is_refused(tmp_path, wrong):
 
 def test_a_generator_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the separation data set is a stream that can be read only once"):
-        _train(tmp_path, SeparationCallback(dataset=(example for example in Unlabelled(torch.zeros(3, 1, 8, 8)))))
+        _train(tmp_path, SeparationCallback(dataset=(example for example in [{"pixel_values": torch.zeros(1, 8, 8)}])))
 
 
 def test_an_empty_data_set_is_refused(tmp_path):
