@@ -14,7 +14,6 @@ from modeling_uhop import (
     UHopMILForBagClassification,
     UHopViTConfig,
     UHopViTForImageClassification,
-    validation,
 )
 
 
@@ -144,7 +143,7 @@ def test_the_loss_of_half_precision_logits_is_float32(family, dtype):
 
 @pytest.mark.parametrize(("num_labels", "labels", "problem"), [(3, SEVERAL, "multi_label_classification"), (1, NUMBERS, "regression")])
 def test_an_undeclared_problem_type_gives_one_warning(family, caplog, num_labels, labels, problem):
-    validation.logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    checks.logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     model, inputs = family(num_labels=num_labels)
     with caplog.at_level("WARNING"):
         for _ in range(2):
