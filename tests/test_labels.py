@@ -14,6 +14,7 @@ from modeling_uhop import (
     UHopMILForBagClassification,
     UHopViTConfig,
     UHopViTForImageClassification,
+    checks,
 )
 
 
