@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 from modeling_uhop import (
     FeatureMap,
+    StageOne,
     UHopMemoryConfig,
     UHopMemoryModel,
     UHopViTConfig,
@@ -388,18 +389,11 @@ def training(rounds: int) -> Iterator[Case]:
 
         return step
 
-    def separation_step(moved: str, model=models[1]) -> None:
-        with torch.set_grad_enabled(moved == "upstream"):
-            sets = list(model.memory_sets(pixel_values=images))
-        loss = torch.stack([separation_loss(part.features()) for part in sets]).sum()
-        moving = model.parameters() if moved == "upstream" else [part.feature_map.weight for part in sets]
-        torch.autograd.grad(loss, list(moving), allow_unused=True)
-
     separations = {"upstream": "all below", "feature_maps": "Phi alone"}
     works: list[Work] = [
         step_of(baseline),
         *(step_of(model) for model in models),
-        *(partial(separation_step, moved) for moved in separations),
+        *(partial(StageOne(models[1], parameters=moved, lr=0.0).step, {"pixel_values": images}) for moved in separations),
     ]
     taken, *ours = interleaved(rounds, *works)
     for (alpha, bound), own in zip(bounds.items(), ours[: len(models)], strict=True):
