@@ -138,7 +138,7 @@ class STanHopBlock(GradientCheckpointingLayer):
     def over_series(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """Retrieve over series: at each position, from what the prototypes retrieve."""
         series = hidden_states.transpose(1, 2).flatten(0, 1)
-        pooled, _ = self.pooling(self.prototypes.expand(len(series), -1, -1), series, **kwargs)
+        pooled, _ = self.pooling(self.prototypes.expand(series.shape[0], -1, -1), series, **kwargs)
         return self.series(series, pooled, **kwargs).unflatten(0, (-1, hidden_states.shape[2])).transpose(1, 2)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -252,14 +252,14 @@ class StageOne:
     ):
         self.model = model
         self.separation = chosen(separation, Separation(), **fields)
-        self.total_steps = max(1, self.separation.steps) if total_steps is None else total_steps
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         if hasattr(model, "default_separation"):
             raise ValueError(f"a {type(model).__name__} separates its own patterns: call separate(separation) of the model")
         self.autocast = autocast
         check_sharding(model)
         reshard(model)
+        self.total_steps = max(1, self.separation.steps) if total_steps is None else total_steps
+        if self.total_steps < 1:
+            raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         scales_rows = self.separation.project or self.separation.normalize_rows
         self.maps = _feature_maps(model, needed=self.separation.parameters == "feature_maps" or scales_rows)
         if scales_rows and any(hasattr(phi, "base_layer") for phi in self.maps):
@@ -353,7 +353,7 @@ class StageOne:
         if self.separation.kind != "denoising":
             return None
         self._check(batch)
-        name = None if isinstance(self.model, FeatureMap) else self.model.main_input_name
+        name = None if _is_map(self.model) else self.model.main_input_name
         if name is not None and name not in batch:
             raise ValueError(f"a batch must have {name}, the main input of the model, got {list(batch)}")
         clean = _pair(batch)[0] if name is None else batch[name]
@@ -404,7 +404,8 @@ class StageOne:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _settings(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self.separation).items() if name != "corruption"}
+        # A resume may take another number of steps or examples.
+        return {name: value for name, value in vars(self.separation).items() if name not in ("corruption", "steps", "batch_size")}
 
     def _fingerprint(self) -> str:
         """Hash of the parameters that the steps change."""
@@ -416,7 +417,7 @@ class StageOne:
     def _memory_sets(self, batch: Any) -> list[MemorySet]:
         """What each layer retrieves from, under `pool_memories` and `include_class_token`."""
         self._check(batch)
-        if isinstance(self.model, FeatureMap):
+        if _is_map(self.model):
             return _separable([MemorySet(self.model, *_pair(batch))])
         options = {"include_class_token": True} if self.separation.include_class_token else {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.separation.parameters == "upstream"):
@@ -427,7 +428,7 @@ class StageOne:
 
     def _check(self, batch: Any) -> None:
         """Raise a `TypeError` for a batch of the wrong type."""
-        if isinstance(self.model, FeatureMap):
+        if _is_map(self.model):
             memories = _pair(batch)[0]
             if not isinstance(memories, torch.Tensor):
                 raise TypeError(f"a batch of a FeatureMap must be memories, or memories and a mask, got {type(memories).__name__}")
@@ -485,6 +486,11 @@ def _own_kind(memory_set: Any) -> MemorySet:
     return (SharedMemorySet if getattr(memory_set, "shared", False) else MemorySet)(*memory_set)
 
 
+def _is_map(model: Any) -> bool:
+    """Return whether a module is a feature map, possibly inside an adapter, and not a model."""
+    return isinstance(model, torch.nn.Module) and hasattr(model, "weight") and not hasattr(model, "memory_sets")
+
+
 def _pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Memories and their mask, from memories alone or a pair."""
     return (batch[0], batch[1]) if isinstance(batch, tuple | list) and len(batch) == 2 else (batch, None)
@@ -510,10 +516,12 @@ def _feature_maps(model: Any, needed: bool) -> list[Any]:
     # An adapter of PEFT holds the wrapped module as `base_layer`.
     names = [name for name, module in model.named_modules() if "FeatureMap" in {kind.__name__ for kind in type(module).__mro__}]
     maps = [model.get_submodule(re.sub(r"(\.base_layer)+$", "", name)) for name in names]
-    if not (isinstance(model, FeatureMap) or hasattr(model, "memory_sets")) or (needed and not maps):
+    if not maps and (needed or not hasattr(model, "memory_sets")):
         raise ValueError(
             f"the separation step needs a model with feature maps (use_feature_map=True) and memory_sets; {type(model).__name__} has none"
         )
+    # Because PEFT freezes all that it does not adapt, a frozen map is an oversight there.
+    needed = needed or hasattr(model, "peft_config")
     if needed and not any(parameter.requires_grad for phi in maps for parameter in phi.parameters()):
         raise ValueError(
             "the separation step needs trainable feature maps, but all of them are frozen (requires_grad=False); "
@@ -554,7 +562,7 @@ def maximize_separation(
         >>> len(history)
         21
     """
-    if type(feature_map).__name__ != "FeatureMap":
+    if not _is_map(feature_map):
         raise TypeError(f"feature_map must be a FeatureMap, got {type(feature_map).__name__}; StageOne separates a model")
     check_tensors(memories=memories)
     check_tensor(mask, "mask")

@@ -692,7 +692,7 @@ def test_a_model_without_phi_is_refused(tmp_path):
 
 
 def test_a_single_memory_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="needs at least two memories, and every set has one"):
+    with pytest.raises(ValueError, match="needs at least two memories, and every set has fewer"):
         _train(tmp_path, algorithm_2(), model=_model(patch_size=8))
     _train(tmp_path, algorithm_2(include_class_token=True, batch_size=8), model=_model(patch_size=8))
 

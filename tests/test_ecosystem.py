@@ -329,7 +329,7 @@ def test_a_memory_recalls_through_an_adapter_of_its_feature_map():
         assert not torch.allclose(answer(memory, inputs), answer(plain, inputs), atol=1e-2)
         assert_close(answer(memory, inputs), answer(expected, inputs), scale=10)
     with pytest.raises(ValueError, match="frozen"):
-        memory.separate(2)
+        memory.separate(steps=2)
 
 
 @pytest.mark.parametrize("parameters", ["feature_maps", "upstream"])

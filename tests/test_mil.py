@@ -314,7 +314,7 @@ def test_separation_before_training(pool_memories):
             kept.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_mil.SeparationCallback", Kept)
+        patch.setattr("stage_one.SeparationCallback", Kept)
         fit(_recipe(separation=separation), bags.instances, bags.labels, bags.names, 0)
     losses = [entry["separation_loss"] for entry in kept[0].history]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])

@@ -37,6 +37,7 @@ from starlette.testclient import TestClient
 from take_screenshots import READY, SIZES, TRAINING_MS, chromium, open_tab, running_demo
 
 from modeling_uhop import (
+    Separation,
     UHopMemoryConfig,
     UHopMemoryModel,
     UHopMILConfig,
@@ -168,7 +169,7 @@ def test_confusions_are_those_of_a_loop(side):
     settings = replace(SMALL, count=40, separation_steps=50)
     indices, sides = demo_memory.explore(settings)
     patterns = demo_memory.patterns_of(indices)
-    memory = demo_memory.memory_of(patterns, settings, None if side == "without" else "uhop")
+    memory = demo_memory.memory_of(patterns, settings, None if side == "without" else Separation.uhop)
     weight = memory.feature_map.weight.double()
     damaged = demo_memory.corrupted(patterns, settings.corruption, settings.amount, settings.seed).double()
     stored = [pattern / (weight @ pattern).norm() for pattern in patterns.double()]

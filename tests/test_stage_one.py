@@ -117,7 +117,7 @@ def test_the_state_of_a_stage_resumes_exactly():
         StageOne(second_model, **{**settings, "optimizer": "sgd"}).load_state_dict(second.state_dict())
 
 
-@pytest.mark.parametrize("change", [{"lr": 0.5}, {"temperature": 0.1}, {"kind": "squared"}, {"steps": 7}])
+@pytest.mark.parametrize("change", [{"lr": 0.5}, {"temperature": 0.1}, {"kind": "squared"}, {"project": True}])
 def test_a_state_belongs_to_its_separation(change):
     state = StageOne(_model(), Separation.uhop()).state_dict()
     with pytest.raises(ValueError, match=rf"was written with {next(iter(change))}=.* and cannot be resumed with"):
