@@ -115,7 +115,8 @@ def test_the_trainer_in_two_processes_equals_one_process_and_a_resumed_run(folde
 def test_one_process_loads_the_state_that_an_engine_saved(folder, zero):
     checkpoint = folder / f"trained_{zero}" / "checkpoint-6"
     saved = torch.load(checkpoint / STATE_FILE, weights_only=True)
-    stage = StageOne(UHopViTForImageClassification.from_pretrained(checkpoint), optimizer="adam")
+    model = UHopViTForImageClassification.from_pretrained(checkpoint)
+    stage = StageOne(model, **{name: value for name, value in saved["settings"].items() if name != "schedule"})
     stage.load_state_dict(saved)
     assert stage.steps_done == saved["steps_done"] == 6
     for place, parameter in enumerate(stage.parameters):

@@ -78,7 +78,7 @@ def test_one_process_loads_the_state_that_a_sharded_model_saved(folder):
     (checkpoint,) = folder.glob("checkpoint-*")
     saved = torch.load(checkpoint / STATE_FILE, weights_only=True)
     model = UHopViTForImageClassification.from_pretrained(checkpoint)
-    stage = StageOne(model, parameters="feature_maps", optimizer="adam", kind="average")
+    stage = StageOne(model, **{name: value for name, value in saved["settings"].items() if name != "schedule"})
     stage.load_state_dict(saved)
     assert stage.steps_done == saved["steps_done"] == 6
     for place, phi in enumerate(stage.maps):
