@@ -23,7 +23,14 @@ def folder(tmp_path_factory) -> Path:
     """The folder in which the two processes have written what they found."""
     folder = tmp_path_factory.mktemp("sharding")
     _model(hidden_dropout_prob=0.0).save_pretrained(folder / "model")
-    _run(2, str(TESTS / "sharding_worker.py"), str(folder), json.dumps(SEPARATION))
+    try:
+        _run(2, str(TESTS / "sharding_worker.py"), str(folder), json.dumps(SEPARATION))
+    except pytest.fail.Exception as error:
+        # Because gloo crashed inside torch in one of some twenty launches, a launch that ended by a
+        # segmentation fault is repeated.
+        if "exitcode: -11" not in str(error):
+            raise
+        _run(2, str(TESTS / "sharding_worker.py"), str(folder), json.dumps(SEPARATION))
     return folder
 
 
