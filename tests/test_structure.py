@@ -78,3 +78,9 @@ def test_imports_go_one_way():
 
     circles = [name for name in files if name in reached(name, set())]
     assert circles == []
+
+
+def test_the_reading_order_lists_every_file():
+    text = (ROOT.parent / "docs" / "reading_order.md").read_text()
+    files = [path for path in ROOT.rglob("*.py") if path.name != "__init__.py" and not path.name.startswith("configuration_")]
+    assert [path.name for path in files if f"{path.relative_to(ROOT.parent).as_posix()})" not in text] == []
