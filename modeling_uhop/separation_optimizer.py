@@ -89,7 +89,7 @@ def _saved(value: Any) -> Any:
 
 
 def _wide(parameter: nn.Parameter) -> torch.Tensor:
-    """Return what an optimizer updates in place of a parameter: it, its master, or a copy in fp32."""
+    """Return the tensor that the optimizer updates: the parameter, its master, or an fp32 copy."""
     if has_master(parameter):
         return master(parameter)
     return parameter.detach().float() if is_half(parameter) else parameter
