@@ -45,9 +45,8 @@ from modeling_uhop import (
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "training"))
-from comparison_figures import growth_figure  # noqa: E402
-from recipe import provenance  # noqa: E402
+from modeling_uhop.training.recipe import provenance
+from modeling_uhop.training.report.comparison_figures import growth_figure
 
 
 # Number of memories in the sample of a sampled separation loss.

@@ -12,19 +12,17 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
-
 import demo_digits
 import numpy as np
 from demo_bags import new_bag
 from demo_models import SHIPPED, TARGET, draw_bag
 from huggingface_hub import ModelCard, ModelCardData
-from metrics import bag_metrics
-from recipe import ROOT, MILRecipe, as_recorded, load_recipe, provenance
-from train_mil import fit, predict
 
 from modeling_uhop.model_card import model_card
+from modeling_uhop.training.metrics import bag_metrics
+from modeling_uhop.training.recipe import ROOT, load_recipe
+from modeling_uhop.training.results import as_recorded, provenance
+from modeling_uhop.training.tasks.bags import fit, predict
 
 
 CLASSIFIER = "configs/demo/digits_classifier.yaml"
@@ -47,7 +45,10 @@ def main() -> None:
 def make_digits(folder: Path, run: Path) -> ModelCard:
     """The classifier of digits: a finished run is used as it is."""
     if not (run / "results.json").is_file():
-        subprocess.run([sys.executable, ROOT / "training" / "train_vit.py", ROOT / CLASSIFIER, "--output_dir", run], check=True)
+        subprocess.run(
+            [sys.executable, ROOT / "training" / "train.py", ROOT / CLASSIFIER, "--output_dir", run],
+            check=True,
+        )
     for name in ("model.safetensors", "preprocessor_config.json"):
         shutil.copyfile(run / name, folder / name)
     write_config(folder, json.loads((run / "config.json").read_text()))
@@ -59,7 +60,7 @@ def make_bags(folder: Path) -> ModelCard:
     """The model of bags: the recipe's training, on bags of training images alone, so that the demo shows images that are new to it."""
     digits, random = demo_digits.load(), np.random.default_rng(0)
     drawn = [draw_bag(digits.train, digits.labels, index % 2 == 0, random) for index in range(TRAINING_BAGS)]
-    recipe = load_recipe(ROOT / BAGS, [], MILRecipe)
+    recipe = load_recipe(ROOT / BAGS)
     names = [f"without a {TARGET}", f"with a {TARGET}"]
     model, extractor = fit(recipe, [pixels_of(bag) for bag in drawn], 1 - np.arange(TRAINING_BAGS) % 2, names, recipe.seed)
     model.cpu().save_pretrained(folder)

@@ -17,7 +17,6 @@ import deepspeed
 import deepspeed.ops
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from recipe import leave_process_group
 from sharding_worker import Setting, images
 from test_callbacks import Images, _model, _trainer
 from test_deepspeed import CASES, SEPARATION, TRAINING, ZERO
@@ -25,6 +24,7 @@ from torch import nn
 
 from modeling_uhop import Separation, SeparationCallback, StageOne, UHopViTForImageClassification
 from modeling_uhop.distributed import averaged, whole
+from modeling_uhop.training.processes import leave_process_group
 from modeling_uhop.zero import has_master, master
 
 

@@ -15,14 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import data
 import datasets
 import safetensors.torch
 import torch
-import train_vit
-from recipe import ROOT, errors_in_one_line, load_recipe
 from transformers import Trainer, modeling_utils
+
+from modeling_uhop.training import checkpoints
+from modeling_uhop.training.data import images as data
+from modeling_uhop.training.errors import errors_in_one_line
+from modeling_uhop.training.recipe import ROOT, load_recipe
+from modeling_uhop.training.tasks import images as train_vit
 
 
 OVERRIDES = [

@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from recipe import leave_process_group
 from test_callbacks import Images, _model, _trainer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,6 +36,7 @@ from modeling_uhop import (
     UHopViTForImageClassification,
 )
 from modeling_uhop.distributed import are_finite, averaged, whole
+from modeling_uhop.training.processes import leave_process_group
 
 
 class Setting:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from tables import speed_table
 
 from modeling_uhop import hopfield_attention
+from modeling_uhop.training.report.tables import speed_table
 
 
 benchmark = pytest.importorskip("run", reason="the benchmarks need entmax")

@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-import train_stanhop
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from conftest import assert_close
-from recipe import SeriesDataRecipe, STanHopRecipe
 
 from modeling_uhop import UHopViTModel
+from modeling_uhop.training.data.series import SeriesData
+from modeling_uhop.training.tasks import series as train_stanhop
+from modeling_uhop.training.tasks.series import SeriesRecipe
 
 
 TESTS = Path(__file__).parent
@@ -119,10 +120,10 @@ def test_a_forecasting_recipe_in_two_processes_equals_one_process(tmp_path):
     words[4:7] = [str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "two")]
     printed = _started("torch.distributed.run", *words)
     assert printed.count("small: ") == printed.count("answers agree") == 1
-    recipe = STanHopRecipe(**{**content, "data": SeriesDataRecipe(**content["data"])})
+    recipe = SeriesRecipe(**{**content, "data": SeriesData(**content["data"])})
     recipe.training.update(per_device_train_batch_size=8, use_cpu=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_stanhop.check_reload", lambda *args: None)
+        patch.setattr("modeling_uhop.training.tasks.series.check_reload", lambda *args: None)
         one = train_stanhop.run(recipe, tmp_path / "one")
     two = json.loads((tmp_path / "two" / "results.json").read_text())["metrics"]
     for name in ("test_mse", "test_mae", "validation_mse", "validation_loss"):
@@ -131,12 +132,12 @@ def test_a_forecasting_recipe_in_two_processes_equals_one_process(tmp_path):
 
 
 def test_a_script_for_one_process_does_not_change_an_earlier_run(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("precious")
+    (tmp_path / "modeling_uhop.training.recipe.yaml").write_text("precious")
     recipe = str(TESTS.parent / "configs" / "mil_digits.yaml")
     with pytest.raises(pytest.fail.Exception) as failed:
-        _run(2, str(TRAINING / "train_mil.py"), recipe, "--output_dir", str(tmp_path), "--overwrite")
+        _run(2, str(TRAINING / "modeling_uhop.training.tasks.bags.py"), recipe, "--output_dir", str(tmp_path), "--overwrite")
     assert "this script runs in one process, but was started in 2; start it with `python`" in str(failed.value)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("recipe.yaml", "precious")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("modeling_uhop.training.recipe.yaml", "precious")]
 
 
 @pytest.mark.parametrize(
@@ -152,8 +153,8 @@ def test_a_script_for_one_process_does_not_change_an_earlier_run(tmp_path):
 )
 def test_scripts_for_one_process_refuse_several_processes(script, arguments, remedy, tmp_path, monkeypatch):
     module = importlib.import_module(script)
-    monkeypatch.setattr("train_mil.prepare_for_many_runs", lambda: None)
-    monkeypatch.setattr("compare_mil.prepare_for_many_runs", lambda: None)
+    monkeypatch.setattr("modeling_uhop.training.tasks.bags.prepare_for_many_runs", lambda: None)
+    monkeypatch.setattr("modeling_uhop.training.compare_mil.prepare_for_many_runs", lambda: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [script, str(TESTS.parent / arguments[0]), *arguments[1:]])
     monkeypatch.setenv("WORLD_SIZE", "2")

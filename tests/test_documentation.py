@@ -18,11 +18,11 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
-from document import PAGES as RENDERED
-from document import render
-from tables import BAGS, HEADLINE, headline_table, instances_table
 
 import modeling_uhop
+from modeling_uhop.training.report.document import PAGES as RENDERED
+from modeling_uhop.training.report.document import render
+from modeling_uhop.training.report.tables import BAGS, HEADLINE, headline_table, instances_table
 
 
 ROOT = Path(__file__).parent.parent

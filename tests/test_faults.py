@@ -11,14 +11,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import checkpoints
 import pytest
-from checkpoints import SEAL, check_fits, last_checkpoint, remove_unfinished, seal
 from fault_worker import MOMENTS
-from recipe import ROOT, RecipeError
 from safetensors.torch import load_file
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification
+from modeling_uhop.training import checkpoints
+from modeling_uhop.training.checkpoints import SEAL, check_fits, last_checkpoint, remove_unfinished, seal
+from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.recipe import ROOT
 
 
 TESTS = Path(__file__).parent

@@ -6,12 +6,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from comparison_figures import curves_figure, differences_figure, paired_figure, samples_figure
-from figures import forecast_figure, retrieval_figure
-from geometry_figures import FIGURES
 from PIL import Image
-from styles import BASELINES, METHODS, label_of, method_of, most_telling, styles_of
-from sweep import spread
+
+from modeling_uhop.training.report.comparison_figures import curves_figure, differences_figure, paired_figure, samples_figure
+from modeling_uhop.training.report.figures import forecast_figure, retrieval_figure
+from modeling_uhop.training.report.geometry_figures import FIGURES
+from modeling_uhop.training.report.styles import BASELINES, METHODS, label_of, method_of, most_telling, styles_of
+from modeling_uhop.training.sweep import spread
 
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

@@ -9,11 +9,12 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from recipe import DataRecipe, RecipeError
-from run_geometry import EXPERIMENTS, GeometryRecipe, are_neighbours, load, on_arc, separated_maps
 
 from modeling_uhop import FeatureMap, separation_loss
 from modeling_uhop.feature_map import unit_norm
+from modeling_uhop.training.data.images import ImageData
+from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.tasks.geometry import EXPERIMENTS, GeometryRecipe, are_neighbours, load, on_arc, separated_maps
 
 
 ROOT = Path(__file__).parent.parent
@@ -77,7 +78,7 @@ def test_loss_curve_and_bound():
 
 
 def test_circle_and_metastable_states_on_digits():
-    data = DataRecipe("digits")
+    data = ImageData("digits")
     classes = {0: "zero", 1: "one", 7: "seven"}
     results, _ = EXPERIMENTS["circle"](
         GeometryRecipe("circle", data, classes=classes, similar=[["one", "seven"]], separation_steps=[0, 1], seeds=2)

@@ -6,19 +6,20 @@ import io
 import sys
 import warnings
 
-import data
 import demo_classifier
 import numpy as np
 import pytest
 from datasets import Image as ImageFeature
 from PIL import Image
-from recipe import DataRecipe, RecipeError
-from run_retrieval import pixels
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, pipeline
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, image_pipeline
 from modeling_uhop.image_pipeline import UHopImageClassificationPipeline
 from modeling_uhop.images import as_rgb
+from modeling_uhop.training.data import images as data
+from modeling_uhop.training.data.images import ImageData
+from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.tasks.retrieval import pixels
 
 
 RANDOM = np.random.default_rng(0)
@@ -105,7 +106,7 @@ def test_pixel_values_of_unknown_range_are_refused(image, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         as_rgb(image)
     image.save(tmp_path / "a.tiff")
-    transform = data.make_transform(data.make_image_processor(DataRecipe(""), 2))
+    transform = data.make_transform(data.make_image_processor(ImageData(""), 2))
     batch = {"image": [{"path": str(tmp_path / "a.tiff"), "bytes": None}], "row": ["row 7 of train"], "label": [0]}
     with pytest.raises(RecipeError, match=f"the image in row 7 of train .*a.tiff.* cannot be read: .*{message}"):
         transform(batch)
@@ -140,7 +141,7 @@ def test_recipes_demo_and_pipeline_read_the_same_image(mode, tmp_path, classifie
     encoded = _file(image)
     (tmp_path / "picture").write_bytes(encoded)
     _equal(demo_classifier.read_image(tmp_path / "picture"), expected)
-    processor = data.make_image_processor(DataRecipe(""), 8)
+    processor = data.make_image_processor(ImageData(""), 8)
     batch = {"image": [{"bytes": encoded, "path": None}], "row": ["row 0"], "label": [0]}
     pixel_values = data.make_transform(processor)(batch)["pixel_values"][0]
     np.testing.assert_allclose((pixel_values.permute(1, 2, 0) + 1) / 2 * 255, expected, atol=1.001)

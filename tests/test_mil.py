@@ -13,22 +13,27 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import train_mil
 import yaml
-from bags import Bags, digit_bags, load_bags
-from compare_mil import BASELINES, compare, paired, run_baseline, set_kernel_svm
 from datasets import ClassLabel, Dataset
-from figures import bag_figure
 from huggingface_hub import ModelCard
-from metrics import bag_metrics
-from recipe import BagDataRecipe, MILRecipe, RecipeError, load_recipe, write_recipe
 from scipy import stats
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
-from tables import bags_table
-from train_mil import (
+
+from modeling_uhop import SeparationCallback, UHopMILFeatureExtractor, UHopMILForBagClassification
+from modeling_uhop.training.compare_mil import BASELINES, compare, paired, run_baseline, set_kernel_svm
+from modeling_uhop.training.data.bags import BagData, Bags, digit_bags, load_bags
+from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.metrics import bag_metrics
+from modeling_uhop.training.recipe import load_recipe
+from modeling_uhop.training.report.figures import bag_figure
+from modeling_uhop.training.report.tables import bags_table
+from modeling_uhop.training.run_folder import write_recipe
+from modeling_uhop.training.tasks import bags as train_mil
+from modeling_uhop.training.tasks.bags import (
+    BagsRecipe,
     _seed,
     bag_to_show,
     check,
@@ -42,8 +47,6 @@ from train_mil import (
     splits,
     summarize,
 )
-
-from modeling_uhop import SeparationCallback, UHopMILFeatureExtractor, UHopMILForBagClassification
 
 
 ROOT = Path(__file__).parent.parent
@@ -61,9 +64,9 @@ def _bags(count: int = 24, width: int = 3, seed: int = 0) -> Bags:
     return Bags(instances, (np.arange(count) % 2 == 0).astype(np.int64), ["no", "yes"])
 
 
-def _recipe(**fields) -> MILRecipe:
+def _recipe(**fields) -> BagsRecipe:
     defaults = {"model": {"hidden_size": 16}, "training": FAST, "folds": 3, "repeats": 1}
-    return MILRecipe(**{"name": "test", "data": BagDataRecipe("digits"), **defaults, **fields})
+    return BagsRecipe(**{"name": "test", "data": BagData("digits"), **defaults, **fields})
 
 
 def _write(path: Path, bags: Bags, **changes) -> Path:
@@ -73,7 +76,7 @@ def _write(path: Path, bags: Bags, **changes) -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path):
-    recipe = load_recipe(path, [], MILRecipe)
+    recipe = load_recipe(path, [], BagsRecipe)
     check(recipe)
     assert recipe.name == path.stem
     header = path.read_text().partition("\ndata:")[0]
@@ -95,7 +98,7 @@ def test_the_real_bags_load(name, count, positive, width):
     path = SHARED / "mil" / f"{name}.parquet"
     if not path.is_file():
         pytest.skip(f"{path.name} is not on this machine")
-    bags = load_bags(BagDataRecipe(str(path)))
+    bags = load_bags(BagData(str(path)))
     assert (len(bags.instances), int(bags.labels.sum())) == (count, positive)
     assert {bag.shape[1] for bag in bags.instances} == {width}
 
@@ -116,11 +119,11 @@ def test_digit_bags_are_as_described():
 
 def test_bags_are_read_from_a_file(tmp_path):
     bags = _bags()
-    loaded = load_bags(BagDataRecipe(str(_write(tmp_path / "bags.parquet", bags))))
+    loaded = load_bags(BagData(str(_write(tmp_path / "bags.parquet", bags))))
     assert all(np.array_equal(a, b) for a, b in zip(loaded.instances, bags.instances, strict=True))
     assert loaded.labels.tolist() == bags.labels.tolist()
     _write(tmp_path / "named.parquet", bags, label=np.where(bags.labels, "sick", "healthy"))
-    named = load_bags(BagDataRecipe(str(tmp_path / "named.parquet")))
+    named = load_bags(BagData(str(tmp_path / "named.parquet")))
     assert named.names == ["healthy", "sick"]
     assert named.labels.tolist() == bags.labels.tolist()
 
@@ -129,14 +132,14 @@ def test_errors_name_bad_files(tmp_path):
     bags = _bags()
     path = _write(tmp_path / "bags.parquet", bags)
     with pytest.raises(RecipeError, match=r"has no column 'x'; it has \['instances', 'label'\]"):
-        load_bags(BagDataRecipe(str(path), label_column="x"))
+        load_bags(BagData(str(path), label_column="x"))
     with pytest.raises(RecipeError, match="there is no file or folder"):
-        load_bags(BagDataRecipe(str(tmp_path / "none.parquet")))
+        load_bags(BagData(str(tmp_path / "none.parquet")))
     unequal = [bag.tolist() for bag in bags.instances]
     unequal[3].append([1.0])
     pd.DataFrame({"instances": unequal, "label": bags.labels}).to_parquet(path)
     with pytest.raises(ValueError, match="bag 3 must consist of numbers, with one shape for every instance"):
-        load_bags(BagDataRecipe(str(path)))
+        load_bags(BagData(str(path)))
     for change, message in (
         (lambda bag: bag[:, :2], r"bag 3 has instances of shape \(2,\), but bag 0 has \(3,\)"),
         (lambda bag: bag * np.nan, "bag 3 has entries that are not finite, first in its instance 0"),
@@ -144,16 +147,16 @@ def test_errors_name_bad_files(tmp_path):
         changed = [change(bag) if index == 3 else bag for index, bag in enumerate(bags.instances)]
         _write(path, Bags(changed, bags.labels, bags.names))
         with pytest.raises(ValueError, match=message):
-            load_bags(BagDataRecipe(str(path)))
+            load_bags(BagData(str(path)))
     _write(path, bags, label=[np.nan, *bags.labels[1:].astype(float)])
     with pytest.raises(RecipeError, match=r"bag 0 of .* has no label"):
-        load_bags(BagDataRecipe(str(path)))
+        load_bags(BagData(str(path)))
     emptied = [bag[:0] if index == 3 else bag for index, bag in enumerate(bags.instances)]
     _write(path, Bags(emptied, bags.labels, bags.names))
-    assert load_bags(BagDataRecipe(str(path))).instances[3].shape == (0, 3)
+    assert load_bags(BagData(str(path))).instances[3].shape == (0, 3)
     _write(path, bags, label=[None, *bags.labels[1:].tolist()])
     with pytest.raises(RecipeError, match=r"bag 0 of .* has no label"):
-        load_bags(BagDataRecipe(str(path)))
+        load_bags(BagData(str(path)))
 
 
 @pytest.mark.parametrize("evaluate_on", ["test", "validation"])
@@ -314,7 +317,7 @@ def test_separation_before_training(pool_memories):
             kept.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stage_one.SeparationCallback", Kept)
+        patch.setattr("modeling_uhop.training.stage_one.SeparationCallback", Kept)
         fit(_recipe(separation=separation), bags.instances, bags.labels, bags.names, 0)
     losses = [entry["separation_loss"] for entry in kept[0].history]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
@@ -391,7 +394,9 @@ def test_a_comparison_is_resumed(tmp_path, monkeypatch):
     assert first["parameters"]["untrained Phi"] > first["parameters"]["dense"]
     assert {len(result["auc"]["by_repeat"]) for result in first["results"].values()} == {2}
     assert "| published: somebody | 0.9 |" in bags_table([first])
-    monkeypatch.setattr("compare_mil.cross_validate", lambda *args: pytest.fail("a finished cross-validation was run again"))
+    monkeypatch.setattr(
+        "modeling_uhop.training.compare_mil.cross_validate", lambda *args: pytest.fail("a finished cross-validation was run again")
+    )
     compare(sweep, "mil_digits", None, tmp_path / "runs", target)
     assert json.loads(target.read_text())["results"] == first["results"]
     for wrong, message in (
@@ -441,7 +446,7 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
 def test_a_run_with_the_same_seed_is_the_same(tmp_path):
     recipe = _recipe(folds=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train_mil.check_reload", lambda *args: None)
+        patch.setattr("modeling_uhop.training.tasks.bags.check_reload", lambda *args: None)
         first = run(recipe, tmp_path / "first")
         second = run(recipe, tmp_path / "second")
     assert first["auc"] == second["auc"]
@@ -473,10 +478,13 @@ def _as_file(tmp_path: Path, kind: str) -> Path:
 def test_every_kind_of_bags_runs_to_the_end(tmp_path, kind, monkeypatch):
     """Run the command of the script; other tests check that a model reloads in a new process."""
     reloaded = []
-    monkeypatch.setattr("train_mil.check_reload", lambda folder, task, inputs, answers: reloaded.append((folder, task, inputs, answers)))
-    monkeypatch.setattr("train_mil.prepare_for_many_runs", lambda: None)
+    monkeypatch.setattr(
+        "modeling_uhop.training.tasks.bags.check_reload",
+        lambda folder, task, inputs, answers: reloaded.append((folder, task, inputs, answers)),
+    )
+    monkeypatch.setattr("modeling_uhop.training.tasks.bags.prepare_for_many_runs", lambda: None)
     drawn: list[tuple] = []
-    monkeypatch.setattr("train_mil.bag_figure", recorded(bag_figure, drawn))
+    monkeypatch.setattr("modeling_uhop.training.tasks.bags.bag_figure", recorded(bag_figure, drawn))
     content = {"data": {"dataset": kind}, "training": FAST, "folds": 2, "repeats": 1, "model": {"hidden_size": 16}}
     bags = _bags()
     if kind == "images":
@@ -489,7 +497,7 @@ def test_every_kind_of_bags_runs_to_the_end(tmp_path, kind, monkeypatch):
         content["data"]["dataset"] = str(_as_file(tmp_path, kind))
     (tmp_path / "mil.yaml").write_text(yaml.safe_dump(content))
     folder = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["train_mil.py", str(tmp_path / "mil.yaml"), "--output_dir", str(folder)])
+    monkeypatch.setattr("sys.argv", ["modeling_uhop.training.tasks.bags.py", str(tmp_path / "mil.yaml"), "--output_dir", str(folder)])
     train_mil.main()
 
     results = json.loads((folder / "results.json").read_text())
@@ -535,7 +543,7 @@ def test_csv_and_other_unsupported_files_are_refused(tmp_path):
     (tmp_path / "bags.npz").write_bytes(b"")
     for name in ("bags.csv", "bags.npz"):
         with pytest.raises(RecipeError, match=rf"bags must lie in a folder or a file \.parquet, \.json, \.jsonl.*got .*{name}"):
-            load_bags(BagDataRecipe(str(tmp_path / name)))
+            load_bags(BagData(str(tmp_path / name)))
 
 
 def test_the_figure_of_a_bag_shows_its_weights_in_order(tmp_path, monkeypatch):
@@ -566,12 +574,12 @@ def test_an_empty_first_bag_is_not_shown():
 
 
 def test_finished_stages_survive_a_failed_stage(tmp_path, monkeypatch):
-    recipe = _recipe(data=BagDataRecipe(str(_as_file(tmp_path, "parquet"))), folds=2)
+    recipe = _recipe(data=BagData(str(_as_file(tmp_path, "parquet"))), folds=2)
     whole, folder = tmp_path / "whole", tmp_path / "broken"
-    monkeypatch.setattr("train_mil.check_reload", lambda *_: None)
+    monkeypatch.setattr("modeling_uhop.training.tasks.bags.check_reload", lambda *_: None)
     expected = run(recipe, whole)
     trained: list[tuple] = []
-    monkeypatch.setattr("train_mil.fit", recorded(fit, trained))
+    monkeypatch.setattr("modeling_uhop.training.tasks.bags.fit", recorded(fit, trained))
 
     def failing(*arguments):
         # The second fold.
@@ -630,7 +638,7 @@ def test_half_precision_wrappers_are_removed_before_outputs_are_saved():
 )
 def test_labels_of_bags_are_classes(tmp_path, labels, names):
     bags = _bags()
-    loaded = load_bags(BagDataRecipe(str(_write(tmp_path / "bags.parquet", bags, label=labels(bags.labels)))))
+    loaded = load_bags(BagData(str(_write(tmp_path / "bags.parquet", bags, label=labels(bags.labels)))))
     assert (loaded.names, loaded.labels.tolist()) == (names, bags.labels.tolist())
 
 
@@ -638,7 +646,7 @@ def test_lists_of_labels_are_refused_by_bag(tmp_path):
     bags = _bags()
     path = _write(tmp_path / "bags.parquet", bags, label=[[int(mark)] for mark in bags.labels])
     with pytest.raises(RecipeError, match=r"bag 0 of .* has a list of labels, \[1\]"):
-        load_bags(BagDataRecipe(str(path)))
+        load_bags(BagData(str(path)))
 
 
 def test_classes_of_bags_keep_their_names(tmp_path):
@@ -648,10 +656,10 @@ def test_classes_of_bags_keep_their_names(tmp_path):
         table = Dataset.from_dict({**content, "label": labels})
         table.cast_column("label", ClassLabel(names=["healthy", "sick"])).to_parquet(tmp_path / "bags.parquet")
         if message is None:
-            assert load_bags(BagDataRecipe(str(tmp_path / "bags.parquet"))).names == ["healthy", "sick"]
+            assert load_bags(BagData(str(tmp_path / "bags.parquet"))).names == ["healthy", "sick"]
         else:
             with pytest.raises(RecipeError, match=message):
-                load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+                load_bags(BagData(str(tmp_path / "bags.parquet")))
 
 
 @pytest.mark.parametrize(
@@ -669,7 +677,7 @@ def test_invalid_bags_are_refused_by_number(tmp_path, change, message):
     instances = [change(bag) if index == 3 else bag.tolist() for index, bag in enumerate(bags.instances)]
     pd.DataFrame({"instances": instances, "label": bags.labels}).to_parquet(tmp_path / "bags.parquet")
     with pytest.raises(RecipeError, match=rf"bags.parquet: {message}"):
-        load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+        load_bags(BagData(str(tmp_path / "bags.parquet")))
 
 
 def test_bags_with_a_leading_axis_are_read_as_vectors(tmp_path):
@@ -677,11 +685,11 @@ def test_bags_with_a_leading_axis_are_read_as_vectors(tmp_path):
     wrapped = [[bag.tolist()] for bag in bags.instances]
     path = tmp_path / "bags.parquet"
     pd.DataFrame({"instances": wrapped, "label": bags.labels}).to_parquet(path)
-    loaded = load_bags(BagDataRecipe(str(path)))
+    loaded = load_bags(BagData(str(path)))
     assert all(np.array_equal(one, other) for one, other in zip(loaded.instances, bags.instances, strict=True))
     emptied = [[] if index == 3 else bag for index, bag in enumerate(wrapped)]
     pd.DataFrame({"instances": emptied, "label": bags.labels}).to_parquet(path)
-    assert [bag.shape for bag in load_bags(BagDataRecipe(str(path))).instances[2:4]] == [bags.instances[2].shape, (0, 3)]
+    assert [bag.shape for bag in load_bags(BagData(str(path))).instances[2:4]] == [bags.instances[2].shape, (0, 3)]
 
 
 @pytest.mark.parametrize(
@@ -696,7 +704,7 @@ def test_bags_with_an_ambiguous_leading_axis_are_refused(tmp_path, shapes, messa
     content = {"instances": [np.ones(shape).tolist() for shape in shapes], "label": [0, 1]}
     pd.DataFrame(content).to_parquet(tmp_path / "bags.parquet")
     with pytest.raises(RecipeError, match=rf"bags.parquet: {message}"):
-        load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+        load_bags(BagData(str(tmp_path / "bags.parquet")))
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -706,7 +714,7 @@ def test_images_of_bags_are_channels_first(tmp_path, channels):
     for name, given in (("first", pictures), ("last", [np.moveaxis(bag, 1, 3) for bag in pictures])):
         path = tmp_path / f"{name}.parquet"
         pd.DataFrame({"instances": [bag.tolist() for bag in given], "label": [0, 1]}).to_parquet(path)
-        bags = load_bags(BagDataRecipe(str(path)))
+        bags = load_bags(BagData(str(path)))
         for index, bag in enumerate(pictures):
             np.testing.assert_array_equal(bags.pictures(index), bag)
         assert f"2 to 3 instances, {channels} channels of 10 x 12 pixels;" in describe(_recipe(), bags, {"cross_validation_seconds": 0})
@@ -715,4 +723,4 @@ def test_images_of_bags_are_channels_first(tmp_path, channels):
 def test_bags_that_are_all_empty_are_refused(tmp_path):
     pd.DataFrame({"instances": [[], []], "label": [0, 1]}).to_parquet(tmp_path / "bags.parquet")
     with pytest.raises(RecipeError, match=r"every bag of .* is empty"):
-        load_bags(BagDataRecipe(str(tmp_path / "bags.parquet")))
+        load_bags(BagData(str(tmp_path / "bags.parquet")))

@@ -5,16 +5,26 @@ import math
 import re
 from typing import Any
 
-import cards
 import numpy as np
 import pytest
 import yaml
-from cards import CARDS, RESULTS, TEMPLATE, headline, released, released_cards, same_training, variant_as_released, write_card
 from huggingface_hub import ModelCard
 from scipy import stats
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from modeling_uhop.model_card import model_card
+from modeling_uhop.training.report import cards
+from modeling_uhop.training.report.cards import (
+    CARDS,
+    RESULTS,
+    TEMPLATE,
+    headline,
+    released,
+    released_cards,
+    same_training,
+    variant_as_released,
+    write_card,
+)
 
 
 PATHS = sorted(path for path in CARDS.glob("*.md") if path != TEMPLATE)

@@ -11,33 +11,26 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import train_vit
 import transformers
 import yaml
-from data import load_images, make_image_processor, make_transform, with_pixels
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import ModelCard
-from labels import as_classes
-from metrics import classification_metrics
 from PIL import Image as PILImage
-from recipe import (
-    BagDataRecipe,
-    DataRecipe,
-    MILRecipe,
-    RecipeError,
-    STanHopRecipe,
-    check_output_dir,
-    check_same_recipe,
-    clear_output_dir,
-    commit,
-    load_recipe,
-    write_recipe,
-    write_results,
-)
-from train_vit import build_model, evaluated_part, run
 from transformers import EvalPrediction, ViTForImageClassification
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
+from modeling_uhop.training.data.bags import BagData
+from modeling_uhop.training.data.images import ImageData, load_images, make_image_processor, make_transform, with_pixels
+from modeling_uhop.training.data.labels import as_classes
+from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.metrics import classification_metrics
+from modeling_uhop.training.recipe import load_recipe
+from modeling_uhop.training.results import commit, write_results
+from modeling_uhop.training.run_folder import check_output_dir, check_same_recipe, clear_output_dir, write_recipe
+from modeling_uhop.training.tasks import images as train_vit
+from modeling_uhop.training.tasks.bags import BagsRecipe
+from modeling_uhop.training.tasks.images import build_model, evaluated_part, run
+from modeling_uhop.training.tasks.series import SeriesRecipe
 
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +121,7 @@ def test_yaml_reads_scientific_numbers(tmp_path):
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path, content, message):
-    path = tmp_path / "recipe.yaml"
+    path = tmp_path / "modeling_uhop.training.recipe.yaml"
     path.write_text(content)
     with pytest.raises(RecipeError, match=message):
         load_recipe(path)
@@ -136,19 +129,19 @@ def test_a_wrong_recipe_is_refused(tmp_path, content, message):
 
 @pytest.mark.parametrize(
     ("recipe_class", "old", "new"),
-    [(MILRecipe, "judge", "evaluate_on"), (STanHopRecipe, "judge", "evaluate_on"), (STanHopRecipe, "anchor_lengths", "baseline_lengths")],
+    [(BagsRecipe, "judge", "evaluate_on"), (SeriesRecipe, "judge", "evaluate_on"), (SeriesRecipe, "anchor_lengths", "baseline_lengths")],
 )
 def test_an_earlier_name_of_a_field_is_refused_with_its_new_name(tmp_path, recipe_class, old, new):
-    path = tmp_path / "recipe.yaml"
+    path = tmp_path / "modeling_uhop.training.recipe.yaml"
     path.write_text(f"data: {{dataset: digits}}\n{old}: test\n")
     with pytest.raises(RecipeError, match=f"'{old}' in recipe is now called '{new}'"):
         load_recipe(path, recipe_class=recipe_class)
 
 
 def test_a_run_with_an_earlier_name_of_a_field_can_be_resumed(tmp_path):
-    recipe = MILRecipe("bags", BagDataRecipe("digits"), evaluate_on="validation")
+    recipe = BagsRecipe("bags", BagData("digits"), evaluate_on="validation")
     write_recipe(recipe, tmp_path)
-    path = tmp_path / "recipe.yaml"
+    path = tmp_path / "modeling_uhop.training.recipe.yaml"
     path.write_text(path.read_text().replace("evaluate_on:", "judge:"))
     check_same_recipe(recipe, tmp_path)
     with pytest.raises(RecipeError, match="was started with evaluate_on=validation"):
@@ -187,7 +180,7 @@ def test_images_keep_their_values():
 
 
 def test_augmentation_crops_and_mirrors():
-    data = DataRecipe("digits", random_crop_padding=1, random_flip=True)
+    data = ImageData("digits", random_crop_padding=1, random_flip=True)
     image = PILImage.fromarray(np.arange(1, 65, dtype=np.uint8).reshape(8, 8))
     transform = make_transform(make_image_processor(data, 8), data)
     padded = np.pad(np.asarray(image), 1)
@@ -210,26 +203,26 @@ def _write_parquet(folder: Path, *, labels=(0, 1), label_type=None, splits=("tra
 
 def test_a_local_folder_is_read(tmp_path):
     _write_parquet(tmp_path)
-    images = load_images(DataRecipe(str(tmp_path)))
+    images = load_images(ImageData(str(tmp_path)))
     assert images["train"].features["label"].names == ["a", "b"]
     assert {name: len(split) for name, split in images.items()} == {"train": 36, "validation": 4, "test": 40}
     _write_parquet(tmp_path, label_type=Value("int64"))
-    assert load_images(DataRecipe(str(tmp_path)))["train"].features["label"].names == ["0", "1"]
+    assert load_images(ImageData(str(tmp_path)))["train"].features["label"].names == ["0", "1"]
 
 
 def test_labels_have_the_same_meaning_in_every_split(tmp_path):
     _write_parquet(tmp_path, labels=(5, 9, 7), label_type=Value("int64"), splits=("train",))
     _write_parquet(tmp_path, labels=(9, 7), label_type=Value("int64"), splits=("test",))
-    images = load_images(DataRecipe(str(tmp_path)))
+    images = load_images(ImageData(str(tmp_path)))
     assert images["train"].features["label"].names == ["5", "7", "9"]
     assert set(images["test"]["label"]) == {1, 2}
     _write_parquet(tmp_path, labels=(9, 3), label_type=Value("int64"), splits=("test",))
     with pytest.raises(RecipeError, match=r"among those of the training split, \[5, 7, 9\], got 3"):
-        load_images(DataRecipe(str(tmp_path)))
+        load_images(ImageData(str(tmp_path)))
     _write_parquet(tmp_path, label_type=ClassLabel(names=["a", "b"]), splits=("train",))
     _write_parquet(tmp_path, label_type=ClassLabel(names=["b", "a"]), splits=("test",))
     with pytest.raises(RecipeError, match="disagree on the classes"):
-        load_images(DataRecipe(str(tmp_path)))
+        load_images(ImageData(str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -243,22 +236,22 @@ def test_labels_have_the_same_meaning_in_every_split(tmp_path):
 def test_a_data_set_without_the_named_part_is_refused(tmp_path, fields, message):
     _write_parquet(tmp_path)
     with pytest.raises(RecipeError, match=message):
-        load_images(DataRecipe(str(tmp_path), **fields))
+        load_images(ImageData(str(tmp_path), **fields))
 
 
 def test_a_label_outside_its_range_is_refused(tmp_path):
     _write_parquet(tmp_path, labels=(0, -1))
     with pytest.raises(RecipeError, match=r"labels must lie in \[0, 2\), got -1"):
-        load_images(DataRecipe(str(tmp_path)))
+        load_images(ImageData(str(tmp_path)))
 
 
 def test_a_missing_folder_is_refused():
     with pytest.raises(RecipeError, match=r"there is no folder \./nowhere"):
-        load_images(DataRecipe("./nowhere"))
+        load_images(ImageData("./nowhere"))
 
 
 def test_pixels_that_are_not_finite_are_refused():
-    data = DataRecipe("digits", image_std=[0.0, 1.0, 1.0])
+    data = ImageData("digits", image_std=[0.0, 1.0, 1.0])
     transform = make_transform(make_image_processor(data, 8))
     with pytest.raises(ValueError, match="not finite"), np.errstate(divide="ignore", invalid="ignore"):
         transform({"image": [Image().encode_example(PILImage.new("RGB", (8, 8), "red"))], "label": [0], "row": ["row 0"]})
@@ -272,13 +265,13 @@ def test_an_unreadable_image_is_named_or_skipped(tmp_path):
             table[row]["image"] = {"bytes": table[row]["image"]["bytes"][:40], "path": f"picture_{row}.png"}
         features = Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})
         Dataset.from_list(table, features=features).to_parquet(tmp_path / f"{split}.parquet")
-    images = load_images(DataRecipe(str(tmp_path)))
-    processor = make_image_processor(DataRecipe(""), 8)
+    images = load_images(ImageData(str(tmp_path)))
+    processor = make_image_processor(ImageData(""), 8)
     named = r"the image in row (3|30) of train \(picture_(3|30).png\) cannot be read: .*; set data.skip_unreadable=true to skip such images"
     with pytest.raises(RecipeError, match=named):
         list(with_pixels(images["train"], processor))
     with pytest.warns(UserWarning, match=r"of t(rain|est) \(picture_\d+.png\) cannot be read: .*, and is skipped") as warned:
-        images = load_images(DataRecipe(str(tmp_path), skip_unreadable=True))
+        images = load_images(ImageData(str(tmp_path), skip_unreadable=True))
     assert len(warned) == 3
     assert {name: len(split) for name, split in images.items()} == {"train": 34, "validation": 4, "test": 39}
     assert not {"row 3 of train", "row 30 of train", "row 7 of test"} & {row for split in images.values() for row in split["row"]}
@@ -303,7 +296,7 @@ def test_an_output_folder_is_never_mixed_or_deleted_by_mistake(tmp_path):
     for flags in ({"overwrite": True, "resume": False}, {"overwrite": False, "resume": True}):
         with pytest.raises(RecipeError, match="holds no earlier run"):
             check_output_dir(folder, **flags)
-    (folder / "recipe.yaml").write_text("")
+    (folder / "modeling_uhop.training.recipe.yaml").write_text("")
     check_output_dir(folder, overwrite=True, resume=False)
     check_output_dir(folder, overwrite=False, resume=True)
     assert (folder / "thesis.txt").read_text() == "precious"
@@ -348,7 +341,7 @@ def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
     metrics = run(recipe, folder)
     names = {path.name for path in folder.iterdir()}
     assert names >= {"model.safetensors", "config.json", "preprocessor_config.json", "modeling_uhop_vit.py"}
-    assert names >= {"README.md", "results.json", "training.png", "recipe.yaml"}
+    assert names >= {"README.md", "results.json", "training.png", "modeling_uhop.training.recipe.yaml"}
     assert not {"probe.npz", "probe.pt"} & names
     results = json.loads((folder / "results.json").read_text())
     assert results["metrics"] == metrics
@@ -359,7 +352,7 @@ def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
     by_epoch = [entry["eval_train_accuracy"] for entry in results["log_history"] if "eval_train_accuracy" in entry]
     assert len(by_epoch) == 2
     assert metrics["max_train_accuracy"] == max(by_epoch)
-    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == results["recipe"]
+    assert yaml.safe_load((folder / "modeling_uhop.training.recipe.yaml").read_text()) == results["recipe"]
     card = ModelCard.load(folder / "README.md")
     (evaluation,) = card.data.eval_results
     assert evaluation.metric_value == metrics["test_accuracy"]
@@ -597,7 +590,7 @@ def test_labels_that_are_not_classes_are_refused_by_row(labels, message):
 )
 def test_labels_of_images_are_classes(tmp_path, labels, kind, names):
     _write_parquet(tmp_path, labels=labels, label_type=kind)
-    images = load_images(DataRecipe(str(tmp_path)))
+    images = load_images(ImageData(str(tmp_path)))
     assert images["train"].features["label"].names == names
     given = [str(int(label) if isinstance(label, float) else label) for label in labels * 20]
     for split in images.values():
@@ -621,13 +614,13 @@ def test_images_without_a_class_are_refused_by_row(tmp_path, labels, kind, messa
     good = [label for label in labels if label not in (None, 0.5) and label == label]
     _write_parquet(tmp_path, labels=good, label_type=kind, splits=(whole,))
     with pytest.raises(RecipeError, match=message.replace(r"t\w+", split)):
-        load_images(DataRecipe(str(tmp_path)))
+        load_images(ImageData(str(tmp_path)))
 
 
 def test_lists_of_labels_are_refused_by_row(tmp_path):
     _write_parquet(tmp_path, labels=[[1], [0]], label_type=datasets.List(Value("int64")))
     with pytest.raises(RecipeError, match=r"row 0 of train in .* has a list of labels, \[1\]"):
-        load_images(DataRecipe(str(tmp_path)))
+        load_images(ImageData(str(tmp_path)))
 
 
 def test_a_missing_image_is_named_or_skipped(tmp_path):
@@ -637,11 +630,11 @@ def test_a_missing_image_is_named_or_skipped(tmp_path):
     Dataset.from_list(table, features=Features({"image": Image(), "label": ClassLabel(names=["a", "b"])})).to_parquet(
         tmp_path / "test.parquet"
     )
-    images = load_images(DataRecipe(str(tmp_path)))
+    images = load_images(ImageData(str(tmp_path)))
     with pytest.raises(RecipeError, match="the image in row 7 of test is missing"):
-        list(with_pixels(images["test"], make_image_processor(DataRecipe(""), 8)))
+        list(with_pixels(images["test"], make_image_processor(ImageData(""), 8)))
     with pytest.warns(UserWarning, match="the image in row 7 of test is missing, and is skipped"):
-        images = load_images(DataRecipe(str(tmp_path), skip_unreadable=True))
+        images = load_images(ImageData(str(tmp_path), skip_unreadable=True))
     assert len(images["test"]) == 39
 
 
@@ -659,7 +652,7 @@ def test_a_run_on_a_folder_of_image_files_finishes(tmp_path, monkeypatch):
     overrides = [*TINY, f"data.dataset={tmp_path / 'data'}", "data.validation_fraction=0.2", "training.num_train_epochs=4"]
     words = [word for override in overrides for word in ("--set", override)]
     recipe = str(ROOT / "configs" / "vit_digits.yaml")
-    monkeypatch.setattr("sys.argv", ["train_vit.py", recipe, "--output_dir", str(tmp_path / "out"), *words])
+    monkeypatch.setattr("sys.argv", ["modeling_uhop.training.tasks.images.py", recipe, "--output_dir", str(tmp_path / "out"), *words])
     train_vit.main()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["recipe"]["data"]["dataset"] == "data"

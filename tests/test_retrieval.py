@@ -9,12 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from figures import pictures_figure
-from recipe import RecipeError
-from run_retrieval import EXPERIMENTS, MODELS, Panel, RetrievalRecipe, build, draw, error_of, load, load_patterns, pictures, run, summarize
-from tables import BASELINES, choice_ranks, choice_table, retrieval_table
 
 from modeling_uhop import FeatureMap, UHopMemoryConfig, UHopMemoryModel, association, mask_patterns, maximize_separation, retrieve
+from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.report.figures import pictures_figure
+from modeling_uhop.training.report.tables import BASELINES, choice_ranks, choice_table, retrieval_table
+from modeling_uhop.training.tasks.retrieval import (
+    EXPERIMENTS,
+    MODELS,
+    Panel,
+    RetrievalRecipe,
+    build,
+    draw,
+    error_of,
+    load,
+    load_patterns,
+    pictures,
+    run,
+    summarize,
+)
 
 
 ROOT = Path(__file__).parent.parent

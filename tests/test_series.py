@@ -13,18 +13,27 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import train_stanhop
 import yaml
-from baselines import WindowMemory, baselines, errors_of, forward_filled, linear_map, repeat_last, repeat_season
 from conftest import assert_close
-from recipe import RecipeError, SeriesDataRecipe, STanHopRecipe, load_recipe
-from series import Series, Windows, load_series, split_rows, synthetic_series
 from sklearn.linear_model import Ridge
-from time_stamps import read_time_stamps, take_time_stamps
-from train_stanhop import check_skip_start, init_as_linear_map, run, weights_of
 from transformers import Trainer, TrainerCallback
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
+from modeling_uhop.training.baselines.series import (
+    WindowMemory,
+    baselines,
+    errors_of,
+    forward_filled,
+    linear_map,
+    repeat_last,
+    repeat_season,
+)
+from modeling_uhop.training.data.series import Series, SeriesData, Windows, load_series, split_rows, synthetic_series
+from modeling_uhop.training.data.time_stamps import read_time_stamps, take_time_stamps
+from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.recipe import load_recipe
+from modeling_uhop.training.tasks import series as train_stanhop
+from modeling_uhop.training.tasks.series import SeriesRecipe, check_skip_start, init_as_linear_map, run, weights_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -34,12 +43,12 @@ RECIPES = sorted((ROOT / "configs").glob("stanhop_*.yaml"))
 
 @pytest.fixture
 def series() -> Series:
-    return load_series(SeriesDataRecipe("synthetic", split=[600, 200, 200]))
+    return load_series(SeriesData("synthetic", split=[600, 200, 200]))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path):
-    recipe = load_recipe(path, [], STanHopRecipe)
+    recipe = load_recipe(path, [], SeriesRecipe)
     assert recipe.name == path.stem
     STanHopConfig(**recipe.model)
     header = path.read_text().partition("\ndata:")[0]
@@ -51,8 +60,8 @@ def test_the_real_series_load(folder, name, channels):
     path = SHARED / folder / f"{name}.csv"
     if not path.is_file():
         pytest.skip(f"{path.name} is not on this machine")
-    data = load_recipe(ROOT / "configs" / f"stanhop_{name.lower()}_96.yaml", [], STanHopRecipe).data
-    series = load_series(SeriesDataRecipe(str(path), split=data.split))
+    data = load_recipe(ROOT / "configs" / f"stanhop_{name.lower()}_96.yaml", [], SeriesRecipe).data
+    series = load_series(SeriesData(str(path), split=data.split))
     assert series.values.shape[1] == channels
     assert len(series.windows("test", 336, 96)) == data.split[2] - 96 + 1
     train = series.values[: int(data.split[0])]
@@ -92,7 +101,7 @@ def test_splits_share_no_future(series):
 
 def test_scaling_is_by_training_rows():
     frame = synthetic_series()
-    series = load_series(SeriesDataRecipe("synthetic", split=[0.5, 0.2, 0.3]))
+    series = load_series(SeriesData("synthetic", split=[0.5, 0.2, 0.3]))
     train = frame.drop(columns="date").to_numpy()[:1200]
     np.testing.assert_allclose(series.values.numpy(), (frame.drop(columns="date") - train.mean(0)) / train.std(0), atol=1e-5)
     assert series.names == [f"series_{index}" for index in range(4)]
@@ -120,7 +129,7 @@ def test_csv_and_parquet_files_are_read(tmp_path):
     frame = synthetic_series(300)
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame.to_parquet(tmp_path / "a.parquet")
-    one, other = (load_series(SeriesDataRecipe(str(tmp_path / name))) for name in ("a.csv", "a.parquet"))
+    one, other = (load_series(SeriesData(str(tmp_path / name))) for name in ("a.csv", "a.parquet"))
     assert torch.allclose(one.values, other.values, atol=1e-5)
     gaps = frame.copy()
     gaps.loc[5, "series_1"] = np.nan
@@ -128,7 +137,7 @@ def test_csv_and_parquet_files_are_read(tmp_path):
     gaps["series_2"] = np.where(np.arange(300) < 250, 0.3, 0.4)
     gaps.drop(index=range(100, 104)).to_csv(tmp_path / "gaps.csv", index=False)
     with pytest.warns(UserWarning, match=r"gaps.csv has gaps in its time stamps \(1, the first before row 100\)"):
-        loaded = load_series(SeriesDataRecipe(str(tmp_path / "gaps.csv")))
+        loaded = load_series(SeriesData(str(tmp_path / "gaps.csv")))
     assert loaded.values.isnan().sum() == 1
     assert (loaded.values[:246, 2] == 0).all()
     assert torch.allclose(loaded.values[246:, 2], torch.tensor(0.1))
@@ -151,11 +160,11 @@ def test_bad_files_are_refused(tmp_path):
     ):
         change(frame).to_csv(path, index=False)
         with pytest.raises(RecipeError, match=message):
-            load_series(SeriesDataRecipe(str(path)))
+            load_series(SeriesData(str(path)))
     with pytest.raises(RecipeError, match="there is no file"):
-        load_series(SeriesDataRecipe(str(tmp_path / "none.csv")))
+        load_series(SeriesData(str(tmp_path / "none.csv")))
     with pytest.raises(RecipeError, match=r"ETTh1 must be given as a CSV or parquet file, or as the id .*: --dataset FILE"):
-        load_series(SeriesDataRecipe("ETTh1"))
+        load_series(SeriesData("ETTh1"))
 
 
 def _of_one_column(folder: Path, *parts: Any) -> str:
@@ -168,7 +177,7 @@ def _of_one_column(folder: Path, *parts: Any) -> str:
 @pytest.mark.parametrize("scale", [1e-150, 1e200, 5e307])
 def test_values_whose_squares_overflow_float64_are_scaled(tmp_path, scale):
     values = np.random.default_rng(0).uniform(-1.0, 1.0, 100)
-    series = load_series(SeriesDataRecipe(_of_one_column(tmp_path, values * scale)))
+    series = load_series(SeriesData(_of_one_column(tmp_path, values * scale)))
     np.testing.assert_allclose(series.values[:, 0], (values - values[:70].mean()) / values[:70].std(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose((series.mean[0], series.std[0]), (values[:70].mean() * scale, values[:70].std() * scale), rtol=1e-12)
 
@@ -184,13 +193,13 @@ def test_values_whose_squares_overflow_float64_are_scaled(tmp_path, scale):
 )
 def test_values_that_cannot_be_scaled_are_refused(tmp_path, parts, message):
     with pytest.raises(RecipeError, match=message):
-        load_series(SeriesDataRecipe(_of_one_column(tmp_path, *parts)))
+        load_series(SeriesData(_of_one_column(tmp_path, *parts)))
 
 
 def test_a_series_that_scaling_makes_constant_gives_a_warning(tmp_path):
     path = _of_one_column(tmp_path, [1e200, *np.arange(69.0)], np.arange(10.0) * 1e200, np.arange(20.0))
     with pytest.warns(UserWarning, match="column 'a' of .*a.parquet becomes constant in the test rows, 80 to 99") as caught:
-        load_series(SeriesDataRecipe(path))
+        load_series(SeriesData(path))
     assert len(caught) == 1
 
 
@@ -207,16 +216,16 @@ def test_a_series_is_read_from_the_hub(tmp_path, monkeypatch):
             frame.assign(series_0=frame["series_0"] * number + number**2).to_csv(tmp_path / "someone" / repository / name, index=False)
     values = frame.drop(columns="date").to_numpy()
     expected = (values - values[:210].mean(0)) / values[:210].std(0)
-    whole = load_series(SeriesDataRecipe("someone/one"))
+    whole = load_series(SeriesData("someone/one"))
     np.testing.assert_allclose(whole.values, expected, atol=1e-5)
-    second = load_series(SeriesDataRecipe("someone/ett", data_files="ETTh2.csv"))
+    second = load_series(SeriesData("someone/ett", data_files="ETTh2.csv"))
     np.testing.assert_allclose(second.values, expected, atol=1e-5)
     raw = frame["series_0"][:210].mean()
     assert (whole.mean[0], second.mean[0]) == (pytest.approx(raw + 1.0), pytest.approx(2.0 * raw + 4.0))
     with pytest.raises(RecipeError, match=r"someone/split has the splits train, test, .*set data.data_files"):
-        load_series(SeriesDataRecipe("someone/split"))
+        load_series(SeriesData("someone/split"))
     with pytest.raises(RecipeError, match="row 300 of someone/ett does not come after"):
-        load_series(SeriesDataRecipe("someone/ett"))
+        load_series(SeriesData("someone/ett"))
 
 
 def test_errors_are_means_over_every_window(series):
@@ -340,10 +349,10 @@ def test_baselines_use_the_season(series):
     ],
 )
 def test_errors_after_training_are_found_before_it(tmp_path, split, model, fields, message):
-    data = SeriesDataRecipe("synthetic", split=split)
+    data = SeriesData("synthetic", split=split)
     model = {"context_length": 24, "prediction_length": 24, "d_model": 16, **model}
     with pytest.raises(RecipeError, match=message):
-        run(STanHopRecipe(name="bad", data=data, model=model, **fields), tmp_path / "out")
+        run(SeriesRecipe(name="bad", data=data, model=model, **fields), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -404,11 +413,11 @@ def test_baselines_accept_missing_values_and_a_season_longer_than_the_context(se
     assert all(np.isfinite(list(errors.values())).all() for errors in table.values())
 
 
-def _early() -> STanHopRecipe:
+def _early() -> SeriesRecipe:
     """A recipe whose training ends before its last step."""
-    return STanHopRecipe(
+    return SeriesRecipe(
         name="early",
-        data=SeriesDataRecipe("synthetic", split=[400, 150, 150]),
+        data=SeriesData("synthetic", split=[400, 150, 150]),
         model={"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16, "loss": "mse"},
         training={
             "max_steps": 60,
@@ -435,7 +444,7 @@ def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
 
 def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeypatch):
     recipe, whole, folder = _early(), tmp_path / "whole", tmp_path / "broken"
-    monkeypatch.setattr("train_stanhop.check_reload", lambda *_: None)
+    monkeypatch.setattr("modeling_uhop.training.tasks.series.check_reload", lambda *_: None)
     expected = run(recipe, whole)
     steps = []
 
@@ -453,7 +462,7 @@ def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeyp
             super().__init__(**options)
             self.add_callback(Stopping())
 
-    monkeypatch.setattr("train_stanhop.Trainer", Stopped)
+    monkeypatch.setattr("modeling_uhop.training.tasks.series.Trainer", Stopped)
     last = json.loads((whole / "stages" / "training.json").read_text())["outcome"]["state"]["global_step"]
     stop_at = last
     with pytest.raises(ValueError, match="no power"):
@@ -492,8 +501,10 @@ def test_a_run_on_a_file_finishes(tmp_path, suffix, monkeypatch):
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
     reloaded = []
-    monkeypatch.setattr("train_stanhop.check_reload", lambda *arguments: reloaded.append(arguments))
-    monkeypatch.setattr("sys.argv", ["train_stanhop.py", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")])
+    monkeypatch.setattr("modeling_uhop.training.tasks.series.check_reload", lambda *arguments: reloaded.append(arguments))
+    monkeypatch.setattr(
+        "sys.argv", ["modeling_uhop.training.tasks.series.py", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")]
+    )
     train_stanhop.main()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["recipe"]["data"]["dataset"] == f"mine.{suffix}"
@@ -624,13 +635,13 @@ def test_an_index_of_time_stamps_is_checked_and_removed(tmp_path, suffix):
     indexed = frame.set_index("date")
     for given in (indexed, indexed.rename_axis(None), frame.drop(columns="date").set_axis(range(5, 305))):
         getattr(given, f"to_{suffix}")(path)
-        series = load_series(SeriesDataRecipe(str(path), split=[210, 30, 60]))
+        series = load_series(SeriesData(str(path), split=[210, 30, 60]))
         assert series.names == [f"series_{index}" for index in range(4)]
         np.testing.assert_allclose(series.values, expected, atol=1e-5)
         for wrong in (given.iloc[::-1], given.sample(frac=1, random_state=0), pd.concat([given, given])):
             getattr(wrong, f"to_{suffix}")(path)
             with pytest.raises(RecipeError, match=r"time stamps must increase, and row \d+ of .*a\."):
-                load_series(SeriesDataRecipe(str(path), split=[210, 30, 60]))
+                load_series(SeriesData(str(path), split=[210, 30, 60]))
 
 
 def test_unsupported_columns_of_time_stamps_are_refused():
@@ -668,17 +679,17 @@ def test_saved_row_numbers_are_not_a_series(tmp_path, stamped):
     frame.to_csv(tmp_path / "a.csv")
     pd.read_csv(tmp_path / "a.csv").to_csv(tmp_path / "twice.csv")
     frame.reset_index().to_csv(tmp_path / "reset.csv", index=False)
-    expected = load_series(SeriesDataRecipe(str(tmp_path / "a.csv")))
+    expected = load_series(SeriesData(str(tmp_path / "a.csv")))
     for file, name in (("twice", "Unnamed: 0.1"), ("reset", "index")):
         path = tmp_path / f"{file}.csv"
         with pytest.warns(UserWarning, match=rf"column '{name}' of .*{file}.csv has row numbers and is not used"):
-            series = load_series(SeriesDataRecipe(str(path)))
+            series = load_series(SeriesData(str(path)))
         assert series.names == expected.names
         assert torch.equal(series.values, expected.values)
         again = pd.read_csv(path)
         again.assign(**{name: again[name].to_numpy()[::-1]}).to_csv(path, index=False)
         with pytest.raises(RecipeError, match=rf"column '{name}' of .* looks like row numbers that do not increase"):
-            load_series(SeriesDataRecipe(str(path)))
+            load_series(SeriesData(str(path)))
 
 
 def test_a_series_may_have_the_name_of_row_numbers():

@@ -26,12 +26,10 @@ import pytest
 import torch
 import yaml
 from conftest import assert_close
-from data import load_images
 from demo_digits import DemoError
 from demo_memory import MemorySettings
 from huggingface_hub import ModelCard
 from PIL import Image
-from recipe import DataRecipe
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from take_screenshots import READY, SIZES, TRAINING_MS, chromium, open_tab, running_demo
@@ -48,6 +46,7 @@ from modeling_uhop import (
     energy,
     retrieve,
 )
+from modeling_uhop.training.data.images import ImageData, load_images
 
 
 app = pytest.importorskip("app", reason="the demo needs gradio")
@@ -81,7 +80,7 @@ def test_screenshots_are_small():
 
 
 def test_what_is_shown_is_the_test_split_of_the_recipe():
-    digits, images = demo_digits.load(), load_images(DataRecipe("digits"))
+    digits, images = demo_digits.load(), load_images(ImageData("digits"))
     recipe = [np.asarray(image) for image in images["test"]["image"]]
     shown = [np.uint8(digits.images[index] * 255) for index in digits.test]
     assert [image.tobytes() for image in recipe] == [image.tobytes() for image in shown]

@@ -8,11 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bags import digit_bags
 from conftest import assert_close
-from recipe import BagDataRecipe, DataRecipe, RecipeError, SeriesDataRecipe, apply_override
-from series import load_series, unlabelled_windows
-from stage_one import separation_callback, with_defaults
 from test_callbacks import Images, _map_weights, _model, _train
 from torch import nn
 
@@ -31,6 +27,12 @@ from modeling_uhop import (
     separation_loss,
 )
 from modeling_uhop.separation import PRESETS
+from modeling_uhop.training.data.bags import BagData, digit_bags
+from modeling_uhop.training.data.images import ImageData
+from modeling_uhop.training.data.series import SeriesData, load_series, unlabelled_windows
+from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.recipe import apply_override
+from modeling_uhop.training.stage_one import separation_callback, with_defaults
 
 
 def test_presets_are_the_papers_methods():
@@ -328,12 +330,12 @@ def test_a_recipe_names_a_preset_and_a_data_set():
 
 
 def test_unlabelled_images_leave_out_the_validation_images(tmp_path):
-    from data import load_images, unlabelled_images
+    from modeling_uhop.training.data.images import load_images, unlabelled_images
 
-    data = DataRecipe("digits", max_train_samples=100)
+    data = ImageData("digits", max_train_samples=100)
     images, splits = unlabelled_images(data), load_images(data)
     assert images.column_names == ["image", "row"]
-    assert len(images) == len(load_images(DataRecipe("digits"))["train"]) > 1200
+    assert len(images) == len(load_images(ImageData("digits"))["train"]) > 1200
     assert not set(images["row"]) & {*splits["validation"]["row"], *splits["test"]["row"]}
     assert set(splits["train"]["row"]) < set(images["row"])
     # Another data set needs no labels.
@@ -345,14 +347,15 @@ def test_unlabelled_images_leave_out_the_validation_images(tmp_path):
 
 
 def test_unlabelled_bags_and_windows(tmp_path):
-    from bags import load_instances
     from datasets import Dataset
+
+    from modeling_uhop.training.data.bags import load_instances
 
     bags = [bag.tolist() for bag in digit_bags().instances[:5]]
     Dataset.from_dict({"instances": bags}).to_parquet(tmp_path / "bags.parquet")
-    loaded = load_instances(BagDataRecipe(str(tmp_path / "bags.parquet")))
+    loaded = load_instances(BagData(str(tmp_path / "bags.parquet")))
     assert all(np.allclose(ours, theirs) for ours, theirs in zip(loaded, bags, strict=True))
-    recipe = SeriesDataRecipe("synthetic", split=[200, 61, 60])
+    recipe = SeriesData("synthetic", split=[200, 61, 60])
     series = load_series(recipe)
     assert len(unlabelled_windows(recipe, series, (24, 6))) == len(series.windows("train", 24, 6))
     assert unlabelled_windows(recipe, series, (24, 6), split="validation")[0]["past_values"].shape == (24, len(series.names))
@@ -375,13 +378,13 @@ def test_a_preset_on_the_command_line_replaces_the_fields_of_the_file():
 
 
 def test_bags_of_other_folds_are_left_out(monkeypatch):
-    import train_mil
-    from recipe import MILRecipe
+    from modeling_uhop.training.tasks import bags as train_mil
+    from modeling_uhop.training.tasks.bags import BagsRecipe
 
     drawn: list[Any] = []
-    monkeypatch.setattr("train_mil.separation_callback", lambda section, load: drawn.append(load(None, "train")))
+    monkeypatch.setattr("modeling_uhop.training.tasks.bags.separation_callback", lambda section, load: drawn.append(load(None, "train")))
     bags = digit_bags()
-    recipe = MILRecipe("small", BagDataRecipe("digits"), {"hidden_size": 8, "num_attention_heads": 2}, {}, {"max_steps": 1})
+    recipe = BagsRecipe("small", BagData("digits"), {"hidden_size": 8, "num_attention_heads": 2}, {}, {"max_steps": 1})
     train_mil.fit(recipe, bags.instances[:20], bags.labels[:20], bags.names, 0)
     assert len(drawn[0]) == 20
     with pytest.raises(RecipeError, match=r"digits has no split 'foo'"):
@@ -389,10 +392,10 @@ def test_bags_of_other_folds_are_left_out(monkeypatch):
 
 
 def test_unknown_splits_of_images_are_refused():
-    from data import unlabelled_images
+    from modeling_uhop.training.data.images import unlabelled_images
 
     with pytest.raises(RecipeError, match=r"digits has no split 'foo'; it has \['test', 'train'\]"):
-        unlabelled_images(DataRecipe("digits"), split="foo")
+        unlabelled_images(ImageData("digits"), split="foo")
 
 
 @pytest.mark.parametrize("script", ["vit", "mil", "stanhop"])
@@ -408,32 +411,32 @@ def test_every_script_separates_on_unlabelled_data(tmp_path, script, monkeypatch
     monkeypatch.setattr(StageOne, "step", recorded)
     separation = {"steps": 2, "batch_size": 8, "split": "train"}
     if script == "vit":
-        import train_vit
-        from recipe import ViTRecipe
+        from modeling_uhop.training.tasks import images as train_vit
+        from modeling_uhop.training.tasks.images import ImagesRecipe
 
         sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         training = {"max_steps": 1, "per_device_train_batch_size": 8, "use_cpu": True, "report_to": "none", "eval_strategy": "no"}
-        monkeypatch.setattr("train_vit.check_reload", lambda *_: None)
-        data = DataRecipe("digits", max_train_samples=50, max_eval_samples=20)
-        train_vit.run(ViTRecipe("small", data, sizes, separation, training), tmp_path / "run")
+        monkeypatch.setattr("modeling_uhop.training.tasks.images.check_reload", lambda *_: None)
+        data = ImageData("digits", max_train_samples=50, max_eval_samples=20)
+        train_vit.run(ImagesRecipe("small", data, sizes, separation, training), tmp_path / "run")
         assert drawn == [{"pixel_values"}] * 2
     elif script == "mil":
-        import train_mil
-        from recipe import MILRecipe
+        from modeling_uhop.training.tasks import bags as train_mil
+        from modeling_uhop.training.tasks.bags import BagsRecipe
 
         bags = digit_bags()
-        recipe = MILRecipe("small", BagDataRecipe("digits"), {"hidden_size": 8, "num_attention_heads": 2}, separation, {"max_steps": 1})
+        recipe = BagsRecipe("small", BagData("digits"), {"hidden_size": 8, "num_attention_heads": 2}, separation, {"max_steps": 1})
         train_mil.fit(recipe, bags.instances[:20], bags.labels[:20], bags.names, 0)
         assert drawn == [{"instances", "attention_mask"}] * 2
     else:
-        import train_stanhop
-        from recipe import STanHopRecipe
+        from modeling_uhop.training.tasks import series as train_stanhop
+        from modeling_uhop.training.tasks.series import SeriesRecipe
 
         model = {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16}
-        series = SeriesDataRecipe("synthetic", split=[200, 61, 60])
-        monkeypatch.setattr("train_stanhop.check_reload", lambda *_: None)
+        series = SeriesData("synthetic", split=[200, 61, 60])
+        monkeypatch.setattr("modeling_uhop.training.tasks.series.check_reload", lambda *_: None)
         train_stanhop.run(
-            STanHopRecipe("small", series, model, separation, {"max_steps": 1, "use_cpu": True}, baseline_lengths=[]), tmp_path / "run"
+            SeriesRecipe("small", series, model, separation, {"max_steps": 1, "use_cpu": True}, baseline_lengths=[]), tmp_path / "run"
         )
         assert drawn == [{"past_values", "future_values"}] * 2
         assert json.loads((Path(tmp_path) / "run" / "results.json").read_text())["recipe"]["separation"] == separation

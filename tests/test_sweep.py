@@ -5,16 +5,19 @@ import json
 import statistics
 
 import pytest
-import sweep as sweep_module
 import yaml
-from checkpoints import SEAL
-from recipe import ROOT, RecipeError, STanHopRecipe, ViTRecipe, load_recipe, read_yaml
 from scipy.stats import ttest_1samp
-from sweep import execute, gather, lock_folder, read_sweep, runs_of
-from tables import paired_table, variants_table
 from transformers import TrainingArguments
 
 from modeling_uhop import SeparationCallback
+from modeling_uhop.training import sweep as sweep_module
+from modeling_uhop.training.checkpoints import SEAL
+from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.recipe import ROOT, load_recipe, read_yaml
+from modeling_uhop.training.report.tables import paired_table, variants_table
+from modeling_uhop.training.sweep import execute, gather, lock_folder, read_sweep, runs_of
+from modeling_uhop.training.tasks.images import ImagesRecipe
+from modeling_uhop.training.tasks.series import SeriesRecipe
 
 
 SCRIPT = """
@@ -60,10 +63,10 @@ def write(project, **changes):
         "published": {"fake": {"theirs": {"test_mse": 0.9}}},
         **changes,
     }
-    (project / "sweep.yaml").write_text(
+    (project / "modeling_uhop.training.sweep.yaml").write_text(
         yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
     )
-    return project / "sweep.yaml"
+    return project / "modeling_uhop.training.sweep.yaml"
 
 
 def test_results_are_collected_with_spread_and_paired_intervals(project):
@@ -214,7 +217,7 @@ def test_wrong_sweeps_are_refused(project, changes, message):
 
 
 SWEEPS = [path for path in sorted((ROOT / "configs" / "sweeps").glob("*.yaml")) if "script" in read_yaml(path)]
-CLASSES = {"train_vit": ViTRecipe, "train_stanhop": STanHopRecipe}
+CLASSES = {"train_vit": ImagesRecipe, "train_stanhop": SeriesRecipe}
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)

@@ -11,11 +11,13 @@ import warnings
 from pathlib import Path
 
 from accelerate import PartialState
-from recipe import RecipeError, write_atomically
 from safetensors import safe_open
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
+
+from .errors import RecipeError
+from .results import write_atomically
 
 
 SEAL = "complete.json"

@@ -17,32 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bags import Bags, load_bags
-from metrics import bag_metrics
-from recipe import (
-    ROOT,
-    MILRecipe,
-    RecipeError,
-    as_recorded,
-    errors_in_one_line,
-    load_recipe,
-    local_dataset,
-    provenance,
-    read_yaml,
-    refuse_several_processes,
-    write_atomically,
-)
 from scipy.stats import t as student_t
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
-from tables import bags_table
-from train_mil import check, cross_validate, prepare_for_many_runs, splits, summarize
 from transformers.utils import logging
 
 from modeling_uhop import UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
+
+from .data.bags import Bags, load_bags
+from .data.source import local_dataset
+from .errors import RecipeError, errors_in_one_line
+from .metrics import bag_metrics
+from .processes import refuse_several_processes
+from .recipe import ROOT, load_recipe, read_yaml
+from .report.tables import bags_table
+from .results import as_recorded, provenance, write_atomically
+from .tasks.bags import BagsRecipe, check, cross_validate, prepare_for_many_runs, splits, summarize
 
 
 # A function of (training bags, their labels, evaluated bags), all standardised; it returns the
@@ -121,9 +114,9 @@ def compare(sweep: dict[str, Any], name: str, data_dir: str | None, runs: Path, 
     print(bags_table([gathered]), target, sep="\n")
 
 
-def load(name: str, repeats: int, data_dir: str | None, overrides: list[str]) -> MILRecipe:
+def load(name: str, repeats: int, data_dir: str | None, overrides: list[str]) -> BagsRecipe:
     """Read and check a recipe, with the repeats and overrides of a sweep."""
-    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", overrides, MILRecipe)
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", overrides, BagsRecipe)
     recipe.repeats = repeats
     if data_dir is not None:
         recipe.data.dataset = local_dataset(recipe.data.dataset, Path(data_dir))
@@ -131,7 +124,7 @@ def load(name: str, repeats: int, data_dir: str | None, overrides: list[str]) ->
     return recipe
 
 
-def parameters(recipe: MILRecipe, bags: Bags) -> int:
+def parameters(recipe: BagsRecipe, bags: Bags) -> int:
     """The number of parameters of a recipe's model."""
     width = recipe.data.num_components or bags.instances[0].shape[1]
     return UHopMILForBagClassification(UHopMILConfig(**{"instance_dim": width, **recipe.model})).num_parameters()
@@ -159,12 +152,12 @@ def paired(results: dict[str, list[dict[str, Any]]], first: str, second: str, me
     return {"first": first, "second": second, "difference": float(difference.mean()), "half_width": float(half_width)}
 
 
-def run_variant(recipe: MILRecipe, bags: Bags, repeat: int) -> list[dict[str, Any]]:
+def run_variant(recipe: BagsRecipe, bags: Bags, repeat: int) -> list[dict[str, Any]]:
     """Run one repeat of a variant's cross-validation; the outcome of each fold."""
     return cross_validate(recipe, bags, range(repeat, repeat + 1))
 
 
-def run_baseline(baseline: Baseline, recipe: MILRecipe, bags: Bags, repeat: int) -> list[dict[str, Any]]:
+def run_baseline(baseline: Baseline, recipe: BagsRecipe, bags: Bags, repeat: int) -> list[dict[str, Any]]:
     """Run one repeat of a baseline's cross-validation; the outcome of each fold."""
     outcomes = []
     for fold, (train, evaluated) in enumerate(splits(recipe, bags, repeat)):

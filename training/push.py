@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from cards import write_card
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
-from recipe import RecipeError, errors_in_one_line, refuse_several_processes
+
+from .errors import RecipeError, errors_in_one_line
+from .processes import refuse_several_processes
+from .report.cards import write_card
 
 
 NEEDED = ("config.json", "recipe.yaml", "results.json", "README.md")

@@ -4,10 +4,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from recipe import RecipeError
-
 from modeling_uhop import Separation, SeparationCallback
 from modeling_uhop.separation import PRESETS
+
+from .errors import RecipeError
 
 
 def separation_callback(section: dict[str, Any] | None, unlabelled: Callable[[str | None, str | None], Any]) -> SeparationCallback | None:

@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from checkpoints import SEAL, check_fits, last_checkpoint
-from recipe import Recipe, as_recorded, check_output_dir, check_same_recipe, write_atomically
 from transformers import PreTrainedModel, Trainer, TrainerState
+
+from .checkpoints import SEAL, check_fits, last_checkpoint
+from .recipe import Recipe
+from .results import as_recorded, write_atomically
+from .run_folder import check_output_dir, check_same_recipe
 
 
 FOLDER, TRAINING = "stages", "training"

@@ -21,18 +21,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# Because `recipe` says what to install if a package is missing, we import it before the other
-# packages.
-from recipe import ROOT, RecipeError, check_keys, errors_in_one_line, local_dataset, read_yaml, refuse_several_processes
-
-
-# isort: split
-
 from filelock import FileLock, Timeout
 from scipy.stats import t as student_t
-from stages import can_resume
-from tables import variants_table
 from transformers.utils import logging
+
+from .data.source import local_dataset
+from .errors import RecipeError, errors_in_one_line
+from .processes import refuse_several_processes
+from .recipe import ROOT, check_keys, read_yaml
+from .report.tables import variants_table
+from .stages import can_resume
 
 
 REQUIRED = ("script", "recipes", "seeds", "variants")

@@ -13,36 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Because `recipe` says what to install if a package is missing, we import it before the other
-# packages.
-from recipe import (
-    DataRecipe,
-    RecipeError,
-    as_recorded,
-    errors_in_one_line,
-    provenance,
-    read_yaml,
-    refuse_several_processes,
-    with_known_keys,
-)
-
-
-# isort: split
-
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from data import load_images
-from geometry_figures import bound_figure, loss_curve_figure, metastable_figure
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
-from run_retrieval import draw, load_patterns, pixels
-from styles import METHODS, OBSERVED, REFERENCE, save
 
 from modeling_uhop import FeatureMap, Separation, association, energy, maximize_separation, retrieve, spherical_code
 from modeling_uhop.capacity import metastable_sizes, separation_bounds
 from modeling_uhop.feature_map import unit_norm
 from modeling_uhop.spherical import closest_similarity, separate_optimally
+
+from ..data.images import ImageData, load_images
+from ..errors import RecipeError, errors_in_one_line
+from ..processes import refuse_several_processes
+from ..recipe import read_yaml, with_known_keys
+from ..report.geometry_figures import bound_figure, loss_curve_figure, metastable_figure
+from ..report.styles import METHODS, OBSERVED, REFERENCE, save
+from ..results import as_recorded, provenance
+from .retrieval import draw, load_patterns, pixels
 
 
 SIZES = {"1": (1, 1), "2": (2, 2), "3": (3, 3), "4": (4, 4), "5-10": (5, 10), "> 10": (11, 10**9)}
@@ -79,7 +68,7 @@ class GeometryRecipe:
     """
 
     experiment: str
-    data: DataRecipe | None = None
+    data: ImageData | None = None
     memories: list[int] = dataclasses.field(default_factory=lambda: [5])
     pattern_dim: int = 2
     feature_dim: int = 2
@@ -123,7 +112,7 @@ def load(path: Path) -> GeometryRecipe:
     """Read a recipe; raise a `RecipeError` for an unknown key or experiment."""
     content = with_known_keys("recipe", read_yaml(path), GeometryRecipe)
     if content.get("data") is not None:
-        content["data"] = DataRecipe(**with_known_keys("data", content["data"], DataRecipe))
+        content["data"] = ImageData(**with_known_keys("data", content["data"], ImageData))
     recipe = GeometryRecipe(**content)
     if recipe.experiment not in EXPERIMENTS:
         raise RecipeError(f"experiment must be among {tuple(EXPERIMENTS)}, got {recipe.experiment!r}")

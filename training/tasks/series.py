@@ -18,30 +18,26 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
-from baselines import LinearMap, WindowMemory, baselines, errors_of, linear_map
-from cards import write_card
-from checkpoints import SealingCallback, remove_unfinished
-from figures import forecast_figure, retrieval_weights_figure
-from recipe import (
-    RecipeError,
-    STanHopRecipe,
-    check_evaluate_on,
-    clear_output_dir,
-    command_line,
-    errors_in_one_line,
-    leave_process_group,
-    load_recipe,
-    write_recipe,
-    write_results,
-)
-from reload import check_reload
-from series import Series, load_series, unlabelled_windows
-from stage_one import separation_callback
-from stages import begin, load_weights, restore_state, train
 from torch.utils.data import Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
+
+from ..baselines.series import LinearMap, WindowMemory, baselines, errors_of, linear_map
+from ..checkpoints import SealingCallback, remove_unfinished
+from ..cli import command_line
+from ..data.series import Series, load_series, unlabelled_windows
+from ..errors import RecipeError, errors_in_one_line
+from ..processes import leave_process_group
+from ..recipe import check_evaluate_on, load_recipe
+from ..reload import check_reload
+from ..report.cards import write_card
+from ..report.figures import forecast_figure, retrieval_weights_figure
+from ..results import write_results
+from ..run_folder import clear_output_dir, write_recipe
+from ..stage_one import separation_callback
+from ..stages import begin, load_weights, restore_state, train
+from ..tasks.series import SeriesRecipe
 
 
 TRAINING_DEFAULTS = {
@@ -72,14 +68,14 @@ class Patience(EarlyStoppingCallback):
 def main() -> None:
     args = command_line(__doc__.splitlines()[0]).parse_args()
     with errors_in_one_line():
-        recipe = load_recipe(args.recipe, args.set, STanHopRecipe)
+        recipe = load_recipe(args.recipe, args.set, SeriesRecipe)
         recipe.data.dataset = args.dataset or recipe.data.dataset
         recipe.seed = recipe.seed if args.seed is None else args.seed
         run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite, resume=args.resume)
     leave_process_group()
 
 
-def run(recipe: STanHopRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run(recipe: SeriesRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Run a recipe, save its outputs in `folder` and return the metrics.
 
     With `overwrite`, an earlier run is deleted only after the recipe and the data have been
@@ -176,7 +172,7 @@ def check_skip_start(start: str, config: STanHopConfig) -> None:
         raise RecipeError(f"skip_start='ridge' needs {needed}, got {config.use_linear_skip} and {config.scaling!r}")
 
 
-def check_baselines(recipe: STanHopRecipe, series: Series, prediction_length: int) -> None:
+def check_baselines(recipe: SeriesRecipe, series: Series, prediction_length: int) -> None:
     """Raise a `RecipeError`, before any training, if a baseline cannot be computed."""
     if recipe.season < 1:
         raise RecipeError(f"season must be at least 1, got {recipe.season}")

@@ -8,13 +8,13 @@ import json
 import re
 from typing import Any
 
-from cards import released_cards
-from comparison_figures import curves_figure, differences_figure, growth_figure, paired_figure, samples_figure
-from figures import retrieval_figure
-from geometry_figures import FIGURES
-from recipe import ROOT
-from styles import save
-from tables import HEADLINE, choice_table, defaults_table, first_step_table, headline_table, instances_table, paired_table, results_table
+from ..recipe import ROOT
+from .cards import released_cards
+from .comparison_figures import curves_figure, differences_figure, growth_figure, paired_figure, samples_figure
+from .figures import retrieval_figure
+from .geometry_figures import FIGURES
+from .styles import save
+from .tables import HEADLINE, choice_table, defaults_table, first_step_table, headline_table, instances_table, paired_table, results_table
 
 
 RESULTS = ROOT / "benchmarks" / "results"

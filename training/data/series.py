@@ -3,27 +3,46 @@ array."""
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-# Because `recipe` says what to install if a package is missing, we import it before the other
-# packages.
-from recipe import RecipeError, SeriesDataRecipe
-
-
-# isort: split
 
 import numpy as np
 import pandas
 import torch
 from datasets import load_dataset
-from time_stamps import take_time_stamps
 from torch.utils.data import Dataset
+
+from ..errors import RecipeError
+from .time_stamps import take_time_stamps
 
 
 # From the mean of the training rows, in standard deviations. Sums of squares of larger values
 # overflow in float32.
 FARTHEST = 1e15
+
+
+@dataclass
+class SeriesData:
+    """The data section of a forecasting recipe: where a multivariate series comes from and how it
+    is split.
+
+    Attributes:
+        dataset: "synthetic" (generated from a seed), a CSV or parquet file with one row per time
+            step, or a Hub id.
+        data_files: File to read, if the data set on the Hub has several, for instance "ETTh1.csv".
+        date_column: Column of time stamps. This column and an index of time stamps are checked and
+            then removed. Every other column is a series.
+        split: Numbers of training, validation and test rows, or three fractions of all rows with
+            the sum 1.
+        validation_stride: During training, only every `validation_stride`-th validation window is
+            evaluated. Test errors use every test window.
+    """
+
+    dataset: str
+    data_files: str | None = None
+    date_column: str = "date"
+    split: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.2])
+    validation_stride: int = 1
 
 
 class Windows(Dataset):
@@ -89,7 +108,7 @@ class Series:
         return Windows(self.values, first + context_length if first == 0 else first, last, context_length, prediction_length)
 
 
-def load_series(data: SeriesDataRecipe) -> Series:
+def load_series(data: SeriesData) -> Series:
     """Read, check, split and scale the series of a recipe.
 
     Raises:
@@ -148,7 +167,7 @@ def load_series(data: SeriesDataRecipe) -> Series:
 
 
 def unlabelled_windows(
-    data: SeriesDataRecipe, series: Series, lengths: tuple[int, int], dataset: str | None = None, split: str | None = None
+    data: SeriesData, series: Series, lengths: tuple[int, int], dataset: str | None = None, split: str | None = None
 ) -> Windows:
     """Load windows for the separation step: of another series with as many columns, or of a split.
 
@@ -216,7 +235,7 @@ def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:
     return dict(zip(("train", "validation", "test"), zip([0, *ends[:-1]], ends, strict=True), strict=True))
 
 
-def _read(data: SeriesDataRecipe) -> pandas.DataFrame:
+def _read(data: SeriesData) -> pandas.DataFrame:
     path = Path(data.dataset).expanduser()
     if path.suffix == ".csv" and path.is_file():
         return _indexed(pandas.read_csv(path))

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from series import Series
 from torch.nn.functional import linear, normalize
 
 from modeling_uhop import simplex_map
+
+from ..data.series import Series
 
 
 # A function from windows (B, L, C) to forecasts (B, H, C).

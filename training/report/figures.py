@@ -7,12 +7,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from intervals import half_width_of
 from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
-from styles import BASELINES, METHODS, OBSERVED, REFERENCE, THIS_RUN, dataset_name, legend_beside, save
+
+from ..intervals import half_width_of
+from .styles import BASELINES, METHODS, OBSERVED, REFERENCE, THIS_RUN, dataset_name, legend_beside, save
 
 
 def training_figure(

@@ -8,9 +8,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from intervals import half_width_of
 from matplotlib.ticker import MaxNLocator
-from styles import (
+
+from ..intervals import half_width_of
+from .styles import (
     BASELINE,
     BASELINES,
     METHODS,

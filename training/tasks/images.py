@@ -17,27 +17,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel
-from cards import write_card
-from checkpoints import SealingCallback, remove_unfinished
-from data import load_images, make_image_processor, unlabelled_images, with_dataset, with_pixels
 from datasets import Dataset, DatasetDict
-from figures import training_figure
-from metrics import classification_metrics
-from recipe import (
-    DataRecipe,
-    RecipeError,
-    ViTRecipe,
-    clear_output_dir,
-    command_line,
-    errors_in_one_line,
-    leave_process_group,
-    load_recipe,
-    write_recipe,
-    write_results,
-)
-from reload import check_reload
-from stage_one import separation_callback
-from stages import begin, load_weights, restore_state, train
 from transformers import (
     PreTrainedModel,
     Trainer,
@@ -52,6 +32,22 @@ from transformers import (
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.feature_map import unit_norm
 from modeling_uhop.images import as_rgb
+
+from ..checkpoints import SealingCallback, remove_unfinished
+from ..cli import command_line
+from ..data.images import ImageData, load_images, make_image_processor, unlabelled_images, with_dataset, with_pixels
+from ..errors import RecipeError, errors_in_one_line
+from ..metrics import classification_metrics
+from ..processes import leave_process_group
+from ..recipe import load_recipe
+from ..reload import check_reload
+from ..report.cards import write_card
+from ..report.figures import training_figure
+from ..results import write_results
+from ..run_folder import clear_output_dir, write_recipe
+from ..stage_one import separation_callback
+from ..stages import begin, load_weights, restore_state, train
+from ..tasks.images import ImagesRecipe
 
 
 NUM_PROBES = 64
@@ -93,14 +89,14 @@ def as_lists(matrices: list[np.ndarray]) -> list[list[list[float]]]:
 def main() -> None:
     args = command_line(__doc__.splitlines()[0]).parse_args()
     with errors_in_one_line():
-        recipe = load_recipe(args.recipe, args.set, ViTRecipe)
+        recipe = load_recipe(args.recipe, args.set, ImagesRecipe)
         recipe.data = with_dataset(recipe.data, args.dataset)
         recipe.seed = recipe.seed if args.seed is None else args.seed
         run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite, resume=args.resume)
     leave_process_group()
 
 
-def run(recipe: ViTRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run(recipe: ImagesRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Run a recipe, save its outputs in `folder` and return the metrics.
 
     With `overwrite`, an earlier run is deleted only after the recipe and the data have been
@@ -199,7 +195,7 @@ def unwrapped_model(trainer: Trainer, folder: Path) -> PreTrainedModel:
     return extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
-def build_model(recipe: ViTRecipe, names: list[str]) -> PreTrainedModel:
+def build_model(recipe: ImagesRecipe, names: list[str]) -> PreTrainedModel:
     """A new model for a recipe and its classes: a U-Hop ViT, or the ViT of transformers if the
     recipe is for the baseline.
 
@@ -218,7 +214,7 @@ def build_model(recipe: ViTRecipe, names: list[str]) -> PreTrainedModel:
 
 
 def build_trainer(
-    recipe: ViTRecipe,
+    recipe: ImagesRecipe,
     folder: Path,
     model: PreTrainedModel,
     processor: ViTImageProcessorPil,
@@ -242,7 +238,7 @@ def build_trainer(
     )
 
 
-def evaluated_part(images: DatasetDict, split: str, data: DataRecipe) -> Dataset:
+def evaluated_part(images: DatasetDict, split: str, data: ImageData) -> Dataset:
     """The part of a split that is evaluated after each epoch.
 
     It has the same number of images for training and validation, and at most `max_eval_samples`.
@@ -251,7 +247,7 @@ def evaluated_part(images: DatasetDict, split: str, data: DataRecipe) -> Dataset
     return images[split].select(range(min(size for size in sizes if size is not None)))
 
 
-def describe(recipe: ViTRecipe, model: PreTrainedModel, images: DatasetDict) -> str:
+def describe(recipe: ImagesRecipe, model: PreTrainedModel, images: DatasetDict) -> str:
     """One line about a run: parameters, images, separation step and seed."""
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in images.items())
     stage_one = "no separation step" if recipe.separation is None else f"separation {recipe.separation}"

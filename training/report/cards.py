@@ -9,17 +9,20 @@ import re
 from pathlib import Path
 from typing import Any
 
-from intervals import half_width, half_width_of, half_width_over_folds
-from recipe import ROOT, MILRecipe, STanHopRecipe, ViTRecipe, apply_override
-from stage_one import with_defaults
-from styles import BASELINES
-from tables import results_table
-
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
 from modeling_uhop.model_card import family_of, model_card, write_model_card
 
+from ..intervals import half_width, half_width_of, half_width_over_folds
+from ..recipe import ROOT, apply_override
+from ..stage_one import with_defaults
+from ..tasks.bags import BagsRecipe
+from ..tasks.images import ImagesRecipe
+from ..tasks.series import SeriesRecipe
+from .styles import BASELINES
+from .tables import results_table
 
-RECIPES: dict[str, Any] = {"vit": ViTRecipe, "mil": MILRecipe, "stanhop": STanHopRecipe}
+
+RECIPES: dict[str, Any] = {"vit": ImagesRecipe, "mil": BagsRecipe, "stanhop": SeriesRecipe}
 RESULTS = ROOT / "benchmarks" / "results"
 CARDS = ROOT / "model_cards"
 TEMPLATE = CARDS / "template.md"

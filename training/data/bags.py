@@ -5,23 +5,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Because `recipe` says what to install if a package is missing, we import it before the other
-# packages.
-from recipe import BagDataRecipe, RecipeError
-
-
-# isort: split
-
 import numpy as np
 from datasets import ClassLabel, Dataset, load_dataset
-from labels import as_classes
 from sklearn.datasets import load_digits
 
 from modeling_uhop.bag_arrays import as_arrays, channels_first
 
+from ..errors import RecipeError
+from .labels import as_classes
+
 
 # The loader of `datasets` for each file suffix.
 LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+
+
+@dataclass
+class BagData:
+    """The data section of a bag recipe: where the bags come from and how they are preprocessed.
+
+    Attributes:
+        dataset: "digits" (bags of scikit-learn's digits; a bag is positive if it contains a 9), a
+            Hub id, a local folder in any layout that `datasets.load_dataset` reads, or a file
+            (.parquet, .json, .jsonl, .arrow).
+        instances_column: Name of the column of instances: a list for each bag, of lists of numbers
+            or of the channels of an image.
+        label_column: Name of the column of classes. A class is a whole number, text, or true or
+            false.
+        split: Name of the split that cross-validation divides into folds.
+        standardize, clip, num_components: Arguments of `UHopMILFeatureExtractor`, which is fitted
+            on training bags.
+        max_instances: Training bags with more instances are subsampled to this number, with a new
+            sample each time they are used; `None` for no limit.
+    """
+
+    dataset: str
+    instances_column: str = "instances"
+    label_column: str = "label"
+    split: str = "train"
+    standardize: bool = True
+    clip: float | None = 5.0
+    num_components: int | None = None
+    max_instances: int | None = None
 
 
 @dataclass
@@ -56,14 +80,14 @@ class Bags:
         return None if self.image_shape is None else bag.reshape(-1, *self.image_shape)
 
 
-def load_instances(data: BagDataRecipe) -> list[np.ndarray]:
+def load_instances(data: BagData) -> list[np.ndarray]:
     """Load and check the bags of a recipe without their labels; see `load_bags`."""
     if data.dataset == "digits" and data.split != "train":
         raise RecipeError(f"digits has no split {data.split!r}; it has ['train']")
     return digit_bags().instances if data.dataset == "digits" else _instances_of(_rows(data), data)
 
 
-def load_bags(data: BagDataRecipe) -> Bags:
+def load_bags(data: BagData) -> Bags:
     """Load and check the bags of a recipe.
 
     Images are returned channels first, as the feature extractor arranges them. Bags that are all
@@ -92,7 +116,7 @@ def load_bags(data: BagDataRecipe) -> Bags:
     )
 
 
-def _rows(data: BagDataRecipe, *columns: str) -> Dataset:
+def _rows(data: BagData, *columns: str) -> Dataset:
     """The rows of a data set of bags, which has the column of instances and these columns."""
     path = Path(data.dataset).expanduser()
     if path.is_file():
@@ -114,7 +138,7 @@ def _rows(data: BagDataRecipe, *columns: str) -> Dataset:
     return loaded
 
 
-def _instances_of(loaded: Dataset, data: BagDataRecipe) -> list[np.ndarray]:
+def _instances_of(loaded: Dataset, data: BagData) -> list[np.ndarray]:
     """The instances of each bag; at least one bag has some."""
     try:
         instances = _as_instances(loaded[data.instances_column])

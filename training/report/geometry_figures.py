@@ -6,7 +6,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
-from styles import METHODS, REFERENCE, dataset_name, legend_beside
+
+from .styles import METHODS, REFERENCE, dataset_name, legend_beside
 
 
 def loss_curve_figure(results: dict[str, Any], recipe: dict[str, Any]) -> Figure:

@@ -8,7 +8,8 @@ import warnings
 
 import numpy as np
 import pandas
-from recipe import RecipeError
+
+from ..errors import RecipeError
 
 
 # A column of numbers with such a name is a time, not a series. Separators and upper case are

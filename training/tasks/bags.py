@@ -18,36 +18,29 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
-from bags import Bags, load_bags, load_instances
-from cards import write_card
-from figures import bag_figure
-from metrics import BAG_METRICS, bag_metrics
-from recipe import (
-    BagDataRecipe,
-    MILRecipe,
-    RecipeError,
-    check_evaluate_on,
-    check_output_dir,
-    check_same_recipe,
-    clear_output_dir,
-    command_line,
-    errors_in_one_line,
-    load_recipe,
-    refuse_several_processes,
-    same_data,
-    write_recipe,
-    write_results,
-)
-from reload import check_reload
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from stage_one import separation_callback
-from stages import read_stage, save_stage
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from modeling_uhop import DataCollatorForBags, UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
+
+from ..cli import command_line
+from ..data.bags import BagData, Bags, load_bags, load_instances
+from ..data.source import same_data
+from ..errors import RecipeError, errors_in_one_line
+from ..metrics import BAG_METRICS, bag_metrics
+from ..processes import refuse_several_processes
+from ..recipe import check_evaluate_on, load_recipe
+from ..reload import check_reload
+from ..report.cards import write_card
+from ..report.figures import bag_figure
+from ..results import write_results
+from ..run_folder import check_output_dir, check_same_recipe, clear_output_dir, write_recipe
+from ..stage_one import separation_callback
+from ..stages import read_stage, save_stage
+from ..tasks.bags import BagsRecipe
 
 
 NUM_PROBES = 64
@@ -73,7 +66,7 @@ def main() -> None:
     prepare_for_many_runs()
     with errors_in_one_line():
         refuse_several_processes()
-        recipe = load_recipe(args.recipe, args.set, MILRecipe)
+        recipe = load_recipe(args.recipe, args.set, BagsRecipe)
         recipe.data.dataset = args.dataset or recipe.data.dataset
         recipe.seed = recipe.seed if args.seed is None else args.seed
         recipe.evaluate_on = args.evaluate_on or recipe.evaluate_on
@@ -88,7 +81,7 @@ def prepare_for_many_runs() -> None:
     gc.freeze()
 
 
-def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
+def run(recipe: BagsRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
     """Run a recipe, save its outputs in `folder` and return the metrics.
 
     With `overwrite`, an earlier run is deleted only after the recipe and the data have been
@@ -121,7 +114,7 @@ def run(recipe: MILRecipe, folder: Path, *, overwrite: bool = False, resume: boo
 
 
 def load_or_run_fold(
-    recipe: MILRecipe, bags: Bags, folder: Path, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray
+    recipe: BagsRecipe, bags: Bags, folder: Path, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray
 ) -> dict[str, Any]:
     """The outcome of a fold and its time in seconds: loaded if an earlier run saved them, otherwise
     computed and saved."""
@@ -134,7 +127,7 @@ def load_or_run_fold(
     return kept
 
 
-def fit_on_all_bags(recipe: MILRecipe, bags: Bags, folder: Path) -> dict[str, Any]:
+def fit_on_all_bags(recipe: BagsRecipe, bags: Bags, folder: Path) -> dict[str, Any]:
     """Train on all bags and save the model and its extractor.
 
     Returns the logits of the first bags, for the check of the reloaded model, and the instance
@@ -154,7 +147,7 @@ def bag_to_show(bags: Bags) -> int:
     return next((index for index in filled if bags.labels[index] == 1), filled[0])
 
 
-def check(recipe: MILRecipe) -> None:
+def check(recipe: BagsRecipe) -> None:
     """Raise a `RecipeError` for a number out of its range or an unknown name in a recipe."""
     for name in recipe.metrics:
         if name not in BAG_METRICS:
@@ -167,7 +160,7 @@ def check(recipe: MILRecipe) -> None:
     check_evaluate_on(recipe.evaluate_on)
 
 
-def splits(recipe: MILRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def splits(recipe: BagsRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Indices (training bags, evaluated bags) of each fold of one cross-validation.
 
     Folds are stratified by label, and a group of bags is never divided.
@@ -194,7 +187,7 @@ def splits(recipe: MILRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray,
     return parts
 
 
-def _seed(recipe: MILRecipe, *parts: int) -> int:
+def _seed(recipe: BagsRecipe, *parts: int) -> int:
     """A seed for a part of the cross-validation, independent of the seeds of other parts."""
     return int(np.random.SeedSequence([recipe.seed, *parts]).generate_state(1)[0] >> 1)
 
@@ -214,19 +207,19 @@ def divided(bags: Bags, among: np.ndarray, folds: int, seed: int) -> Iterator[tu
             yield among[train], among[evaluated]
 
 
-def folds_of(recipe: MILRecipe, bags: Bags, repeats: range) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
+def folds_of(recipe: BagsRecipe, bags: Bags, repeats: range) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
     """The number of the repeat, the number of the fold, and the training and evaluated indices, for
     every fold."""
     return [(repeat, fold, *split) for repeat in repeats for fold, split in enumerate(splits(recipe, bags, repeat))]
 
 
-def cross_validate(recipe: MILRecipe, bags: Bags, repeats: range | None = None) -> list[dict[str, Any]]:
+def cross_validate(recipe: BagsRecipe, bags: Bags, repeats: range | None = None) -> list[dict[str, Any]]:
     """Cross-validate; for each repeat and fold the metrics, the evaluated bags and their logits."""
     jobs = folds_of(recipe, bags, range(recipe.repeats) if repeats is None else repeats)
     return [cross_validate_fold(recipe, bags, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
 
 
-def cross_validate_fold(recipe: MILRecipe, bags: Bags, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray) -> dict[str, Any]:
+def cross_validate_fold(recipe: BagsRecipe, bags: Bags, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray) -> dict[str, Any]:
     """Train on the training bags of one fold and evaluate on its other bags."""
     train_bags, evaluated_bags = [bags.instances[i] for i in train], [bags.instances[i] for i in evaluated]
     answers = []
@@ -241,7 +234,7 @@ def cross_validate_fold(recipe: MILRecipe, bags: Bags, repeat: int, fold: int, t
     return {**outcome, "trained_on": len(train), "bags": evaluated.tolist(), "logits": logits.round(4).tolist()}
 
 
-def model_config(recipe: MILRecipe, instance_dim: int | None, names: list[str]) -> UHopMILConfig:
+def model_config(recipe: BagsRecipe, instance_dim: int | None, names: list[str]) -> UHopMILConfig:
     """The recipe's configuration for the classes and the instances of a data set.
 
     Args:
@@ -260,7 +253,7 @@ def model_config(recipe: MILRecipe, instance_dim: int | None, names: list[str]) 
 
 
 def fit(
-    recipe: MILRecipe, instances: list[np.ndarray], labels: np.ndarray, names: list[str], seed: int
+    recipe: BagsRecipe, instances: list[np.ndarray], labels: np.ndarray, names: list[str], seed: int
 ) -> tuple[UHopMILForBagClassification, UHopMILFeatureExtractor]:
     """Train a model on bags; the model, and the feature extractor that was fitted on the same
     bags."""
@@ -288,7 +281,7 @@ def fit(
 
 
 def _unlabelled(
-    data: BagDataRecipe, extractor: UHopMILFeatureExtractor, training: list[np.ndarray], dataset: str | None, split: str | None
+    data: BagData, extractor: UHopMILFeatureExtractor, training: list[np.ndarray], dataset: str | None, split: str | None
 ) -> list[dict[str, Any]]:
     """Bags for the separation step, which needs no labels.
 
@@ -335,7 +328,7 @@ def summarize(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
-def describe(recipe: MILRecipe, bags: Bags, metrics: dict[str, Any]) -> str:
+def describe(recipe: BagsRecipe, bags: Bags, metrics: dict[str, Any]) -> str:
     """The data and the cross-validated metrics of a run, as lines of text."""
     sizes = [len(bag) for bag in bags.instances]
     width, *picture = bags.instances[0].shape[1:]

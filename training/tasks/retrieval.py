@@ -17,27 +17,22 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from data import load_images
-from figures import pictures_figure, retrieval_figure
 from PIL import Image
-from recipe import (
-    DataRecipe,
-    RecipeError,
-    as_recorded,
-    errors_in_one_line,
-    provenance,
-    read_yaml,
-    refuse_several_processes,
-    with_known_keys,
-)
 from scipy.stats import spearmanr
-from styles import dataset_name
-from tables import BASELINES
 from transformers.utils import logging
 
 from modeling_uhop import Separation, UHopMemoryConfig, UHopMemoryModel, add_noise, association, mask_patterns, separation_loss
 from modeling_uhop.feature_map import unit_norm
 from modeling_uhop.images import as_rgb, is_grey
+
+from ..data.images import ImageData, load_images
+from ..errors import RecipeError, errors_in_one_line
+from ..processes import refuse_several_processes
+from ..recipe import read_yaml, with_known_keys
+from ..report.figures import pictures_figure, retrieval_figure
+from ..report.styles import dataset_name
+from ..report.tables import BASELINES
+from ..results import as_recorded, provenance
 
 
 EXPERIMENTS = ("memory_size", "noise_level", "beta", "separation_steps", "separation_loss")
@@ -94,7 +89,7 @@ class RetrievalRecipe:
     """
 
     experiment: str
-    data: DataRecipe
+    data: ImageData
     values: list[float]
     models: list[str]
     alphas: list[float] = field(default_factory=lambda: [1.0, 1.5, 2.0])
@@ -179,9 +174,9 @@ def load(path: Path) -> RetrievalRecipe:
     """Read a recipe; a `RecipeError` names an unknown key, experiment or model."""
     content = read_yaml(path)
     with_known_keys("recipe", content, RetrievalRecipe)
-    data = with_known_keys("data", content.get("data", {}), DataRecipe)
+    data = with_known_keys("data", content.get("data", {}), ImageData)
     panels = {title: Panel(**with_known_keys(f"panel {title!r}", panel, Panel)) for title, panel in content.pop("panels", {}).items()}
-    recipe = RetrievalRecipe(**{**content, "data": DataRecipe(**data), **({"panels": panels} if panels else {})})
+    recipe = RetrievalRecipe(**{**content, "data": ImageData(**data), **({"panels": panels} if panels else {})})
     for name, value, choices in (
         ("experiment", [recipe.experiment], EXPERIMENTS),
         ("models", recipe.models, tuple(MODELS)),
@@ -193,7 +188,7 @@ def load(path: Path) -> RetrievalRecipe:
     return recipe
 
 
-def load_patterns(data: DataRecipe, split: str = "train") -> np.ndarray:
+def load_patterns(data: ImageData, split: str = "train") -> np.ndarray:
     """Images of a split as `pixels` has them."""
     return pixels(load_images(data)[split].with_format(None)["image"])
 

@@ -5,7 +5,8 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from recipe import RecipeError
+
+from ..errors import RecipeError
 
 
 def as_classes(labels: Iterable[Any], place: Callable[[int], str]) -> list[Any]:

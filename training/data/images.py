@@ -3,22 +3,14 @@
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Because `recipe` says what to install if a package is missing, we import it before the other
-# packages.
-from recipe import DataRecipe, RecipeError, same_data
-
-
-# isort: split
-
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
-from labels import as_classes
 from PIL import Image as PILImage
 from PIL import ImageOps
 from sklearn.datasets import load_digits
@@ -26,8 +18,60 @@ from transformers import ViTImageProcessorPil
 
 from modeling_uhop.images import as_rgb
 
+from ..errors import RecipeError
+from .labels import as_classes
+from .source import same_data
 
-def load_images(data: DataRecipe) -> DatasetDict:
+
+@dataclass
+class ImageData:
+    """The data section of an image recipe: where the images come from and how they are split.
+
+    Attributes:
+        dataset: "digits" (scikit-learn's), a Hub id, or a local folder in any layout that
+            `datasets.load_dataset` reads.
+        image_column: Name of the column of images. Every image mode is accepted (see
+            `modeling_uhop.images.as_rgb`).
+        label_column: Name of the column of classes. A class is a whole number, text, or true or
+            false.
+        train_split, test_split: Names of the splits. "digits" has no splits; `test_fraction`
+            divides it.
+        validation_fraction: Fraction of the training split that is held out for validation,
+            stratified by label.
+        test_fraction: Fraction of "digits" that is the test split.
+        split_seed: Seed of these splits. It is separate from the training seed, so that all
+            training seeds are evaluated on the same images.
+        max_train_samples: Number of training images to keep, drawn with `split_seed`; `None` for
+            all.
+        max_eval_samples: Number of validation images, and of training images, to evaluate after
+            each epoch; `None` for all validation images. The final evaluation uses all images.
+        skip_unreadable: Whether to skip images that cannot be decoded, with a warning for each. All
+            images are then read once before training. If false, the first unreadable image ends the
+            run.
+        random_crop_padding: Zero padding in pixels for random crops of training images; 0 for no
+            crops.
+        random_flip: Whether training images are mirrored at random.
+        image_mean, image_std: Normalisation of each of the three channels, after scaling to [0, 1].
+    """
+
+    dataset: str
+    image_column: str = "image"
+    label_column: str = "label"
+    train_split: str = "train"
+    test_split: str = "test"
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.2
+    split_seed: int = 0
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    skip_unreadable: bool = False
+    random_crop_padding: int = 0
+    random_flip: bool = False
+    image_mean: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+    image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
+
+
+def load_images(data: ImageData) -> DatasetDict:
     """Load and check the images of a recipe.
 
     Returns the splits "train", "validation" and "test". Their columns are `image`, `label` (a
@@ -48,7 +92,7 @@ def load_images(data: DataRecipe) -> DatasetDict:
     return DatasetDict(train=train, validation=held_out["test"], test=splits["test"])
 
 
-def unlabelled_images(data: DataRecipe, dataset: str | None = None, split: str | None = None) -> Dataset:
+def unlabelled_images(data: ImageData, dataset: str | None = None, split: str | None = None) -> Dataset:
     """Load and check images for the separation step, which needs no labels.
 
     The columns are `image` and `row`. The training split of the recipe's own data set is returned
@@ -73,7 +117,7 @@ def unlabelled_images(data: DataRecipe, dataset: str | None = None, split: str |
     return _readable(images) if data.skip_unreadable else images
 
 
-def _digits(data: DataRecipe) -> DatasetDict:
+def _digits(data: ImageData) -> DatasetDict:
     digits = load_digits()
     images = [PILImage.fromarray((image * 255 / 16).astype(np.uint8)) for image in digits.images]
     features = Features({data.image_column: Image(), data.label_column: ClassLabel(names=[str(name) for name in digits.target_names])})
@@ -81,7 +125,7 @@ def _digits(data: DataRecipe) -> DatasetDict:
     return everything.train_test_split(data.test_fraction, stratify_by_column=data.label_column, seed=data.split_seed)
 
 
-def _from_hub_or_folder(data: DataRecipe) -> DatasetDict:
+def _from_hub_or_folder(data: ImageData) -> DatasetDict:
     folder = Path(data.dataset)
     if folder.is_dir():
         # Because `datasets` renames the split of a file valid.parquet to "validation", we read each
@@ -106,7 +150,7 @@ def _from_parquet(files: dict[str, list[str]]) -> DatasetDict:
     return DatasetDict({split: load_dataset("parquet", data_files=paths, split="train") for split, paths in files.items()})
 
 
-def _select_columns(split: Dataset, data: DataRecipe, name: str, labelled: bool = True) -> Dataset:
+def _select_columns(split: Dataset, data: ImageData, name: str, labelled: bool = True) -> Dataset:
     columns = {data.image_column: "image", **({data.label_column: "label"} if labelled else {})}
     for column in columns:
         if column not in split.column_names:
@@ -149,7 +193,7 @@ def _place(rows: Sequence[str], name: str, index: int) -> str:
     return f"{rows[index]} in {name}"
 
 
-def make_image_processor(data: DataRecipe, image_size: Any) -> ViTImageProcessorPil:
+def make_image_processor(data: ImageData, image_size: Any) -> ViTImageProcessorPil:
     """The image processor that is saved with a model: RGB, the image size of the model, the
     normalisation of the recipe."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -161,7 +205,7 @@ def make_image_processor(data: DataRecipe, image_size: Any) -> ViTImageProcessor
     )
 
 
-def with_pixels(split: Dataset, processor: ViTImageProcessorPil, augment: DataRecipe | None = None) -> Dataset:
+def with_pixels(split: Dataset, processor: ViTImageProcessorPil, augment: ImageData | None = None) -> Dataset:
     """A split whose items have `pixel_values`, and `labels` if it is labelled.
 
     When an item is read, its image is decoded, converted to RGB by `as_rgb`, augmented as `augment`
@@ -174,7 +218,7 @@ def with_pixels(split: Dataset, processor: ViTImageProcessorPil, augment: DataRe
     return split.cast_column("image", Image(decode=False)).with_transform(make_transform(processor, augment))
 
 
-def make_transform(processor: ViTImageProcessorPil, augment: DataRecipe | None = None) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def make_transform(processor: ViTImageProcessorPil, augment: ImageData | None = None) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """A function that transforms the encoded images of a batch into `pixel_values`; see
     `with_pixels`."""
 
@@ -215,7 +259,7 @@ def _readable(split: Dataset) -> Dataset:
     return undecoded.filter(reads, input_columns=["image", "row"], desc="reading images").cast_column("image", Image())
 
 
-def _augmented(image: PILImage.Image, data: DataRecipe) -> PILImage.Image:
+def _augmented(image: PILImage.Image, data: ImageData) -> PILImage.Image:
     """Standard augmentation of small images: a random crop of the zero-padded image, and random
     mirroring."""
     if data.random_crop_padding > 0:
@@ -225,7 +269,7 @@ def _augmented(image: PILImage.Image, data: DataRecipe) -> PILImage.Image:
     return ImageOps.mirror(image) if data.random_flip and random.random() < 0.5 else image
 
 
-def with_dataset(data: DataRecipe, dataset: str | None) -> DataRecipe:
+def with_dataset(data: ImageData, dataset: str | None) -> ImageData:
     """The data section of a recipe with another data set (Hub id or folder) that has the same
     columns and splits."""
     return data if dataset is None else replace(data, dataset=dataset)

@@ -1,0 +1,1 @@
+"""Train, evaluate, compare and publish Hopfield models from recipes."""

@@ -1,0 +1,1 @@
+"""Read and check data sets of images, bags and series."""

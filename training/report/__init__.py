@@ -1,0 +1,1 @@
+"""Tables, figures and model cards from results files."""
