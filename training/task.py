@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from modeling_uhop import SeparationCallback
 
+from .errors import RecipeError
 from .recipe import Recipe
 from .run_folder import RunFolder
 
@@ -111,5 +113,20 @@ class Task(ABC):
         """The metrics as lines of text."""
 
     @abstractmethod
+    def score(self, folder: Path) -> dict[str, float]:
+        """The metrics of a saved model on the loaded data; see `evaluate.evaluate`.
+
+        Raises:
+            RecipeError: If the data do not fit the model.
+        """
+
+    @abstractmethod
     def probes(self, model: PreTrainedModel) -> tuple[list[np.ndarray], np.ndarray]:
         """Some inputs, and the outputs of the model for them, to compare with a reloaded model."""
+
+
+def check_same_classes(id2label: dict[int, str], names: list[str]) -> None:
+    """Raise a `RecipeError` if data have other classes than a model."""
+    expected = [id2label[index] for index in range(len(id2label))]
+    if names != expected:
+        raise RecipeError(f"the model has the classes {expected}, but the data have {names}")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +30,7 @@ from ..metrics import BAG_METRICS, bag_metrics
 from ..recipe import Recipe
 from ..report.figures import bag_figure
 from ..run_folder import RunFolder
-from ..task import Examples, Task
+from ..task import Examples, Task, check_same_classes
 from ..trainers import new_trainer, plain_model
 
 
@@ -215,6 +216,12 @@ class BagClassification(Task):
             rows |= {f"{name} ({baseline})": value for name, value in summarize(outcomes).items()}
         spread = "standard deviation over repeats {std_repeats:.4f}, over folds {std_folds:.4f}"
         return "\n".join(f"  {name:<14} {value['mean']:.4f}   {spread.format(**value)}" for name, value in rows.items())
+
+    def score(self, folder: Path) -> dict[str, float]:
+        model, extractor = (each.from_pretrained(folder) for each in (UHopMILForBagClassification, UHopMILFeatureExtractor))
+        check_same_classes(model.config.id2label, self.bags.names)
+        logits, _ = predict(model.eval(), extractor, self.bags.instances)
+        return bag_metrics(logits, self.bags.labels, self.recipe.metrics)
 
     def probes(self, model: PreTrainedModel) -> tuple[list[np.ndarray], np.ndarray]:
         inputs = self.bags.instances[:NUM_PROBES]

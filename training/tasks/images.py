@@ -1,12 +1,23 @@
 """Image classification: a Hopfield vision transformer, or the ViT of transformers as a baseline."""
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, TrainerCallback, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.feature_map import unit_norm
@@ -17,7 +28,7 @@ from ..errors import RecipeError
 from ..metrics import classification_metrics
 from ..recipe import Recipe
 from ..report.figures import training_figure
-from ..task import Examples, Task
+from ..task import Examples, Task, check_same_classes
 
 
 NUM_PROBES = 64
@@ -120,6 +131,17 @@ class Images(Task):
     def summary(self, metrics: dict[str, Any]) -> str:
         values = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in metrics.items()}
         return "\n".join(f"  {name:<24} {value}" for name, value in values.items())
+
+    def score(self, folder: Path) -> dict[str, float]:
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        check_same_classes(model.config.id2label, self.images["train"].features["label"].names)
+        self.processor = ViTImageProcessorPil.from_pretrained(folder)
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments = TrainingArguments(scratch, **{**self.defaults, **self.recipe.training, "report_to": "none"})
+            trainer = Trainer(model, arguments, processing_class=self.processor, compute_metrics=classification_metrics)
+            split = self.splits[-1]
+            found = trainer.evaluate(with_pixels(self.images[split], self.processor), metric_key_prefix=split)
+        return {f"{split}_{name}": found[f"{split}_{name}"] for name in ("accuracy", "loss")}
 
     @torch.no_grad()
     def probes(self, model: PreTrainedModel) -> tuple[list[np.ndarray], np.ndarray]:

@@ -134,6 +134,13 @@ class Forecasts(Task):
         past = self._evaluated("past_values")
         return list(past.numpy()), forecaster(model)(past).numpy()
 
+    def score(self, folder: Path) -> dict[str, float]:
+        model = STanHopForPrediction.from_pretrained(folder).eval()
+        split, lengths = self.recipe.evaluation.split, (model.config.context_length, model.config.prediction_length)
+        if model.config.num_input_channels != len(self.series.names):
+            raise RecipeError(f"the model forecasts {model.config.num_input_channels} series, but the data have {len(self.series.names)}")
+        return {f"{split}_{name}": error for name, error in errors_of(forecaster(model), self.series, split, *lengths).items()}
+
     def _evaluated(self, name: str) -> torch.Tensor:
         """Every 500th window of the evaluated split."""
         windows = self.series.windows(self.recipe.evaluation.split, *self.lengths)
