@@ -137,7 +137,8 @@ class Images(Task):
         check_same_classes(model.config.id2label, self.images["train"].features["label"].names)
         self.processor = ViTImageProcessorPil.from_pretrained(folder)
         with tempfile.TemporaryDirectory() as scratch:
-            arguments = TrainingArguments(scratch, **{**self.defaults, **self.recipe.training, "report_to": "none"})
+            no_training = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
+            arguments = TrainingArguments(scratch, **{**self.defaults, **self.recipe.training, **no_training})
             trainer = Trainer(model, arguments, processing_class=self.processor, compute_metrics=classification_metrics)
             split = self.splits[-1]
             found = trainer.evaluate(with_pixels(self.images[split], self.processor), metric_key_prefix=split)
