@@ -54,6 +54,11 @@ class RunFolder:
                 if self.checkpoint is None and self._file(TRAINING).is_file():
                     raise RecipeError(f"{path} has no checkpoint to resume from; pass --overwrite to start again")
 
+    @property
+    def begins(self) -> bool:
+        """Whether the training starts at its first step."""
+        return self.trained is None and self.checkpoint is None
+
     def open(self) -> None:
         """Prepare the folder for writing: delete an earlier run, or the incomplete checkpoints of a
         resumed one. Only one process may call it."""
