@@ -78,7 +78,7 @@ docs-serve: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 tables: $(READY)
-	$(BIN)/make tables
+	$(BIN)/python -m modeling_uhop.training.report.document
 
 clean:
 	rm -rf $(VENV) $(MINIMUM) runs build site *.egg-info .mypy_cache .pytest_cache .ruff_cache
