@@ -1,13 +1,14 @@
-"""Make the classes of this package known to the auto classes and pipelines of transformers.
+"""Make this package's classes, pipelines and attention kernels known to transformers.
 
 To register a class, both the class and the auto classes must be loaded. This takes seconds and
-loads PyTorch. Therefore `import modeling_uhop` only watches imports: the classes are registered
-when a program first imports the auto classes or pipelines, for example by
+loads PyTorch. Therefore `import modeling_uhop` only watches imports: what it adds is registered
+when a program first imports the part of transformers that it is added to, for example by
 `from transformers import AutoModel`.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -44,10 +45,15 @@ def _feature_extractors(auto: Any) -> None:
 
 
 def _pipelines(_: Any) -> None:
-    from . import image_pipeline, pipelines
+    from .image_pipeline import register as register_for_images
+    from .pipelines import register as register_for_bags
 
-    image_pipeline.register()
-    pipelines.register()
+    register_for_images()
+    register_for_bags()
+
+
+def _attention(_: Any) -> None:
+    import_module(".attention_models", __package__)
 
 
 # What is registered after transformers has loaded a module. An entry is removed when it was called.
@@ -56,6 +62,7 @@ _waiting: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.modeling_auto": _models,
     "transformers.models.auto.feature_extraction_auto": _feature_extractors,
     "transformers.pipelines": _pipelines,
+    "transformers.modeling_utils": _attention,
 }
 
 
@@ -116,8 +123,8 @@ _watch = _Watch()
 
 
 def register_when_imported() -> None:
-    """Register the classes when transformers loads its auto classes and pipelines, or at once for
-    those that are loaded."""
+    """Register what this package adds to a part of transformers when that part is loaded, or at once
+    if it is."""
     if _watch not in sys.meta_path:
         sys.meta_path.insert(0, _watch)
         _watch.register()
