@@ -71,7 +71,7 @@ class ImageData:
     image_std: list[float] = field(default_factory=lambda: [0.5, 0.5, 0.5])
 
 
-def load_images(data: ImageData) -> DatasetDict:
+def load_images(data: ImageData, test: bool = True) -> DatasetDict:
     """Load and check the images of a recipe.
 
     Returns the splits "train", "validation" and "test". Their columns are `image`, `label` (a
