@@ -13,7 +13,8 @@ from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
 from modeling_uhop.model_card import family_of, model_card
 
 from ..intervals import Interval, half_width, over_folds, over_seeds
-from ..recipe import ROOT, apply_override
+from ..recipe import ROOT
+from ..recipe_file import apply_override
 from ..results import read_result
 from ..stage_one import with_defaults
 from ..tasks import recipe_class_of
