@@ -110,7 +110,7 @@ def headline(gathered: dict[str, Any]) -> str:
         ours = f"**Sum of squared pixel errors: {with_interval(*error(NAMES[METHOD], ALPHA))}**"
         settings = f"alpha {ALPHA}, beta {BETA}, {MEMORIES} memories, mean over {recipe['repeats']} sets of memories"
         return f"{ours} ({settings}).\nBest baseline, {best}: {with_interval(*candidates[best])}.\n{INTERVALS}"
-    metric, (_, name) = next(iter(family_of(recipe).metrics.items()))
+    metric, (_, name) = next(iter(family_of(recipe, CARDS).metrics.items()))
     if gathered["kind"] == "folds":
         variant = variant_as_released(recipe, gathered["variants"])
         scores = {job: of_folds(scores, recipe) for job, scores in gathered["results"].items()}
@@ -135,7 +135,7 @@ INTERVALS = "Numbers after ± are 95 % confidence intervals."
 def headline_of_run(results: dict[str, Any], gathered: dict[str, Any] | None) -> str | None:
     """The metric of one run, and the headline of its recipe if that is a released one; `None` if
     there is nothing to compare with."""
-    family = family_of(results["recipe"])
+    family = family_of(results["recipe"], CARDS)
     metric, (_, name) = next(iter(family.metrics.items()))
     value = results["metrics"][metric]
     if results["recipe"]["task"] == "bags" and results.get("outcomes"):
