@@ -39,8 +39,8 @@ def family_of(recipe: dict[str, Any], templates: Path) -> Family:
             with the fields of `Family`, and the blocks of the family's text.
     """
     columns = {"instances_column": "bags", "date_column": "series"}
-    guessed = "retrieval" if "experiment" in recipe else next((task for column, task in columns.items() if column in recipe["data"]), "images")
-    name = recipe.get("task") or guessed
+    guessed = next((task for column, task in columns.items() if column in recipe["data"]), "images")
+    name = recipe.get("task") or ("retrieval" if "experiment" in recipe else guessed)
     _, front, text = (templates / "families" / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
     return Family(**{"name": name, "pipeline_tag": None, "text": text, **yaml.safe_load(front)})
 
@@ -102,16 +102,20 @@ def model_card(
         ],
     )
     loader = jinja2.DictLoader({"template.md": template_path.read_text(encoding="utf-8"), "family.md": family.text})
-    content = jinja2.Environment(loader=loader).get_template("family.md").render(
-        card_data=data.to_yaml(),
-        recipe=recipe,
-        results=results,
-        metrics={family.metrics[name][1]: _shown(value) for name, value in values.items()},
-        model_id=model_id or "path/to/this/folder",
-        headline=headline or _headline(family, next(iter(values.values()))),
-        comparison=comparison,
-        cost=cost or _cost(results),
-        figures=figures,
+    content = (
+        jinja2.Environment(loader=loader)
+        .get_template("family.md")
+        .render(
+            card_data=data.to_yaml(),
+            recipe=recipe,
+            results=results,
+            metrics={family.metrics[name][1]: _shown(value) for name, value in values.items()},
+            model_id=model_id or "path/to/this/folder",
+            headline=headline or _headline(family, next(iter(values.values()))),
+            comparison=comparison,
+            cost=cost or _cost(results),
+            figures=figures,
+        )
     )
     return ModelCard(content)
 

@@ -36,6 +36,8 @@ FIGURES = {
 }
 # Fields that only some recipes have, and that tell their runs apart.
 OPTIONS = ("ensemble", "architecture", "skip_start")
+# Fields of `TrainingArguments` that do not change what is trained.
+WITHOUT_EFFECT = ("save_steps", "save_total_limit", "logging_steps", "disable_tqdm", "report_to")
 # The settings that the card of a memory describes: the package's defaults, and the largest number
 # of memories.
 MEMORIES = "500"
@@ -226,6 +228,7 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
         rest = {key: recipe.get(key, getattr(recipe_class, key, None)) for key in ("separation", "training", *OPTIONS)}
         if rest["separation"] is not None:
             rest["separation"] = with_defaults(rest["separation"])
+        rest["training"] = {key: value for key, value in rest["training"].items() if key not in WITHOUT_EFFECT}
         return {**rest, "name": recipe["name"], "model": model, "data": data}
 
     return training(first) == training(second)
