@@ -39,8 +39,11 @@ def family_of(recipe: dict[str, Any], templates: Path) -> Family:
             with the fields of `Family`, and the blocks of the family's text.
     """
     columns = {"instances_column": "bags", "date_column": "series"}
-    guessed = next((task for column, task in columns.items() if column in recipe["data"]), "images")
-    name = recipe.get("task") or ("retrieval" if "experiment" in recipe else guessed)
+    name = recipe.get("task")
+    if name is None and "experiment" in recipe:
+        name = "retrieval"
+    elif name is None:
+        name = next((task for column, task in columns.items() if column in recipe["data"]), "images")
     _, front, text = (templates / "families" / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
     return Family(**{"name": name, "pipeline_tag": None, "text": text, **yaml.safe_load(front)})
 
