@@ -161,7 +161,7 @@ def unlabelled_images(data: ImageData, dataset: str | None = None, split: str | 
     dataset, split = dataset or data.dataset, split or data.train_split
     if same_data(dataset, data.dataset) and split == data.train_split:
         return load_images(replace(data, max_train_samples=None), test=False)["train"].remove_columns("label")
-    given = replace(data, dataset=dataset, train_split=split)
+    given = replace(data, dataset=dataset, test_split=split)
     found = _digits(data) if dataset == "digits" else find_splits(given, labelled=False)
     if split not in found:
         raise RecipeError(f"{dataset} has no split {split!r}; it has {sorted(found)}")
