@@ -4,10 +4,14 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
+from modeling_uhop.training.data.bags import BagData, load_bags, load_instances
 from modeling_uhop.training.data.images import ImageData, load_images, make_image_processor, unlabelled_images
 from modeling_uhop.training.data.source import find_source, load_from_hub
 from modeling_uhop.training.errors import RecipeError
@@ -315,3 +319,259 @@ def test_images_that_a_model_shrinks_much_give_a_warning(tmp_path, size, image_s
         make_image_processor(data, image_size, images)
     expected = f"are about {size[1]} x {size[0]} pixels, and are reduced to {image_size} x {image_size}; set a larger model.image_size"
     assert [expected in str(warning.message) for warning in caught] == [True] * warned
+
+
+# Two features are enough; the third bag has one instance and awkward numbers.
+BAGS = [np.array([[0.5, -1.0], [2.0, 3.25]]), np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), np.array([[-1e-5, 1e20]])]
+LABELS = ["sick", "healthy", "sick"]
+
+
+def _same_bags(data: BagData, groups=None) -> None:
+    bags = load_bags(data)
+    assert [bag.tolist() for bag in bags.instances] == [bag.astype(bags.instances[0].dtype).tolist() for bag in BAGS]
+    assert [bags.names[label] for label in bags.labels] == LABELS
+    assert (None if bags.groups is None else bags.groups.tolist()) == groups
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        lambda bag: str(bag.tolist()),
+        str,
+        repr,
+        lambda bag: str(list(bag)),
+        lambda bag: str([list(row) for row in bag]),
+        lambda bag: str(np.array([*bag, None], dtype=object)[:-1]),
+        lambda bag: repr(torch.from_numpy(bag)),
+        lambda bag: repr(bag.astype(np.float32)),
+    ],
+    ids=["lists", "str of array", "repr of array", "list of arrays", "lists of np.float64", "array of arrays", "tensor", "dtype"],
+)
+@pytest.mark.parametrize("separator", [",", ";"])
+def test_one_row_per_bag_in_csv(tmp_path, cell, separator):
+    table = pd.DataFrame({"instances": [cell(bag) for bag in BAGS], "label": LABELS})
+    table.to_csv(tmp_path / "bags.csv", sep=separator)
+    _same_bags(BagData(str(tmp_path / "bags.csv")))
+    _same_bags(BagData(str(tmp_path)))
+    table.to_parquet(tmp_path / "text.parquet")
+    _same_bags(BagData(str(tmp_path / "text.parquet")))
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (
+            str(np.zeros((50, 50))),
+            r"row 1 of .*bags.csv was shortened by NumPy to '\[\[0. 0. .*; save lists: array.tolist\(\), or use Parquet",
+        ),
+        ("hello", r"row 1 of .*bags.csv has the text 'hello' for instances; write lists such as"),
+        ("[[1, 2], [3]]", r"bags.csv: bag 1 must consist of numbers, with one shape"),
+        ("[[nan 2.]]", r"bags.csv: bag 1 has entries that are not finite"),
+        ("", r"bags.csv: bag 1 must be a set of instances, got None"),
+    ],
+)
+def test_texts_that_are_no_bag_are_refused_by_row(tmp_path, cell, message):
+    pd.DataFrame({"instances": ["[[1, 2]]", cell], "label": [0, 1]}).to_csv(tmp_path / "bags.csv")
+    with pytest.raises(RecipeError, match=message):
+        load_bags(BagData(str(tmp_path / "bags.csv")))
+
+
+def _long(order=range(6)) -> pd.DataFrame:
+    """The rows of all instances; bags are not sorted by name."""
+    frame = pd.DataFrame(np.concatenate(BAGS), columns=["f1", "f2"])
+    rows = [index for index, bag in enumerate(BAGS) for _ in bag]
+    frame.insert(0, "bag_id", [("z", "b", "a")[index] for index in rows])
+    frame["label"] = [LABELS[index] for index in rows]
+    return frame.iloc[list(order)].reset_index(drop=True)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("order", [range(6), [0, 2, 5, 1, 3, 4]], ids=["together", "mixed"])
+def test_one_row_per_instance(tmp_path, suffix, order):
+    path = tmp_path / f"bags.{suffix}"
+    write = pd.DataFrame.to_csv if suffix == "csv" else pd.DataFrame.to_parquet
+    frame = _long(order)
+    write(frame, path, index=False)
+    _same_bags(BagData(str(path)))
+    write(
+        frame.rename(columns={"bag_id": "molecule"}).assign(note="x", case_id=frame["bag_id"].map({"z": 7, "b": 3, "a": 7})),
+        path,
+        index=False,
+    )
+    _same_bags(BagData(str(path), bag_column="molecule", feature_columns=["f*"]), groups=[1, 0, 1])
+    write(
+        frame.assign(instances=[str([a, b]) if suffix == "csv" else [a, b] for a, b in zip(frame["f1"], frame["f2"], strict=True)]),
+        path,
+        index=False,
+    )
+    _same_bags(BagData(str(path)))
+    if suffix == "parquet":
+        _same_bags(BagData(str(tmp_path)))
+        listed = frame.assign(vector=list(frame[["f1", "f2"]].to_numpy())).drop(columns=["f1", "f2"])
+        write(listed, path)
+        _same_bags(BagData(str(path)))
+
+
+def test_row_numbers_of_instances_are_no_feature(tmp_path):
+    _long().assign(instance_id=range(6)).to_csv(tmp_path / "bags.csv", index=False)
+    with pytest.warns(
+        UserWarning, match="column 'instance_id' of .* has row numbers or names, and is no feature; set data.feature_columns"
+    ):
+        _same_bags(BagData(str(tmp_path / "bags.csv")))
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "message"),
+    [
+        (
+            lambda f: f.assign(label=[0, 1, 1, 1, 1, 0]),
+            {},
+            "bag 'z' of .* has label 0 in row 0 and 1 in row 1; all instances of a bag have one label",
+        ),
+        (lambda f: f.assign(label=f["label"].where(f.index != 1)), {}, "bag 'z' of .* has label 'sick' in row 0 and None in row 1"),
+        (lambda f: f.assign(bag_id=f["bag_id"].where(f.index != 4)), {}, "row 4 of .* has no bag in column 'bag_id'"),
+        (lambda f: f.assign(f2="x"), {}, "column 'f2' of .* is not numbers, but 'x'; set data.feature_columns, for instance"),
+        (lambda f: f.assign(instance_label=0), {}, "column 'instance_label' of .* looks like labels; set data.feature_columns"),
+        (lambda f: f, {"feature_columns": ["g*"]}, r"data.feature_columns has 'g\*', but .* has the columns \['f1', 'f2'\]"),
+        (lambda f: f, {"bag_column": "bags"}, r"has no column 'bags'; it has .*; set data.bag_column"),
+        (lambda f: f, {"label_column": "y"}, r"has no column 'y'; it has .*; set data.label_column"),
+        (lambda f: f.rename(columns={"bag_id": "x"}), {}, "has no column 'instances'; .*data.bag_column if a row is an instance"),
+        (lambda f: f.assign(f1=f["f1"].where(f.index != 2)), {}, r"bag 1 \(b\) has entries that are not finite, first in its instance 0"),
+        (lambda f: f[["bag_id", "label"]], {}, "has no columns of features besides .*set data.feature_folder, data.feature_columns or"),
+    ],
+)
+def test_long_tables_that_are_refused(tmp_path, change, fields, message):
+    change(_long()).to_parquet(tmp_path / "bags.parquet")
+    with pytest.raises(RecipeError, match=message):
+        load_bags(BagData(str(tmp_path / "bags.parquet"), **fields))
+
+
+def _save(path: Path, bag: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, bag)
+    elif path.suffix == ".pt":
+        torch.save(torch.from_numpy(bag), path)
+    elif path.suffix == ".csv":
+        pd.DataFrame(bag).to_csv(path, index=False)
+    else:
+        h5py = pytest.importorskip("h5py", reason="h5py is optional")
+        with h5py.File(path, "w") as file:
+            file["features"], file["coords"] = bag, np.zeros((len(bag), 2))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".h5"])
+def test_feature_files_with_a_csv_of_labels(tmp_path, suffix):
+    """The layout of slide pipelines: slide_id has no suffix or that of the slide, and case_id is the patient."""
+    names = ["TCGA-A1.6E2B", "0012", "s_3"]
+    for name, bag in zip(names, BAGS, strict=True):
+        _save(tmp_path / "features" / f"{suffix[1:]}_files" / f"{name}{suffix}", bag)
+    table = pd.DataFrame({"case_id": ["p2", "p1", "p2"], "slide_id": names, "label": LABELS})
+    table.to_csv(tmp_path / "features" / "labels.csv", index=False)
+    for name in ("features", "features/labels.csv"):
+        _same_bags(BagData(str(tmp_path / name)), groups=[1, 0, 1])
+    (tmp_path / "elsewhere").mkdir()
+    table.assign(slide_id=[f"{name}.svs" for name in names]).drop(columns="case_id").to_csv(
+        tmp_path / "elsewhere" / "labels.csv", index=False
+    )
+    _same_bags(BagData(str(tmp_path / "elsewhere" / "labels.csv"), feature_folder=str(tmp_path / "features")))
+    with pytest.raises(RecipeError, match=r"has no columns of features .* no feature file TCGA-A1.6E2B.svs .*; set data.feature_folder"):
+        load_bags(BagData(str(tmp_path / "elsewhere" / "labels.csv")))
+    table.assign(slide_id=["other", *names[1:]]).to_csv(tmp_path / "features" / "labels.csv", index=False)
+    with pytest.raises(
+        RecipeError, match=r"1 of 3 bags of .* have no feature file below .*, first other; add the files or remove the rows"
+    ):
+        load_bags(BagData(str(tmp_path / "features")))
+
+
+def test_feature_files_given_by_path(tmp_path):
+    paths = ["a/x.csv", "b/x.npy", "x.pt"]
+    for path, bag in zip(paths, BAGS, strict=True):
+        _save(tmp_path / path, bag)
+    pd.DataFrame({"path": paths, "label": LABELS}).to_csv(tmp_path / "labels.csv", index=False)
+    _same_bags(BagData(str(tmp_path / "labels.csv")))
+
+
+def test_a_slide_with_several_feature_files(tmp_path):
+    for name, bag in zip("abc", BAGS, strict=True):
+        for place in ("pt_files", "other"):
+            _save(tmp_path / place / f"{name}.pt", bag)
+        _save(tmp_path / "npy_files" / f"{name}.npy", bag)
+    table = pd.DataFrame({"slide_id": list("abc"), "label": LABELS})
+    table.to_csv(tmp_path / "labels.csv", index=False)
+    _same_bags(BagData(str(tmp_path)))
+    for name in "abc":
+        (tmp_path / "npy_files" / f"{name}.npy").unlink()
+    with pytest.raises(RecipeError, match=r"a of .* has the feature files .*a.pt and .*a.pt; set data.feature_folder to one folder"):
+        load_bags(BagData(str(tmp_path)))
+    _same_bags(BagData(str(tmp_path), feature_folder=str(tmp_path / "pt_files")))
+    with pytest.raises(RecipeError, match=r"data.feature_folder=nowhere is not a folder"):
+        load_bags(BagData(str(tmp_path), feature_folder="nowhere"))
+
+
+def test_feature_files_that_cannot_be_read(tmp_path, monkeypatch):
+    pd.DataFrame({"slide_id": ["a"], "label": [1]}).to_csv(tmp_path / "labels.csv")
+    torch.save({"coords": torch.ones(2, 2), "features": torch.ones(2, 3)}, tmp_path / "a.pt")
+    assert load_bags(BagData(str(tmp_path))).instances[0].tolist() == [[1.0] * 3] * 2
+    torch.save({"coords": torch.ones(2, 2), "x": torch.ones(2, 3)}, tmp_path / "a.pt")
+    with pytest.raises(RecipeError, match=r"a.pt must have an entry 'features' or only one entry, got \['coords', 'x'\]"):
+        load_bags(BagData(str(tmp_path)))
+    (tmp_path / "a.pt").write_bytes(b"no tensor")
+    with pytest.raises(RecipeError, match=r"the features in .*a.pt cannot be read"):
+        load_bags(BagData(str(tmp_path)))
+    (tmp_path / "a.pt").rename(tmp_path / "a.h5")
+    monkeypatch.setattr("modeling_uhop.training.data.bag_files.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"a.h5 needs h5py: pip install h5py"):
+        load_bags(BagData(str(tmp_path)))
+
+
+def test_class_folders_of_feature_files(tmp_path):
+    for name, label, bag in zip(("z", "b", "c"), LABELS, BAGS, strict=True):
+        _save(tmp_path / label / f"{name}.npy", bag)
+    bags = load_bags(BagData(str(tmp_path)))
+    assert [bag.tolist() for bag in bags.instances] == [BAGS[1].tolist(), BAGS[2].tolist(), BAGS[0].tolist()]
+    assert (bags.names, bags.labels.tolist()) == (["healthy", "sick"], [0, 1, 1])
+    assert [len(bag) for bag in load_instances(BagData(str(tmp_path)))] == [3, 1, 2]
+
+
+def test_class_folders_of_folders_of_images(tmp_path):
+    for place in ("", "train"):
+        for bag, count in (("cat/one", 2), ("dog/two", 3), ("dog/three", 1)):
+            _pictures(tmp_path / place, count, [bag])
+        bags = load_bags(BagData(str(tmp_path)))
+        assert [bag.shape for bag in bags.instances] == [(2, 3, 6, 8), (1, 3, 6, 8), (3, 3, 6, 8)]
+        assert (bags.names, bags.labels.tolist(), bags.groups) == (["cat", "dog"], [0, 1, 1], None)
+        np.testing.assert_allclose(bags.pictures(2)[:, :, 0, 0] * 255, [[0, number, 255] for number in range(3)], rtol=1e-6)
+        if not place:
+            for name in ("cat", "dog"):
+                (tmp_path / "train").mkdir(exist_ok=True)
+                (tmp_path / name).rename(tmp_path / "train" / name)
+
+
+def test_folders_that_hold_no_bags(tmp_path):
+    _pictures(tmp_path / "images")
+    with pytest.raises(RecipeError, match=r"cat has images, but a bag is a folder of images: images/CLASS/BAG/IMAGE; or use task: images"):
+        load_bags(BagData(str(tmp_path / "images")))
+    _pictures(tmp_path / "sizes", 1, ["cat/one"])
+    _pictures(tmp_path / "sizes", 1, ["dog/two"], size=(5, 5))
+    with pytest.raises(
+        RecipeError, match=r"images of all bags must have one size; .*two has \(5, 5\), but the bags before it have \(6, 8\)"
+    ):
+        load_bags(BagData(str(tmp_path / "sizes")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match=r"empty holds no bags; give a file .parquet, .*; it begins with \[\]"):
+        load_bags(BagData(str(tmp_path / "empty")))
+    with pytest.raises(RecipeError, match=r"there is no file or folder .*bags.parquet; give a file .parquet"):
+        load_bags(BagData(str(tmp_path / "bags.parquet")))
+    (tmp_path / "a.csv").write_text("bag_id,label\n")
+    (tmp_path / "b.csv").write_text("bag_id,label\n")
+    with pytest.raises(RecipeError, match=r"has 2 tables, \['a.csv', 'b.csv'\]; give one of them as --dataset"):
+        load_bags(BagData(str(tmp_path)))
+
+
+def test_unlabelled_bags_need_no_column_of_labels(tmp_path):
+    _long().drop(columns="label").to_csv(tmp_path / "bags.csv", index=False)
+    assert [bag.tolist() for bag in load_instances(BagData(str(tmp_path / "bags.csv")))] == [bag.tolist() for bag in BAGS]
+    for name, bag in zip("abc", BAGS, strict=True):
+        _save(tmp_path / "files" / f"{name}.npy", bag)
+    assert [bag.tolist() for bag in load_instances(BagData(str(tmp_path / "files")))] == [bag.tolist() for bag in BAGS]
