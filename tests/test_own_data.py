@@ -13,6 +13,7 @@ from PIL import Image as PILImage
 
 from modeling_uhop.training.data.bags import BagData, load_bags, load_instances
 from modeling_uhop.training.data.images import ImageData, load_images, make_image_processor, unlabelled_images
+from modeling_uhop.training.data.series import SeriesData, load_series
 from modeling_uhop.training.data.source import find_source, load_from_hub
 from modeling_uhop.training.errors import RecipeError
 
@@ -575,3 +576,241 @@ def test_unlabelled_bags_need_no_column_of_labels(tmp_path):
     for name, bag in zip("abc", BAGS, strict=True):
         _save(tmp_path / "files" / f"{name}.npy", bag)
     assert [bag.tolist() for bag in load_instances(BagData(str(tmp_path / "files")))] == [bag.tolist() for bag in BAGS]
+
+
+ROWS = 60
+HOURS = pd.date_range("2024-01-20", periods=ROWS, freq="h")
+
+
+def _wide() -> pd.DataFrame:
+    steps = np.arange(ROWS)
+    return pd.DataFrame({"load": np.sin(steps) * 1000 + 0.5, "price": steps % 7 - 2.5})
+
+
+def _same_series(data: SeriesData, names=("load", "price"), expected: pd.DataFrame | None = None) -> None:
+    """Check the names and the values of a series before it was scaled."""
+    series = load_series(data)
+    assert series.names == list(names)
+    expected = _wide() if expected is None else expected
+    np.testing.assert_allclose(series.values.double().numpy() * series.std + series.mean, expected.to_numpy(), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "stamps"),
+    [
+        ("Date", HOURS.strftime("%d.%m.%Y %H:%M")),
+        ("when", HOURS.strftime("%Y-%m-%dT%H:%M:%SZ")),
+        ("ds", HOURS.strftime("%m/%d/%Y %H:%M")),
+        ("time", HOURS.strftime("%d %b %Y %H:%M")),
+        ("t", HOURS),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "tsv", "parquet"])
+def test_a_column_of_dates_is_found(tmp_path, name, stamps, suffix):
+    path = tmp_path / f"a.{suffix}"
+    frame = _wide().assign(**{name: stamps})[["load", name, "price"]]
+    if suffix == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="\t" if suffix == "tsv" else ",")
+    _same_series(SeriesData(str(path)))
+    if not isinstance(stamps, pd.DatetimeIndex):
+        frame.iloc[::-1].to_parquet(tmp_path / "backwards.parquet", index=False)
+        with pytest.raises(RecipeError, match=rf"row 1 of .*backwards.parquet does not come after .*column '{name}'"):
+            load_series(SeriesData(str(tmp_path / "backwards.parquet")))
+
+
+def test_date_formats(tmp_path):
+    path, days = tmp_path / "a.csv", pd.date_range("2024-01-01", periods=12, freq="MS")
+    frame = pd.DataFrame({"day": days.strftime("%m/%d/%Y"), "a": np.arange(12.0)})
+    for form in ("%d/%m/%Y", "%m/%d/%Y"):
+        pd.DataFrame({"day": ["01/02/2024", "02/03/2024", "03/04/2024", "04/05/2024", "05/06/2024"], "a": np.arange(5.0)}).to_csv(
+            path, index=False
+        )
+        with pytest.raises(
+            RecipeError, match=r"'01/02/2024' may begin with the day or with the month; set data.date_format, such as '%d/%m/%Y'"
+        ):
+            load_series(SeriesData(str(path)))
+        _same_series(SeriesData(str(path), date_format=form, split=[3, 1, 1]), ["a"], pd.DataFrame({"a": np.arange(5.0)}))
+    frame["day"] = days.strftime("%d.%m.%y")
+    frame.to_csv(path, index=False)
+    with pytest.raises(
+        RecipeError, match=r"'01.01.24' is not a date with a year of four digits, .*; set data.date_format, such as '%d/%m/%y'"
+    ):
+        load_series(SeriesData(str(path)))
+    _same_series(SeriesData(str(path), date_format="%d.%m.%y"), ["a"], frame[["a"]])
+    with pytest.raises(RecipeError, match=r"row 0 of column 'day' of .*'01.01.24' does not have the format data.date_format='%Y'"):
+        load_series(SeriesData(str(path), date_format="%Y"))
+    frame.assign(day=days.strftime("%y%m%d").astype(int)).to_parquet(path.with_suffix(".parquet"))
+    _same_series(SeriesData(str(path.with_suffix(".parquet")), date_column="day", date_format="%y%m%d"), ["a"], frame[["a"]])
+
+
+def test_a_date_and_a_time_of_day_in_two_columns(tmp_path):
+    for clock in ("%H:%M:%S", "%H.%M.%S"):
+        frame = _wide().assign(Date=HOURS.strftime("%d/%m/%Y"), Time=HOURS.strftime(clock))[["Date", "Time", "load", "price"]]
+        frame.to_csv(tmp_path / "a.csv", index=False, sep=";", decimal=",")
+        _same_series(SeriesData(str(tmp_path / "a.csv")))
+
+
+def test_several_columns_of_dates(tmp_path):
+    _wide().assign(a=HOURS, b=HOURS).to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(
+        RecipeError, match=r"has several columns of dates, \['a', 'b'\]; set data.date_column to one, and data.drop_columns"
+    ):
+        load_series(SeriesData(str(tmp_path / "a.csv")))
+    _same_series(SeriesData(str(tmp_path / "a.csv"), date_column="b", drop_columns=["a"]))
+
+
+@pytest.mark.parametrize("decimal", [".", ","])
+def test_semicolons_and_decimal_commas(tmp_path, decimal):
+    frame = _wide().assign(date=HOURS.strftime("%d.%m.%Y %H:%M"))
+    frame.loc[3, "load"] = np.nan
+    frame.to_csv(tmp_path / "a.csv", sep=";", decimal=decimal, index=False)
+    _same_series(SeriesData(str(tmp_path / "a.csv")), expected=frame[["load", "price"]])
+    grouped = frame.assign(load=[f"{value:,.1f}".translate(str.maketrans(",.", ".,")) for value in _wide()["load"]])
+    grouped.to_csv(tmp_path / "a.csv", sep=";", decimal=",", index=False)
+    _same_series(SeriesData(str(tmp_path / "a.csv")), expected=_wide().round(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.assign(load=f["load"].map(str).str.replace(".", ",")), "'0,5' in row 0; write numbers with a decimal point"),
+        (lambda f: f.assign(load=["?", *f["load"][1:]]), r"has '\?' in row 0; leave cells without a value empty"),
+        (lambda f: f.assign(load=["missing", *f["load"][1:]]), "has 'missing' in row 0; leave cells without a value empty"),
+        (lambda f: f.assign(place="Bern"), r"'place' .* has 'Bern' in row 0; .*data.id_column=place .*, or data.drop_columns=\[place\]"),
+    ],
+)
+def test_text_columns_are_refused_with_the_setting(tmp_path, change, message):
+    change(_wide().assign(date=HOURS)).to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(RecipeError, match=message):
+        load_series(SeriesData(str(tmp_path / "a.csv")))
+
+
+def test_columns_are_dropped_by_name(tmp_path):
+    _wide().assign(date=HOURS, place="Bern", holiday=1).to_csv(tmp_path / "a.csv", index=False)
+    _same_series(SeriesData(str(tmp_path / "a.csv"), drop_columns=["place", "holiday"]))
+    with pytest.raises(
+        RecipeError, match=r"data.drop_columns has \['x'\], but .*a.csv has the columns \['load', 'price', 'date', 'place', 'holiday'\]"
+    ):
+        load_series(SeriesData(str(tmp_path / "a.csv"), drop_columns=["x", "place"]))
+
+
+def _melted(id_name="id", value="value", date="date") -> pd.DataFrame:
+    frame = _wide().assign(**{date: HOURS}).melt(date, var_name=id_name, value_name=value)
+    return frame
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("names", [("unique_id", "y", "ds"), ("item_id", "target", "timestamp"), ("sensor", "reading", "when")])
+def test_one_row_per_series_and_time(tmp_path, names, shuffled):
+    frame = _melted(*names)
+    if shuffled:
+        frame = pd.concat([frame[:1], frame[1:].sample(frac=1, random_state=0)])
+    frame.to_csv(tmp_path / "long.csv", index=False)
+    given = {"id_column": "sensor"} if names[0] == "sensor" else {}
+    order = ["load", "price"]
+    _same_series(SeriesData(str(tmp_path / "long.csv"), **given), order)
+    frame.assign(extra=frame[names[1]] * 2).to_parquet(tmp_path / "long.parquet")
+    _same_series(SeriesData(str(tmp_path / "long.parquet"), value_column=names[1], **given), order)
+    both = pd.concat([_wide(), _wide() * 2], axis=1).iloc[:, [0, 2, 1, 3]]
+    every = [f"load_{names[1]}", "load_extra", f"price_{names[1]}", "price_extra"]
+    _same_series(SeriesData(str(tmp_path / "long.parquet"), **given), every, both)
+
+
+def test_series_of_a_long_table_may_lack_times(tmp_path):
+    _melted().drop(index=[5, ROWS + 7]).to_csv(tmp_path / "long.csv", index=False)
+    expected = _wide()
+    expected.loc[5, "load"] = expected.loc[7, "price"] = np.nan
+    _same_series(SeriesData(str(tmp_path / "long.csv"), id_column="id"), expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "message"),
+    [
+        (lambda f: f, {"id_column": "x"}, r"has no column 'x'; it has \['date', 'id', 'value'\]; set data.id_column"),
+        (lambda f: f, {"id_column": "id", "value_column": "y"}, "has no column 'y'; it has .*; set data.value_column"),
+        (lambda f: f, {"value_column": "value"}, "data.value_column=value needs data.id_column"),
+        (lambda f: f, {}, r"row 60 of .* does not come after .*\(if rows of several series have the same time, set data.id_column\)"),
+        (
+            lambda f: pd.concat([f, f[3:4]]),
+            {"id_column": "id"},
+            "row 120 of .* repeats the time 2024-01-20 03:00:00 of series 'load'; keep one row",
+        ),
+        (lambda f: f.drop(columns="date"), {"id_column": "id"}, "has no column of time stamps, which tables with data.id_column need"),
+        (lambda f: f.assign(id=f["id"].where(f.index != 4)), {"id_column": "id"}, "row 4 of .* has no series in column 'id'"),
+        (lambda f: f.assign(date=f["date"].where(f.index != 4)), {"id_column": "id"}, "row 4 of .* has no time stamp in column 'date'"),
+        (lambda f: f.assign(place="Bern"), {"id_column": "id"}, r"'place' .* is not numbers; .*data.drop_columns=\[place\]"),
+    ],
+)
+def test_long_series_that_are_refused(tmp_path, change, fields, message):
+    change(_melted()).to_parquet(tmp_path / "long.parquet", index=False)
+    with pytest.raises(RecipeError, match=message):
+        load_series(SeriesData(str(tmp_path / "long.parquet"), **fields))
+
+
+def test_one_file_for_each_period(tmp_path):
+    """The names of the files do not determine their order; their times do."""
+    frame = _wide().assign(date=HOURS)
+    frame[:25].to_csv(tmp_path / "z.csv", index=False)
+    frame[25:].iloc[:, ::-1].to_csv(tmp_path / "a.csv", index=False)
+    frame.to_parquet(tmp_path / "all.parquet", index=False)
+    (tmp_path / "notes.md").write_text("no table")
+    _same_series(SeriesData(str(tmp_path / "*.csv")))
+    _same_series(SeriesData(str(tmp_path), data_files=["a.csv", "z.csv"]))
+    _same_series(SeriesData(str(tmp_path), data_files="all.parquet"))
+    (tmp_path / "all.parquet").unlink()
+    _same_series(SeriesData(str(tmp_path)))
+
+
+def test_one_file_for_each_series(tmp_path):
+    for name in ("load", "price"):
+        _wide()[[name]].rename(columns={name: "value"}).assign(date=HOURS).to_csv(tmp_path / f"{name}.csv", index=False)
+    _same_series(SeriesData(str(tmp_path)))
+    _wide()[["price"]][10:].rename(columns={"price": "value"}).assign(date=HOURS[10:]).to_csv(tmp_path / "price.csv", index=False)
+    expected = _wide()
+    expected.loc[:9, "price"] = np.nan
+    with pytest.warns(UserWarning, match=r"do not have the same time stamps: of 60 times, files lack 10 in all"):
+        _same_series(SeriesData(str(tmp_path)), expected=expected)
+
+
+def test_files_of_different_columns_are_joined_on_their_times(tmp_path):
+    _wide()[["load"]].assign(date=HOURS).to_csv(tmp_path / "1.csv", index=False)
+    _wide()[["price"]].assign(when=HOURS.strftime("%d/%m/%Y %H:%M")).to_csv(tmp_path / "2.csv", index=False)
+    _same_series(SeriesData(str(tmp_path)))
+    for number in (1, 2):
+        _wide().assign(date=HOURS).to_csv(tmp_path / f"{number}.csv", index=False)
+    names = ["1_load", "1_price", "2_load", "2_price"]
+    _same_series(SeriesData(str(tmp_path)), names, pd.concat([_wide(), _wide()], axis=1))
+
+
+def test_files_that_cannot_be_joined(tmp_path):
+    _wide().assign(date=HOURS).to_csv(tmp_path / "1.csv", index=False)
+    _wide().to_csv(tmp_path / "2.csv", index=False)
+    with pytest.raises(RecipeError, match=r"2.csv has no time stamps, so it cannot be joined with the other files"):
+        load_series(SeriesData(str(tmp_path)))
+    _wide().assign(date=range(ROWS)).to_csv(tmp_path / "2.csv", index=False)
+    with pytest.raises(RecipeError, match=r"time stamps of different kinds, .*'1.csv': 'datetime64.*'2.csv': 'int64'"):
+        load_series(SeriesData(str(tmp_path)))
+
+
+def test_files_that_are_no_series(tmp_path):
+    (tmp_path / "a.xlsx").touch()
+    with pytest.raises(RecipeError, match=r"series are not read from .*a.xlsx; give a CSV or parquet file"):
+        load_series(SeriesData(str(tmp_path / "a.xlsx")))
+    with pytest.raises(RecipeError, match=r"has no file \* that ends in .csv, .*; check data.dataset and data.data_files"):
+        load_series(SeriesData(str(tmp_path)))
+    with pytest.raises(RecipeError, match=r"has no file b\*.csv that ends in"):
+        load_series(SeriesData(str(tmp_path / "b*.csv")))
+    for content, message in (
+        (b"date,a\n2024-01-01,\xe4\n", "is not UTF-8 text .* at byte 18.*; save it as CSV in UTF-8"),
+        (b"", "cannot be read as CSV: No columns"),
+        (b"a,b\n1,2\n1,2,3\n", "cannot be read as CSV: .*line 3"),
+        (b"0.5,0.25\n1,2\n", r"the first row of .* must name the columns, but it has the numbers \['0.5', '0.25'\]"),
+    ):
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(RecipeError, match=message):
+            load_series(SeriesData(str(tmp_path / "a.csv")))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(RecipeError, match=r"a.parquet cannot be read as Parquet"):
+        load_series(SeriesData(str(tmp_path / "a.parquet")))

@@ -100,6 +100,8 @@ def find_date_column(frame: pandas.DataFrame, date_column: str, name: str, index
     if date_column != "date" or indexed:
         return None
     found = [column for column in frame.columns if _are_dates(frame[column])]
+    # Because 18.01.05 may be a date or a time of day, such a column counts only if it is alone.
+    found = [column for column in found if not _are_times_of_day(frame[column])] or found
     named = [column for column in found if re.fullmatch(TIME, re.sub(r"[\W_]", "", str(column)).casefold())]
     found = named if len(named) == 1 else found
     if len(found) > 1:
@@ -182,7 +184,8 @@ def _hint(stamps: pandas.Series, steps: np.ndarray) -> str:
     # steps go back: the file is then reversed or shuffled.
     if naive and backwards.min() >= -3600 and len(backwards) < 0.1 * len(steps):
         return "; if daylight saving time repeats an hour here, write the stamps in UTC or with their offsets"
-    return "; sort the rows by time, with one row for each time"
+    long = " (if rows of several series have the same time, set data.id_column)" if stamps.duplicated().any() else ""
+    return f"; sort the rows by time, with one row for each time{long}"
 
 
 def _steps(stamps: pandas.Series) -> np.ndarray:
