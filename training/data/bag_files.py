@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +164,7 @@ def _of_instances(table: Dataset, bag: str, group: str | None, data: "BagData", 
     columns = _feature_columns(frame, {bag, group, data.label_column}, bag, data)
     if len(columns) == 1 and not pandas.api.types.is_numeric_dtype(frame[columns[0]]):
         instances = _parsed(frame[columns[0]].tolist(), data)
-        rows = [[instances[row] for row in np.flatnonzero(codes == index)] for index in range(len(names))]
+        rows: list[Any] = [[instances[row] for row in np.flatnonzero(codes == index)] for index in range(len(names))]
     else:
         values = frame[columns].to_numpy(dtype=np.float64)
         rows = np.split(values[np.argsort(codes, kind="stable")], np.cumsum(np.bincount(codes))[:-1])
@@ -245,7 +246,8 @@ def _files_of(ids: list[Any], table_folder: Path, data: "BagData") -> list[Path]
     if data.feature_folder is not None and not folder.is_dir():
         raise RecipeError(f"data.feature_folder={data.feature_folder} is not a folder; give the folder of the feature files")
     by_name = _feature_files(folder) if folder.is_dir() and folder != Path() else {}
-    files, missing = [], []
+    files: list[Path] = []
+    missing: list[Path] = []
     for name in map(str, ids):
         exact = folder / name
         if exact.is_file() and exact.suffix.lower() in (*FEATURES, ".csv"):
@@ -278,9 +280,7 @@ def _read_features(path: Path) -> Any:
             return _entry(torch.load(path, map_location="cpu", weights_only=True), path)
         if not find_spec("h5py"):
             raise RecipeError(f"{path} needs h5py: pip install h5py")
-        import h5py
-
-        with h5py.File(path) as file:
+        with import_module("h5py").File(path) as file:
             return np.asarray(_entry({name: file[name] for name in file}, path))
     except RecipeError:
         raise
@@ -299,31 +299,23 @@ def _entry(content: Any, path: Path) -> Any:
 
 def _in_class_folders(folder: Path) -> FoundBags | None:
     """The bags of FOLDER/CLASS/BAG, where BAG is a folder of images or a feature file."""
-    found: dict[str, list[Path]] = {}
+    bags: list[Path] = []
     for place in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))):
         entries = sorted(path for path in place.iterdir() if not path.name.startswith("."))
         inner = [path for path in entries if path.is_dir()]
         if not inner and any(path.suffix.lower() in SUFFIXES for path in entries):
             raise RecipeError(f"{place} has images, but a bag is a folder of images: {folder.name}/CLASS/BAG/IMAGE; or use task: images")
-        bags = inner or [path for path in entries if path.suffix.lower() in FEATURES]
-        if bags and not any(_pictures(path) for path in inner) and inner:
-            return None
-        if bags:
-            found[place.name] = bags
-    if not found:
+        if any(_pictures(path) for path in inner):
+            bags += inner
+        elif not inner:
+            bags += [path for path in entries if path.suffix.lower() in FEATURES]
+    if not bags:
         return None
-    bags, labels, size = [], [], None
-    for name, paths in found.items():
-        for path in paths:
-            labels.append(name)
-            bags.append(_read_features(path) if path.is_file() else _read_pictures(path))
-            shape = bags[-1].shape[2:] if path.is_dir() and len(bags[-1]) > 0 else size
-            if size is not None and shape != size:
-                raise RecipeError(
-                    f"images of all bags must have one size; {path} has {shape}, but the bags before it have {size}; resize them"
-                )
-            size = shape
-    return FoundBags(bags, labels, [f"{path.parent.name}/{path.name}" for paths in found.values() for path in paths])
+    return FoundBags(
+        bags=[_read_features(path) if path.is_file() else _read_pictures(path) for path in bags],
+        labels=[path.parent.name for path in bags],
+        names=[f"{path.parent.name}/{path.name}" for path in bags],
+    )
 
 
 def _pictures(folder: Path) -> list[Path]:
