@@ -5,11 +5,11 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train demo docs docs-serve test test-minimum experiments bags forecasts speed lint types unit format tables clean
+.PHONY: train demo docs docs-serve test test-minimum experiments bags forecasts speed lint types unit format tables release clean
 
 # One thread: two would mostly wait for each other in so small a model.
 train: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python training/train_vit.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/python training/train.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
 
 demo: $(READY)
 	$(BIN)/python space/app.py
@@ -18,17 +18,17 @@ RETRIEVAL := $(wildcard configs/retrieval/*_digits.yaml)
 GEOMETRY := $(filter-out %_mnist.yaml %_cifar10.yaml,$(wildcard configs/geometry/*.yaml))
 
 experiments: $(READY)
-	for recipe in $(RETRIEVAL); do $(BIN)/python training/run_retrieval.py $$recipe || exit 1; done
-	for recipe in $(GEOMETRY); do $(BIN)/python training/run_geometry.py $$recipe || exit 1; done
+	for recipe in $(RETRIEVAL); do $(BIN)/python training/train.py $$recipe || exit 1; done
+	for recipe in $(GEOMETRY); do $(BIN)/python training/train.py $$recipe || exit 1; done
 
 # Folder with the data sets of the recipes, each a file of its name: tiger.parquet, ETTh1.csv, ...
 DATA ?= data
 
 bags: $(READY)
-	$(BIN)/python training/compare_mil.py configs/sweeps/mil.yaml --data_dir $(DATA)
+	$(BIN)/modeling-uhop sweep configs/sweeps/mil.yaml --data_dir $(DATA)
 
 forecasts: $(READY)
-	$(BIN)/python training/sweep.py configs/sweeps/stanhop.yaml --data_dir $(DATA) --jobs 2
+	$(BIN)/modeling-uhop sweep configs/sweeps/stanhop.yaml --data_dir $(DATA) --jobs 2
 
 speed: $(READY)
 	$(BIN)/python benchmarks/run.py
@@ -78,7 +78,13 @@ docs-serve: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 tables: $(READY)
-	$(BIN)/python training/document.py
+	$(BIN)/python -m modeling_uhop.training.report.document
+
+# A tag such as v0.2.0 makes .github/workflows/release.yml do the same, and publish it.
+release: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) $(MINIMUM) runs build site *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MINIMUM) runs build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

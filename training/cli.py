@@ -1,14 +1,40 @@
-def command_line(description: str) -> argparse.ArgumentParser:
-    """An argument parser with the arguments that every training script has."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("recipe", help="YAML file in configs/")
-    parser.add_argument("--dataset", help="Hub id, local folder or file to use instead of the recipe's data set")
-    parser.add_argument("--output_dir", help="folder to save to (default: runs/<recipe name>)")
-    parser.add_argument("--seed", type=int, help="training seed to use instead of the recipe's seed")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field, e.g. training.num_train_epochs=1"
+"""The command `modeling-uhop`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .errors import errors_in_one_line
+
+
+# Each command: the module whose `main(arguments)` it calls, and what it does.
+COMMANDS = {
+    "train": (".train_command", "train and evaluate a model from a recipe, or on a data set without a recipe"),
+    "sweep": (".sweep", "run recipes with several seeds and variants, and collect the results"),
+    "evaluate": (".evaluate", "evaluate the finished run of a recipe again, also on other data"),
+    "push": (".push", "upload the finished run of a recipe to the Hub"),
+    "recipes": (".recipes", "list the recipes"),
+    "demo": (".demo", "open the demo in a browser"),
+    "info": (".info", "print versions, devices and attention kernels, for a bug report"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command."""
+    parser = argparse.ArgumentParser(
+        prog="modeling-uhop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_listed(), add_help=False
     )
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--overwrite", action="store_true", help="delete an earlier run in output_dir and start again")
-    existing.add_argument("--resume", action="store_true", help="continue the run in output_dir from its last checkpoint")
-    return parser
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", nargs="?")
+    parser.add_argument("-h", "--help", action="store_true")
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(given[:1])
+    if args.command is None:
+        parser.print_help()
+        sys.exit(0 if args.help else 2)
+    with errors_in_one_line():
+        import_module(COMMANDS[args.command][0], __package__).main(given[1:])
+
+
+def _listed() -> str:
+    return "\n".join(["commands:", *(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())])

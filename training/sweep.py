@@ -3,12 +3,11 @@
 The figures of the first run are copied next to that file. A finished run is not repeated if its
 command and its recipe are the same. A run that was stopped is resumed.
 
-python training/sweep.py configs/sweeps/vit_digits.yaml
-python training/sweep.py configs/sweeps/stanhop.yaml --data_dir path/to/folder --jobs 2
+modeling-uhop sweep configs/sweeps/vit_digits.yaml
+modeling-uhop sweep configs/sweeps/stanhop.yaml --data_dir path/to/folder --jobs 2
 """
 
 import argparse
-import json
 import os
 import shlex
 import shutil
@@ -22,18 +21,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
-from scipy.stats import t as student_t
 from transformers.utils import logging
 
+from .baselines.bags import BASELINES
 from .data.source import local_dataset
-from .errors import RecipeError, errors_in_one_line
+from .errors import RecipeError
+from .folds import summarize
+from .intervals import paired_over_folds, paired_over_seeds
 from .processes import refuse_several_processes
 from .recipe import ROOT, check_keys, read_yaml
-from .report.tables import variants_table
-from .stages import can_resume
+from .report.tables import results_table
+from .results import read_result, write_result
+from .run_folder import can_resume
 
 
-REQUIRED = ("script", "recipes", "seeds", "variants")
+REQUIRED = ("recipes", "seeds", "variants")
 OPTIONAL: dict[str, Any] = {
     "overrides": [],
     "once": [],
@@ -57,9 +59,10 @@ class Run(NamedTuple):
     folder: Path
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", help="YAML file in configs/sweeps/: script, recipes, seeds, and a list of overrides for each variant")
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="modeling-uhop sweep", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sweep", help="YAML file in configs/sweeps/: recipes, seeds, and a list of overrides for each variant")
     parser.add_argument("--recipes", nargs="+", help="run only these recipes of the sweep")
     parser.add_argument(
         "--data_dir", help="folder that has each recipe's data set as a folder or file of its name, to use instead of the Hub"
@@ -68,28 +71,27 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="number of cores for all runs together (default: all)")
     parser.add_argument("--runs", default="runs/sweeps", help="folder for the single runs")
     parser.add_argument("--results", default="benchmarks/results", help="folder for the collected results")
-    args = parser.parse_args()
-    with errors_in_one_line():
-        refuse_several_processes("start it with `python`, and set --jobs for several runs at once")
-        if not 1 <= args.jobs <= args.cores:
-            raise RecipeError(f"--jobs must be between 1 and the number of cores ({args.cores}), got {args.jobs}")
-        sweep = read_sweep(Path(args.sweep))
-        chosen = args.recipes or sweep["recipes"]
-        for recipe in chosen:
-            if recipe not in sweep["recipes"]:
-                raise RecipeError(f"recipes must be among {sweep['recipes']}, got {recipe!r}")
-        runs = [run for recipe in chosen for run in runs_of(sweep, recipe, Path(args.runs) / Path(args.sweep).stem, args.data_dir)]
-        with lock_folder(Path(args.runs) / Path(args.sweep).stem):
-            execute(runs, args.jobs, args.cores)
-        for recipe in chosen:
-            own = [run for run in runs if run.recipe == recipe]
-            gathered = gather(sweep, recipe, own)
-            target = Path(args.results) / f"{recipe}{sweep['suffix']}.json"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(gathered, indent=1) + "\n")
-            for figure in sweep["figures"]:
-                shutil.copyfile(own[0].folder / f"{figure}.png", target.with_name(f"{target.stem}_{figure}.png"))
-            print(variants_table([gathered]), f"\n{target}")
+    args = parser.parse_args(arguments)
+    refuse_several_processes("start it without a launcher, and set --jobs for several runs at once")
+    if not 1 <= args.jobs <= args.cores:
+        raise RecipeError(f"--jobs must be between 1 and the number of cores ({args.cores}), got {args.jobs}")
+    sweep = read_sweep(Path(args.sweep))
+    chosen = args.recipes or sweep["recipes"]
+    for recipe in chosen:
+        if recipe not in sweep["recipes"]:
+            raise RecipeError(f"recipes must be among {sweep['recipes']}, got {recipe!r}")
+    runs = [run for recipe in chosen for run in runs_of(sweep, recipe, Path(args.runs) / Path(args.sweep).stem, args.data_dir)]
+    with lock_folder(Path(args.runs) / Path(args.sweep).stem):
+        execute(runs, args.jobs, args.cores)
+    for recipe in chosen:
+        own = [run for run in runs if run.recipe == recipe]
+        kind, gathered = gather(sweep, own)
+        target = Path(args.results) / f"{recipe}{sweep['suffix']}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_result(target, kind, gathered)
+        for figure in sweep["figures"]:
+            shutil.copyfile(own[0].folder / f"{figure}.png", target.with_name(f"{target.stem}_{figure}.png"))
+        print(results_table([read_result(target)]), f"\n{target}")
 
 
 @contextmanager
@@ -120,8 +122,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
         raise RecipeError(f"variants must differ in more than spaces, got {list(sweep['variants'])}")
     for pair in sweep["pairs"]:
         for variant in pair:
-            if variant not in sweep["variants"]:
-                raise RecipeError(f"pairs must consist of variants, {list(sweep['variants'])}, got {variant!r}")
+            if variant not in sweep["variants"] and variant not in BASELINES:
+                raise RecipeError(f"pairs must consist of variants, {list(sweep['variants'])}, or baselines of bags, got {variant!r}")
     return sweep
 
 
@@ -135,8 +137,8 @@ def runs_of(sweep: dict[str, Any], recipe: str, folder: Path, data_dir: str | No
     runs: list[Run] = []
     for variant, overrides in sweep["variants"].items():
         for seed in sweep["seeds"]:
-            command = [sys.executable, str(ROOT / "training" / f"{sweep['script']}.py"), str(path), "--seed", str(seed)]
-            command += [] if dataset is None else ["--dataset", dataset]
+            command = [sys.executable, str(Path(__file__).with_name("train.py")), str(path), "--seed", str(seed)]
+            command += [] if dataset is None else ["--data", dataset]
             for override in [*sweep["overrides"], *overrides, *(sweep["once"] if not runs else [])]:
                 command += ["--set", override]
             runs.append(Run(recipe, variant, seed, command, folder / recipe / _folder_name(variant) / f"seed_{seed}"))
@@ -181,32 +183,81 @@ def execute(runs: list[Run], jobs: int, cores: int) -> None:
         raise RecipeError(f"{len(failed)} of {len(runs)} runs failed; see {', '.join(failed)}")
 
 
-def gather(sweep: dict[str, Any], recipe: str, runs: list[Run]) -> dict[str, Any]:
-    """Collect the results of a recipe: for every variant and metric the values by seed, their mean
-    and their standard deviation.
+def gather(sweep: dict[str, Any], runs: list[Run]) -> tuple[str, dict[str, Any]]:
+    """Collect the results of the runs of one recipe: the kind of results file, and its content.
 
-    Paired differences between variants, baselines, published values and provenance are included.
+    The kind is "folds" for cross-validated recipes, otherwise "seeds".
     """
-    results = [json.loads((run.folder / "results.json").read_text()) for run in runs]
+    results = [read_result(run.folder / "results.json", "run") for run in runs]
+    first = results[0]
+    by_variant = {name: [each for run, each in zip(runs, results, strict=True) if run.variant == name] for name in sweep["variants"]}
+    shared = {
+        "recipe": first["recipe"],
+        "published": sweep["published"].get(runs[0].recipe, {}),
+        **{key: first[key] for key in ("versions", "machine")},
+        "commit": ", ".join(sorted({result["commit"] for result in results if result["commit"]})) or None,
+    }
+    if "outcomes" in first:
+        return "folds", {**gather_folds(sweep, by_variant), **shared}
+    return "seeds", {"sweep": sweep, **gather_seeds(sweep, by_variant), **shared}
+
+
+def gather_seeds(sweep: dict[str, Any], by_variant: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """For every variant and metric the values by seed, their mean and their standard deviation;
+    paired differences between variants; the baselines of the first run."""
     variants: dict[str, Any] = {}
-    for variant in sweep["variants"]:
-        own = [result for run, result in zip(runs, results, strict=True) if run.variant == variant]
+    for variant, own in by_variant.items():
         numbers = [key for key, value in own[0]["metrics"].items() if isinstance(value, float) and all(key in r["metrics"] for r in own)]
         variants[variant] = {
             "num_parameters": own[0]["num_parameters"],
             "metrics": {key: spread([result["metrics"][key] for result in own]) for key in numbers},
             **({"curves": {key: curve(own, key) for key in sweep["curves"]}} if sweep["curves"] else {}),
         }
-    return {
-        "sweep": sweep,
-        "recipe": results[0]["recipe"],
-        "variants": variants,
-        "paired": [paired(variants, first, second, metric) for first, second in sweep["pairs"] for metric in sweep["metrics"]],
-        "baselines": results[0]["metrics"].get("baselines", {}),
-        "published": sweep["published"].get(recipe, {}),
-        **{key: results[0][key] for key in ("versions", "machine")},
-        "commit": ", ".join(sorted({result["commit"] for result in results if result["commit"]})) or None,
+
+    def values(variant: str, metric: str) -> list[float]:
+        return variants[variant]["metrics"][metric]["values"]
+
+    paired = [
+        {"first": first, "second": second, "metric": metric, **paired_over_seeds(values(first, metric), values(second, metric))}
+        for first, second in sweep["pairs"]
+        for metric in sweep["metrics"]
+    ]
+    (first_run, *_), *_ = by_variant.values()
+    return {"variants": variants, "paired": paired, "baselines": first_run["metrics"].get("baselines", {})}
+
+
+def gather_folds(sweep: dict[str, Any], by_variant: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """For every variant and baseline the metrics over folds and repeats, and paired differences on
+    the same folds.
+
+    Raises:
+        RecipeError: If a variant changes the folds.
+    """
+    (plain, *_), *_ = by_variant.values()
+    metric, repeats = plain["recipe"]["metrics"][0], plain["recipe"]["repeats"]
+    outcomes = {variant: result["outcomes"] for variant, (result, *_) in by_variant.items()} | plain["baselines"]
+    for job, own in outcomes.items():
+        if [outcome["bags"] for outcome in own] != [outcome["bags"] for outcome in next(iter(outcomes.values()))]:
+            raise RecipeError(f"variant {job!r} must not change folds, repeats, seed, evaluation or data set: use the sweep's `overrides`")
+    seconds = {variant: result["metrics"]["cross_validation_seconds"] for variant, (result, *_) in by_variant.items()}
+    sizes = [(len(outcome["bags"]), outcome["trained_on"]) for outcome in plain["outcomes"]]
+
+    def scores(job: str) -> list[float]:
+        return [outcome[metric] for outcome in outcomes[job]]
+
+    results = {
+        job: {
+            **summarize(own),
+            f"{metric}_by_fold": [[outcome[metric] for outcome in own if outcome["repeat"] == repeat] for repeat in range(repeats)],
+            **({"seconds": seconds[job]} if job in seconds else {}),
+        }
+        for job, own in outcomes.items()
     }
+    paired = [
+        {"first": first, "second": second, **paired_over_folds(scores(first), scores(second), sizes)} for first, second in sweep["pairs"]
+    ]
+    parameters = {variant: result["num_parameters"] for variant, (result, *_) in by_variant.items()}
+    return {"results": results, "parameters": parameters, "paired": paired, "variants": sweep["variants"]}
 
 
 def curve(results: list[dict[str, Any]], key: str) -> dict[str, Any]:
@@ -219,21 +270,3 @@ def curve(results: list[dict[str, Any]], key: str) -> dict[str, Any]:
 def spread(values: list[float]) -> dict[str, Any]:
     """Mean, standard deviation and values; the standard deviation of one value is 0."""
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0, "values": values}
-
-
-def paired(variants: dict[str, Any], first: str, second: str, metric: str) -> dict[str, Any]:
-    """Mean difference of two variants with equal seeds, and half the width of its 95 % confidence
-    interval (Student's t).
-
-    With a single seed, the half-width is `None`.
-    """
-
-    values = [variants[variant]["metrics"][metric]["values"] for variant in (first, second)]
-    difference = spread([one - other for one, other in zip(*values, strict=True)])
-    count = len(difference["values"])
-    half_width = float(student_t.ppf(0.975, count - 1)) * difference["std"] / count**0.5 if count > 1 else None
-    return {"first": first, "second": second, "metric": metric, "difference": difference["mean"], "half_width": half_width}
-
-
-if __name__ == "__main__":
-    main()

@@ -1,237 +1,253 @@
-"""Cross-validate a multiple-instance model from a recipe, then train it on all bags and save it.
-
-The model folder is reloaded in a new process as a check.
-
-python training/train_mil.py configs/mil_digits.yaml
-python training/train_mil.py configs/mil_tiger.yaml --dataset path/to/tiger.parquet
-"""
+"""Classification of bags (multiple-instance learning), evaluated by cross-validation."""
 
 import dataclasses
 import gc
-import tempfile
+import re
+import shutil
 import time
-import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate import PartialState
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from modeling_uhop import DataCollatorForBags, UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
 
-from ..cli import command_line
-from ..data.bags import BagData, Bags, load_bags, load_instances
+from ..baselines.bags import BASELINES
+from ..data.bags import BagData, load_bags, load_instances
 from ..data.source import same_data
-from ..errors import RecipeError, errors_in_one_line
+from ..errors import RecipeError
+from ..folds import divided, fold_seed, splits, summarize
 from ..metrics import BAG_METRICS, bag_metrics
-from ..processes import refuse_several_processes
-from ..recipe import check_evaluate_on, load_recipe
-from ..reload import check_reload
-from ..report.cards import write_card
+from ..recipe import Recipe
 from ..report.figures import bag_figure
-from ..results import write_results
-from ..run_folder import check_output_dir, check_same_recipe, clear_output_dir, write_recipe
-from ..stage_one import separation_callback
-from ..stages import read_stage, save_stage
-from ..tasks.bags import BagsRecipe
+from ..run_folder import RunFolder
+from ..task import Examples, Task, check_same_classes
+from ..trainers import new_trainer, plain_model
 
 
 NUM_PROBES = 64
-TRAINING_DEFAULTS = {
-    "report_to": "none",
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "disable_tqdm": True,
-    "learning_rate": 1e-3,
-    "weight_decay": 1e-2,
-    "lr_scheduler_type": "cosine",
-}
+# Many small models are trained for an evaluation, so nothing of a training but its result is kept.
+FOLD = {"save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "report_to": "none"}
 
 
-def main() -> None:
-    parser = command_line(__doc__.splitlines()[0])
-    parser.add_argument(
-        "--evaluate_on",
-        choices=("test", "validation"),
-        help="evaluate on the test folds, or on parts of the training folds that are held out to choose between recipes",
-    )
-    args = parser.parse_args()
-    prepare_for_many_runs()
-    with errors_in_one_line():
-        refuse_several_processes()
-        recipe = load_recipe(args.recipe, args.set, BagsRecipe)
-        recipe.data.dataset = args.dataset or recipe.data.dataset
-        recipe.seed = recipe.seed if args.seed is None else args.seed
-        recipe.evaluate_on = args.evaluate_on or recipe.evaluate_on
-        run(recipe, Path(args.output_dir or f"runs/{recipe.name}"), overwrite=args.overwrite, resume=args.resume)
+@dataclass
+class BagsRecipe(Recipe):
+    """A cross-validated experiment on bags.
+
+    With `evaluation.split=validation`, the test folds are never read: a fifth of each fold's
+    training bags is held out and evaluated instead. With `patience`, a fifth of the training bags
+    is held out in each training to choose the checkpoint.
+
+    Attributes:
+        folds: Number of folds of a cross-validation, stratified by label. Each fold is the test
+            fold once.
+        repeats: Number of cross-validations, each with its own splits and seeds.
+        ensemble: Number of models, with different seeds, whose logits are averaged.
+        metrics: Names among "auc", "accuracy" and "f1". The first is the main metric.
+        baselines: Names among `BASELINES`, to evaluate on the same folds. They need two classes.
+    """
+
+    config_class: ClassVar[type] = UHopMILConfig
+    data_class: ClassVar[type] = BagData
+
+    task: str = "bags"
+    folds: int = 10
+    repeats: int = 5
+    ensemble: int = 1
+    metrics: list[str] = field(default_factory=lambda: ["auc", "accuracy", "f1"])
+    baselines: list[str] = field(default_factory=list)
 
 
-def prepare_for_many_runs() -> None:
-    """Make the training of many small models faster: use one thread, and exclude imported objects
-    from garbage collection."""
+class BagClassification(Task):
+    """Train on all bags. The metrics are those of cross-validations with the same recipe."""
+
+    recipe_class = BagsRecipe
+    pipeline = "multiple-instance-classification"
+    defaults = {
+        "save_strategy": "epoch",
+        "logging_strategy": "epoch",
+        "learning_rate": 1e-3,
+        "weight_decay": 1e-2,
+        "lr_scheduler_type": "cosine",
+    }
+    # A fold that is finished must not differ from the folds after it.
+    may_change = ()
+
+    def load(self) -> None:
+        recipe: BagsRecipe = self.recipe
+        check_names("metrics", recipe.metrics, BAG_METRICS)
+        check_names("baselines", recipe.baselines, tuple(BASELINES))
+        if not recipe.metrics:
+            raise RecipeError(f"metrics must have at least one of {BAG_METRICS}, got none")
+        for name, least in (("folds", 2), ("repeats", 1), ("ensemble", 1)):
+            if getattr(recipe, name) < least:
+                raise RecipeError(f"{name} must be at least {least}, got {getattr(recipe, name)}")
+        self.bags = load_bags(recipe.data)
+        if recipe.baselines and len(self.bags.names) != 2:
+            raise RecipeError(f"the baselines are for two classes, but there are {len(self.bags.names)}; leave `baselines` empty")
+        model_config(recipe, self.bags.instances[0].shape[1], self.bags.names)
+        self.jobs = [(repeat, fold, *part) for repeat in range(recipe.repeats) for fold, part in enumerate(self.splits(repeat))]
+
+    def splits(self, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The training bags and the evaluated bags of each fold of one cross-validation."""
+        return splits(self.bags, self.recipe.folds, self.recipe.seed, repeat, self.recipe.evaluation.split)
+
+    def examples(self) -> Examples:
+        return self.examples_of(np.arange(len(self.bags.labels)), self.recipe.seed)
+
+    def examples_of(self, indices: np.ndarray, seed: int) -> Examples:
+        """What a training on some of the bags is given."""
+        data, held_out = self.recipe.data, None
+        if self.recipe.patience is not None:
+            indices, held_out = next(divided(self.bags, indices, 5, seed))
+        instances = [self.bags.instances[index] for index in indices]
+        extractor = UHopMILFeatureExtractor(data.standardize, data.clip, data.num_components).fit(instances)
+        return Examples(
+            train=self._labelled(extractor, indices),
+            evaluated=None if held_out is None else self._labelled(extractor, held_out),
+            unlabelled=lambda *where: _unlabelled(data, extractor, instances, *where),
+            processor=extractor,
+            collator=DataCollatorForBags(max_instances=data.max_instances),
+        )
+
+    def _labelled(self, extractor: UHopMILFeatureExtractor, indices: np.ndarray) -> list[dict[str, Any]]:
+        transformed = extractor.transform([self.bags.instances[index] for index in indices])
+        return [{"instances": bag, "label": label} for bag, label in zip(transformed, self.bags.labels[indices].tolist(), strict=True)]
+
+    def model(self, examples: Examples) -> PreTrainedModel:
+        return UHopMILForBagClassification(model_config(self.recipe, examples.processor.instance_dim, self.bags.names))
+
+    def describe(self, model: PreTrainedModel) -> str:
+        recipe, sizes = self.recipe, [len(bag) for bag in self.bags.instances]
+        width, *picture = self.bags.instances[0].shape[1:]
+        each = f"{width} channels of {picture[0]} x {picture[1]} pixels" if picture else f"{width} features"
+        return (
+            f"{recipe.name}: {model.num_parameters():,} parameters; {len(sizes)} bags of {min(sizes)} to {max(sizes)} instances, {each}; "
+            f"{recipe.repeats} x {recipe.folds} folds, evaluated on {recipe.evaluation.split} bags"
+        )
+
+    def evaluate(self, trainer, model, folder) -> dict[str, Any]:
+        self.processor = trainer.processing_class
+        with many_small_models():
+            kept = [self.stage(folder, "fold", self.fold_outcome, job) for job in logging.tqdm(self.jobs, desc="folds")]
+        self.outcomes = [each["outcome"] for each in kept]
+        self.baselines = {
+            name: [self.stage(folder, name, self.baseline_outcome, job)["outcome"] for job in logging.tqdm(self.jobs, desc=name)]
+            for name in self.recipe.baselines
+        }
+        return {**summarize(self.outcomes), "cross_validation_seconds": round(sum(each["seconds"] for each in kept), 1)}
+
+    def stage(self, folder: RunFolder, name: str, compute: Any, job: Any) -> dict[str, Any]:
+        """The outcome of one fold and its time in seconds: loaded if it was saved, otherwise
+        computed and saved."""
+        repeat, fold = job[:2]
+        stem = re.sub(r"[^\w.+-]", "", name.replace(" ", "_"))
+        stem = f"{stem}_{repeat}_{fold}"
+        kept = folder.read(stem)
+        if kept is None:
+            started = time.perf_counter()
+            outcome = compute(folder, name, *job)
+            kept = {"outcome": outcome, "seconds": time.perf_counter() - started}
+            if PartialState().is_main_process:
+                folder.save(stem, kept)
+        return kept
+
+    def fold_outcome(
+        self, folder: RunFolder, name: str, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray
+    ) -> dict[str, Any]:
+        """Train on the training bags of one fold, and evaluate on its other bags."""
+        seeds = [fold_seed(self.recipe.seed, repeat, fold, member) for member in range(self.recipe.ensemble)]
+        answers = [predict(*self.fit(train, seed, folder), [self.bags.instances[i] for i in evaluated]) for seed in seeds]
+        logits = np.mean([member_logits for member_logits, _ in answers], axis=0)
+        outcome = {"repeat": repeat, "fold": fold, **bag_metrics(logits, self.bags.labels[evaluated], self.recipe.metrics)}
+        if self.bags.instance_labels is not None:
+            weights = [np.mean(rows, axis=0) for rows in zip(*(member_weights for _, member_weights in answers), strict=True)]
+            outcome["instance_auc"] = instance_auc(weights, [self.bags.instance_labels[i] for i in evaluated])
+        return {**outcome, "trained_on": len(train), "bags": evaluated.tolist(), "logits": logits.round(4).tolist()}
+
+    def fit(self, indices: np.ndarray, seed: int, folder: RunFolder) -> tuple[PreTrainedModel, UHopMILFeatureExtractor]:
+        """Train a model on some of the bags; the model, and the feature extractor that was fitted
+        on the same bags."""
+        examples, scratch = self.examples_of(indices, seed), folder.path / "scratch"
+        overrides = FOLD if examples.evaluated is None else {**FOLD, "save_strategy": "epoch", "eval_strategy": "epoch"}
+        trainer = new_trainer(self, examples, seed, output_dir=str(scratch), **overrides)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            trainer.save_model()
+        model = plain_model(trainer)
+        if trainer.is_world_process_zero():
+            shutil.rmtree(scratch, ignore_errors=True)
+        return model, examples.processor
+
+    def baseline_outcome(
+        self, folder: RunFolder, name: str, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray
+    ) -> dict[str, Any]:
+        """Fit a baseline on the training bags of one fold, and evaluate on its other bags."""
+        data, bags = self.recipe.data, self.bags
+        extractor = UHopMILFeatureExtractor(data.standardize, data.clip).fit([bags.instances[i] for i in train])
+        standardised = extractor.transform(bags.instances)
+        scores = BASELINES[name]([standardised[i] for i in train], bags.labels[train], [standardised[i] for i in evaluated])
+        metrics = bag_metrics(np.stack([-scores, scores], axis=-1), bags.labels[evaluated], self.recipe.metrics)
+        return {"repeat": repeat, "fold": fold, **metrics, "trained_on": len(train), "bags": evaluated.tolist()}
+
+    def details(self) -> dict[str, Any]:
+        return {"outcomes": self.outcomes, "baselines": self.baselines}
+
+    def figures(self, folder, model, trained) -> None:
+        filled = [index for index, bag in enumerate(self.bags.instances) if len(bag) > 0]
+        shown = next((index for index in filled if self.bags.labels[index] == 1), filled[0])
+        _, (weights,) = predict(model, self.processor, [self.bags.instances[shown]])
+        title = f"{self.recipe.name}: bag {shown}, of class {self.bags.names[self.bags.labels[shown]]}"
+        bag_figure(folder.path / "bag.png", self.bags.pictures(shown), weights, title)
+
+    def summary(self, metrics: dict[str, Any]) -> str:
+        rows = {name: value for name, value in metrics.items() if isinstance(value, dict)}
+        for baseline, outcomes in self.baselines.items():
+            rows |= {f"{name} ({baseline})": value for name, value in summarize(outcomes).items()}
+        spread = "standard deviation over repeats {std_repeats:.4f}, over folds {std_folds:.4f}"
+        return "\n".join(f"  {name:<14} {value['mean']:.4f}   {spread.format(**value)}" for name, value in rows.items())
+
+    def score(self, folder: Path) -> dict[str, float]:
+        model, extractor = (each.from_pretrained(folder) for each in (UHopMILForBagClassification, UHopMILFeatureExtractor))
+        check_same_classes(model.config.id2label, self.bags.names)
+        logits, _ = predict(model.eval(), extractor, self.bags.instances)
+        return bag_metrics(logits, self.bags.labels, self.recipe.metrics)
+
+    def probes(self, model: PreTrainedModel) -> tuple[list[np.ndarray], np.ndarray]:
+        inputs = self.bags.instances[:NUM_PROBES]
+        return inputs, predict(model.cpu(), self.processor, inputs)[0]
+
+
+def check_names(field_name: str, given: list[str], accepted: tuple[str, ...]) -> None:
+    """Raise a `RecipeError` for a name in a list that is not accepted."""
+    for name in given:
+        if name not in accepted:
+            raise RecipeError(f"{field_name} must be among {accepted}, got {name!r}")
+
+
+@contextmanager
+def many_small_models() -> Iterator[None]:
+    """Make the training of many small models faster: use one thread, and exclude the objects that
+    exist already from garbage collection."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.collect()
     gc.freeze()
-
-
-def run(recipe: BagsRecipe, folder: Path, *, overwrite: bool = False, resume: bool = False) -> dict[str, Any]:
-    """Run a recipe, save its outputs in `folder` and return the metrics.
-
-    With `overwrite`, an earlier run is deleted only after the recipe and the data have been
-    checked. Each finished fold, and the model of all bags, is saved at once; `resume` computes only
-    what is missing."""
-    check_output_dir(folder, overwrite, resume)
-    if resume:
-        check_same_recipe(recipe, folder, may_change=())
-    check(recipe)
-    bags = load_bags(recipe.data)
-    model_config(recipe, bags.instances[0].shape[1], bags.names)
-    jobs = folds_of(recipe, bags, range(recipe.repeats))
-    if not resume:
-        clear_output_dir(folder)
-        write_recipe(recipe, folder)
-    folds = [load_or_run_fold(recipe, bags, folder, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
-    outcomes = [fold["outcome"] for fold in folds]
-    metrics = {**summarize(outcomes), "cross_validation_seconds": round(sum(fold["seconds"] for fold in folds), 1)}
-    write_results(folder / "results.json", recipe, metrics, outcomes=outcomes)
-    print(describe(recipe, bags, metrics))
-
-    fitted = read_stage(folder, "fit", recipe) or save_stage(folder, "fit", recipe, fit_on_all_bags(recipe, bags, folder))
-    shown = bag_to_show(bags)
-    title = f"{recipe.name}: bag {shown}, of class {bags.names[bags.labels[shown]]}"
-    bag_figure(folder / "bag.png", bags.pictures(shown), np.array(fitted["weights"]), title)
-    if recipe.evaluate_on == "test":
-        write_card(folder)
-    check_reload(folder, "multiple-instance-classification", bags.instances[:NUM_PROBES], np.array(fitted["logits"]))
-    return metrics
-
-
-def load_or_run_fold(
-    recipe: BagsRecipe, bags: Bags, folder: Path, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray
-) -> dict[str, Any]:
-    """The outcome of a fold and its time in seconds: loaded if an earlier run saved them, otherwise
-    computed and saved."""
-    name = f"repeat_{repeat}_fold_{fold}"
-    kept = read_stage(folder, name, recipe)
-    if kept is None:
-        started = time.perf_counter()
-        outcome = cross_validate_fold(recipe, bags, repeat, fold, train, evaluated)
-        kept = save_stage(folder, name, recipe, {"outcome": outcome, "seconds": time.perf_counter() - started})
-    return kept
-
-
-def fit_on_all_bags(recipe: BagsRecipe, bags: Bags, folder: Path) -> dict[str, Any]:
-    """Train on all bags and save the model and its extractor.
-
-    Returns the logits of the first bags, for the check of the reloaded model, and the instance
-    weights of the bag in the figure."""
-    model, extractor = fit(recipe, bags.instances, bags.labels, bags.names, recipe.seed)
-    model.save_pretrained(folder)
-    extractor.save_pretrained(folder)
-    logits, _ = predict(model, extractor, bags.instances[:NUM_PROBES])
-    _, (weights,) = predict(model, extractor, [bags.instances[bag_to_show(bags)]])
-    return {"logits": logits.tolist(), "weights": weights.tolist()}
-
-
-def bag_to_show(bags: Bags) -> int:
-    """Index of the bag in the figure: the first bag of class 1 with instances, or else the first
-    bag with instances."""
-    filled = [index for index, bag in enumerate(bags.instances) if len(bag) > 0]
-    return next((index for index in filled if bags.labels[index] == 1), filled[0])
-
-
-def check(recipe: BagsRecipe) -> None:
-    """Raise a `RecipeError` for a number out of its range or an unknown name in a recipe."""
-    for name in recipe.metrics:
-        if name not in BAG_METRICS:
-            raise RecipeError(f"metrics must be among {BAG_METRICS}, got {name!r}")
-    if not recipe.metrics:
-        raise RecipeError(f"metrics must have at least one of {BAG_METRICS}, got none")
-    for name, least in (("folds", 2), ("repeats", 1), ("ensemble", 1)):
-        if getattr(recipe, name) < least:
-            raise RecipeError(f"{name} must be at least {least}, got {getattr(recipe, name)}")
-    check_evaluate_on(recipe.evaluate_on)
-
-
-def splits(recipe: BagsRecipe, bags: Bags, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Indices (training bags, evaluated bags) of each fold of one cross-validation.
-
-    Folds are stratified by label, and a group of bags is never divided.
-
-    Raises:
-        RecipeError: If there is only one class, or a class has too few bags for the folds.
-    """
-    counts = np.bincount(bags.labels, minlength=len(bags.names))
-    if len(counts) < 2:
-        raise RecipeError(f"there is nothing to classify: every bag is of class {bags.names[0]!r}")
-    if counts.min() < recipe.folds:
-        scarce = int(counts.argmin())
-        raise RecipeError(
-            f"class {bags.names[scarce]!r} has {counts[scarce]} bags, too few for one in each of {recipe.folds} folds; use fewer `folds`"
-        )
-    parts = list(divided(bags, np.arange(len(bags.labels)), recipe.folds, _seed(recipe, repeat)))
-    if recipe.evaluate_on == "validation":
-        parts = [next(divided(bags, train, 5, _seed(recipe, repeat, fold))) for fold, (train, _) in enumerate(parts)]
-    for fold, part in enumerate(parts):
-        for name, indices in zip(("training", recipe.evaluate_on), part, strict=True):
-            missing = set(range(len(bags.names))) - set(bags.labels[indices].tolist())
-            if missing:
-                raise RecipeError(f"fold {fold} has no {name} bag of class {bags.names[min(missing)]!r}; use another number of `folds`")
-    return parts
-
-
-def _seed(recipe: BagsRecipe, *parts: int) -> int:
-    """A seed for a part of the cross-validation, independent of the seeds of other parts."""
-    return int(np.random.SeedSequence([recipe.seed, *parts]).generate_state(1)[0] >> 1)
-
-
-def divided(bags: Bags, among: np.ndarray, folds: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Divide some of the bags into folds; yields pairs of indices into all bags."""
-    labels = bags.labels[among]
-    if bags.groups is None:
-        parts = StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels)
-    else:
-        parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, bags.groups[among])
-    with warnings.catch_warnings():
-        # Because the caller raises an error for a class that is too small for the folds, we ignore
-        # the warning of scikit-learn.
-        warnings.simplefilter("ignore", UserWarning)
-        for train, evaluated in parts:
-            yield among[train], among[evaluated]
-
-
-def folds_of(recipe: BagsRecipe, bags: Bags, repeats: range) -> list[tuple[int, int, np.ndarray, np.ndarray]]:
-    """The number of the repeat, the number of the fold, and the training and evaluated indices, for
-    every fold."""
-    return [(repeat, fold, *split) for repeat in repeats for fold, split in enumerate(splits(recipe, bags, repeat))]
-
-
-def cross_validate(recipe: BagsRecipe, bags: Bags, repeats: range | None = None) -> list[dict[str, Any]]:
-    """Cross-validate; for each repeat and fold the metrics, the evaluated bags and their logits."""
-    jobs = folds_of(recipe, bags, range(recipe.repeats) if repeats is None else repeats)
-    return [cross_validate_fold(recipe, bags, *job) for job in logging.tqdm(jobs, desc=f"{recipe.name}, folds")]
-
-
-def cross_validate_fold(recipe: BagsRecipe, bags: Bags, repeat: int, fold: int, train: np.ndarray, evaluated: np.ndarray) -> dict[str, Any]:
-    """Train on the training bags of one fold and evaluate on its other bags."""
-    train_bags, evaluated_bags = [bags.instances[i] for i in train], [bags.instances[i] for i in evaluated]
-    answers = []
-    for member in range(recipe.ensemble):
-        model, extractor = fit(recipe, train_bags, bags.labels[train], bags.names, _seed(recipe, repeat, fold, member))
-        answers.append(predict(model, extractor, evaluated_bags))
-    logits = np.mean([member_logits for member_logits, _ in answers], axis=0)
-    outcome = {"repeat": repeat, "fold": fold, **bag_metrics(logits, bags.labels[evaluated], recipe.metrics)}
-    if bags.instance_labels is not None:
-        weights = [np.mean(rows, axis=0) for rows in zip(*(member_weights for _, member_weights in answers), strict=True)]
-        outcome["instance_auc"] = instance_auc(weights, [bags.instance_labels[i] for i in evaluated])
-    return {**outcome, "trained_on": len(train), "bags": evaluated.tolist(), "logits": logits.round(4).tolist()}
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        torch.set_num_threads(threads)
 
 
 def model_config(recipe: BagsRecipe, instance_dim: int | None, names: list[str]) -> UHopMILConfig:
@@ -252,34 +268,6 @@ def model_config(recipe: BagsRecipe, instance_dim: int | None, names: list[str])
     return config
 
 
-def fit(
-    recipe: BagsRecipe, instances: list[np.ndarray], labels: np.ndarray, names: list[str], seed: int
-) -> tuple[UHopMILForBagClassification, UHopMILFeatureExtractor]:
-    """Train a model on bags; the model, and the feature extractor that was fitted on the same
-    bags."""
-    data = recipe.data
-    extractor = UHopMILFeatureExtractor(data.standardize, data.clip, data.num_components).fit(instances)
-    examples = [{"instances": bag, "label": label} for bag, label in zip(extractor.transform(instances), labels.tolist(), strict=True)]
-    set_seed(seed)
-    model = UHopMILForBagClassification(model_config(recipe, extractor.instance_dim, names))
-    separation = separation_callback(recipe.separation, lambda *where: _unlabelled(data, extractor, instances, *where))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = {**TRAINING_DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **recipe.training}
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(output_dir=folder, seed=seed, **arguments),
-            train_dataset=examples,
-            data_collator=DataCollatorForBags(max_instances=data.max_instances),
-            processing_class=extractor,
-            callbacks=[] if separation is None else [separation],
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    # Because accelerate wraps the model, for instance for half precision, we remove its wrappers
-    # before the evaluation.
-    return extract_model_from_parallel(model, keep_fp32_wrapper=False).eval(), extractor
-
-
 def _unlabelled(
     data: BagData, extractor: UHopMILFeatureExtractor, training: list[np.ndarray], dataset: str | None, split: str | None
 ) -> list[dict[str, Any]]:
@@ -295,7 +283,7 @@ def _unlabelled(
 
 @torch.no_grad()
 def predict(
-    model: UHopMILForBagClassification, extractor: UHopMILFeatureExtractor, instances: list[np.ndarray], batch_size: int = 64
+    model: Any, extractor: UHopMILFeatureExtractor, instances: list[np.ndarray], batch_size: int = 64
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits (bags, classes), and the instance weights of each bag."""
     logits, weights = [], []
@@ -315,34 +303,4 @@ def instance_auc(weights: list[np.ndarray], truth: list[np.ndarray]) -> float:
     return float(np.mean([roc_auc_score(marks, row) for marks, row in mixed]))
 
 
-def summarize(outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Summary of each metric: its mean over folds for each repeat, their mean, and standard
-    deviations over repeats and folds."""
-    summary: dict[str, Any] = {}
-    repeats = sorted({outcome["repeat"] for outcome in outcomes})
-    for name in [key for key, value in outcomes[0].items() if isinstance(value, float)]:
-        by_repeat = [float(np.mean([o[name] for o in outcomes if o["repeat"] == repeat])) for repeat in repeats]
-        over_repeats = float(np.std(by_repeat, ddof=1)) if len(by_repeat) > 1 else 0.0
-        over_folds = float(np.std([outcome[name] for outcome in outcomes], ddof=1))
-        summary[name] = {"mean": float(np.mean(by_repeat)), "std_repeats": over_repeats, "std_folds": over_folds, "by_repeat": by_repeat}
-    return summary
-
-
-def describe(recipe: BagsRecipe, bags: Bags, metrics: dict[str, Any]) -> str:
-    """The data and the cross-validated metrics of a run, as lines of text."""
-    sizes = [len(bag) for bag in bags.instances]
-    width, *picture = bags.instances[0].shape[1:]
-    each = f"{width} channels of {picture[0]} x {picture[1]} pixels" if picture else f"{width} features"
-    lines = [
-        f"{recipe.name}: {len(sizes)} bags of {min(sizes)} to {max(sizes)} instances, {each}; "
-        f"{recipe.repeats} x {recipe.folds} folds, evaluated on {recipe.evaluate_on} bags, {metrics['cross_validation_seconds']} s"
-    ]
-    for name, value in metrics.items():
-        if isinstance(value, dict):
-            spread = f"over repeats {value['std_repeats']:.4f}, over folds {value['std_folds']:.4f}"
-            lines.append(f"  {name:<14} {value['mean']:.4f}   standard deviation {spread}")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    main()
+TASK = BagClassification

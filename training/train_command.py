@@ -1,0 +1,131 @@
+"""Train and evaluate a model from a recipe, or on a data set without a recipe.
+
+modeling-uhop train vit_digits
+modeling-uhop train configs/mil_tiger.yaml --data path/to/tiger.parquet --seed 1
+modeling-uhop train --task images --data path/to/folder
+torchrun --standalone --nproc_per_node 2 training/train.py configs/vit_digits.yaml --set training.use_cpu=true
+accelerate launch --config_file configs/accelerate/gpus.yaml training/train.py configs/vit_cifar10.yaml --data path/to/cifar10
+
+`python training/train.py` does the same as `modeling-uhop train`. The fourth command trains in two
+processes on a CPU; `accelerate launch` needs MPI for this. Every field of `TrainingArguments` is an
+option too, for instance `--learning_rate 1e-4`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import RecipeError
+from .recipes import find_recipe
+from .tasks import MEASUREMENTS
+
+
+DESCRIPTION, EXAMPLES = (__doc__ or "").split("\n", 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command, without those of `TrainingArguments`."""
+    options = argparse.ArgumentParser(
+        prog="modeling-uhop train",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    options.add_argument("recipe", nargs="?", help="name of a recipe (see `modeling-uhop recipes`), or a YAML file")
+    options.add_argument("--task", help="without a recipe: images, bags or series")
+    options.add_argument("--data", "--dataset", help="Hub id, local folder or file to use instead of the recipe's data set")
+    options.add_argument("--output_dir", help="folder to save to (default: runs/<recipe name>)")
+    options.add_argument("--seed", type=int, help="training seed to use instead of the recipe's seed")
+    options.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field, e.g. model.alpha=2.0; may be repeated"
+    )
+    existing = options.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="delete an earlier run in output_dir and start again")
+    existing.add_argument("--resume", action="store_true", help="continue the run in output_dir from its last checkpoint")
+    return options
+
+
+def main(arguments: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        RecipeError: If the recipe, the data or an option cannot be used.
+    """
+    args, rest = parser().parse_known_args(arguments)
+    if args.recipe is not None:
+        path = find_recipe(args.recipe)
+        task = (yaml.safe_load(path.read_text()) or {}).get("task")
+        if task in MEASUREMENTS:
+            _measure(task, path, arguments, args.recipe)
+            return
+    args.set += training_overrides(rest)
+    from .processes import leave_process_group
+    from .recipe import apply_override, build_recipe, read_yaml
+
+    if args.recipe is not None:
+        content = read_yaml(path)
+        content.setdefault("name", path.stem)
+    elif args.task is not None and args.data is not None:
+        content = suggested(args.task, args.data)
+    else:
+        raise RecipeError("give a recipe, or --task and --data; `modeling-uhop recipes` lists the recipes")
+    for override in args.set:
+        apply_override(content, override)
+    if args.data is not None and isinstance(content.get("data"), dict):
+        content["data"]["dataset"] = args.data
+    recipe = build_recipe(content)
+    recipe.seed = recipe.seed if args.seed is None else args.seed
+    folder = Path(args.output_dir or f"runs/{recipe.name}")
+
+    from .engine import run
+
+    try:
+        run(recipe, folder, "overwrite" if args.overwrite else "resume" if args.resume else "fresh")
+    except KeyboardInterrupt:
+        from .run_folder import can_resume
+
+        remedy = "continue with --resume" if can_resume(folder) else f"nothing in {folder} can be resumed"
+        print(f"\ninterrupted; {remedy}", file=sys.stderr)
+        sys.exit(130)
+    leave_process_group()
+
+
+def training_overrides(rest: list[str]) -> list[str]:
+    """Overrides for options such as `--learning_rate 1e-4`, `--learning_rate=1e-4` and `--bf16`.
+
+    The keys are checked with those of the recipe.
+    """
+    overrides = []
+    while rest:
+        option, *rest = rest
+        if not option.startswith("--"):
+            raise RecipeError(f"unexpected argument {option!r}; options begin with --")
+        name, separator, value = option[2:].partition("=")
+        if not separator:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        overrides.append(f"training.{name.replace('-', '_')}={value}")
+    return overrides
+
+
+def suggested(task: str, data: str) -> dict[str, Any]:
+    """The mapping of a recipe for a data set, printed so that it can be kept and changed."""
+    from .suggest import suggested_recipe
+
+    content = suggested_recipe(task, data)
+    print(f"Without a recipe, this one is used:\n\n{yaml.safe_dump(content, sort_keys=False)}", flush=True)
+    return content
+
+
+def _measure(task: str, path: Path, arguments: list[str], named: str) -> None:
+    from importlib import import_module
+
+    from .processes import refuse_several_processes
+
+    refuse_several_processes()
+    rest = list(arguments)
+    rest.remove(named)
+    import_module(f".tasks.{task}", __package__).run_command(path, rest)
