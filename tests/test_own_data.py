@@ -52,9 +52,7 @@ def _right(splits: DatasetDict) -> dict[str, int]:
 def test_a_path_that_does_not_exist_never_reaches_the_network(name, monkeypatch):
     monkeypatch.setattr("modeling_uhop.training.data.source.HfApi", None)
     for load in (lambda: load_images(ImageData(name)), lambda: find_source(name, "a CSV file")):
-        with pytest.raises(
-            RecipeError, match=r"there is no file or folder .*; give a .*, or the id of a data set on the Hub, as --data"
-        ):
+        with pytest.raises(RecipeError, match=r"there is no file or folder .*; give a .*, or the id of a data set on the Hub, as --data"):
             load()
 
 

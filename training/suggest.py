@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas
+from datasets import DatasetDict
 
 from .data.bags import BagData, load_bags
 from .data.image_files import find_splits, names_of_splits
@@ -46,11 +47,15 @@ def suggested_recipe(task: str, dataset: str) -> dict[str, Any]:
 
 
 def _images(dataset: str) -> dict[str, Any]:
-    data, images = _readable_images(dataset)
+    data, splits = _readable_images(dataset)
+    images, validated = splits["train"], len(splits["validation"])
     count = len(images)
     height, width = median_size(images)
     size, patch = _image_and_patch_size(height, width)
     small = count < 1000
+    # Because accuracy on few validation images is mostly noise, it chooses no checkpoint then.
+    best = {"save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "eval_validation_accuracy"}
+    best = best if validated >= 500 else {"save_strategy": "epoch"}
     batch = 16 if count < 400 else 32 if small else 64
     epochs = _between(60_000 // count, 3, 60)
     return {
@@ -79,16 +84,14 @@ def _images(dataset: str) -> dict[str, Any]:
             "lr_scheduler_type": "cosine",
             "warmup_steps": max(1, epochs * count // batch // 10),
             "logging_steps": max(1, count // batch),
-            "save_strategy": "epoch",
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "eval_validation_accuracy",
+            **best,
         },
     }
 
 
-def _readable_images(dataset: str) -> tuple[dict[str, Any], Any]:
-    """The data section for images, with fractions that hold out an image of every class, and the
-    training images."""
+def _readable_images(dataset: str) -> tuple[dict[str, Any], DatasetDict]:
+    """The data section for images, with fractions that hold out an image of every class, and its
+    training and validation images."""
     data: dict[str, Any] = {"dataset": dataset}
     if dataset != "digits":
         given = ImageData(dataset)
@@ -110,7 +113,7 @@ def _readable_images(dataset: str) -> tuple[dict[str, Any], Any]:
             continue
         if len(splits["validation"]) > 1000:
             chosen["max_eval_samples"] = 1000
-        return chosen, splits["train"]
+        return chosen, splits
     raise refused or RecipeError(f"{dataset} has too few images")
 
 
