@@ -104,7 +104,7 @@ def _in_folder(folder: Path, data: "BagData", labelled: bool) -> FoundBags:
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TEXT_TABLES)
     tables = [path for path in tables if path.stem.startswith(data.split)] or tables
     if len(tables) > 1:
-        raise RecipeError(f"{folder} has {len(tables)} tables, {[path.name for path in tables]}; give one of them as --dataset")
+        raise RecipeError(f"{folder} has {len(tables)} tables, {[path.name for path in tables]}; give one of them as --data")
     if tables:
         return _of_table(_read_csv(tables[0], data), folder, data, labelled)
     if found := _in_class_folders(folder / data.split if (folder / data.split).is_dir() else folder):
