@@ -21,9 +21,12 @@ from modeling_uhop.trainer.state import STATE_FILE
 # `make test` installs DeepSpeed into a folder of its own, because the Trainer imports it wherever it
 # is installed, which takes seconds.
 FOLDER = Path(sys.prefix) / "deepspeed"
-pytestmark = pytest.mark.skipif(
-    find_spec("deepspeed") is None and not FOLDER.is_dir(), reason="DeepSpeed is not installed: pip install modeling_uhop[deepspeed]"
-)
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(
+        find_spec("deepspeed") is None and not FOLDER.is_dir(), reason="DeepSpeed is not installed: pip install modeling_uhop[deepspeed]"
+    ),
+]
 
 
 def partly_frozen() -> Setting:

@@ -97,6 +97,7 @@ def _close(first: str, second: str) -> bool:
     return digits[0] == digits[1] and abs(float(first) - float(second)) <= 1.01 * 10.0 ** (exponent - digits[1])
 
 
+@pytest.mark.trains
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 # PEFT asks transformers by an old name, and torch.onnx copies a tree spec of torch's own.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -299,6 +300,7 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.process
 def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site):
     for leaf in leaves(NAV):
         assert (site / leaf).with_suffix(".html").is_file(), leaf
@@ -310,6 +312,7 @@ def test_the_site_has_every_page_and_loads_nothing_from_elsewhere(site):
         assert not re.search(r"(url\(|@import\s+)[\"']?(https?:)?//", style.read_text()), style
 
 
+@pytest.mark.process
 def test_every_link_inside_the_site_resolves(site):
     broken = set()
     for page in site.rglob("*.html"):
@@ -323,6 +326,7 @@ def test_every_link_inside_the_site_resolves(site):
     assert broken == set()
 
 
+@pytest.mark.process
 def test_the_site_renders_equations_and_shows_linked_sources(site):
     assert 'class="arithmatex"' in (site / "reference" / "simplex.html").read_text() or "$" not in modeling_uhop.simplex_map.__doc__
     source = (site / "source" / "modeling_uhop" / "energy.py.html").read_text()
@@ -334,6 +338,7 @@ def test_the_site_renders_equations_and_shows_linked_sources(site):
     assert (site / "source" / "benchmarks" / "results" / "speed.png").is_file()
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on the path")
 def test_no_page_is_wider_than_a_phone_or_asks_another_host(site):
     playwright = pytest.importorskip("playwright.sync_api")

@@ -132,6 +132,7 @@ def _name(case: Any) -> str:
     return case if isinstance(case, str) else "-".join(f"{name}={value}" for name, value in case.items()) or "softmax"
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("family", "fields"), EXPORTED, ids=_name)
 @pytest.mark.filterwarnings(TREE_SPEC)
 def test_onnxruntime_gives_the_outputs_of_the_model_for_batches_and_bags_of_every_size(tmp_path, family, fields):
@@ -158,6 +159,7 @@ def test_onnxruntime_gives_the_outputs_of_the_model_for_batches_and_bags_of_ever
             torch.testing.assert_close(torch.from_numpy(array), expected[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(("family", "fields"), TRACED, ids=_name)
 def test_an_exported_program_gives_the_outputs_of_the_model(family, fields):
     model = make_model(family, **fields)
@@ -167,6 +169,7 @@ def test_an_exported_program_gives_the_outputs_of_the_model(family, fields):
         assert_same(program(**inputs), model(**inputs))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("family", [*FAMILIES, "memory"])
 @pytest.mark.filterwarnings(SIDE_EFFECTS)
 def test_a_strictly_exported_program_gives_the_outputs_of_the_model(family):
@@ -177,6 +180,7 @@ def test_a_strictly_exported_program_gives_the_outputs_of_the_model(family):
         assert_same(program(**inputs), model(**inputs))
 
 
+@pytest.mark.trains
 @pytest.mark.filterwarnings(TREE_SPEC)
 def test_a_folded_model_becomes_a_smaller_file_with_the_same_outputs(tmp_path):
     pytest.importorskip("onnxscript")
@@ -201,11 +205,13 @@ def test_a_folded_model_becomes_a_smaller_file_with_the_same_outputs(tmp_path):
             torch.testing.assert_close(torch.from_numpy(logits), answer(model, inputs), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.trains
 def test_a_compiled_forecaster_is_one_graph_with_the_same_outputs():
     model, inputs = make_model("stanhop", alpha=1.5), make_inputs("stanhop")
     assert_same(torch.compile(model, fullgraph=True, backend="eager")(**inputs), model(**inputs))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("alpha", [1.0, 1.5])
 def test_a_compiled_memory_is_one_graph_and_stops_each_query_separately(alpha):
     model = make_model("memory", alpha=alpha, beta=0.3)
@@ -219,6 +225,7 @@ def test_a_compiled_memory_is_one_graph_and_stops_each_query_separately(alpha):
     assert_same(given, expected)
 
 
+@pytest.mark.trains
 def test_a_program_traced_from_long_bags_takes_short_ones():
     model = make_model("mil", alpha=1.5)
     program = torch.export.export(model, (), make_inputs("mil", 2, 600), dynamic_shapes=DYNAMIC_SHAPES["mil"]).module()
@@ -256,6 +263,7 @@ def copy_of(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings(OLD_NAME)
 def test_lora_trains_only_adapters_and_is_saved_loaded_merged_and_folded(tmp_path, family):
@@ -291,6 +299,7 @@ def test_lora_trains_only_adapters_and_is_saved_loaded_merged_and_folded(tmp_pat
     assert_close(answer(again.fold_feature_maps(), inputs), expected, scale=10)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_adapter_that_transformers_adds_is_separated_saved_and_loaded(tmp_path, family):
     peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
@@ -370,6 +379,7 @@ def test_separation_names_the_setting_that_an_adapter_needs(tmp_path):
             make_trainer(tmp_path, adapted, Examples("vit"), SeparationCallback(**{option: True})).train()
 
 
+@pytest.mark.trains
 @pytest.mark.filterwarnings(OLD_NAME)
 def test_training_of_adapters_with_separation_resumes_exactly(tmp_path):
     peft = pytest.importorskip("peft")
@@ -466,6 +476,7 @@ def stream_of(folder: Path, rows: dict[str, list], features: Features) -> tuple[
     return load_dataset(str(folder / "data"), streaming=True, **arguments), load_dataset(str(folder / "data"), **arguments)
 
 
+@pytest.mark.trains
 def test_a_stream_of_images_trains_a_vision_transformer_as_the_same_images_in_a_list_do(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (10, 12, 12, 3), dtype=np.uint8)
     rows = {"image": [PILImage.fromarray(image) for image in pixels], "label": [index % 3 for index in range(10)]}
@@ -493,6 +504,7 @@ def test_a_stream_of_images_trains_a_vision_transformer_as_the_same_images_in_a_
     assert all((weights[0][name] - before[name]).abs().max() > 1e-3 for name in trained)
 
 
+@pytest.mark.trains
 def test_a_stream_of_ragged_bags_trains_a_bag_classifier_as_the_same_bags_in_a_list_do(tmp_path):
     generator = np.random.default_rng(1)
     rows = {"instances": [generator.normal(size=(size, 6)).tolist() for size in (1, 5, 3, 4, 2, 7)], "label": [0, 1, 1, 0, 1, 0]}

@@ -42,6 +42,7 @@ def fresh(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.process
 def test_the_import_loads_no_library():
     assert bare(f"import sys, modeling_uhop; print([name for name in {HEAVY} if name in sys.modules])") == "[]"
 
@@ -70,12 +71,14 @@ def test_a_name_that_does_not_exist_is_refused():
         exec("from modeling_uhop import UHopVit")
 
 
+@pytest.mark.process
 def test_a_file_does_not_hide_the_function_of_its_name():
     """The file energy.py is loaded by others before anybody asks for the function `energy`."""
     code = "import modeling_uhop; from modeling_uhop.energy import retrieve; from modeling_uhop import energy, simplex"
     assert fresh(f"{code}; print(type(energy).__name__, type(simplex).__name__, modeling_uhop.energy is energy)") == "function module True"
 
 
+@pytest.mark.process
 def test_the_bare_import_registers_with_every_auto_class():
     """No name of the package is used: transformers finds the classes by itself."""
     code = f"""
@@ -98,6 +101,7 @@ print(bags.__class__.__name__, bags.model.__class__.__name__, bags.feature_extra
     ]
 
 
+@pytest.mark.process
 def test_the_bare_import_makes_the_attention_known_to_every_model():
     sizes = "hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9"
     code = f"""
@@ -108,6 +112,7 @@ print(BertModel(BertConfig({sizes}, attn_implementation="hopfield")).config._att
     assert fresh(code) == "hopfield"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "first",
     [
@@ -128,6 +133,7 @@ print(type(model).__name__, "multiple-instance-classification" in pipelines.PIPE
     assert fresh(code) == "UHopMILForBagClassification True {}"
 
 
+@pytest.mark.process
 def test_a_class_from_its_own_file_is_saved_with_its_code(tmp_path):
     code = f"""
 from modeling_uhop.configuration_uhop_memory import UHopMemoryConfig
@@ -180,6 +186,7 @@ def built(tmp_path_factory):
     return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
 
 
+@pytest.mark.process
 def test_the_wheel_holds_what_the_commands_need_and_no_tests(built):
     with zipfile.ZipFile(built[1]) as archive:
         files = archive.namelist()
@@ -201,6 +208,7 @@ def test_the_wheel_holds_what_the_commands_need_and_no_tests(built):
     )
 
 
+@pytest.mark.process
 def test_the_source_distribution_holds_every_file_once(built):
     with tarfile.open(built[0]) as archive:
         files = [member.name.partition("/")[2] for member in archive.getmembers() if not member.isdir()]
@@ -286,6 +294,7 @@ def test_a_recipe_that_does_not_exist_is_refused_with_close_names(given, message
         find_recipe(given)
 
 
+@pytest.mark.process
 def test_the_list_of_recipes_loads_no_library():
     loaded = f"import sys; print([name for name in {HEAVY} if name in sys.modules])"
     code = f"from modeling_uhop.training.recipes import main; main(['vit_digits']); {loaded}"

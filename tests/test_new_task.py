@@ -16,6 +16,9 @@ PAGE = ROOT / "docs" / "guides" / "new_task.md"
 FILE = re.compile(r'^```\w+ title="([\w/.]+)"\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 
+pytestmark = pytest.mark.process
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A copy of the repository with the files of the page."""

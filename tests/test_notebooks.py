@@ -152,6 +152,7 @@ def test_there_are_four_notebooks():
     assert [path.stem for path in NOTEBOOKS] == sorted(REDUCED)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_at_a_reduced_size(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -116,6 +116,7 @@ print(json.dumps([first, second]))
 """
 
 
+@pytest.mark.process
 def test_the_saved_pipeline_needs_no_package(tmp_path, bags):
     _save(tmp_path / "model", bags)
     np.save(tmp_path / "model" / "bag.npy", bags[0])

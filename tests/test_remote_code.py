@@ -59,6 +59,7 @@ save_file({name: tensor.detach().contiguous() for name, tensor in outputs.items(
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("fields", [{}, {"alpha": 1.4, "learnable_alpha": True}], ids=["dense", "learnable"])
 def test_a_classifier_loads_without_the_package(tmp_path, fields):
     model = UHopViTForImageClassification(UHopViTConfig(**FIELDS, **fields)).eval()
@@ -78,6 +79,7 @@ def test_a_classifier_loads_without_the_package(tmp_path, fields):
     assert second == first - {"preprocessor_config.json", "processor_config.json"}
 
 
+@pytest.mark.process
 def test_a_base_model_loads_without_the_package(tmp_path):
     model = UHopViTModel(UHopViTConfig(**FIELDS)).eval()
     model.save_pretrained(tmp_path)
@@ -88,6 +90,7 @@ def test_a_base_model_loads_without_the_package(tmp_path):
     assert torch.equal(load_file(tmp_path / "outputs.safetensors")["hidden"], model(images).last_hidden_state)
 
 
+@pytest.mark.process
 def test_a_memory_loads_with_its_patterns_without_the_package(tmp_path):
     memory = UHopMemoryModel(UHopMemoryConfig(pattern_dim=5, alpha=1.5))
     memory.store(torch.randn(6, 5))
@@ -116,6 +119,7 @@ save_file({"retrieved": again(load_file(folder + "/probe.safetensors")["queries"
     assert torch.equal(load_file(tmp_path / "outputs.safetensors")["retrieved"], memory(queries).retrieved)
 
 
+@pytest.mark.process
 def test_a_forecaster_loads_with_its_windows_without_the_package(tmp_path):
     sizes = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6}
     model = STanHopForPrediction(STanHopConfig(**sizes, memory_type="plug", use_linear_skip=True, num_hidden_layers=2)).eval()
@@ -159,6 +163,7 @@ def test_the_folder_names_every_auto_class_and_has_no_pickle(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".py", ".safetensors"}
 
 
+@pytest.mark.process
 def test_a_folder_with_another_models_code_is_not_imported_without_trust(tmp_path):
     UHopViTModel(UHopViTConfig(**FIELDS)).save_pretrained(tmp_path)
     script = """

@@ -15,6 +15,7 @@ from modeling_uhop import SeparationCallback, StageOne, UHopViTForImageClassific
 from modeling_uhop.trainer.state import STATE_FILE
 
 
+pytestmark = pytest.mark.process
 SEPARATION: dict[str, Any] = {"schedule": "step", "parameters": "feature_maps", "optimizer": "adam", "lr": 0.01, "batch_size": 8}
 
 

@@ -6,13 +6,12 @@ compilation needs no GPU."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import assert_close
+from support.forks import run_forked
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, plain_hopfield_attention
 from modeling_uhop.attention_interface import triton_attention_forward
@@ -158,6 +157,7 @@ def test_long_rows_of_nearly_level_scores_are_exact(alpha):
     _assert_exact(inputs, scale=2, alpha=alpha, scaling=0.01, blocks={"block_queries": 16, "block_keys": 64})
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("capability", "dtype", "width", "eps", "masked"),
     [(90, "bfloat16", 64, 0.5, "unmasked"), (80, "float16", 256, 0.7, "masked"), (80, "float32", 128, 0.7, "masked")],
@@ -165,9 +165,10 @@ def test_long_rows_of_nearly_level_scores_are_exact(alpha):
 def test_kernels_fit_the_gpus_they_are_compiled_for(capability, dtype, width, eps, masked, tmp_path):
     """Compile to machine code without such a GPU: registers suffice for a thread, and shared memory
     for a program."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    worker = [str(x) for x in (Path(__file__).parent / "triton_worker.py", capability, dtype, width, eps, masked)]
-    finished = subprocess.run([sys.executable, *worker], env=environment, capture_output=True, text=True)
+    worker = Path(__file__).with_name("triton_worker.py")
+    arguments = [str(value) for value in (capability, dtype, width, eps, masked)]
+    code = f"import runpy; runpy.run_path({str(worker)!r}, run_name='__main__')"
+    finished = run_forked(code, *arguments, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     assert finished.returncode == 0, finished.stderr[-2000:]
     kernels = [json.loads(line) for line in finished.stdout.splitlines()]
     assert len(kernels) == 3
