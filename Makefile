@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train demo docs docs-serve test test-minimum experiments bags forecasts speed lint types unit format tables release clean
+.PHONY: train demo docs docs-serve test quick test-minimum experiments bags forecasts speed lint types suite format tables release clean
 
 # One thread: two would mostly wait for each other in so small a model.
 train: $(READY)
@@ -33,12 +33,16 @@ forecasts: $(READY)
 speed: $(READY)
 	$(BIN)/python benchmarks/run.py
 
-test: lint types unit
+test: lint types suite
+
+# In two minutes: without the tests that train for seconds or start a process.
+quick: lint types
+	$(BIN)/python -m pytest -m unit -n 2 --dist worksteal
 
 # The tests again, with the lowest version that pyproject.toml declares of each package.
 MINIMUM := .venv-minimum
 test-minimum: $(MINIMUM)/constraints.txt
-	$(MAKE) unit VENV=$(MINIMUM) CONSTRAINTS=$(MINIMUM)/constraints.txt
+	$(MAKE) suite VENV=$(MINIMUM) CONSTRAINTS=$(MINIMUM)/constraints.txt
 
 $(MINIMUM)/constraints.txt: pyproject.toml
 	mkdir -p $(MINIMUM)
@@ -58,7 +62,7 @@ $(DEEPSPEED): constraints.txt | $(READY)
 		--target $(VENV)/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo || echo "DeepSpeed could not be installed"
 	touch $@
 
-unit: $(READY) $(DEEPSPEED)
+suite: $(READY) $(DEEPSPEED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
 format: $(READY)

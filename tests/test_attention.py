@@ -3,7 +3,6 @@ implementation "hopfield" of transformers."""
 
 import pytest
 import torch
-from conftest import assert_close
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -23,6 +22,7 @@ from modeling_uhop import (
 )
 from modeling_uhop.attention_cpu import chunked_hopfield_attention
 from modeling_uhop.attention_interface import hopfield_attention_forward, triton_attention_forward
+from tests.conftest import assert_close
 
 
 @pytest.fixture(params=[7, 40, 10**6], ids=["rows", "heads", "one piece"])

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import assert_close
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, BertPreTrainedModel, Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from modeling_uhop import UHopViTConfig, UHopViTModel, plain_hopfield_attention, use_hopfield_attention
 from modeling_uhop.attention_interface import KERNELS, entmax_attention_forward, hopfield_attention_forward
+from tests.conftest import assert_close
 
 
 Case = tuple[str, dict[str, Any], Callable[[], dict[str, torch.Tensor]]]

@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from conftest import assert_close
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -32,6 +31,7 @@ from modeling_uhop import (
     separation_loss,
 )
 from modeling_uhop.trainer.state import STATE_FILE
+from tests.conftest import assert_close
 
 
 FIELDS = {

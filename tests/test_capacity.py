@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import gamma
@@ -21,6 +20,7 @@ from modeling_uhop.capacity import (
     smallest_distance,
 )
 from modeling_uhop.spherical import closest_similarity
+from tests.conftest import assert_close
 
 
 def test_margins_equal_the_loops():

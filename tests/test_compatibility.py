@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import assert_close
-from golden.make import FAMILIES, FOLDER, RUNS, bags, fill, inputs_of, outputs_of, shapes_of, trainer_of_run
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoFeatureExtractor
 
 import modeling_uhop
+from tests.conftest import assert_close
+from tests.golden.make import FAMILIES, FOLDER, RUNS, bags, fill, inputs_of, outputs_of, shapes_of, trainer_of_run
 
 
 CONFIGS, KEYS, OUTPUTS = (json.loads((FOLDER / f"{file}.json").read_text()) for file in ("configs", "keys", "outputs"))

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close
 from transformers import PreTrainedConfig, ViTConfig
 
 from modeling_uhop import (
@@ -15,6 +14,7 @@ from modeling_uhop import (
     UHopMILForBagClassification,
     UHopViTForImageClassification,
 )
+from tests.conftest import assert_close
 
 
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2}

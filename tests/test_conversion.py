@@ -4,7 +4,6 @@ import logging
 
 import pytest
 import torch
-from conftest import assert_close
 from safetensors.torch import load_file
 from transformers import (
     BeitConfig,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification, UHopViTModel
+from tests.conftest import assert_close
 
 
 SMALL = {

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOLERANCE, assert_close
-from sharding_worker import Setting, bags, images
-from test_callbacks import Images, _model, _trainer
-from test_distributed import TESTS, _run
 
 from modeling_uhop import SeparationCallback, StageOne, UHopViTForImageClassification
 from modeling_uhop.trainer.state import STATE_FILE
+from tests.conftest import TOLERANCE, assert_close
+from tests.sharding_worker import Setting, bags, images
+from tests.test_callbacks import Images, _model, _trainer
+from tests.test_distributed import TESTS, _run
 
 
 # `make test` installs DeepSpeed into a folder of its own, because the Trainer imports it wherever it

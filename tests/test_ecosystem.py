@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import CHECKPOINTING, assert_close
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 from torch import nn
@@ -32,6 +31,7 @@ from modeling_uhop import (
     maximize_separation,
     separation_loss,
 )
+from tests.conftest import CHECKPOINTING, assert_close
 
 
 FAMILIES = ("vit", "mil", "stanhop")

@@ -3,9 +3,7 @@ the theory."""
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +21,8 @@ from modeling_uhop import (
     simplex_map,
 )
 from modeling_uhop.simplex import simplex_conjugate
+from tests import reference
+from tests.conftest import assert_close
 
 
 ALPHAS = [1.0, 1.25, 1.5, 2.0]

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import assert_close
 
 from modeling_uhop import FeatureMap
 from modeling_uhop.feature_map import unit_norm
+from tests.conftest import assert_close
 
 
 @pytest.mark.parametrize(("pattern_dim", "feature_dim"), [(7, 7), (7, 11), (7, 3)])

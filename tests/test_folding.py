@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from conftest import assert_close
 from transformers import ResNetConfig
 
 from modeling_uhop import (
@@ -17,6 +16,7 @@ from modeling_uhop import (
     UHopViTConfig,
     UHopViTForImageClassification,
 )
+from tests.conftest import assert_close
 
 
 LAYER = {"feature_init": "normal", "num_attention_heads": 2}

@@ -3,9 +3,7 @@ entmax."""
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import assert_close
 from torch.nn.functional import scaled_dot_product_attention
 
 from modeling_uhop import (
@@ -17,6 +15,8 @@ from modeling_uhop import (
     plain_hopfield_attention,
 )
 from modeling_uhop.attention_interface import eager_attention_forward
+from tests import reference
+from tests.conftest import assert_close
 
 
 def _qkv(dtype=torch.float64, queries=5, keys=9):

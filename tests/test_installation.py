@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support.forks import run_forked
 
 import modeling_uhop
 from modeling_uhop.training import demo, info
 from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.recipes import CONFIGS, find_recipe, recipe_names, summary
 from modeling_uhop.training.recipes import main as list_recipes
+from tests.support.forks import run_forked
 
 
 ROOT = Path(modeling_uhop.__file__).parents[1]

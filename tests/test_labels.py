@@ -5,7 +5,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import assert_close
 from transformers import Trainer, TrainingArguments
 
 from modeling_uhop import (
@@ -16,6 +15,7 @@ from modeling_uhop import (
     UHopViTForImageClassification,
     checks,
 )
+from tests.conftest import assert_close
 
 
 functional = torch.nn.functional

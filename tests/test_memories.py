@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CHECKPOINTING, assert_close
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -23,6 +22,7 @@ from modeling_uhop import (
     separation_loss,
 )
 from modeling_uhop.memories import MemorySet, observe, present_memories
+from tests.conftest import CHECKPOINTING, assert_close
 
 
 def _vit_sets(model, batch, include_class_token=False):

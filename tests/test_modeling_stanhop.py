@@ -7,14 +7,14 @@ import re
 import numpy as np
 import onnxruntime
 import pytest
-import reference
 import torch
-from conftest import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForTimeSeriesPrediction, PreTrainedConfig, Trainer, TrainingArguments
 
 from modeling_uhop import SeparationCallback, STanHopConfig, STanHopForPrediction, STanHopModel
 from modeling_uhop.modeling_stanhop import STanHopBlock, STanHopCoarseGraining
 from modeling_uhop.series_window import location_and_scale
+from tests import reference
+from tests.conftest import assert_close
 
 
 SMALL = {

@@ -8,9 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import onnxruntime
 import pytest
-import reference
 import torch
-from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -33,6 +31,8 @@ from modeling_uhop import (
     similarity_scores,
 )
 from modeling_uhop.feature_map import unit_norm
+from tests import reference
+from tests.conftest import assert_close
 
 
 SIMILARITIES = ["kernel", "dot", "cosine", "l2", "manhattan", "polynomial"]

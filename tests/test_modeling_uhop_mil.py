@@ -3,14 +3,14 @@ and loading, errors."""
 
 import onnxruntime
 import pytest
-import reference
 import torch
-from conftest import CHECKPOINTING, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoModelForSequenceClassification, Dinov2Config, ResNetConfig, SwinConfig, Trainer, TrainingArguments
 
 from modeling_uhop import DataCollatorForBags, HopfieldPooling, UHopMILConfig, UHopMILForBagClassification, UHopMILModel, separation_loss
+from tests import reference
+from tests.conftest import CHECKPOINTING, assert_close
 
 
 SMALL = {"instance_dim": 6, "hidden_size": 16, "num_attention_heads": 2, "initializer_range": 1.0, "hidden_dropout_prob": 0.0}

@@ -4,10 +4,10 @@ and loading, errors."""
 import onnxruntime
 import pytest
 import torch
-from conftest import CHECKPOINTING, assert_close
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, UHopViTModel
+from tests.conftest import CHECKPOINTING, assert_close
 
 
 SMALL = {

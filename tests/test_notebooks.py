@@ -16,10 +16,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import assert_close
 from transformers.utils import logging
 
 from modeling_uhop import FeatureMap, Separation, denoising_loss, energy, maximize_separation, retrieve, separation_loss, simplex_map
+from tests.conftest import assert_close
 
 
 ROOT = Path(__file__).parent.parent

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from support.forks import run_forked
 from transformers import pipeline
 
 from modeling_uhop import UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
+from tests.support.forks import run_forked
 
 
 TASK = "multiple-instance-classification"

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.forks import run_forked
 from transformers import AutoConfig, ViTImageProcessorPil
 
 import modeling_uhop
@@ -21,6 +20,7 @@ from modeling_uhop import (
     UHopViTForImageClassification,
     UHopViTModel,
 )
+from tests.support.forks import run_forked
 
 
 FIELDS = {

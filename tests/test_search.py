@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
 
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel, hopfield_attention, simplex_map
 from modeling_uhop import search as search_module
 from modeling_uhop.feature_cache import _INDEXES
 from modeling_uhop.search import brute_force, faiss_index, largest, sparse_association
+from tests.conftest import assert_close
 
 
 faiss: Any = search_module.faiss

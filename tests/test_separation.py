@@ -3,14 +3,14 @@
 import math
 
 import pytest
-import reference
 import torch
-from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_uhop import FeatureMap, Separation, maximize_separation, separation_loss
 from modeling_uhop.separation_loss import SEPARATION_KINDS
+from tests import reference
+from tests.conftest import assert_close
 
 
 @pytest.mark.parametrize("kind", SEPARATION_KINDS)

@@ -3,11 +3,11 @@ once."""
 
 import pytest
 import torch
-from conftest import assert_close
 from torch.nn.functional import normalize
 
 from modeling_uhop import separation_blocks, separation_loss
 from modeling_uhop.separation_loss import SEPARATION_KINDS, subsample
+from tests.conftest import assert_close
 
 
 @pytest.fixture(params=[3, 4, 512])

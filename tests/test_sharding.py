@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOLERANCE, assert_close
-from sharding_worker import CASES, TRAINING
-from test_callbacks import Images, _model, _trainer
-from test_distributed import TESTS, _run
 
 from modeling_uhop import SeparationCallback, StageOne, UHopViTForImageClassification
 from modeling_uhop.trainer.state import STATE_FILE
+from tests.conftest import TOLERANCE, assert_close
+from tests.sharding_worker import CASES, TRAINING
+from tests.test_callbacks import Images, _model, _trainer
+from tests.test_distributed import TESTS, _run
 
 
 pytestmark = pytest.mark.process

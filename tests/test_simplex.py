@@ -4,14 +4,14 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import TOLERANCE, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from modeling_uhop import simplex_conjugate, simplex_map
+from tests import reference
+from tests.conftest import TOLERANCE, assert_close
 
 
 ALPHAS = [1.0, 1.05, 1.25, 1.5, 1.75, 1.95, 2.0]

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import assert_close
 
 from modeling_uhop import FeatureMap, spherical_code
 from modeling_uhop.spherical import closest_similarity, separate_optimally
+from tests.conftest import assert_close
 
 
 # Exact optima: (dim, points) -> cosine of the smallest angle.

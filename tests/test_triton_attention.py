@@ -6,16 +6,17 @@ compilation needs no GPU."""
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close
-from support.forks import run_forked
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, plain_hopfield_attention
 from modeling_uhop.attention_interface import triton_attention_forward
 from modeling_uhop.attention_triton import MAX_WIDTH, _TritonAttention, triton_hopfield_attention
+from tests.conftest import assert_close
 
 
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
@@ -165,10 +166,9 @@ def test_long_rows_of_nearly_level_scores_are_exact(alpha):
 def test_kernels_fit_the_gpus_they_are_compiled_for(capability, dtype, width, eps, masked, tmp_path):
     """Compile to machine code without such a GPU: registers suffice for a thread, and shared memory
     for a program."""
-    worker = Path(__file__).with_name("triton_worker.py")
-    arguments = [str(value) for value in (capability, dtype, width, eps, masked)]
-    code = f"import runpy; runpy.run_path({str(worker)!r}, run_name='__main__')"
-    finished = run_forked(code, *arguments, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    worker = [str(x) for x in (Path(__file__).parent / "triton_worker.py", capability, dtype, width, eps, masked)]
+    finished = subprocess.run([sys.executable, *worker], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-2000:]
     kernels = [json.loads(line) for line in finished.stdout.splitlines()]
     assert len(kernels) == 3

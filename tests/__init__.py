@@ -1,0 +1,1 @@
+"""The tests of modeling_uhop, and what they share."""
