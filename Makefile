@@ -18,8 +18,8 @@ RETRIEVAL := $(wildcard configs/retrieval/*_digits.yaml)
 GEOMETRY := $(filter-out %_mnist.yaml %_cifar10.yaml,$(wildcard configs/geometry/*.yaml))
 
 experiments: $(READY)
-	for recipe in $(RETRIEVAL); do $(BIN)/python training/run_retrieval.py $$recipe || exit 1; done
-	for recipe in $(GEOMETRY); do $(BIN)/python training/run_geometry.py $$recipe || exit 1; done
+	for recipe in $(RETRIEVAL); do $(BIN)/python training/train.py $$recipe || exit 1; done
+	for recipe in $(GEOMETRY); do $(BIN)/python training/train.py $$recipe || exit 1; done
 
 # Folder with the data sets of the recipes, each a file of its name: tiger.parquet, ETTh1.csv, ...
 DATA ?= data
@@ -78,7 +78,7 @@ docs-serve: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
 
 tables: $(READY)
-	$(BIN)/python training/document.py
+	$(BIN)/python -m modeling_uhop.training.report.document
 
 clean:
 	rm -rf $(VENV) $(MINIMUM) runs build site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -11,7 +11,6 @@ python benchmarks/run.py --only attention separation --check
 
 import argparse
 import importlib.util
-import json
 import multiprocessing
 import statistics
 import sys
@@ -42,13 +41,11 @@ from modeling_uhop import (
     plain_hopfield_attention,
     separation_loss,
 )
+from modeling_uhop.training.report.comparison_figures import growth_figure
+from modeling_uhop.training.results import write_result
 
 
 ROOT = Path(__file__).parent.parent
-from modeling_uhop.training.recipe import provenance
-from modeling_uhop.training.report.comparison_figures import growth_figure
-
-
 # Number of memories in the sample of a sampled separation loss.
 SAMPLE = 4096
 SHAPES = [(32, 3, 65, 64), (32, 6, 197, 64), (8, 8, 1024, 64)]
@@ -123,11 +120,11 @@ def main() -> None:
     whole = args.only == list(PARTS)
     if args.output or whole:
         target = Path(args.output or ROOT / "benchmarks" / "results" / "speed.json")
-        results: dict[str, Any] = {"cases": [case.row() for case in cases], **provenance()}
+        results: dict[str, Any] = {"cases": [case.row() for case in cases]}
         if whole:
             results["growth"] = growth_of_cost()
             growth_figure(target.with_suffix(".png"), results["growth"])
-        target.write_text(json.dumps(results, indent=1) + "\n")
+        write_result(target, "speed", results)
     broken = [case for case in cases if not case.kept]
     if args.check and broken:
         sys.exit(f"{len(broken)} of {len(cases)} ratios miss their bounds")

@@ -75,6 +75,7 @@ class STanHopConfig(HopfieldLayersConfig):
     """
 
     model_type = "stanhop"
+    _auto_class = "AutoConfig"
     attribute_map = {"hidden_size": "d_model", "attention_probs_dropout_prob": "attention_dropout"}
 
     num_input_channels: int = 7

@@ -47,6 +47,7 @@ class UHopMemoryConfig(HopfieldConfig):
     """
 
     model_type = "uhop_memory"
+    _auto_class = "AutoConfig"
 
     pattern_dim: int = 784
     num_memories: int = 0

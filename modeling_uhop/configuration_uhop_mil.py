@@ -68,6 +68,7 @@ class UHopMILConfig(HopfieldLayersConfig):
     """
 
     model_type = "uhop_mil"
+    _auto_class = "AutoConfig"
     # Because `compute_metrics` should receive the logits alone, the Trainer ignores these outputs.
     # `trainer.predict(bags, ignore_keys=["attentions"])` also returns the instance weights, and the
     # hidden states if the model returns them. Attentions must stay ignored, because the Trainer

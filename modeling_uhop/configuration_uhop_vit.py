@@ -59,6 +59,7 @@ class UHopViTConfig(HopfieldLayersConfig):
     """
 
     model_type = "uhop_vit"
+    _auto_class = "AutoConfig"
 
     hidden_size: int = 768
     num_hidden_layers: int = 12

@@ -69,6 +69,7 @@ class UHopMILFeatureExtractor(FeatureExtractionMixin):
     """
 
     model_input_names = ["instances", "attention_mask"]
+    _auto_class = "AutoFeatureExtractor"
 
     def __init__(
         self,

@@ -1,6 +1,5 @@
 """Model cards, written from results files."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +39,14 @@ FAMILIES = {
     "memory": Family("memory", None, "retrieval", ("retrieval",), {"error": ("sum_squared_error", "Sum of squared pixel errors")}),
 }
 
+FAMILY_OF_TASK = {"images": "vit", "bags": "mil", "series": "stanhop", "retrieval": "memory"}
+
 
 def family_of(recipe: dict[str, Any]) -> Family:
-    """The family that a recorded recipe trains; the fields of its data tell which."""
+    """The family that a recorded recipe trains: that of its task or, if an earlier version recorded
+    no task, the one that the fields of its data tell."""
+    if "task" in recipe:
+        return FAMILIES[FAMILY_OF_TASK[recipe["task"]]]
     if "experiment" in recipe:
         return FAMILIES["memory"]
     columns = {"instances_column": "mil", "date_column": "stanhop"}
@@ -118,13 +122,6 @@ def model_card(
         cost=cost or _cost(results),
         figures=figures,
     )
-
-
-def write_model_card(folder: Path, results_path: Path, template_path: Path, **options: Any) -> ModelCard:
-    """Write `folder/README.md` from a results file; options are those of `model_card`."""
-    card = model_card(json.loads(results_path.read_text()), template_path, **options)
-    card.save(folder / "README.md")
-    return card
 
 
 def _headline(family: Family, value: Any) -> str:

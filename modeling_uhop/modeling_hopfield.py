@@ -33,7 +33,8 @@ class HopfieldPreTrainedModel(PreTrainedModel):
     """
 
     read_at_each_call: tuple[str, ...] = ("alpha", "beta", "update_steps", "attention_probs_dropout_prob")
-    # The entries of a saved folder for the auto classes.
+    # The entries of a saved folder for the auto classes. A class whose folder carries its code also
+    # sets `_auto_class`, as `register_for_auto_class` would.
     _auto_classes: dict[str, str]
     # Beginnings of the names of layers whose memories are the same for every example of a batch.
     _shared_memories: tuple[str, ...] = ()

@@ -242,6 +242,7 @@ class STanHopModel(STanHopPreTrainedModel):
         config: The configuration. The model keeps a copy of it.
     """
 
+    _auto_class = "AutoModel"
     _can_record_outputs = {"hidden_states": STanHopBlock, "attentions": HopfieldAttention}
 
     def __init__(self, config: STanHopConfig):
@@ -466,6 +467,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         torch.Size([3, 1, 12, 2])
     """
 
+    _auto_class = "AutoModelForTimeSeriesPrediction"
     # The first decoder block retrieves from the position embeddings, before it sees the window.
     _shared_memories = ("decoder.layers.0.block.",)
 

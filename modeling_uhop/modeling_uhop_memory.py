@@ -113,6 +113,8 @@ class UHopMemoryModel(UHopMemoryPreTrainedModel):
         torch.Size([20, 64])
     """
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: UHopMemoryConfig):
         # Because `store` updates num_memories and several memories may be built from one
         # configuration, each memory keeps its own copy.

@@ -187,6 +187,8 @@ class UHopMILModel(UHopMILPreTrainedModel):
         config: The configuration.
     """
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: UHopMILConfig):
         super().__init__(config)
         self.embedding: UHopMILImageEmbedding | UHopMILBackboneEmbedding | None = None
@@ -316,6 +318,8 @@ class UHopMILForBagClassification(UHopMILPreTrainedModel):
         >>> outputs.instance_weights[0, 3].item()
         0.0
     """
+
+    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: UHopMILConfig):
         super().__init__(config)

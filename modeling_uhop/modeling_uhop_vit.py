@@ -263,6 +263,8 @@ class UHopViTModel(UHopViTPreTrainedModel):
         use_mask_token: Whether the model has a mask token, for masked image modelling.
     """
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: UHopViTConfig, add_pooling_layer: bool = True, use_mask_token: bool = False):
         super().__init__(config)
         layer_class = UHopViTLayer if config.encoder_type == "transformer" else UHopViTClassQueryLayer
@@ -341,6 +343,8 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
     Args:
         config: The configuration; `config.num_labels` is the number of classes.
     """
+
+    _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: UHopViTConfig):
         super().__init__(config)

@@ -1,7 +1,6 @@
 """Tests of the benchmark: ratios, bounds, the check of outputs before timing, and its parts at
 small sizes."""
 
-import json
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 
 from modeling_uhop import hopfield_attention
 from modeling_uhop.training.report.tables import speed_table
+from modeling_uhop.training.results import read_result
 
 
 benchmark = pytest.importorskip("run", reason="the benchmarks need entmax")
@@ -38,7 +38,7 @@ def test_ratios_are_medians_over_rounds_and_are_compared_with_their_bounds():
 
 def test_speed_table_has_a_row_for_each_ratio():
     rows = [_case(at_most=0.4).row(), _case(at_least=2.0).row(), _case().row()]
-    lines = speed_table({"cases": rows}).splitlines()
+    lines = speed_table([{"cases": rows}]).splitlines()
     assert lines[2] == "| n | q | 0.5 times as much | ≤ 0.4, **missed** |"
     assert lines[3] == "| n | q | 2 times less | ≥ 2 |"
     assert lines[4] == "| n | q | 0.5 times as much |  |"
@@ -68,14 +68,14 @@ def test_a_missed_bound_ends_a_check_with_an_error(tmp_path, monkeypatch):
     command = ["run.py", "--output", str(path)]
     monkeypatch.setattr("sys.argv", command)
     benchmark.main()
-    assert [case["kept"] for case in json.loads(path.read_text())["cases"]] == [True, False]
+    assert [case["kept"] for case in read_result(path, "speed")["cases"]] == [True, False]
     assert path.with_suffix(".png").stat().st_size > 0
     monkeypatch.setattr("sys.argv", [*command, "--check"])
     with pytest.raises(SystemExit, match="1 of 2 ratios"):
         benchmark.main()
     monkeypatch.setattr("sys.argv", [*command, "--check", "--only", "kept"])
     benchmark.main()
-    assert set(json.loads(path.read_text())) == {"cases", "versions", "commit", "machine"}
+    assert set(read_result(path, "speed")) == {"schema", "kind", "cases", "versions", "commit", "machine"}
 
 
 def test_attention_runs(monkeypatch):

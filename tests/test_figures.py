@@ -1,6 +1,5 @@
 """What figures draw: values, intervals, and one style for each method."""
 
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -8,14 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_uhop.training.intervals import spread
 from modeling_uhop.training.report.comparison_figures import curves_figure, differences_figure, paired_figure, samples_figure
 from modeling_uhop.training.report.figures import forecast_figure, retrieval_figure
 from modeling_uhop.training.report.geometry_figures import FIGURES
 from modeling_uhop.training.report.styles import BASELINES, METHODS, label_of, method_of, most_telling, styles_of
-from modeling_uhop.training.sweep import spread
+from modeling_uhop.training.results import read_result
 
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+COMPARED = {"recipe": {"data": {"dataset": "digits"}}}
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_every_variant_of_the_results_has_the_style_of_its_method():
 
 
 def test_a_panel_has_the_first_variant_of_each_method_and_at_most_six():
-    ways = list(json.loads((RESULTS / "vit_cifar10_small_ways.json").read_text())["variants"])
+    ways = list(read_result(RESULTS / "vit_cifar10_small_ways.json", "seeds")["variants"])
     chosen = most_telling(ways)
     assert len(chosen) == 6
     assert {"untrained Phi", "all below before training", "no Phi", "noise-aware"} <= set(chosen)
@@ -66,7 +67,7 @@ def test_a_panel_has_the_first_variant_of_each_method_and_at_most_six():
 def test_curves_are_means_with_a_band_over_seeds(tmp_path, drawn):
     losses = {"no Phi": [[3.0, 1.0], [5.0, 3.0]], "separated": [[2.0, 1.0], [2.0, 2.0]]}
     variants = {name: {"curves": {"eval_train_loss": {"epoch": [1.0, 2.0], "values": values}}} for name, values in losses.items()}
-    curves_figure(tmp_path / "curves.png", {"sweep": {"curves": ["eval_train_loss"]}, "variants": variants})
+    curves_figure(tmp_path / "curves.png", {**COMPARED, "sweep": {"curves": ["eval_train_loss"], "overrides": []}, "variants": variants})
     (axis,) = drawn()
     assert (axis.get_title(), axis.get_ylabel()) == ("training", "cross-entropy (nats)")
     lines = [(line.get_label(), line.get_color(), line.get_ydata().tolist()) for line in axis.lines]
@@ -79,7 +80,8 @@ def test_curves_are_means_with_a_band_over_seeds(tmp_path, drawn):
 def test_numbers_of_images_stand_in_rows_of_panels(tmp_path, drawn):
     curve = {"eval_train_loss": {"epoch": [1.0], "values": [[1.0]]}, "eval_train_accuracy": {"epoch": [1.0], "values": [[0.5]]}}
     names = ["1,000 images: no Phi", "1,000 images: untrained Phi", "2,000 images: no Phi", "2,000 images: untrained Phi"]
-    curves_figure(tmp_path / "c.png", {"sweep": {"curves": list(curve)}, "variants": {name: {"curves": curve} for name in names}})
+    variants = {name: {"curves": curve} for name in names}
+    curves_figure(tmp_path / "c.png", {**COMPARED, "sweep": {"curves": list(curve), "overrides": []}, "variants": variants})
     titles = [axis.get_title() for axis in drawn()]
     assert titles == ["1,000 images: training"] * 2 + ["2,000 images: training"] * 2
     assert [line.get_label() for line in drawn()[3].lines] == ["no Phi", "untrained Phi"]
@@ -90,7 +92,7 @@ def test_samples_are_drawn_by_their_number(tmp_path, drawn):
         cells = {
             name: {"metrics": {key: spread(values) for key in ("max_train_accuracy", "test_accuracy")}} for name, values in variants.items()
         }
-        return {"recipe": {"data": {"max_train_samples": 5000}}, "variants": cells}
+        return {"recipe": {"data": {"max_train_samples": 5000}}, "sweep": {"suffix": ""}, "variants": cells}
 
     base = result({"no Phi": [0.5, 0.6], "separated": [0.7, 0.7], "only here": [0.1, 0.1]})
     more = result({"10,000 images: no Phi": [0.6, 0.8], "10,000 images: separated": [0.9, 0.9]})
@@ -123,7 +125,12 @@ def test_differences_are_filled_where_they_exceed_their_interval(tmp_path, drawn
         ("#666666", "white", 0.1),
     ]
     assert "(1 of 2)" in axis.figure.get_suptitle()
-    of_images = {"sweep": {}, "variants": {"U-Hop": {}}, "paired": [{**pair, "metric": "test_accuracy"} for pair in pairs]}
+    of_images = {
+        **COMPARED,
+        "sweep": {"overrides": []},
+        "variants": {"U-Hop": {}},
+        "paired": [{**pair, "metric": "test_accuracy"} for pair in pairs],
+    }
     differences_figure(tmp_path / "differences.png", of_images, ["test_accuracy"])
     assert len(drawn()[0].containers) == 2
 
@@ -200,7 +207,7 @@ def test_a_forecast_shows_the_last_series_first(tmp_path, drawn):
 
 @pytest.mark.parametrize("name", ["loss_curve", "bound", "metastable_digits"])
 def test_geometry_is_drawn_from_its_results_file(name):
-    content = json.loads((RESULTS / f"geometry_{name}.json").read_text())
+    content = read_result(RESULTS / f"geometry_{name}.json", "geometry")
     figure = FIGURES[content["recipe"]["experiment"]](content["results"], content["recipe"])
     (axis,) = figure.axes
     if name == "loss_curve":

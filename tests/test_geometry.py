@@ -1,9 +1,6 @@
 """Tests of the geometry experiments: recipes, and values that can be computed in another way."""
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +11,8 @@ from modeling_uhop import FeatureMap, separation_loss
 from modeling_uhop.feature_map import unit_norm
 from modeling_uhop.training.data.images import ImageData
 from modeling_uhop.training.errors import RecipeError
-from modeling_uhop.training.tasks.geometry import EXPERIMENTS, GeometryRecipe, are_neighbours, load, on_arc, separated_maps
+from modeling_uhop.training.results import as_recorded, read_result
+from modeling_uhop.training.tasks.geometry import EXPERIMENTS, GeometryRecipe, are_neighbours, load, on_arc, run_command, separated_maps
 
 
 ROOT = Path(__file__).parent.parent
@@ -96,12 +94,29 @@ def test_circle_and_metastable_states_on_digits():
         assert sum(share["mean"] for share in shares.values()) == pytest.approx(1.0)
 
 
-def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
-    command = [sys.executable, "training/run_geometry.py", "configs/geometry/loss_curve.yaml", "--output_dir", str(tmp_path)]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert set(json.loads((tmp_path / "geometry_loss_curve.json").read_text())) == {"results", "recipe", "versions", "commit", "machine"}
-    assert (tmp_path / "geometry_loss_curve.png").stat().st_size > 10_000
+def test_the_command_writes_a_results_file_and_a_figure(tmp_path, capsys):
+    recipe = ROOT / "configs" / "geometry" / "bound.yaml"
+    run_command(recipe, ["--output_dir", str(tmp_path / "results")])
+    result = read_result(tmp_path / "results" / "geometry_bound.json", "geometry")
+    assert set(result) == {"schema", "kind", "results", "recipe", "versions", "commit", "machine"}
+    assert result["recipe"] == as_recorded(load(recipe))
+    assert str(tmp_path / "results" / "geometry_bound.json") in capsys.readouterr().out
+    assert (tmp_path / "results" / "geometry_bound.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("task: geometry\nexperiment: bound", ["--dataset", "digits"], "RecipeError: --dataset needs a recipe with data"),
+        ("task: retrieval\nexperiment: bound", [], "RecipeError: task must be 'geometry', got 'retrieval'"),
+    ],
+)
+def test_the_command_refuses_what_it_cannot_run_in_one_line(tmp_path, content, options, message):
+    (tmp_path / "r.yaml").write_text(content)
+    with pytest.raises(SystemExit, match=message) as refused:
+        run_command(tmp_path / "r.yaml", [*options, "--output_dir", str(tmp_path / "results")])
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "results").exists()
 
 
 def test_points_on_an_arc():

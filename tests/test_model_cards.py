@@ -12,12 +12,13 @@ from huggingface_hub import ModelCard
 from scipy import stats
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from modeling_uhop.model_card import model_card
+from modeling_uhop.model_card import family_of, model_card
 from modeling_uhop.training.report import cards
 from modeling_uhop.training.report.cards import (
     CARDS,
     RESULTS,
     TEMPLATE,
+    has_card,
     headline,
     released,
     released_cards,
@@ -25,6 +26,7 @@ from modeling_uhop.training.report.cards import (
     variant_as_released,
     write_card,
 )
+from modeling_uhop.training.results import read_result, with_schema, write_result
 
 
 PATHS = sorted(path for path in CARDS.glob("*.md") if path != TEMPLATE)
@@ -38,9 +40,11 @@ DATA = {
     "mil": {"dataset": "digits", "instances_column": "instances"},
     "stanhop": {"dataset": "ETTh1.csv", "date_column": "date"},
 }
+TASKS = {"vit": "images", "mil": "bags", "stanhop": "series"}
 
 
 def _results(family: str, **recipe):
+    """A run of an earlier version, whose file has no schema and whose recipe names no task."""
     content = {
         "name": f"my_{family}",
         "data": DATA[family],
@@ -60,6 +64,14 @@ def _results(family: str, **recipe):
     }
 
 
+def _write(folder, results, schema):
+    """Write the results of a run as this version does, or as an earlier one did."""
+    if schema:
+        write_result(folder / "results.json", "run", {**with_schema("run", results), "name": results["recipe"]["name"]})
+    else:
+        (folder / "results.json").write_text(json.dumps(results))
+
+
 def test_the_cards_say_what_the_results_files_say():
     """If this fails, `make tables` writes them again."""
     expected = released_cards()
@@ -70,9 +82,10 @@ def test_the_cards_say_what_the_results_files_say():
 
 def test_every_family_and_every_compared_recipe_has_a_card():
     names = {path.stem for path in PATHS}
-    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    compared = {name for name, gathered in results.items() if "variants" in gathered and not gathered.get("sweep", {}).get("suffix")}
-    assert compared <= names
+    compared = {path.stem for path in RESULTS.glob("*.json") if has_card(read_result(path))}
+    assert compared == names
+    assert {"mil_tiger", "vit_digits", "stanhop_etth1_96", "retrieval_memory_size_digits"} <= compared
+    assert not {"vit_cifar10_small_ways", "vit_cifar10_one_epoch", "speed", "retrieval_beta_digits", "geometry_bound"} & compared
     assert {name.split("_")[0] for name in names} == {"vit", "mil", "stanhop", "retrieval"}
 
 
@@ -121,7 +134,7 @@ def _interval(values):
 @pytest.mark.parametrize(("name", "ours"), [("vit_digits", "separation"), ("stanhop_etth1_96", "U-Hop")])
 def test_the_first_screen_has_the_metric_beside_the_baseline(name, ours):
     screen = _first_screen(CARDS / f"{name}.md")
-    results = json.loads((RESULTS / f"{name}.json").read_text())
+    results = read_result(RESULTS / f"{name}.json", "seeds")
     metric = "test_accuracy" if name == "vit_digits" else "test_mse"
     values = {variant: entry["metrics"][metric]["values"] for variant, entry in results["variants"].items()}
     first, second = _numbers(screen)
@@ -137,7 +150,7 @@ def test_the_first_screen_has_the_metric_beside_the_baseline(name, ours):
 
 
 def test_the_first_screen_of_bags_has_intervals_that_allow_for_shared_bags():
-    results = json.loads((RESULTS / "mil_musk2.json").read_text())
+    results = read_result(RESULTS / "mil_musk2.json", "folds")
     scores = {job: np.ravel(results["results"][job]["auc_by_fold"]) for job in ("dense", "set kernel, SVM")}
     expected = [(by_fold.mean(), stats.t.ppf(0.975, 49) * ((1 / 50 + 1 / 9) * by_fold.var(ddof=1)) ** 0.5) for by_fold in scores.values()]
     shown = _numbers(_first_screen(CARDS / "mil_musk2.md"))
@@ -151,9 +164,9 @@ def test_a_memory_is_compared_at_the_alpha_of_the_package():
         for name, error in errors.items()
     }
     of_baselines = {name: {"1": {cards.MEMORIES: {"mean": error, "std": 0.3}}} for name, error in {"L2": 4.0, "Manhattan": 3.0}.items()}
-    recipe = {"experiment": "memory_size", "repeats": 3, "steps": 100, "data": {"dataset": "digits"}}
+    recipe = {"task": "retrieval", "experiment": "memory_size", "repeats": 3, "steps": 100, "data": {"dataset": "digits"}}
     summary = {cards.PANEL: {**of_maps, **of_baselines}}
-    gathered = {"summary": summary, "recipe": recipe, "versions": {"torch": "2.13.0"}, "commit": "abc"}
+    gathered = {"kind": "retrieval", "summary": summary, "recipe": recipe, "versions": {"torch": "2.13.0"}, "commit": "abc"}
     mean = errors[cards.NAMES[cards.METHOD]] / float(cards.ALPHA)
     quantile = stats.t.ppf(0.975, 2) / 3**0.5
     assert _numbers(headline(gathered)) == [pytest.approx((mean, 0.2 * quantile), abs=1e-4), pytest.approx((3.0, 0.3 * quantile), abs=1e-4)]
@@ -169,21 +182,22 @@ def test_a_memory_is_compared_at_the_alpha_of_the_package():
     assert "memory.separate(steps=100)" in text
 
 
-def test_a_run_without_comparison_says_so(tmp_path):
+@pytest.mark.parametrize("schema", [True, False], ids=["schema 1", "no schema"])
+def test_a_run_without_comparison_says_so(tmp_path, schema):
     for family, number in (("vit", "0.9300"), ("mil", "0.9000"), ("stanhop", "0.4100")):
-        (tmp_path / "results.json").write_text(json.dumps(_results(family)))
+        _write(tmp_path, _results(family), schema)
         write_card(tmp_path)
         text = (tmp_path / "README.md").read_text()
         assert f": {number}**, from one run, without a confidence interval.\nThis run was not compared with a baseline." in text
     run = _results("stanhop")
     run["metrics"] = {**run["metrics"], "baselines": {"linear, 168": {"test_mse": 0.4}, "repeat last": {"test_mse": 1.3}}}
-    (tmp_path / "results.json").write_text(json.dumps(run))
+    _write(tmp_path, run, schema)
     write_card(tmp_path)
     assert "Best baseline, linear, 168: 0.4000 (not random" in (tmp_path / "README.md").read_text()
 
 
 def test_a_cards_numbers_are_means_over_the_seeds_of_its_results():
-    results = json.loads((RESULTS / "stanhop_wth_96.json").read_text())["variants"]["U-Hop"]["metrics"]
+    results = read_result(RESULTS / "stanhop_wth_96.json", "seeds")["variants"]["U-Hop"]["metrics"]
     evaluations = {e.metric_type: e.metric_value for e in ModelCard.load(CARDS / "stanhop_wth_96.md").data.eval_results}
     for name in ("mse", "mae"):
         values = results[f"test_{name}"]["values"]
@@ -193,7 +207,7 @@ def test_a_cards_numbers_are_means_over_the_seeds_of_its_results():
 @pytest.mark.parametrize("name", ["mine", "speed", "vit_cifar10_one_epoch", "retrieval_memory_size_mnist", "mil_digits"])
 @pytest.mark.parametrize("family", METRICS)
 def test_a_run_gets_a_card_of_its_own_whatever_its_name(family, name, tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(_results(family, name=name)))
+    _write(tmp_path, _results(family, name=name), schema=True)
     (tmp_path / "forecast.png").touch()
     write_card(tmp_path, model_id="somebody/something")
     text = (tmp_path / "README.md").read_text()
@@ -211,19 +225,20 @@ def test_a_run_gets_a_card_of_its_own_whatever_its_name(family, name, tmp_path):
     assert data.datasets == (["owner/pictures"] if family == "vit" else None)
 
 
-def test_only_a_run_of_the_recipe_as_released_is_compared(tmp_path):
-    gathered = json.loads((RESULTS / "mil_digits.json").read_text())
+@pytest.mark.parametrize("schema", [True, False], ids=["schema 1", "no schema"])
+def test_only_a_run_of_the_recipe_as_released_is_compared(tmp_path, schema):
+    gathered = read_result(RESULTS / "mil_digits.json", "folds")
     run = {**_results("mil"), "recipe": {**gathered["recipe"], "seed": 7}}
     other: dict[str, Any] = {"model": {"alpha": 2.0, "use_feature_map": False}}
     for changes, compared in (({}, True), (other, False)):
         run["recipe"] = {**run["recipe"], **changes}
-        (tmp_path / "results.json").write_text(json.dumps(run))
+        _write(tmp_path, run, schema)
         write_card(tmp_path)
         assert ("Its variants and baselines" in (tmp_path / "README.md").read_text()) is compared
 
 
 def test_defaults_that_are_spelled_out_make_no_other_recipe():
-    recipe = _results("vit", model={})["recipe"]
+    recipe = _results("vit", model={}, task="images")["recipe"]
     assert same_training(recipe, {**recipe, "model": {"alpha": 1.0}, "seed": 5, "data": {**recipe["data"], "dataset": "elsewhere"}})
     assert same_training(recipe, {**recipe, "architecture": "uhop_vit", "data": {**recipe["data"], "max_eval_samples": None}})
     others: tuple[dict[str, Any], ...] = (
@@ -249,6 +264,15 @@ def test_a_card_without_its_metric_is_refused():
     results = {**_results("vit"), "metrics": {"validation_accuracy": 0.5}}
     with pytest.raises(KeyError, match="test_accuracy"):
         model_card(results, TEMPLATE)
+
+
+@pytest.mark.parametrize("family", TASKS)
+def test_the_family_is_that_of_the_task_or_of_the_data(family):
+    recorded = _results(family)["recipe"]
+    assert family_of(recorded).name == family
+    assert {family_of({**recorded, "task": task}).name for task in TASKS.values()} == set(TASKS)
+    assert family_of({**recorded, "task": TASKS[family]}).name == family
+    assert family_of({"experiment": "beta"}).name == family_of({"task": "retrieval"}).name == "memory"
 
 
 def test_separation_is_described_as_it_was():

@@ -1,9 +1,6 @@
 """Retrieval experiments: recipes, measurements, results files."""
 
 import dataclasses
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ from modeling_uhop import FeatureMap, UHopMemoryConfig, UHopMemoryModel, associa
 from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.report.figures import pictures_figure
 from modeling_uhop.training.report.tables import BASELINES, choice_ranks, choice_table, retrieval_table
+from modeling_uhop.training.results import as_recorded, read_result
 from modeling_uhop.training.tasks.retrieval import (
     EXPERIMENTS,
     MODELS,
@@ -26,6 +24,7 @@ from modeling_uhop.training.tasks.retrieval import (
     load_patterns,
     pictures,
     run,
+    run_command,
     summarize,
 )
 
@@ -175,36 +174,42 @@ def test_validation_images_are_stored_by_no_other_recipe():
     assert not train & validation
 
 
-def test_the_script_writes_a_results_file_and_a_figure(tmp_path):
+def test_the_command_writes_a_results_file_and_a_figure(tmp_path, capsys):
     recipe = tmp_path / "memory_size_tiny.yaml"
-    recipe.write_text("experiment: memory_size\ndata: {dataset: digits}\nvalues: [5, 10]\nmodels: [no Phi, U-Hop]\nsteps: 3\nrepeats: 2\n")
-    script = ["training/run_retrieval.py", str(recipe), "--output_dir", str(tmp_path)]
-    finished = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    results = json.loads((tmp_path / "retrieval_memory_size_tiny.json").read_text())
-    assert set(results) == {"summary", "recipe", "rows", "versions", "commit", "machine"}
+    head = "task: retrieval\nexperiment: memory_size\ndata: {dataset: digits}\n"
+    recipe.write_text(f"{head}values: [5, 10]\nmodels: [no Phi, U-Hop]\nsteps: 3\nrepeats: 2\n")
+    target = tmp_path / "results" / "retrieval_memory_size_tiny.json"
+    options = ["--output_dir", str(target.parent)]
+    run_command(recipe, options)
+    results = read_result(target, "retrieval")
+    assert set(results) == {"schema", "kind", "summary", "recipe", "rows", "versions", "commit", "machine"}
+    assert results["recipe"] == as_recorded(load(recipe))
     assert [(row["model"], row["alpha"]) for row in results["rows"][::4]] == [
         (name, alpha) for name in ("no Phi", "U-Hop") for alpha in (1.0, 1.5, 2.0)
     ]
-    assert (tmp_path / "retrieval_memory_size_tiny.png").stat().st_size > 10_000
-    updated = subprocess.run([sys.executable, *script, "--update", "U-Hop"], cwd=ROOT, capture_output=True, text=True)
-    assert updated.returncode == 0, updated.stderr
-    assert json.loads((tmp_path / "retrieval_memory_size_tiny.json").read_text())["rows"] == results["rows"]
-    longer = recipe.read_text().replace("repeats: ", "repeats: 1")
+    assert str(target) in capsys.readouterr().out
+    assert target.with_suffix(".png").stat().st_size > 10_000
+    run_command(recipe, [*options, "--update", "U-Hop"])
+    assert read_result(target, "retrieval")["rows"] == results["rows"]
     kept = recipe.read_text()
-    for content, model, message in ((longer, "U-Hop", "was made with repeats="), (kept, "L2", "models must be among those of the recipe")):
+    for content, more, message in (
+        (kept.replace("repeats: ", "repeats: 1"), ["--update", "U-Hop"], "was made with repeats="),
+        (kept, ["--update", "L2"], "models must be among those of the recipe"),
+        (kept.replace("task: retrieval", "task: images"), [], "RecipeError: task must be among .*, got 'images'"),
+        (f"{head}models: [U-Hop]\nvalues: [5000]", [], "RecipeError: there are 1293 images"),
+        (f"{head}models: [U-Hop]\nsteps: 3", [], "TypeError: "),
+        (kept.replace("memory_size", "beta"), ["--pictures"], "RecipeError: --pictures needs"),
+    ):
         recipe.write_text(content)
-        refused = subprocess.run([sys.executable, *script, "--update", model], cwd=ROOT, capture_output=True, text=True)
-        assert refused.returncode == 1
-        assert message in refused.stderr
-    for content, message in (("values: [5000]", "RecipeError: there are 1293 images"), ("steps: 3", "TypeError: ")):
-        recipe.write_text(f"experiment: memory_size\ndata: {{dataset: digits}}\nmodels: [U-Hop]\n{content}\n")
-        refused = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)
-        assert refused.returncode == 1
-        assert "Traceback" not in refused.stderr
-        assert refused.stderr.strip().splitlines()[-1].startswith(message)
-    wrong = subprocess.run([sys.executable, *script[:1], "nowhere.yaml"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.stderr.strip().splitlines()[-1] == "RecipeError: there is no recipe nowhere.yaml"
+        with pytest.raises(SystemExit, match=message) as refused:
+            run_command(recipe, [*options, *more])
+        assert "\n" not in str(refused.value)
+    with pytest.raises(SystemExit, match="RecipeError: there is no recipe nowhere.yaml"):
+        run_command(Path("nowhere.yaml"), options)
+    with pytest.raises(SystemExit, match="RecipeError: there is no results file"):
+        recipe.write_text(kept)
+        run_command(recipe, ["--output_dir", str(tmp_path / "empty"), "--update", "U-Hop"])
+    assert read_result(target, "retrieval")["rows"] == results["rows"]
 
 
 def test_a_table_has_a_row_for_each_model_and_a_column_for_each_alpha(patterns):
@@ -220,7 +225,7 @@ def test_a_table_has_a_row_for_each_model_and_a_column_for_each_alpha(patterns):
 
 def test_the_memorys_defaults_are_the_best_on_validation_images():
     paths = sorted((ROOT / "benchmarks" / "results" / "choice").glob("retrieval_*.json"))
-    results = [json.loads(path.read_text()) for path in paths]
+    results = [read_result(path, "retrieval") for path in paths]
     assert {result["recipe"]["split"] for result in results} == {"validation"}
     ranks = choice_ranks(results)
     assert {len(places) for places in ranks.values()} == {12}

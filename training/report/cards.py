@@ -1,7 +1,7 @@
 """Model cards: of a finished run, in its folder; and of the released recipes, in model_cards/, from
 benchmarks/results.
 
-`python training/document.py` writes those in model_cards/ again.
+`make tables` writes those in model_cards/ again.
 """
 
 import json
@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
-from modeling_uhop.model_card import family_of, model_card, write_model_card
+from modeling_uhop.model_card import family_of, model_card
 
-from ..intervals import half_width, half_width_of, half_width_over_folds
+from ..intervals import Interval, half_width, over_folds, over_seeds
 from ..recipe import ROOT, apply_override
+from ..results import read_result
 from ..stage_one import with_defaults
-from ..tasks.bags import BagsRecipe
-from ..tasks.images import ImagesRecipe
-from ..tasks.series import SeriesRecipe
+from ..tasks import recipe_class_of
 from .styles import BASELINES
 from .tables import results_table
 
 
-RECIPES: dict[str, Any] = {"vit": ImagesRecipe, "mil": BagsRecipe, "stanhop": SeriesRecipe}
 RESULTS = ROOT / "benchmarks" / "results"
 CARDS = ROOT / "model_cards"
 TEMPLATE = CARDS / "template.md"
@@ -49,29 +47,28 @@ NAMES = {"denoising": "denoising", "uhop": "U-Hop", "uhop+": "U-Hop+"}
 def write_card(folder: Path, model_id: str | None = None) -> None:
     """Write the card of a finished run, with its figures. If its recipe is a released one, the card
     also has that comparison."""
-    results = json.loads((folder / "results.json").read_text())
+    results = read_result(folder / "results.json", "run")
     recipe = results["recipe"]
     path = RESULTS / f"{recipe['name']}.json"
-    gathered = json.loads(path.read_text()) if path.is_file() else {}
-    same = "variants" in gathered and same_training(gathered["recipe"], recipe)
-    write_model_card(
-        folder,
-        folder / "results.json",
+    gathered = read_result(path) if path.is_file() else {"kind": None}
+    same = gathered["kind"] in ("seeds", "folds") and same_training(gathered["recipe"], recipe)
+    card = model_card(
+        results,
         TEMPLATE,
         model_id=model_id,
         headline=headline_of_run(results, gathered if same else None),
         comparison=comparison(gathered) if same else None,
         figures=[(title, name) for name, title in FIGURES.items() if (folder / name).is_file()],
     )
+    card.save(folder / "README.md")
 
 
 def released_cards() -> dict[Path, str]:
     """The text of every card in model_cards/, by its path."""
     cards = {}
     for path in sorted(RESULTS.glob("*.json")):
-        gathered = json.loads(path.read_text())
-        of_a_recipe = "variants" in gathered and not gathered.get("sweep", {}).get("suffix")
-        if of_a_recipe or gathered.get("recipe", {}).get("experiment") == "memory_size":
+        gathered = read_result(path)
+        if has_card(gathered):
             options: dict[str, Any] = {
                 "headline": headline(gathered),
                 "comparison": comparison(gathered),
@@ -80,6 +77,14 @@ def released_cards() -> dict[Path, str]:
             }
             cards[CARDS / f"{path.stem}.md"] = f"{model_card(released(gathered, path.stem), TEMPLATE, **options)}\n"
     return cards
+
+
+def has_card(gathered: dict[str, Any]) -> bool:
+    """Whether results are those of a released recipe: a comparison of the recipe as it stands, or a
+    retrieval by the number of memories."""
+    if gathered["kind"] == "seeds":
+        return not gathered["sweep"]["suffix"]
+    return gathered["kind"] == "folds" or (gathered["kind"] == "retrieval" and gathered["recipe"]["experiment"] == "memory_size")
 
 
 def headline(gathered: dict[str, Any]) -> str:
@@ -91,13 +96,12 @@ def headline(gathered: dict[str, Any]) -> str:
     Elsewhere the baseline is the best one that is no Hopfield model.
     """
     recipe = gathered["recipe"]
-    family = family_of(recipe)
-    if family.name == "memory":
+    if gathered["kind"] == "retrieval":
         errors = gathered["summary"][PANEL]
 
-        def error(model: str, alpha: str = "1") -> tuple[float, float | None]:
+        def error(model: str, alpha: str = "1") -> Interval:
             found = errors[model][alpha][MEMORIES]
-            return found["mean"], half_width(found["std"], recipe["repeats"])
+            return Interval(found["mean"], half_width(found["std"], recipe["repeats"]))
 
         candidates = {model: error(model) for model in errors if model in BASELINES}
         candidates[f"no Phi at alpha {ALPHA}"] = error("no Phi", ALPHA)
@@ -105,23 +109,23 @@ def headline(gathered: dict[str, Any]) -> str:
         ours = f"**Sum of squared pixel errors: {with_interval(*error(NAMES[METHOD], ALPHA))}**"
         settings = f"alpha {ALPHA}, beta {BETA}, {MEMORIES} memories, mean over {recipe['repeats']} sets of memories"
         return f"{ours} ({settings}).\nBest baseline, {best}: {with_interval(*candidates[best])}.\n{INTERVALS}"
-    metric, (_, name) = next(iter(family.metrics.items()))
-    if family.name == "mil":
+    metric, (_, name) = next(iter(family_of(recipe).metrics.items()))
+    if gathered["kind"] == "folds":
         variant = variant_as_released(recipe, gathered["variants"])
-        scores = {job: over_folds(scores, recipe) for job, scores in gathered["results"].items()}
-        best = max((job for job in scores if job in BASELINES), key=lambda job: scores[job][0])
+        scores = {job: of_folds(scores, recipe) for job, scores in gathered["results"].items()}
+        best = max((job for job in scores if job in BASELINES), key=lambda job: scores[job].mean)
         over = f"{recipe['repeats']} cross-validations of {recipe['folds']} folds"
         baseline = f"Best baseline, {best}: {with_interval(*scores[best])}."
         return f"**{name}: {with_interval(*scores[variant])}** (mean over {over}).\n{baseline}\n{INTERVALS}"
     variant = variant_as_released(recipe, gathered["sweep"]["variants"])
     values = {job: entry["metrics"][metric]["values"] for job, entry in gathered["variants"].items()}
-    if family.name == "vit":
+    if recipe["task"] == "images":
         without = [job for job in values if trains_without_separation(recipe, gathered["sweep"]["variants"][job])]
-        best = max(without, key=lambda job: mean_of(values[job])[0])
-        baseline = f"Best variant without separation, {best}: {with_interval(*mean_of(values[best]))}."
+        best = max(without, key=lambda job: over_seeds(values[job]).mean)
+        baseline = f"Best variant without separation, {best}: {with_interval(*over_seeds(values[best]))}."
     else:
         baseline = best_fixed(gathered["baselines"], metric)
-    return f"**{name}: {with_interval(*mean_of(values[variant]))}** (mean over {len(values[variant])} seeds).\n{baseline}\n{INTERVALS}"
+    return f"**{name}: {with_interval(*over_seeds(values[variant]))}** (mean over {len(values[variant])} seeds).\n{baseline}\n{INTERVALS}"
 
 
 INTERVALS = "Numbers after ± are 95 % confidence intervals."
@@ -133,10 +137,9 @@ def headline_of_run(results: dict[str, Any], gathered: dict[str, Any] | None) ->
     family = family_of(results["recipe"])
     metric, (_, name) = next(iter(family.metrics.items()))
     value = results["metrics"][metric]
-    if family.name == "mil" and results.get("outcomes"):
-        scores = [outcome[metric] for outcome in results["outcomes"]]
-        width = half_width_over_folds(scores, results["recipe"]["folds"])
-        own = f"**{name}: {with_interval(sum(scores) / len(scores), width)}** (mean over the folds, with its 95 % confidence interval)."
+    if results["recipe"]["task"] == "bags" and results.get("outcomes"):
+        interval = over_folds([outcome[metric] for outcome in results["outcomes"]], 1, results["recipe"]["folds"] - 1)
+        own = f"**{name}: {with_interval(*interval)}** (mean over the folds, with its 95 % confidence interval)."
     else:
         mean = value["mean"] if isinstance(value, dict) else value
         own = f"**{name}: {with_interval(mean, None)}**, from one run, without a confidence interval."
@@ -154,15 +157,10 @@ def best_fixed(baselines: dict[str, dict[str, float]], metric: str) -> str:
     return f"Best baseline, {best}: {with_interval(baselines[best][metric], None)} (not random, so without an interval)."
 
 
-def mean_of(values: list[float]) -> tuple[float, float | None]:
-    return sum(values) / len(values), half_width_of(values) if len(values) > 1 else None
-
-
-def over_folds(scores: dict[str, Any], recipe: dict[str, Any]) -> tuple[float, float | None]:
-    """Mean and half of the 95 % confidence interval of a job's first metric."""
-    metric = recipe["metrics"][0]
-    by_fold = [score for repeat in scores[f"{metric}_by_fold"] for score in repeat]
-    return scores[metric]["mean"], half_width_over_folds(by_fold, recipe["folds"])
+def of_folds(scores: dict[str, Any], recipe: dict[str, Any]) -> Interval:
+    """The first metric of a variant or baseline, over all folds."""
+    by_fold = [score for repeat in scores[f"{recipe['metrics'][0]}_by_fold"] for score in repeat]
+    return over_folds(by_fold, 1, recipe["folds"] - 1)
 
 
 def with_interval(mean: float, width: float | None) -> str:
@@ -183,11 +181,11 @@ def released(gathered: dict[str, Any], name: str) -> dict[str, Any]:
     seeds."""
     recipe = {"name": name, **gathered["recipe"]}
     shared = {"recipe": recipe, "versions": gathered["versions"], "commit": gathered["commit"]}
-    if "summary" in gathered:
+    if gathered["kind"] == "retrieval":
         errors = gathered["summary"][PANEL][NAMES[METHOD]][ALPHA][MEMORIES]
         described = {"alpha": ALPHA, "beta": BETA, "memories": MEMORIES, "method": METHOD, "seeds": f"{recipe['repeats']} sets of memories"}
         return {**shared, **described, "metrics": {"error": errors}}
-    if "results" in gathered:
+    if gathered["kind"] == "folds":
         variant = variant_as_released(recipe, gathered["variants"])
         metrics = gathered["results"][variant]
         repeats = len(metrics[recipe["metrics"][0]]["by_repeat"])
@@ -221,7 +219,7 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
     and what defaults they spell out."""
 
     def training(recipe: dict[str, Any]) -> dict[str, Any]:
-        recipe_class = RECIPES[family_of(recipe).name]
+        recipe_class = recipe_class_of(recipe["task"])
         data = {**vars(recipe_class.data_class("anything")), **recipe["data"], "dataset": "anything"}
         model = {**vars(recipe_class.config_class()), **recipe["model"]}
         rest = {key: recipe.get(key, getattr(recipe_class, key, None)) for key in ("separation", "training", *OPTIONS)}
@@ -235,7 +233,7 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
 def comparison(gathered: dict[str, Any]) -> str:
     """The table of a released recipe and its baselines; for a memory a row for each map and a
     column for each alpha."""
-    if "summary" in gathered:
+    if gathered["kind"] == "retrieval":
         by_map = {
             model: by_alpha for model, by_alpha in gathered["summary"][PANEL].items() if all(MEMORIES in e for e in by_alpha.values())
         }
@@ -251,10 +249,10 @@ def comparison(gathered: dict[str, Any]) -> str:
 def cost_of(gathered: dict[str, Any], name: str) -> str:
     """What the recipe's header says that it costs, and the machine of these results where they name
     it."""
-    recipe = gathered["recipe"]
-    folder, stem = ("configs/retrieval", name.removeprefix("retrieval_")) if family_of(recipe).name == "memory" else ("configs", name)
+    of_memory = gathered["kind"] == "retrieval"
+    folder, stem = ("configs/retrieval", name.removeprefix("retrieval_")) if of_memory else ("configs", name)
     path = ROOT / folder / f"{stem}.yaml"
     match = re.search(r"^# Cost: +(.*)$", path.read_text(), re.MULTILINE)
     if match is None:
         raise ValueError(f"{path} does not say what it costs")
-    return f"{match[1]}; these results come from {gathered['machine']}" if "machine" in gathered else match[1]
+    return f"{match[1]}; these results come from {gathered['machine']}" if gathered["machine"] else match[1]

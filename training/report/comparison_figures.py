@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from ..intervals import half_width_of
+from ..intervals import over_seeds
 from .styles import (
     BASELINE,
     BASELINES,
@@ -88,11 +88,11 @@ def curves_figure(path: Path, gathered: dict[str, Any]) -> None:
 
 def _title(gathered: dict[str, Any]) -> str:
     """What a comparison of image models was run on."""
-    data = gathered["recipe"]["data"] if "recipe" in gathered else {}
+    data = gathered["recipe"]["data"]
     grouped = any(_group_of(variant) for variant in gathered["variants"])
-    overrides = [override.partition("=") for override in gathered["sweep"].get("overrides", [])]
+    overrides = [override.partition("=") for override in gathered["sweep"]["overrides"]]
     count = next((int(value) for key, _, value in overrides if key == "data.max_train_samples"), data.get("max_train_samples"))
-    return dataset_name(data.get("dataset", "")) + (f", {count:,} training images" if count and not grouped else "")
+    return dataset_name(data["dataset"]) + (f", {count:,} training images" if count and not grouped else "")
 
 
 def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
@@ -107,7 +107,7 @@ def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
     points: list[tuple[str, Any, dict[str, Any]]] = [
         (name.rpartition(": ")[2], int(name.partition(" images")[0].replace(",", "")) if ": " in name else default, variant["metrics"])
         for result in gathered
-        for default in [None if result.get("sweep", {}).get("suffix") else result["recipe"]["data"]["max_train_samples"]]
+        for default in [None if result["sweep"]["suffix"] else result["recipe"]["data"]["max_train_samples"]]
         for name, variant in result["variants"].items()
         if default is not None or ": " in name
     ]
@@ -123,7 +123,7 @@ def samples_figure(path: Path, gathered: list[dict[str, Any]]) -> None:
             # other.
             shift = 1.03 ** (place - (len(lines) - 1) / 2)
             own = sorted(((count, metrics[metric]) for label, count, metrics in points if label == name), key=lambda point: point[0])
-            widths = [half_width_of(m["values"]) for _, m in own]
+            widths = [over_seeds(m["values"]).half_width or 0.0 for _, m in own]
             axis.errorbar(
                 [shift * count for count, _ in own],
                 [m["mean"] for _, m in own],

@@ -2,13 +2,17 @@
 
 The pages are README.md and those of docs/. A table stands between `<!-- KIND: NAME ... -->` and `<!-- end -->`; the kinds are those of
 `TABLES`. README's summary of all results stands after `<!-- headline -->`.
+
+python -m modeling_uhop.training.report.document
 """
 
-import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ..recipe import ROOT
+from ..results import read_result
 from .cards import released_cards
 from .comparison_figures import curves_figure, differences_figure, growth_figure, paired_figure, samples_figure
 from .figures import retrieval_figure
@@ -22,19 +26,20 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(
     r"(<!-- (?:(results|paired|instances|choice|defaults|first_step): ([\w/ ]+)|headline) -->\n).*?(<!-- end -->)", re.DOTALL
 )
-TABLES = {
-    "results": results_table,
-    "paired": paired_table,
-    "instances": instances_table,
-    "choice": choice_table,
-    "defaults": defaults_table,
-    "first_step": first_step_table,
+# The function that makes each table, and the kinds of results files that it takes.
+TABLES: dict[str, tuple[Callable[[list[dict[str, Any]]], str], tuple[str, ...]]] = {
+    "results": (results_table, ("seeds", "folds", "retrieval", "speed")),
+    "paired": (paired_table, ("seeds",)),
+    "instances": (instances_table, ("folds",)),
+    "choice": (choice_table, ("retrieval",)),
+    "defaults": (defaults_table, ("retrieval",)),
+    "first_step": (first_step_table, ("retrieval",)),
 }
 
 
-def read(name: str) -> dict[str, Any]:
-    """The results file of this name."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def read(name: str, *kinds: str) -> dict[str, Any]:
+    """The results file of this name; a `RecipeError` if it is not of these kinds."""
+    return read_result(RESULTS / f"{name}.json", *kinds)
 
 
 def render(page: str) -> str:
@@ -42,9 +47,10 @@ def render(page: str) -> str:
 
     def from_results(match: re.Match[str]) -> str:
         if match[2] is None:
-            table = headline_table({name: read(name) for name in HEADLINE})
+            table = headline_table({name: read(name, kind) for name, kind in HEADLINE.items()})
         else:
-            table = TABLES[match[2]]([read(name) for name in match[3].split()])
+            make, kinds = TABLES[match[2]]
+            table = make([read(name, *kinds) for name in match[3].split()])
         return f"{match[1]}{table}\n{match[4]}"
 
     return MARKED.sub(from_results, page)
@@ -52,22 +58,23 @@ def render(page: str) -> str:
 
 def draw_figures() -> None:
     """Draw every figure again whose results file holds all that it shows."""
-    results = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    results = {path: read_result(path) for path in sorted(RESULTS.glob("*.json"))}
+    by_kind: dict[str, dict[Path, dict[str, Any]]] = {}
     for path, content in results.items():
-        picture, recipe, sweep = path.with_suffix(".png"), content.get("recipe", {}), content.get("sweep", {})
-        if path.stem.startswith("retrieval_"):
-            retrieval_figure(picture, recipe["experiment"], content["rows"], recipe["data"]["dataset"])
-        elif recipe.get("experiment") in FIGURES:
-            save(FIGURES[recipe["experiment"]](content["results"], recipe), picture)
-        elif path.stem == "speed":
-            growth_figure(picture, content["growth"])
-        if sweep.get("curves"):
+        by_kind.setdefault(content["kind"], {})[path] = content
+    for path, content in by_kind["retrieval"].items():
+        recipe = content["recipe"]
+        retrieval_figure(path.with_suffix(".png"), recipe["experiment"], content["rows"], recipe["data"]["dataset"])
+    for path, content in by_kind["geometry"].items():
+        if content["recipe"]["experiment"] in FIGURES:
+            save(FIGURES[content["recipe"]["experiment"]](content["results"], content["recipe"]), path.with_suffix(".png"))
+    growth_figure(RESULTS / "speed.png", read("speed", "speed")["growth"])
+    for path, content in by_kind["seeds"].items():
+        if content["sweep"]["curves"]:
             curves_figure(path.with_name(f"{path.stem}_curves.png"), content)
             differences_figure(path.with_name(f"{path.stem}_differences.png"), content)
-    compared = [content for path, content in results.items() if path.stem.startswith("mil_")]
-    if compared:
-        paired_figure(RESULTS / "mil_paired.png", compared)
-    images = [content for path, content in results.items() if path.stem.startswith("vit_") and "variants" in content]
+    paired_figure(RESULTS / "mil_paired.png", list(by_kind["folds"].values()))
+    images = [content for content in by_kind["seeds"].values() if content["recipe"]["task"] == "images"]
     for name in {content["recipe"]["name"] for content in images if any(" images: " in variant for variant in content["variants"])}:
         samples_figure(RESULTS / f"{name}_samples.png", [content for content in images if content["recipe"]["name"] == name])
 

@@ -12,7 +12,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import spearmanr
 
-from ..intervals import half_width_of
+from ..intervals import over_seeds
 from .styles import BASELINES, METHODS, OBSERVED, REFERENCE, THIS_RUN, dataset_name, legend_beside, save
 
 
@@ -167,7 +167,7 @@ def _mean_line(axis: Axes, rows: list[dict[str, Any]], **style: Any) -> None:
     values = sorted({row["value"] for row in rows})
     errors = [[row["error"] for row in rows if row["value"] == value] for value in values]
     means = np.array([np.mean(error) for error in errors])
-    widths = np.array([half_width_of(error) for error in errors])
+    widths = np.array([over_seeds(error).half_width or 0.0 for error in errors])
     shown = np.maximum(means, LEAST_ERROR)
     bars = np.stack([shown - np.maximum(means - widths, LEAST_ERROR / 2).clip(max=shown), widths])
     axis.errorbar(values, shown, bars, capsize=2, elinewidth=0.8, **style)

@@ -2,26 +2,27 @@
 
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
-
-from scipy.stats import t as student_t
 
 from modeling_uhop import UHopMemoryConfig
 
+from ..intervals import paired_over_seeds
+
 
 def results_table(results: list[dict[str, Any]]) -> str:
-    """The table of results files of one kind."""
-    if "results" in results[0]:
-        return bags_table(results)
-    if "cases" in results[0]:
-        return speed_table(results[0])
-    return retrieval_table(results) if "rows" in results[0] else variants_table(results)
+    """The table of results files of one kind: "seeds", "folds", "retrieval" or "speed".
+
+    Raises:
+        KeyError: For another kind.
+    """
+    tables = {"seeds": variants_table, "folds": bags_table, "retrieval": retrieval_table, "speed": speed_table}
+    return tables[results[0]["kind"]](results)
 
 
 def variants_table(gathered: list[dict[str, Any]]) -> str:
     """A row for each variant, baseline and published figure, columns for each recipe and metric; one seed has no spread."""
-    metrics = gathered[0]["sweep"].get("metrics", ["test_accuracy", "validation_accuracy"])
+    metrics = gathered[0]["sweep"]["metrics"]
     columns = [(result, metric) for result in gathered for metric in metrics]
     titles = ["" if len(gathered) == 1 else result["recipe"]["name"] + ", " for result, _ in columns]
     header = ["", "parameters", *(title + metric.replace("_", " ") for title, (_, metric) in zip(titles, columns, strict=True))]
@@ -31,9 +32,9 @@ def variants_table(gathered: list[dict[str, Any]]) -> str:
         cells = [r["variants"][variant]["metrics"][metric] for r, metric in columns]
         spreads = ["" if len(cell["values"]) == 1 else f" ± {cell['std']:.4f}" for cell in cells]
         rows.append([variant, " / ".join(sizes), *(f"{cell['mean']:.4f}{spread}" for cell, spread in zip(cells, spreads, strict=True))])
-    for baseline in gathered[0].get("baselines", {}):
+    for baseline in gathered[0]["baselines"]:
         rows.append([baseline, "", *(f"{r['baselines'][baseline][metric]:.4f}" for r, metric in columns)])
-    for source in dict.fromkeys(source for result in gathered for source in result.get("published", {})):
+    for source in dict.fromkeys(source for result in gathered for source in result["published"]):
         rows.append([f"published: {source}", "", *(str(r["published"].get(source, {}).get(metric, "")) for r, metric in columns)])
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
@@ -49,7 +50,7 @@ def paired_table(gathered: list[dict[str, Any]]) -> str:
         cells = []
         for result, metric in columns:
             pair = _pair(result, first, second, metric)
-            cells.append(f"{pair['difference']:+.4f}" + ("" if pair["half_width"] is None else f" ± {pair['half_width']:.4f}"))
+            cells.append(_difference(pair["difference"], pair["half_width"], 4))
         rows.append([f"{first} vs. {second}", *cells])
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
@@ -79,8 +80,9 @@ def instances_table(gathered: list[dict[str, Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def speed_table(result: dict[str, Any]) -> str:
-    """Measured ratios beside their bounds."""
+def speed_table(results: list[dict[str, Any]]) -> str:
+    """Measured ratios of one results file beside their bounds."""
+    (result,) = results
     lines = ["| what | beside | ratio | bound |", "| --- | --- | --- | --- |"]
     for case in result["cases"]:
         bound = "" if case["at_most"] is None and case["at_least"] is None else "≤ " if case["at_least"] is None else "≥ "
@@ -217,15 +219,15 @@ def choice_ranks(results: list[dict[str, Any]]) -> dict[tuple[str, float, float]
 
 
 BAGS = [f"mil_{name}" for name in ("tiger", "elephant", "fox", "ucsb", "musk1", "musk2", "digits")]
-# The results files of the README's summary.
-HEADLINE = [
-    "retrieval_memory_size_cifar10",
-    "vit_cifar10_small_ways",
-    "vit_cifar10_small",
-    "vit_cifar10_small_10k",
-    *BAGS,
-    "stanhop_etth1_96",
-]
+# The results files of the README's summary, and their kinds.
+HEADLINE = {
+    "retrieval_memory_size_cifar10": "retrieval",
+    "vit_cifar10_small_ways": "seeds",
+    "vit_cifar10_small": "seeds",
+    "vit_cifar10_small_10k": "seeds",
+    **dict.fromkeys(BAGS, "folds"),
+    "stanhop_etth1_96": "seeds",
+}
 
 
 def headline_table(results: dict[str, dict[str, Any]]) -> str:
@@ -255,10 +257,9 @@ def _retrieval_row(result: dict[str, Any], size: float = 500) -> list[str]:
     more = "[retrieval](docs/results/retrieval.md)"
     if not separated:
         return [task, "", "not measured at this alpha", more]
-    differences = [error - without[repeat] for repeat, error in separated.items()]
-    half_width = float(student_t.ppf(0.975, len(differences) - 1)) * stdev(differences) / len(differences) ** 0.5
-    change = f"{_difference(mean(differences), half_width, 2)} (from {mean(without.values()):.2f} to {mean(separated.values()):.2f})"
-    return [task, change, _verdict(-mean(differences), half_width), more]
+    pair = paired_over_seeds(list(separated.values()), [without[repeat] for repeat in separated])
+    change = f"{_difference(*pair, 2)} (from {mean(without.values()):.2f} to {mean(separated.values()):.2f})"
+    return [task, change, _verdict(-pair.mean, pair.half_width), more]
 
 
 def _images_row(count: str, result: dict[str, Any], first: str, second: str) -> list[str]:
@@ -290,11 +291,13 @@ def _pair(result: dict[str, Any], first: str, second: str, metric: str) -> dict[
     return pair
 
 
-def _difference(difference: float, half_width: float, digits: int) -> str:
-    return f"{difference:+.{digits}f} ± {half_width:.{digits}f}"
+def _difference(difference: float, half_width: float | None, digits: int) -> str:
+    return f"{difference:+.{digits}f}" + ("" if half_width is None else f" ± {half_width:.{digits}f}")
 
 
-def _verdict(gain: float, half_width: float) -> str:
+def _verdict(gain: float, half_width: float | None) -> str:
+    if half_width is None:
+        return "one seed: no interval"
     if abs(gain) <= half_width:
         return "no clear gain: the interval contains 0"
     return "separation helps" if gain > 0 else "separation is worse"

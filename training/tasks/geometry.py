@@ -1,6 +1,6 @@
 """Reproduce the geometry figures and the table of U-Hop+ (arXiv 2410.23126) from a recipe.
 
-python training/run_geometry.py configs/geometry/basins.yaml
+python training/train.py configs/geometry/basins.yaml
 """
 
 import argparse
@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +27,12 @@ from modeling_uhop.spherical import closest_similarity, separate_optimally
 
 from ..data.images import ImageData, load_images
 from ..errors import RecipeError, errors_in_one_line
+from ..intervals import spread
 from ..processes import refuse_several_processes
 from ..recipe import read_yaml, with_known_keys
 from ..report.geometry_figures import bound_figure, loss_curve_figure, metastable_figure
 from ..report.styles import METHODS, OBSERVED, REFERENCE, save
-from ..results import as_recorded, provenance
+from ..results import as_recorded, write_result
 from .retrieval import draw, load_patterns, pixels
 
 
@@ -65,6 +67,7 @@ class GeometryRecipe:
             `final_temperature=None` the temperature is constant.
         queries: For "metastable": the number of queries.
         seeds: For "metastable" and "circle": the number of seeds.
+        task: "geometry".
     """
 
     experiment: str
@@ -86,34 +89,41 @@ class GeometryRecipe:
     optimizer: str = "sgd"
     queries: int = 500
     seeds: int = 3
+    task: str = "geometry"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="YAML file in configs/geometry/")
+def run_command(recipe_path: Path, arguments: list[str]) -> None:
+    """Run a recipe with the options of a command line: `--dataset` and `--output_dir`.
+
+    Raises:
+        SystemExit: For an unknown option, or with one line for an error that the user can correct.
+    """
+    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} {recipe_path}", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's data set")
     parser.add_argument("--output_dir", default="benchmarks/results", help="folder for the results file and the figure")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     with errors_in_one_line():
         refuse_several_processes()
-        recipe = load(Path(args.recipe))
-        if args.dataset and recipe.data is not None:
+        recipe = load(recipe_path)
+        if args.dataset:
+            if recipe.data is None:
+                raise RecipeError(f"--dataset needs a recipe with data, but {recipe_path} uses Gaussian patterns")
             recipe.data.dataset = args.dataset
         results, figure = EXPERIMENTS[recipe.experiment](recipe)
-    target = Path(args.output_dir) / f"geometry_{Path(args.recipe).stem}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    content = {"results": results, "recipe": as_recorded(recipe), **provenance()}
-    target.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-    save(figure, target.with_suffix(".png"))
+        target = Path(args.output_dir) / f"geometry_{recipe_path.stem}"
+        write_result(target.with_suffix(".json"), "geometry", {"results": results, "recipe": as_recorded(recipe)})
+        save(figure, target.with_suffix(".png"))
     print(json.dumps(results, indent=1)[:3000], target.with_suffix(".json"), sep="\n")
 
 
 def load(path: Path) -> GeometryRecipe:
-    """Read a recipe; raise a `RecipeError` for an unknown key or experiment."""
+    """Read a recipe; raise a `RecipeError` for another task, or an unknown key or experiment."""
     content = with_known_keys("recipe", read_yaml(path), GeometryRecipe)
     if content.get("data") is not None:
         content["data"] = ImageData(**with_known_keys("data", content["data"], ImageData))
     recipe = GeometryRecipe(**content)
+    if recipe.task != "geometry":
+        raise RecipeError(f"task must be 'geometry', got {recipe.task!r}")
     if recipe.experiment not in EXPERIMENTS:
         raise RecipeError(f"experiment must be among {tuple(EXPERIMENTS)}, got {recipe.experiment!r}")
     return recipe
@@ -356,11 +366,6 @@ def apart(angles: np.ndarray, least: float) -> np.ndarray:
     return result
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation and values; the standard deviation of one value is 0."""
-    return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else 0.0, "values": values}
-
-
 def metastable(recipe: GeometryRecipe) -> Result:
     """Metastable states: fractions of queries by the number of memories they retrieve (U-Hop+,
     Table 1).
@@ -403,7 +408,3 @@ EXPERIMENTS: dict[str, Callable[[GeometryRecipe], Result]] = {
     "circle": circle,
     "metastable": metastable,
 }
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,12 @@
 """Retrieval experiments of U-Hop (arXiv 2404.03827, section 4.1) from a recipe: a results JSON and a figure.
 
-python training/run_retrieval.py configs/retrieval/memory_size_digits.yaml
-python training/run_retrieval.py configs/retrieval/memory_size_mnist.yaml --dataset path/to/mnist
+python training/train.py configs/retrieval/memory_size_digits.yaml
+python training/train.py configs/retrieval/memory_size_mnist.yaml --dataset path/to/mnist
 """
 
 import argparse
 import dataclasses
-import json
-import statistics
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,12 +26,13 @@ from modeling_uhop.images import as_rgb, is_grey
 
 from ..data.images import ImageData, load_images
 from ..errors import RecipeError, errors_in_one_line
+from ..intervals import spread
 from ..processes import refuse_several_processes
 from ..recipe import read_yaml, with_known_keys
 from ..report.figures import pictures_figure, retrieval_figure
 from ..report.styles import dataset_name
 from ..report.tables import BASELINES
-from ..results import as_recorded, provenance
+from ..results import as_recorded, read_result, write_result
 
 
 EXPERIMENTS = ("memory_size", "noise_level", "beta", "separation_steps", "separation_loss")
@@ -86,6 +86,7 @@ class RetrievalRecipe:
         corruption: "mask" (half of the pixels set to zero) or "noise" (of the norm of the pattern), if the experiment does not vary it.
         repeats: Number of seeds, from 0. A seed draws patterns, corruption and the initial Phi.
         split: "train", or "validation" to choose defaults by: part of the training images that no other recipe stores.
+        task: "retrieval".
     """
 
     experiment: str
@@ -99,6 +100,7 @@ class RetrievalRecipe:
     corruption: str = "mask"
     repeats: int = 5
     split: str = "train"
+    task: str = "retrieval"
 
 
 @dataclass(frozen=True)
@@ -122,20 +124,24 @@ class Condition:
     lr_factor: float = 1.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", help="YAML file in configs/retrieval/")
+def run_command(recipe_path: Path, arguments: list[str]) -> None:
+    """Run a recipe with the options of a command line: `--dataset`, `--output_dir`, `--update` and `--pictures`.
+
+    Raises:
+        SystemExit: For an unknown option, or with one line for an error that the user can correct.
+    """
+    parser = argparse.ArgumentParser(prog=f"{Path(sys.argv[0]).name} {recipe_path}", description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", help="Hub id or local folder to use instead of the recipe's")
     parser.add_argument("--output_dir", default="benchmarks/results", help="where the JSON and the figure go")
     parser.add_argument(
         "--update", nargs="+", metavar="MODEL", choices=MODELS, help="measure these again and keep the results of the others"
     )
     parser.add_argument("--pictures", action="store_true", help="measure nothing; draw retrieved images of a memory_size recipe")
-    args = parser.parse_args()
-    target = Path(args.output_dir) / f"retrieval_{Path(args.recipe).stem}"
+    args = parser.parse_args(arguments)
+    target = Path(args.output_dir) / f"retrieval_{recipe_path.stem}"
     with errors_in_one_line():
         refuse_several_processes()
-        recipe = load(Path(args.recipe))
+        recipe = load(recipe_path)
         if args.dataset:
             recipe.data.dataset = args.dataset
         if args.pictures:
@@ -152,15 +158,13 @@ def main() -> None:
         patterns = load_patterns(recipe.data, recipe.split)
         measured = dataclasses.replace(recipe, models=args.update or recipe.models)
         rows = [row for row in kept if row["model"] not in measured.models] + list(run(measured, patterns))
-    rows.sort(key=lambda row: (list(recipe.panels).index(row["panel"]), recipe.models.index(row["model"]), row["alpha"]))
-    write(recipe, rows, target)
+        rows.sort(key=lambda row: (list(recipe.panels).index(row["panel"]), recipe.models.index(row["model"]), row["alpha"]))
+        write(recipe, rows, target)
 
 
 def earlier_rows(recipe: RetrievalRecipe, path: Path, update: list[str]) -> list[dict[str, Any]]:
     """The rows of an earlier run of this recipe; a `RecipeError` if it was run with other settings. The list of models may differ."""
-    if not path.is_file():
-        raise RecipeError(f"there is no {path} to update")
-    earlier = json.loads(path.read_text())
+    earlier = read_result(path, "retrieval")
     for name, value in as_recorded(recipe).items():
         if name != "models" and earlier["recipe"].get(name) != value:
             raise RecipeError(f"{path} was made with {name}={earlier['recipe'].get(name)}, and cannot be updated with {name}={value}")
@@ -171,13 +175,14 @@ def earlier_rows(recipe: RetrievalRecipe, path: Path, update: list[str]) -> list
 
 
 def load(path: Path) -> RetrievalRecipe:
-    """Read a recipe; a `RecipeError` names an unknown key, experiment or model."""
+    """Read a recipe; a `RecipeError` names another task, or an unknown key, experiment or model."""
     content = read_yaml(path)
     with_known_keys("recipe", content, RetrievalRecipe)
     data = with_known_keys("data", content.get("data", {}), ImageData)
     panels = {title: Panel(**with_known_keys(f"panel {title!r}", panel, Panel)) for title, panel in content.pop("panels", {}).items()}
     recipe = RetrievalRecipe(**{**content, "data": ImageData(**data), **({"panels": panels} if panels else {})})
     for name, value, choices in (
+        ("task", [recipe.task], ("retrieval",)),
         ("experiment", [recipe.experiment], EXPERIMENTS),
         ("models", recipe.models, tuple(MODELS)),
         ("corruption", [recipe.corruption], ("mask", "noise")),
@@ -350,25 +355,14 @@ def summarize(recipe: RetrievalRecipe, rows: list[dict[str, Any]]) -> dict[str, 
         else:
             entry = {}
             for value in recipe.values:
-                errors = [row["error"] for row in mine if row["value"] == value]
-                spread = statistics.stdev(errors) if len(errors) > 1 else 0.0
-                entry[f"{value:g}"] = {"mean": statistics.mean(errors), "std": spread}
+                errors = spread([row["error"] for row in mine if row["value"] == value])
+                entry[f"{value:g}"] = {"mean": errors["mean"], "std": errors["std"]}
         summary.setdefault(title, {}).setdefault(name, {})[f"{alpha:g}"] = entry
     return summary
 
 
 def write(recipe: RetrievalRecipe, rows: list[dict[str, Any]], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    results = {
-        "summary": summarize(recipe, rows),
-        "recipe": as_recorded(recipe),
-        "rows": rows,
-        **provenance(),
-    }
-    target.with_suffix(".json").write_text(json.dumps(results) + "\n")
+    results = {"summary": summarize(recipe, rows), "recipe": as_recorded(recipe), "rows": rows}
+    write_result(target.with_suffix(".json"), "retrieval", results)
     retrieval_figure(target.with_suffix(".png"), recipe.experiment, rows, recipe.data.dataset)
     print(yaml.safe_dump({"summary": results["summary"]}, sort_keys=False), target.with_suffix(".json"))
-
-
-if __name__ == "__main__":
-    main()
