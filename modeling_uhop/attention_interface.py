@@ -104,10 +104,15 @@ def _attend(kernels: tuple[Kernel, ...], query: torch.Tensor, key: torch.Tensor,
     check_alpha_range(settings["alpha"])
     _check_inputs(query, key, value, **settings)
     settings = {name: x for name, x in settings.items() if isinstance(x, torch.Tensor) or x != _WITHOUT_EFFECT.get(name)}
-    for accepts, attend in kernels:
-        if accepts(query, key, value, **settings):
-            return attend(query, key, value, **settings)
-    return plain_hopfield_attention(query, key, value, **settings)
+    return select_kernel(query, key, value, kernels=kernels, **settings)(query, key, value, **settings)
+
+
+def select_kernel(query, key, value, *, kernels: tuple[Kernel, ...] = _KERNELS, **settings) -> Callable[..., torch.Tensor]:
+    """Return the first kernel that accepts a call of `hopfield_attention`, or else the plain one.
+
+    Settings are those arguments that have an effect: alpha = 1 and dropout = 0 are left out.
+    """
+    return next((attend for accepts, attend in kernels if accepts(query, key, value, **settings)), plain_hopfield_attention)
 
 
 def plain_hopfield_attention(

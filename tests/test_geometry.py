@@ -95,7 +95,8 @@ def test_circle_and_metastable_states_on_digits():
 
 
 def test_the_command_writes_a_results_file_and_a_figure(tmp_path, capsys):
-    recipe = ROOT / "configs" / "geometry" / "bound.yaml"
+    recipe = tmp_path / "bound.yaml"
+    recipe.write_text("task: geometry\nexperiment: bound\nmemories: [4, 6]\nfeature_dim: 3\n")
     run_command(recipe, ["--output_dir", str(tmp_path / "results")])
     result = read_result(tmp_path / "results" / "geometry_bound.json", "geometry")
     assert set(result) == {"schema", "kind", "results", "recipe", "versions", "commit", "machine"}

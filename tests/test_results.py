@@ -48,10 +48,10 @@ def test_every_recorded_recipe_has_todays_form(path):
     family = path.stem.partition("_")[0]
     assert recipe["task"] == {"vit": "images", "mil": "bags", "stanhop": "series"}.get(family, family)
     assert not {"evaluate_on", "judge", "anchor_lengths"} & recipe.keys()
-    if result["kind"] in ("run", "seeds", "folds"):
-        validation = path.parent.name == "choice" and not path.stem.endswith("_evaluations")
-        assert recipe["evaluation"] == {"split": "validation" if validation else "test"}
+    if result["kind"] == "folds":
+        assert recipe["evaluation"] == {"split": "validation" if path.parent.name == "choice" else "test"}
     if result["kind"] == "seeds":
+        assert recipe["evaluation"] == {"split": "validation" if "evaluation.split=validation" in result["sweep"]["overrides"] else "test"}
         assert result["sweep"]["task"] == recipe["task"]
         assert "script" not in result["sweep"]
         assert result["variants"].keys() == result["sweep"]["variants"].keys()
@@ -89,8 +89,8 @@ def test_another_kind_schema_or_set_of_keys_is_refused(tmp_path):
         with pytest.raises(RecipeError, match=message) as refused:
             read_result(path, "seeds", "folds")
         assert "\n" not in str(refused.value)
+    path.write_text(json.dumps({**good, "kind": "tables"}))
     with pytest.raises(RecipeError, match="must be run or seeds or"):
-        path.write_text(json.dumps({**good, "kind": "tables"}))
         read_result(path)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers.utils import logging
 
 from modeling_uhop import FeatureMap, UHopMemoryConfig, UHopMemoryModel, association, mask_patterns, maximize_separation, retrieve
 from modeling_uhop.training.errors import RecipeError
@@ -32,6 +33,14 @@ from modeling_uhop.training.tasks.retrieval import (
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs" / "retrieval").glob("**/*.yaml"))
 DIGITS = ROOT / "configs" / "retrieval" / "memory_size_digits.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _verbosity():
+    """Because a run silences transformers, the tests that follow get its verbosity back."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
 
 
 @pytest.fixture(scope="module")
@@ -204,10 +213,10 @@ def test_the_command_writes_a_results_file_and_a_figure(tmp_path, capsys):
         with pytest.raises(SystemExit, match=message) as refused:
             run_command(recipe, [*options, *more])
         assert "\n" not in str(refused.value)
-    with pytest.raises(SystemExit, match="RecipeError: there is no recipe nowhere.yaml"):
+    with pytest.raises(SystemExit, match=r"RecipeError: there is no recipe nowhere\.yaml"):
         run_command(Path("nowhere.yaml"), options)
+    recipe.write_text(kept)
     with pytest.raises(SystemExit, match="RecipeError: there is no results file"):
-        recipe.write_text(kept)
         run_command(recipe, ["--output_dir", str(tmp_path / "empty"), "--update", "U-Hop"])
     assert read_result(target, "retrieval")["rows"] == results["rows"]
 

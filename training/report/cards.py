@@ -50,8 +50,8 @@ def write_card(folder: Path, model_id: str | None = None) -> None:
     results = read_result(folder / "results.json", "run")
     recipe = results["recipe"]
     path = RESULTS / f"{recipe['name']}.json"
-    gathered = read_result(path) if path.is_file() else {"kind": None}
-    same = gathered["kind"] in ("seeds", "folds") and same_training(gathered["recipe"], recipe)
+    gathered = read_result(path) if path.is_file() else {}
+    same = gathered.get("kind") in ("seeds", "folds") and same_training(gathered["recipe"], recipe)
     card = model_card(
         results,
         TEMPLATE,

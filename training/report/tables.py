@@ -1,6 +1,7 @@
 """Results files as Markdown tables."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -16,7 +17,12 @@ def results_table(results: list[dict[str, Any]]) -> str:
     Raises:
         KeyError: For another kind.
     """
-    tables = {"seeds": variants_table, "folds": bags_table, "retrieval": retrieval_table, "speed": speed_table}
+    tables: dict[str, Callable[[list[dict[str, Any]]], str]] = {
+        "seeds": variants_table,
+        "folds": bags_table,
+        "retrieval": retrieval_table,
+        "speed": speed_table,
+    }
     return tables[results[0]["kind"]](results)
 
 
