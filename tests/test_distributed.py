@@ -132,12 +132,12 @@ def test_a_forecasting_recipe_in_two_processes_equals_one_process(tmp_path):
 
 
 def test_a_script_for_one_process_does_not_change_an_earlier_run(tmp_path):
-    (tmp_path / "modeling_uhop.training.recipe.yaml").write_text("precious")
+    (tmp_path / "recipe.yaml").write_text("precious")
     recipe = str(TESTS.parent / "configs" / "mil_digits.yaml")
     with pytest.raises(pytest.fail.Exception) as failed:
         _run(2, str(TRAINING / "modeling_uhop.training.tasks.bags.py"), recipe, "--output_dir", str(tmp_path), "--overwrite")
     assert "this script runs in one process, but was started in 2; start it with `python`" in str(failed.value)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("modeling_uhop.training.recipe.yaml", "precious")]
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("recipe.yaml", "precious")]
 
 
 @pytest.mark.parametrize(

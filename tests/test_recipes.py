@@ -121,7 +121,7 @@ def test_yaml_reads_scientific_numbers(tmp_path):
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path, content, message):
-    path = tmp_path / "modeling_uhop.training.recipe.yaml"
+    path = tmp_path / "recipe.yaml"
     path.write_text(content)
     with pytest.raises(RecipeError, match=message):
         load_recipe(path)
@@ -132,7 +132,7 @@ def test_a_wrong_recipe_is_refused(tmp_path, content, message):
     [(BagsRecipe, "judge", "evaluate_on"), (SeriesRecipe, "judge", "evaluate_on"), (SeriesRecipe, "anchor_lengths", "baseline_lengths")],
 )
 def test_an_earlier_name_of_a_field_is_refused_with_its_new_name(tmp_path, recipe_class, old, new):
-    path = tmp_path / "modeling_uhop.training.recipe.yaml"
+    path = tmp_path / "recipe.yaml"
     path.write_text(f"data: {{dataset: digits}}\n{old}: test\n")
     with pytest.raises(RecipeError, match=f"'{old}' in recipe is now called '{new}'"):
         load_recipe(path, recipe_class=recipe_class)
@@ -141,7 +141,7 @@ def test_an_earlier_name_of_a_field_is_refused_with_its_new_name(tmp_path, recip
 def test_a_run_with_an_earlier_name_of_a_field_can_be_resumed(tmp_path):
     recipe = BagsRecipe("bags", BagData("digits"), evaluate_on="validation")
     write_recipe(recipe, tmp_path)
-    path = tmp_path / "modeling_uhop.training.recipe.yaml"
+    path = tmp_path / "recipe.yaml"
     path.write_text(path.read_text().replace("evaluate_on:", "judge:"))
     check_same_recipe(recipe, tmp_path)
     with pytest.raises(RecipeError, match="was started with evaluate_on=validation"):
@@ -296,7 +296,7 @@ def test_an_output_folder_is_never_mixed_or_deleted_by_mistake(tmp_path):
     for flags in ({"overwrite": True, "resume": False}, {"overwrite": False, "resume": True}):
         with pytest.raises(RecipeError, match="holds no earlier run"):
             check_output_dir(folder, **flags)
-    (folder / "modeling_uhop.training.recipe.yaml").write_text("")
+    (folder / "recipe.yaml").write_text("")
     check_output_dir(folder, overwrite=True, resume=False)
     check_output_dir(folder, overwrite=False, resume=True)
     assert (folder / "thesis.txt").read_text() == "precious"
@@ -341,7 +341,7 @@ def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
     metrics = run(recipe, folder)
     names = {path.name for path in folder.iterdir()}
     assert names >= {"model.safetensors", "config.json", "preprocessor_config.json", "modeling_uhop_vit.py"}
-    assert names >= {"README.md", "results.json", "training.png", "modeling_uhop.training.recipe.yaml"}
+    assert names >= {"README.md", "results.json", "training.png", "recipe.yaml"}
     assert not {"probe.npz", "probe.pt"} & names
     results = json.loads((folder / "results.json").read_text())
     assert results["metrics"] == metrics
@@ -352,7 +352,7 @@ def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
     by_epoch = [entry["eval_train_accuracy"] for entry in results["log_history"] if "eval_train_accuracy" in entry]
     assert len(by_epoch) == 2
     assert metrics["max_train_accuracy"] == max(by_epoch)
-    assert yaml.safe_load((folder / "modeling_uhop.training.recipe.yaml").read_text()) == results["recipe"]
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == results["recipe"]
     card = ModelCard.load(folder / "README.md")
     (evaluation,) = card.data.eval_results
     assert evaluation.metric_value == metrics["test_accuracy"]

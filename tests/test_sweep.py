@@ -63,10 +63,10 @@ def write(project, **changes):
         "published": {"fake": {"theirs": {"test_mse": 0.9}}},
         **changes,
     }
-    (project / "modeling_uhop.training.sweep.yaml").write_text(
+    (project / "sweep.yaml").write_text(
         yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
     )
-    return project / "modeling_uhop.training.sweep.yaml"
+    return project / "sweep.yaml"
 
 
 def test_results_are_collected_with_spread_and_paired_intervals(project):
