@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 # One thread: two would mostly wait for each other in so small a model.
 train: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python training/train_vit.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/python training/train.py configs/vit_digits.yaml --output_dir runs/vit_digits --overwrite
 
 demo: $(READY)
 	$(BIN)/python space/app.py
@@ -25,10 +25,10 @@ experiments: $(READY)
 DATA ?= data
 
 bags: $(READY)
-	$(BIN)/python training/compare_mil.py configs/sweeps/mil.yaml --data_dir $(DATA)
+	$(BIN)/modeling-uhop sweep configs/sweeps/mil.yaml --data_dir $(DATA)
 
 forecasts: $(READY)
-	$(BIN)/python training/sweep.py configs/sweeps/stanhop.yaml --data_dir $(DATA) --jobs 2
+	$(BIN)/modeling-uhop sweep configs/sweeps/stanhop.yaml --data_dir $(DATA) --jobs 2
 
 speed: $(READY)
 	$(BIN)/python benchmarks/run.py

@@ -46,20 +46,19 @@ def seal(checkpoint: Path) -> None:
     write_atomically(checkpoint / SEAL, json.dumps(files, indent=1))
 
 
-def last_checkpoint(folder: Path) -> str:
-    """The path of the last complete checkpoint; a warning names later checkpoints that are
-    incomplete.
+def last_checkpoint(folder: Path) -> str | None:
+    """The path of the last complete checkpoint, or `None`; a warning names later checkpoints that
+    are incomplete.
 
     Raises:
-        RecipeError: If there is no complete checkpoint, or one of its files is missing or has
-            changed.
+        RecipeError: If one of its files is missing or has changed.
     """
     for checkpoint in reversed(_by_step(folder)):
         if (checkpoint / SEAL).is_file():
             _check(checkpoint)
             return str(checkpoint)
         warnings.warn(f"{checkpoint} is incomplete and is not used", stacklevel=2)
-    raise RecipeError(f"{folder} has no checkpoint to resume from; pass --overwrite to start again")
+    return None
 
 
 def check_fits(checkpoint: str, model: PreTrainedModel) -> None:

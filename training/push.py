@@ -1,7 +1,7 @@
 """Upload the finished run of a recipe to the Hub: model, code, processor, card, results and figures
 in one commit.
 
-python training/push.py runs/vit_digits your_name/uhop-digits
+modeling-uhop push runs/vit_digits your_name/uhop-digits
 """
 
 import argparse
@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
 
-from .errors import RecipeError, errors_in_one_line
+from .errors import RecipeError
 from .processes import refuse_several_processes
 from .report.cards import write_card
 
@@ -25,17 +25,17 @@ NEEDED = ("config.json", "recipe.yaml", "results.json", "README.md")
 UPLOADED = ("*.json", "*.py", "*.safetensors", "*.png", "README.md")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: list[str]) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="modeling-uhop push", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="output folder of a finished run")
     parser.add_argument("repo_id", help="repository on the Hub: your_name/model_name")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--token", help="access token to use instead of that of `hf auth login` or HF_TOKEN")
-    args = parser.parse_args()
-    with errors_in_one_line():
-        refuse_several_processes()
-        commit = push(args.folder, args.repo_id, private=args.private, token=args.token)
-        print(f"uploaded {args.folder} to {commit.repo_url}, at {commit.oid[:12]}")
+    args = parser.parse_args(arguments)
+    refuse_several_processes()
+    commit = push(args.folder, args.repo_id, private=args.private, token=args.token)
+    print(f"uploaded {args.folder} to {commit.repo_url}, at {commit.oid[:12]}")
 
 
 def push(folder: Path, repo_id: str, *, private: bool = False, token: str | None = None) -> CommitInfo:
@@ -93,7 +93,3 @@ def recorded_recipe(folder: Path) -> bytes:
     instead of its path."""
     results = json.loads((folder / "results.json").read_text())
     return yaml.safe_dump(results["recipe"], sort_keys=False).encode()
-
-
-if __name__ == "__main__":
-    main()

@@ -60,7 +60,7 @@ class Recipe:
     Attributes:
         name: Name of the experiment; the file name if the recipe gives none.
         data: Where the data come from; fields of the task's `data_class`.
-        task: Key of `TASKS`.
+        task: One of `TASKS`.
         model: Fields of the task's `config_class`.
         separation: Arguments of `SeparationCallback` and fields of `Separation`; `None` for a run
             without the separation step (Stage I). `preset` begins with a preset of `Separation`.

@@ -11,35 +11,36 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoFeatureExtractor,
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
-    AutoModelForTimeSeriesPrediction,
     pipeline,
 )
 
 
 TOLERANCE = 1e-4
 LOADERS: dict[str, tuple[Any, Any]] = {
-    "time-series-forecasting": (AutoModelForTimeSeriesPrediction, None),
     "image-classification": (AutoModelForImageClassification, AutoImageProcessor),
     "multiple-instance-classification": (AutoModelForSequenceClassification, AutoFeatureExtractor),
 }
 
 
-def check_reload(folder: Path, task: str, inputs: list[np.ndarray], answers: np.ndarray) -> None:
+def check_reload(folder: Path, task: str | None, inputs: list[np.ndarray], answers: np.ndarray) -> None:
     """Reload a model folder in a new process and compare its outputs with those from before saving.
 
     Args:
         folder: Saved model and processor.
-        task: Key of `LOADERS`.
-        inputs: Images (height, width, 3), uint8; bags (instances, features); or windows (steps,
-            series).
-        answers: Outputs of the model before it was saved: logits (inputs, labels), or forecasts
-            (inputs, steps, series).
+        task: Key of `LOADERS`: the pipeline that is checked with the model and its processor.
+            `None` for a model alone.
+        inputs: What the processor takes: images (height, width, 3), uint8; bags (instances,
+            features). For a model alone, items of its main input, all of one shape.
+        answers: Outputs of the model before it was saved, such as logits (inputs, labels). For a
+            model alone, its first output.
 
     Raises:
         RuntimeError: If the model cannot be loaded, or its outputs differ.
@@ -48,7 +49,7 @@ def check_reload(folder: Path, task: str, inputs: list[np.ndarray], answers: np.
     arrays: dict[str, Any] = {f"input_{index}": array for index, array in enumerate(inputs)}
     np.savez(probe, answers=answers, **arrays)
     print(f"\nReloading {folder} in a fresh process:", flush=True)
-    finished = subprocess.run([sys.executable, __file__, task, str(folder), str(probe)])
+    finished = subprocess.run([sys.executable, __file__, str(folder), str(probe), *([] if task is None else [task])])
     probe.unlink()
     if finished.returncode != 0:
         raise RuntimeError(f"the model saved in {folder} cannot be loaded, or its outputs differ; see the lines above")
@@ -56,15 +57,15 @@ def check_reload(folder: Path, task: str, inputs: list[np.ndarray], answers: np.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=LOADERS)
     parser.add_argument("folder", help="model folder")
     parser.add_argument("probe", help=".npz with `input_0`, `input_1`, ... and the `answers` from before saving")
+    parser.add_argument("task", nargs="?", choices=LOADERS)
     args = parser.parse_args()
     probe = np.load(args.probe)
     inputs = [probe[name] for name in probe.files if name != "answers"]
     expected = torch.from_numpy(probe["answers"])
     sys.modules["modeling_uhop"] = None  # type: ignore[assignment]
-    differences = compare_forecasts(args.folder, inputs, expected) if LOADERS[args.task][1] is None else compare(args, inputs, expected)
+    differences = compare_outputs(args.folder, inputs, expected) if args.task is None else compare(args, inputs, expected)
     agree = max(differences.values()) < TOLERANCE
     for name, difference in differences.items():
         print(f"  {name}: largest difference {difference:.1e} over {len(inputs)} inputs")
@@ -94,11 +95,14 @@ def compare(args: argparse.Namespace, inputs: list[Any], expected: torch.Tensor)
 
 
 @torch.no_grad()
-def compare_forecasts(folder: str, inputs: list[np.ndarray], expected: torch.Tensor) -> dict[str, float]:
-    """The largest difference of a model's forecasts."""
-    model = AutoModelForTimeSeriesPrediction.from_pretrained(folder, trust_remote_code=True)
-    forecasts = model(past_values=torch.from_numpy(np.stack(inputs))).prediction_outputs
-    return {"AutoModelForTimeSeriesPrediction": (forecasts - expected).abs().max().item()}
+def compare_outputs(folder: str, inputs: list[np.ndarray], expected: torch.Tensor) -> dict[str, float]:
+    """The largest difference of a model's first output.
+
+    The model is loaded with the last auto class that its configuration names: the one of its head."""
+    auto_class = list(AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map)[-1]
+    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
+    (outputs, *_) = model(**{model.main_input_name: torch.from_numpy(np.stack(inputs))}).to_tuple()
+    return {auto_class: (outputs - expected).abs().max().item()}
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ class RunFolder:
     Attributes:
         resumed: Whether the run continues an earlier one.
         trained: The outcome of a finished training, or `None`.
-        checkpoint: Path of the checkpoint to resume from, or `None`.
+        checkpoint: Path of the checkpoint to resume from, or `None`. A run that was stopped before
+            its first checkpoint begins again.
 
     Raises:
         RecipeError: If the folder must not be used, there is nothing to resume, or the earlier run
-            was started with another recipe.
+            was started with another recipe, or its training is finished, the recipe asks for
+            another training, and there is no checkpoint.
     """
 
     def __init__(self, path: Path, recipe: Recipe, mode: str = "fresh", may_change: Sequence[str] = ("training",)):
@@ -47,7 +49,15 @@ class RunFolder:
         if self.resumed:
             _check_same_recipe(recipe, path, may_change)
             self.trained = self.read(TRAINING)
-            self.checkpoint = None if self.trained is not None else last_checkpoint(path)
+            if self.trained is None:
+                self.checkpoint = last_checkpoint(path)
+                if self.checkpoint is None and self._file(TRAINING).is_file():
+                    raise RecipeError(f"{path} has no checkpoint to resume from; pass --overwrite to start again")
+
+    @property
+    def begins(self) -> bool:
+        """Whether the training starts at its first step."""
+        return self.trained is None and self.checkpoint is None
 
     def open(self) -> None:
         """Prepare the folder for writing: delete an earlier run, or the incomplete checkpoints of a

@@ -44,14 +44,15 @@ class Task(ABC):
 
     Attributes:
         recipe_class: The dataclass of its recipes.
-        pipeline: The pipeline that a saved model is for; a key of `reload.LOADERS`.
+        pipeline: The pipeline that a saved model is for; a key of `reload.LOADERS`. `None` for a
+            model that takes arrays, all of one shape, as its main input.
         defaults: `TrainingArguments` that recipes need not state.
         monitored: The validation loss, as the Trainer logs it without "eval_".
         may_change: Sections of the recipe that a resumed run may change.
     """
 
     recipe_class: ClassVar[type[Recipe]]
-    pipeline: ClassVar[str]
+    pipeline: ClassVar[str | None] = None
     defaults: ClassVar[dict[str, Any]] = {}
     monitored: ClassVar[str] = "loss"
     may_change: ClassVar[tuple[str, ...]] = ("training",)
@@ -122,7 +123,8 @@ class Task(ABC):
 
     @abstractmethod
     def probes(self, model: PreTrainedModel) -> tuple[list[np.ndarray], np.ndarray]:
-        """Some inputs, and the outputs of the model for them, to compare with a reloaded model."""
+        """Some inputs, and the outputs of the model for them, to compare with a reloaded model; see
+        `check_reload`."""
 
 
 def check_same_classes(id2label: dict[int, str], names: list[str]) -> None:

@@ -20,10 +20,9 @@ import yaml
 
 from .errors import RecipeError
 from .recipes import find_recipe
+from .tasks import MEASUREMENTS
 
 
-# Recipes that measure something and train no model that is saved: each is read by its own file.
-MEASUREMENTS = {"retrieval": "retrieval", "geometry": "geometry"}
 DESCRIPTION, EXAMPLES = (__doc__ or "").split("\n", 1)
 
 
@@ -129,4 +128,4 @@ def _measure(task: str, path: Path, arguments: list[str], named: str) -> None:
     refuse_several_processes()
     rest = list(arguments)
     rest.remove(named)
-    import_module(f".tasks.{MEASUREMENTS[task]}", __package__).run_command(path, rest)
+    import_module(f".tasks.{task}", __package__).run_command(path, rest)

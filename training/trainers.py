@@ -53,7 +53,7 @@ def new_trainer(task: Task, examples: Examples, seed: int, folder: RunFolder | N
         stopping = {"load_best_model_at_end": True, "metric_for_best_model": task.monitored}
         arguments = {**arguments, "eval_strategy": "epoch", "save_strategy": "epoch", **stopping}
     if folder is not None:
-        callbacks += [*task.callbacks(model, None if folder.resumed else separation), SealingCallback()]
+        callbacks += [*task.callbacks(model, separation if folder.begins else None), SealingCallback()]
     return Trainer(
         model=model,
         args=TrainingArguments(seed=seed, **{**arguments, **recipe.training, **overrides}),

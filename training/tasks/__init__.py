@@ -1,16 +1,19 @@
 """What a recipe can train: one file for each task."""
 
+import pkgutil
 from importlib import import_module
 from typing import Any
 
 
-# The tasks of recipes, and the file of each. It defines a subclass of `Task` with the name `TASK`.
-TASKS = {"images": ".images", "bags": ".bags", "series": ".series"}
+# Recipes that measure something and save no model.
+MEASUREMENTS = ("geometry", "retrieval")
+# Every other file of this folder is a task. It defines a subclass of `Task` with the name `TASK`.
+TASKS = tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name not in MEASUREMENTS)
 
 
 def task_class_of(name: str) -> Any:
     """The class of a task."""
-    return import_module(TASKS[name], __name__).TASK
+    return import_module(f".{name}", __name__).TASK
 
 
 def recipe_class_of(name: str) -> Any:

@@ -46,7 +46,6 @@ class Forecasts(Task):
     """Train on all windows of the training rows, with early stopping on validation windows."""
 
     recipe_class = SeriesRecipe
-    pipeline = "time-series-forecasting"
     defaults = {
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
