@@ -71,7 +71,9 @@ def results_of(folder: Path) -> dict[str, Any]:
 def without_times(content: Any) -> Any:
     """Results without times."""
     if isinstance(content, dict):
-        return {key: without_times(value) for key, value in content.items() if not key.endswith(("_runtime", "_second", "seconds", "_time"))}
+        return {
+            key: without_times(value) for key, value in content.items() if not key.endswith(("_runtime", "_second", "seconds", "_time"))
+        }
     return [without_times(value) for value in content] if isinstance(content, list) else content
 
 
