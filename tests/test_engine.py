@@ -44,11 +44,8 @@ RESULTS = {"schema", "kind", "name", "metrics", "seed", "recipe", "versions", "c
 # Steps that the cross-validation of bags takes after the training: two folds of two epochs of two batches.
 FOLD_STEPS = {"images": 0, "bags": 8, "series": 0}
 # Training ends before its last step.
-EARLY = (
-    "patience=2",
-    "training.max_steps=40",
-    *(f"training.{kind}_{what}" for kind in ("eval", "save") for what in ("strategy=steps", "steps=2")),
-)
+EVERY_SECOND = [f"training.{kind}_{setting}" for kind in ("eval", "save") for setting in ("strategy=steps", "steps=2")]
+EARLY = ("patience=2", "training.max_steps=40", *EVERY_SECOND)
 RATES = {"images": 0.5, "bags": 0.5, "series": 0.3}
 
 each_task = pytest.mark.parametrize("task", TASKS)
