@@ -13,7 +13,7 @@ from .info import check_installed
 COMMANDS = {
     "train": (".train_command", "train and evaluate a model from a recipe, or on a data set without a recipe"),
     "sweep": (".sweep", "run recipes with several seeds and variants, and collect the results"),
-    "evaluate": (".evaluate_command", "evaluate the finished run of a recipe again, also on other data"),
+    "evaluate": (".evaluation", "evaluate the finished run of a recipe again, also on other data"),
     "push": (".push", "upload the finished run of a recipe to the Hub"),
     "recipes": (".recipes", "list the recipes"),
     "demo": (".demo", "open the demo in a browser"),

@@ -115,7 +115,7 @@ class Task(ABC):
 
     @abstractmethod
     def score(self, folder: Path) -> dict[str, float]:
-        """The metrics of a saved model on the loaded data; see `evaluate_command.evaluate`.
+        """The metrics of a saved model on the loaded data; see `evaluation.evaluate`.
 
         Raises:
             RecipeError: If the data do not fit the model.
