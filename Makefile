@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train demo docs docs-serve test test-minimum experiments bags forecasts speed lint types unit format tables clean
+.PHONY: train demo docs docs-serve test test-minimum experiments bags forecasts speed lint types unit format tables release clean
 
 # One thread: two would mostly wait for each other in so small a model.
 train: $(READY)
@@ -80,5 +80,11 @@ docs-serve: $(READY)
 tables: $(READY)
 	$(BIN)/python -m modeling_uhop.training.report.document
 
+# A tag such as v0.2.0 makes .github/workflows/release.yml do the same, and publish it.
+release: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) $(MINIMUM) runs build site *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(MINIMUM) runs build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -4,53 +4,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 
 class Family(NamedTuple):
-    """What every card of a family states: the Hub's task (or none), tags, and metrics by their
-    names in a results file."""
+    """What every card of a family states.
+
+    Attributes:
+        name: The task of its recipes, such as "images".
+        pipeline_tag: The pipeline of the Hub, or `None`.
+        task: The task in the card's `model-index`.
+        tags: Tags of the Hub.
+        metrics: For each metric of a results file, its name on the Hub and in words.
+        text: Jinja blocks that fill the template.
+    """
 
     name: str
     pipeline_tag: str | None
     task: str
-    tags: tuple[str, ...]
+    tags: list[str]
     metrics: dict[str, tuple[str, str]]
+    text: str
 
 
-FAMILIES = {
-    "vit": Family(
-        "vit", "image-classification", "image-classification", ("image-classification",), {"test_accuracy": ("accuracy", "Test accuracy")}
-    ),
-    "mil": Family(
-        "mil",
-        None,
-        "multiple-instance-classification",
-        ("multiple-instance-learning",),
-        {"auc": ("roc_auc", "Area under the ROC curve"), "accuracy": ("accuracy", "Accuracy"), "f1": ("f1", "F1")},
-    ),
-    "stanhop": Family(
-        "stanhop",
-        "time-series-forecasting",
-        "time-series-forecasting",
-        ("time-series",),
-        {"test_mse": ("mse", "Mean squared error of scaled values"), "test_mae": ("mae", "Mean absolute error of scaled values")},
-    ),
-    "memory": Family("memory", None, "retrieval", ("retrieval",), {"error": ("sum_squared_error", "Sum of squared pixel errors")}),
-}
+def family_of(recipe: dict[str, Any], templates: Path) -> Family:
+    """The family that a recorded recipe trains: that of its task.
 
-FAMILY_OF_TASK = {"images": "vit", "bags": "mil", "series": "stanhop", "retrieval": "memory"}
-
-
-def family_of(recipe: dict[str, Any]) -> Family:
-    """The family that a recorded recipe trains: that of its task or, if an earlier version recorded
-    no task, the one that the fields of its data tell."""
-    if "task" in recipe:
-        return FAMILIES[FAMILY_OF_TASK[recipe["task"]]]
-    if "experiment" in recipe:
-        return FAMILIES["memory"]
-    columns = {"instances_column": "mil", "date_column": "stanhop"}
-    return FAMILIES[next((family for column, family in columns.items() if column in recipe["data"]), "vit")]
+    Args:
+        recipe: The recipe. If an earlier version recorded no task, the fields of its data tell
+            which it is.
+        templates: The folder of the card's template; `families/TASK.md` in it has front matter
+            with the fields of `Family`, and the blocks of the family's text.
+    """
+    columns = {"instances_column": "bags", "date_column": "series"}
+    name = recipe.get("task")
+    if name is None and "experiment" in recipe:
+        name = "retrieval"
+    elif name is None:
+        name = next((task for column, task in columns.items() if column in recipe["data"]), "images")
+    _, front, text = (templates / "families" / f"{name}.md").read_text(encoding="utf-8").split("---\n", 2)
+    return Family(**{"name": name, "pipeline_tag": None, "text": text, **yaml.safe_load(front)})
 
 
 def model_card(
@@ -81,7 +76,7 @@ def model_card(
         KeyError: If the results lack a metric that the card states.
     """
     recipe = results["recipe"]
-    family = family_of(recipe)
+    family = family_of(recipe, template_path.parent)
     dataset = recipe["data"]["dataset"]
     hub_id = dataset if dataset.count("/") == 1 and not Path(dataset).exists() else None
     title = Path(dataset).stem
@@ -109,19 +104,23 @@ def model_card(
             for name, value in values.items()
         ],
     )
-    return ModelCard.from_template(
-        data,
-        template_path=str(template_path),
-        family=family.name,
-        recipe=recipe,
-        results=results,
-        metrics={family.metrics[name][1]: _shown(value) for name, value in values.items()},
-        model_id=model_id or "path/to/this/folder",
-        headline=headline or _headline(family, next(iter(values.values()))),
-        comparison=comparison,
-        cost=cost or _cost(results),
-        figures=figures,
+    loader = jinja2.DictLoader({"template.md": template_path.read_text(encoding="utf-8"), "family.md": family.text})
+    content = (
+        jinja2.Environment(loader=loader)
+        .get_template("family.md")
+        .render(
+            card_data=data.to_yaml(),
+            recipe=recipe,
+            results=results,
+            metrics={family.metrics[name][1]: _shown(value) for name, value in values.items()},
+            model_id=model_id or "path/to/this/folder",
+            headline=headline or _headline(family, next(iter(values.values()))),
+            comparison=comparison,
+            cost=cost or _cost(results),
+            figures=figures,
+        )
     )
+    return ModelCard(content)
 
 
 def _headline(family: Family, value: Any) -> str:

@@ -119,14 +119,3 @@ def test_a_saved_checkpoint_resumes_to_the_weights_of_the_uninterrupted_run(run,
     assert [(each["step"], each["inner_step"]) for each in callback.history] == [(each["step"], each["inner_step"]) for each in history]
     losses = torch.tensor([[each["separation_loss"] for each in rounds] for rounds in (callback.history, history)])
     assert_close(*losses)
-
-
-def test_the_wheel_holds_no_tests(monkeypatch):
-    monkeypatch.chdir(FOLDER.parents[1])
-    distribution = pytest.importorskip("setuptools").Distribution({"script_name": "setup.py"})
-    distribution.parse_config_files()
-    command = distribution.get_command_obj("build_py")
-    command.ensure_finalized()
-    files = [Path(file) for file in command.get_outputs(include_bytecode=False)]
-    assert any(file.name == "__init__.py" for file in files)
-    assert not [file for file in files if {"tests", "golden"} & set(file.parts)]

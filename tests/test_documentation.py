@@ -34,7 +34,7 @@ NAV = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.DOTALL | re.MULTILINE)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 SESSIONS = {"bash", "console"}
-DATA = {"text", "yaml", "json", "toml"}
+DATA = {"text", "yaml", "json", "toml", "jinja"}
 
 WITH_EXAMPLES = (
     "attention_interface",
@@ -63,8 +63,11 @@ def name_of(page: Path) -> str:
 
 
 def blocks_of(text: str) -> list[tuple[str, str | None]]:
-    """The Python blocks of a page, each with the output that the page shows below it, if there is one."""
-    fences = list(FENCE.finditer(text))
+    """The Python blocks of a page, each with the output that the page shows below it, if there is one.
+
+    A block with a title is a file, which tests/test_new_task.py writes and runs.
+    """
+    fences = [fence for fence in FENCE.finditer(text) if "title=" not in fence[0].partition("\n")[0]]
     blocks = []
     for fence, following in zip(fences, [*fences, None][1:], strict=True):
         if fence[1] == "python":

@@ -253,7 +253,7 @@ def test_a_label_outside_its_range_is_refused(tmp_path):
 
 
 def test_a_missing_folder_is_refused():
-    with pytest.raises(RecipeError, match=r"there is no folder \./nowhere"):
+    with pytest.raises(RecipeError, match=r"there is no file or folder \./nowhere"):
         load_images(ImageData("./nowhere"))
 
 

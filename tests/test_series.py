@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import assert_close
+from datasets import load_dataset
 from sklearn.linear_model import Ridge
 from support.recipes import no_reload
 from transformers import Trainer, TrainerCallback
@@ -152,8 +153,8 @@ def test_bad_files_are_refused(tmp_path):
     for change, message in (
         (lambda f: f.iloc[[0, 1, 3, 2, *range(4, 300)]], "row 3 of .* does not come after the row before it"),
         (
-            lambda f: f.rename(columns={"date": "when"}),
-            "column 'when' of .* is not numbers; it has '2024-01-01 00:00:00' in row 0; if it has time stamps",
+            lambda f: f.assign(series_0="high"),
+            r"column 'series_0' of .* is not numbers; it has 'high' in row 0; set data.date_column=series_0 if it has time stamps",
         ),
         (lambda f: f.assign(date=f["date"].where(f.index != 7)), "row 7 of .* has no time stamp"),
         (lambda f: f.assign(series_1=f["series_1"].where(f.index != 9, np.inf)), "column 'series_1' of .* is infinite in row 9"),
@@ -165,7 +166,7 @@ def test_bad_files_are_refused(tmp_path):
             load_series(SeriesData(str(path)))
     with pytest.raises(RecipeError, match="there is no file"):
         load_series(SeriesData(str(tmp_path / "none.csv")))
-    with pytest.raises(RecipeError, match=r"ETTh1 must be given as a CSV or parquet file, or as the id .*: --dataset FILE"):
+    with pytest.raises(RecipeError, match=r"there is no file or folder ETTh1, and the Hub .*; give a CSV or parquet file .*, as --dataset"):
         load_series(SeriesData("ETTh1"))
 
 
@@ -208,10 +209,12 @@ def test_a_series_that_scaling_makes_constant_gives_a_warning(tmp_path):
 # The CSV reader of datasets leaves its file open until garbage collection.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_a_series_is_read_from_the_hub(tmp_path, monkeypatch):
-    # Because `datasets` reads a local folder of the name of a repository first, the folder is a
-    # substitute for the Hub.
+    # A local folder is a substitute for the Hub.
     frame = synthetic_series(300)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "modeling_uhop.training.data.series_files.load_from_hub",
+        lambda source, accepted, **options: load_dataset(str(tmp_path / source.name), **options),
+    )
     for repository, files in {"ett": ("ETTh1.csv", "ETTh2.csv"), "one": ("data.csv",), "split": ("train.csv", "test.csv")}.items():
         (tmp_path / "someone" / repository).mkdir(parents=True)
         for number, name in enumerate(files, 1):

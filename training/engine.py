@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, Trainer, TrainerState
 
 from modeling_uhop import SeparationCallback
+from modeling_uhop.modeling_hopfield import HopfieldPreTrainedModel
 
 from .recipe import Recipe
 from .reload import check_reload
@@ -60,15 +61,11 @@ def run(recipe: Recipe, path: Path, mode: str = "fresh") -> dict[str, Any]:
     details = {"num_parameters": model.num_parameters(), **task.details(), "log_history": trainer.state.log_history}
     write_results(path / "results.json", recipe, metrics, **details)
     task.figures(folder, model, trained)
-    if recipe.evaluation.split == "test" and model.config.model_type in OWN:
+    if recipe.evaluation.split == "test" and isinstance(model, HopfieldPreTrainedModel):
         write_card(path)
     print(f"\nResults ({path / 'results.json'}):\n{task.summary(metrics)}")
     check_reload(path, task.pipeline, *task.probes(model))
     return metrics
-
-
-# Model types that have a card.
-OWN = ("uhop_vit", "uhop_mil", "stanhop")
 
 
 def train(trainer: Trainer, task: Task, folder: RunFolder) -> dict[str, Any]:

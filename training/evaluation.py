@@ -33,7 +33,8 @@ def evaluate(folder: Path, data: str | None = None, overrides: list[str] | None 
     Raises:
         RecipeError: If the folder holds no finished run, or the data do not fit the model.
     """
-    from .recipe import apply_override, build_recipe, read_yaml, upgraded
+    from .recipe import build_recipe, upgraded
+    from .recipe_file import apply_override, read_yaml
     from .tasks import task_class_of
 
     if not (folder / "config.json").is_file():

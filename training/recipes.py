@@ -49,7 +49,7 @@ def summary(name: str, folder: Path = CONFIGS) -> Summary:
     # An entry is a word and a colon at the beginning of a line, with all lines up to the next entry.
     described, *entries = [" ".join(part.split()) for part in re.split(r"^([A-Z][a-z]+):", header, flags=re.MULTILINE)]
     cost = dict(zip(entries[::2], entries[1::2], strict=True)).get("Cost", "")
-    sentence = re.match(r".*?[.?!](?=\s+[A-Z]|$)", described)
+    sentence = re.match(r".*?(?:[?!](?=\s|$)|\.(?=\s+[A-Z]|$))", described)
     task = re.search(r"^task:\s*(\w+)", text, re.MULTILINE)
     return Summary(name, task[1] if task else name.partition("/")[0], sentence[0] if sentence else described, cost)
 

@@ -1,19 +1,25 @@
 """Results files: what a command measured, and the recipe, versions, commit and machine that gave it.
 
-Every results file is a JSON mapping with `schema` (`SCHEMA`), `kind`, the keys of its kind (`KINDS`), and the provenance: `versions`,
-`commit` and `machine` (null in the oldest files, which did not record it). The kinds:
+Every results file is a JSON mapping with `schema` (`SCHEMA`), `kind`, the keys of its kind
+(`KINDS`), and the provenance: `versions`, `commit` and `machine`. The machine is null in the oldest
+files, which did not record it. The kinds are:
 
-- "run": one training run. `name`, `metrics` by name, `seed`, `recipe`; further keys depend on the task, for example `log_history`.
-- "seeds": variants of a recipe, each trained with several seeds. `sweep` (the settings of the sweep), `recipe`, `variants` (for each, its
-  `num_parameters`, its `metrics` with `mean`, `std` and `values` by seed, and its `curves` if the sweep asks for them), `paired`
-  (differences of variants at equal seeds), `baselines` and `published` (metrics by name).
-- "folds": variants of a bag recipe and baselines, cross-validated on equal folds. `results` (for each, its `metrics` with `mean`,
-  `std_repeats`, `std_folds` and `by_repeat`, and the main metric of every fold), `parameters` by variant, `paired`, `published`,
-  `recipe`, `variants` (the overrides of each).
-- "retrieval": a retrieval experiment. `summary` (means and standard deviations by panel, model, alpha and value), `recipe`, `rows` (one
-  for each measurement).
-- "geometry": an experiment with feature maps in the plane or on the sphere. `results`, which depend on the experiment, and `recipe`.
-- "speed": measured ratios. `cases` (one for each ratio, with its bound); `growth` (milliseconds by size) if all parts were measured.
+- "run": one training run. `name`, `metrics` by name, `seed` and `recipe`. Further keys depend on
+  the task, for example `log_history`.
+- "seeds": variants of a recipe, each trained with several seeds. `sweep` (the settings of the
+  sweep), `recipe`, `variants`, `paired` (differences of variants at equal seeds), `baselines` and
+  `published` (metrics by name). A variant has `num_parameters`, `metrics` (each with `mean`, `std`
+  and `values` by seed), and `curves` if the sweep asks for them.
+- "folds": variants of a bag recipe and baselines, cross-validated on equal folds. `results` (for
+  each, metrics with `mean`, `std_repeats`, `std_folds` and `by_repeat`, and the first metric of
+  every fold), `parameters` by variant, `paired`, `published`, `recipe`, and `variants` (the
+  overrides of each).
+- "retrieval": a retrieval experiment. `summary` (means and standard deviations by panel, model,
+  alpha and value), `recipe`, and `rows` (one for each measurement).
+- "geometry": an experiment with feature maps. `results`, which depend on the experiment, and
+  `recipe`.
+- "speed": measured ratios. `cases` (one for each ratio, with its bound), and `growth`
+  (milliseconds by size) if all parts were measured.
 """
 
 import dataclasses
@@ -59,7 +65,7 @@ def write_result(path: Path, kind: str, content: dict[str, Any]) -> None:
     """
     own = {} if "versions" in content else provenance()
     result = {"schema": SCHEMA, "kind": kind, **content, **own}
-    check_result(path, result, (kind,))
+    check_result(path, result, tuple(KINDS))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, as_text(result) + "\n")
 
@@ -96,7 +102,7 @@ def check_result(path: Path, result: Any, kinds: tuple[str, ...]) -> None:
     schema = result.get("schema") if isinstance(result, dict) else None
     if schema != SCHEMA:
         raise RecipeError(f"{path} must have schema {SCHEMA}, got {schema!r}; `benchmarks/migrate_results.py` converts earlier files")
-    if result.get("kind") not in kinds or result["kind"] not in KINDS:
+    if result.get("kind") not in kinds:
         raise RecipeError(f"the kind of {path} must be {' or '.join(kinds)}, got {result.get('kind')!r}")
     missing = [key for key in (*KINDS[result["kind"]], *PROVENANCE) if key not in result]
     if missing:
@@ -104,16 +110,16 @@ def check_result(path: Path, result: Any, kinds: tuple[str, ...]) -> None:
 
 
 def with_schema(kind: str, content: dict[str, Any]) -> dict[str, Any]:
-    """The content of a file from before the schema as a result of today: with schema, kind and
-    machine. A recipe of images, bags or series is brought into today's form; one of retrieval or
-    geometry gets its `task`."""
-    recipe = content.get("recipe")
+    """The content of a file from before the schema, with schema, kind and machine.
+
+    A recipe of images, bags or series gets today's form, and one of retrieval or geometry its
+    `task`."""
+    result = {"schema": SCHEMA, "kind": kind, **content, "machine": content.get("machine")}
     if kind in ("retrieval", "geometry"):
-        recipe = {**content["recipe"], "task": kind}
-    elif recipe is not None:
-        recipe = upgraded(content["recipe"])
-    own = {} if recipe is None else {"recipe": recipe}
-    return {"schema": SCHEMA, "kind": kind, **content, **own, "machine": content.get("machine")}
+        result["recipe"] = {**content["recipe"], "task": kind}
+    elif "recipe" in KINDS[kind]:
+        result["recipe"] = upgraded(content["recipe"])
+    return result
 
 
 def as_text(value: Any, margin: str = "") -> str:

@@ -28,7 +28,8 @@ from .errors import RecipeError
 from .folds import summarize
 from .intervals import Interval, paired_over_folds, paired_over_seeds, spread
 from .processes import refuse_several_processes
-from .recipe import ROOT, check_keys, read_yaml
+from .recipe import ROOT
+from .recipe_file import check_keys, read_yaml
 from .report.tables import results_table
 from .results import read_result, write_result
 from .run_folder import can_resume

@@ -19,6 +19,8 @@ from typing import Any
 import yaml
 
 from .errors import RecipeError
+from .recipe import build_recipe
+from .recipe_file import apply_override, read_yaml
 from .recipes import find_recipe
 from .tasks import MEASUREMENTS
 
@@ -63,8 +65,6 @@ def main(arguments: list[str]) -> None:
             _measure(task, path, arguments, args.recipe)
             return
     args.set += training_overrides(rest)
-    from .processes import leave_process_group
-    from .recipe import apply_override, build_recipe, read_yaml
 
     if args.recipe is not None:
         content = read_yaml(path)
@@ -82,6 +82,7 @@ def main(arguments: list[str]) -> None:
     folder = Path(args.output_dir or f"runs/{recipe.name}")
 
     from .engine import run
+    from .processes import leave_process_group
 
     try:
         run(recipe, folder, "overwrite" if args.overwrite else "resume" if args.resume else "fresh")

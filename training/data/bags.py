@@ -1,22 +1,18 @@
 """Load and check the bags of a data set, for multiple-instance learning."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, load_dataset
 from sklearn.datasets import load_digits
 
 from modeling_uhop.bag_arrays import as_arrays, channels_first
 
 from ..errors import RecipeError
+from .bag_files import FoundBags, find_bags
 from .labels import as_classes
-
-
-# The loader of `datasets` for each file suffix.
-LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
 
 @dataclass
@@ -25,13 +21,27 @@ class BagData:
 
     Attributes:
         dataset: "digits" (bags of scikit-learn's digits; a bag is positive if it contains a 9), a
-            Hub id, a local folder in any layout that `datasets.load_dataset` reads, or a file
-            (.parquet, .json, .jsonl, .arrow).
-        instances_column: Name of the column of instances: a list for each bag, of lists of numbers
-            or of the channels of an image.
+            Hub id, or a local file or folder: a table with one row per bag or one row per instance
+            (.parquet, .json, .jsonl, .arrow, .csv), a CSV file of labels that names a feature file
+            (.npy, .pt, .h5) in each row, or a folder of class folders with one folder of images, or
+            one feature file, for each bag. A folder may hold such a CSV file.
+        instances_column: Name of the column of instances. With one row per bag: a list for each
+            bag, of lists of numbers or of the channels of an image. In CSV files, it is the text of
+            such lists. With one row per instance: a list of numbers.
         label_column: Name of the column of classes. A class is a whole number, text, or true or
             false.
+        bag_column: Name of the column that says to which bag a row belongs, or which file has its
+            instances. `None` means the first that there is of "bag_id", "bag", "slide_id", "slide",
+            "file_name", "filename", "file" and "path".
+        feature_columns: With one row per instance: the columns of features, or patterns such as
+            "f*". `None` means the only column of lists, or else all other columns.
+        feature_folder: Folder of the feature files and its folders; `None` means the folder of the
+            table. A name in the table may lack the suffix.
+        group_column: Name of the column of groups. Bags of one group are never divided between
+            training and test. `None` means a column "case_id", "patient_id" or "patient", if there
+            is one.
         split: Name of the split that cross-validation divides into folds.
+        subset: Name of the subset (configuration) of a data set on the Hub that has several.
         standardize, clip, num_components: Arguments of `UHopMILFeatureExtractor`, which is fitted
             on training bags.
         max_instances: Training bags with more instances are subsampled to this number, with a new
@@ -41,7 +51,12 @@ class BagData:
     dataset: str
     instances_column: str = "instances"
     label_column: str = "label"
+    bag_column: str | None = None
+    feature_columns: list[str] | None = None
+    feature_folder: str | None = None
+    group_column: str | None = None
     split: str = "train"
+    subset: str | None = None
     standardize: bool = True
     clip: float | None = 5.0
     num_components: int | None = None
@@ -84,7 +99,7 @@ def load_instances(data: BagData) -> list[np.ndarray]:
     """Load and check the bags of a recipe without their labels; see `load_bags`."""
     if data.dataset == "digits" and data.split != "train":
         raise RecipeError(f"digits has no split {data.split!r}; it has ['train']")
-    return digit_bags().instances if data.dataset == "digits" else _instances_of(_rows(data), data)
+    return digit_bags().instances if data.dataset == "digits" else _instances_of(find_bags(data, labelled=False), data)
 
 
 def load_bags(data: BagData) -> Bags:
@@ -100,50 +115,33 @@ def load_bags(data: BagData) -> Bags:
     """
     if data.dataset == "digits":
         return digit_bags()
-    loaded = _rows(data, data.label_column)
-    classes = as_classes(loaded[data.label_column], lambda index: f"bag {index} of {data.dataset}")
+    found = find_bags(data)
+    names = found.names
+
+    def place(index: int) -> str:
+        return f"bag {index} of {data.dataset}" if names is None else f"bag {index} ({names[index]}) of {data.dataset}"
+
+    classes = as_classes(found.labels or [], place)
     values = sorted(set(classes))
-    feature = loaded.features[data.label_column]
-    named = isinstance(feature, ClassLabel)
-    if named and values[0] < 0:
-        raise RecipeError(
-            f"bag {classes.index(values[0])} of {data.dataset} has the label {values[0]}, which means no label; remove the bag"
-        )
+    if found.classes is not None and values[0] < 0:
+        raise RecipeError(f"{place(classes.index(values[0]))} has the label {values[0]}, which means no label; remove the bag")
+    groups = None if found.groups is None else as_classes(found.groups, lambda index: f"the group of {place(index)}")
     return Bags(
-        instances=_instances_of(loaded, data),
+        instances=_instances_of(found, data),
         labels=np.array([values.index(label) for label in classes]),
-        names=[feature.int2str(value) if named else str(value) for value in values],
+        names=[str(value) if found.classes is None else found.classes.int2str(value) for value in values],
+        groups=None if groups is None else np.unique(groups, return_inverse=True)[1],
     )
 
 
-def _rows(data: BagData, *columns: str) -> Dataset:
-    """The rows of a data set of bags, which has the column of instances and these columns."""
-    path = Path(data.dataset).expanduser()
-    if path.is_file():
-        if path.suffix not in LOADERS:
-            raise RecipeError(
-                f"bags must lie in a folder or a file {', '.join(LOADERS)} (a CSV cell cannot hold a list), got {data.dataset}"
-            )
-        loaded = load_dataset(LOADERS[path.suffix], data_files=str(path), split="train")
-    elif data.dataset.startswith((".", "/", "~")) and not path.is_dir():
-        raise RecipeError(f"there is no file or folder {data.dataset}; check data.dataset or --dataset")
-    else:
-        splits = load_dataset(data.dataset)
-        if data.split not in splits:
-            raise RecipeError(f"{data.dataset} has no split {data.split!r}; it has {sorted(splits)}")
-        loaded = splits[data.split]
-    for column in (data.instances_column, *columns):
-        if column not in loaded.column_names:
-            raise RecipeError(f"{data.dataset} has no column {column!r}; it has {loaded.column_names}")
-    return loaded
-
-
-def _instances_of(loaded: Dataset, data: BagData) -> list[np.ndarray]:
+def _instances_of(found: FoundBags, data: BagData) -> list[np.ndarray]:
     """The instances of each bag; at least one bag has some."""
+    names = found.names
     try:
-        instances = _as_instances(loaded[data.instances_column])
+        instances = _as_instances(found.bags)
     except ValueError as error:
-        raise RecipeError(f"{data.dataset}: {error}") from error
+        told = str(error) if names is None else re.sub(r"\bbag (\d+)", lambda bag: f"{bag[0]} ({names[int(bag[1])]})", str(error))
+        raise RecipeError(f"{data.dataset}: {told}") from error
     if not any(len(bag) > 0 for bag in instances):
         raise RecipeError(f"every bag of {data.dataset} is empty; at least one must have instances")
     return instances

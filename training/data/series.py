@@ -4,16 +4,14 @@ array."""
 import math
 import warnings
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import pandas
 import torch
-from datasets import load_dataset
 from torch.utils.data import Dataset
 
 from ..errors import RecipeError
-from .time_stamps import take_time_stamps
+from .series_files import read_series
 
 
 # From the mean of the training rows, in standard deviations. Sums of squares of larger values
@@ -27,11 +25,24 @@ class SeriesData:
     is split.
 
     Attributes:
-        dataset: "synthetic" (generated from a seed), a CSV or parquet file with one row per time
-            step, or a Hub id.
-        data_files: File to read, if the data set on the Hub has several, for instance "ETTh1.csv".
-        date_column: Column of time stamps. This column and an index of time stamps are checked and
-            then removed. Every other column is a series.
+        dataset: "synthetic" (generated from a seed), a CSV or parquet file, a folder of such files
+            or a pattern such as "folder/*.csv", or a Hub id. A table has one row per time step and
+            one column per series, or (see `id_column`) one row per series and time step. Files
+            with the same columns whose times do not overlap, such as one for each year, are
+            consecutive rows. Other files, such as one for each place, are joined on their time
+            stamps.
+        data_files: Names or patterns of the files to read, if a folder or the data set on the Hub
+            has several, for instance "ETTh1.csv" or ["2023.csv", "2024.csv"].
+        date_column: Column of time stamps. If there is no column "date", the only column of dates
+            is used. This column and an index of time stamps are checked and then removed. Every
+            other column is a series.
+        date_format: Format of the text of the time stamps, for instance "%d/%m/%Y %H:%M"; `None` to
+            recognise it.
+        id_column: Column that names the series of each row, in a table with one row per series and
+            time step. `None` means "unique_id", "item_id" or "series_id", if it has repeated names.
+        value_column: Column of values of such a table; `None` means every other column.
+        drop_columns: Names of columns that are not read.
+        subset: Name of the subset (configuration) of a data set on the Hub that has several.
         split: Numbers of training, validation and test rows, or three fractions of all rows with
             the sum 1.
         validation_stride: During training, only every `validation_stride`-th validation window is
@@ -39,8 +50,13 @@ class SeriesData:
     """
 
     dataset: str
-    data_files: str | None = None
+    data_files: str | list[str] | None = None
     date_column: str = "date"
+    date_format: str | None = None
+    id_column: str | None = None
+    value_column: str | None = None
+    drop_columns: list[str] = field(default_factory=list)
+    subset: str | None = None
     split: list[float] = field(default_factory=lambda: [0.7, 0.1, 0.2])
     validation_stride: int = 1
 
@@ -113,20 +129,12 @@ def load_series(data: SeriesData) -> Series:
 
     Raises:
         RecipeError: If the data set is missing, or its time stamps cannot be read or do not
-            increase (see `take_time_stamps`). If the splits need more rows than there are, or a
+            increase (see `read_series`). If the splits need more rows than there are, or a
             split has no value. If a column is not numbers, has an infinite value, has no value in
             the training rows, has training values too small for a standard deviation, or has a
             value farther than `FARTHEST` standard deviations from the training rows.
     """
-    frame = synthetic_series() if data.dataset == "synthetic" else _read(data)
-    frame = take_time_stamps(frame, data.date_column, data.dataset)
-    for name in frame.columns:
-        if not pandas.api.types.is_numeric_dtype(frame[name]):
-            row = int((frame[name].notna() & pandas.to_numeric(frame[name], errors="coerce").isna()).to_numpy().argmax())
-            raise RecipeError(
-                f"column {name!r} of {data.dataset} is not numbers; it has {str(frame[name].iloc[row])!r} in row {row}; "
-                "if it has time stamps, set data.date_column; if it has numbers, write them with a decimal point; otherwise remove it"
-            )
+    frame = synthetic_series().drop(columns="date") if data.dataset == "synthetic" else read_series(data)
     values = frame.to_numpy(dtype=np.float64)
     rows = split_rows(len(values), data.split)
     train = values[slice(*rows["train"])]
@@ -233,31 +241,6 @@ def split_rows(count: int, split: list[float]) -> dict[str, tuple[int, int]]:
     if ends[-1] > count:
         raise RecipeError(f"data.split={split} needs {ends[-1]} rows, but there are {count}; use smaller numbers, or fractions")
     return dict(zip(("train", "validation", "test"), zip([0, *ends[:-1]], ends, strict=True), strict=True))
-
-
-def _read(data: SeriesData) -> pandas.DataFrame:
-    path = Path(data.dataset).expanduser()
-    if path.suffix == ".csv" and path.is_file():
-        return _indexed(pandas.read_csv(path))
-    if path.suffix == ".parquet" and path.is_file():
-        return pandas.read_parquet(path)
-    if data.dataset.startswith((".", "/", "~")) or path.suffix in (".csv", ".parquet"):
-        raise RecipeError(f"there is no file {data.dataset}; check data.dataset or --dataset")
-    if "/" not in data.dataset:
-        raise RecipeError(f"{data.dataset} must be given as a CSV or parquet file, or as the id of a data set on the Hub: --dataset FILE")
-    splits = load_dataset(data.dataset, data_files=data.data_files)
-    if len(splits) > 1:
-        raise RecipeError(f"{data.dataset} has the splits {', '.join(splits)}, but one series is needed; set data.data_files")
-    (rows,) = splits.values()
-    return _indexed(rows.to_pandas())
-
-
-def _indexed(frame: pandas.DataFrame) -> pandas.DataFrame:
-    """Restore the index of a table that pandas saved as a column without a name."""
-    for column in ("Unnamed: 0", "__index_level_0__"):
-        if column in frame.columns:
-            return frame.set_index(column).rename_axis(None)
-    return frame
 
 
 def synthetic_series(num_steps: int = 2400, num_series: int = 4, seed: int = 0) -> pandas.DataFrame:

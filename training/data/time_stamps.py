@@ -23,11 +23,16 @@ OFFSET = r"(?i)\d(?:\s?(?:Z|UTC|GMT)|\s?[+-]\d{2}:\d{2})$|(?::\d{2}(?:\.\d+)?(?:
 # A week as pandas writes it, by its first and its last day.
 INTERVAL = r"^(\d{4}-\d{2}-\d{2}[^/]*)/\d{4}-\d{2}-\d{2}[^/]*$"
 DIGITS = {6: "%Y%m", 8: "%Y%m%d", 10: "%Y%m%d%H", 12: "%Y%m%d%H%M", 14: "%Y%m%d%H%M%S"}
+# How a date of numbers begins: 2024-01, 13/01/2024 or 13/01/24.
+LIKE_A_DATE = r"^\d{4}[-/.]\d{1,2}(?!\d)|^\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}(?!\d)"
 YEAR_FIRST, YEAR_LAST, MONTH_NAME = r"^\d{4}[-/.]?\d", r"^(\d{1,2})[-/.](\d{1,2})[-/.]\d{4}(?!\d)", r"[A-Za-z]{3}"
 
 
-def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str) -> pandas.DataFrame:
-    """Check the time stamps in the index and in `date_column`, and return the table without them.
+def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str, date_format: str | None = None) -> pandas.DataFrame:
+    """Check the time stamps in the index and in `date_column`.
+
+    Returns the table without these, and with the stamps as its index; if there are none, with row
+    numbers as its index.
 
     Dates, periods, durations and numbers such as Unix seconds or milliseconds are accepted. Only
     their order and their distances are used. Text is read by these rules:
@@ -40,14 +45,17 @@ def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str) -> pa
       possible, the column is refused.
     - All stamps have a time zone or an offset, or none has. With offsets, instants are compared, so
       offsets may change.
+    - `date_format` replaces these rules for text.
+    - Dates in one column and times of day such as 18:00 in one other column are read together.
     - Without offsets, stamps are compared as they are. The hour that daylight saving time skips is
       a gap, and the hour that it repeats is refused.
 
     Args:
         frame: A table with one row per time step.
         date_column: Name of the column of time stamps. A missing column is accepted only if its
-            name is "date" or that of the index.
+            name is "date" or that of the index; see `find_date_column`.
         name: Name of the file, for messages.
+        date_format: Format of the text of stamps, such as "%d/%m/%Y %H:%M"; `None` to recognise it.
 
     Raises:
         RecipeError: For a stamp that is missing, cannot be read, or is not after the previous one;
@@ -59,17 +67,64 @@ def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str) -> pa
         raise RecipeError(
             f"{name} has an index of {frame.index.nlevels} levels, {list(frame.index.names)}; keep only the level of time stamps"
         )
-    in_column = date_column in frame.columns
     numbered = isinstance(frame.index, pandas.RangeIndex) and frame.index.step > 0
-    in_index = not numbered and not (in_column and pandas.api.types.is_integer_dtype(frame.index.dtype))
+    column = find_date_column(frame, date_column, name, indexed=not numbered)
+    in_index = not numbered and not (column is not None and pandas.api.types.is_integer_dtype(frame.index.dtype))
+    stamps = None
     if in_index:
-        _check(frame.index.to_series().reset_index(drop=True), f"the index of {name}", name)
-    if in_column:
-        _check(frame[date_column].reset_index(drop=True), f"column {date_column!r} of {name}", name)
-        frame = frame.drop(columns=date_column)
+        stamps = _check(frame.index.to_series().reset_index(drop=True), f"the index of {name}", name, date_format)
+    if column is not None:
+        given, frame = frame[column].reset_index(drop=True), frame.drop(columns=column)
+        clock = [other for other in frame.columns if _are_times_of_day(frame[other])] if _is_text(given) else []
+        if len(clock) == 1 and not given.astype(str).str.contains(":").any():
+            given = given.astype(str) + " " + frame[clock[0]].reset_index(drop=True).astype(str).str.replace(".", ":", regex=False)
+            frame = frame.drop(columns=clock)
+        stamps = _check(given, f"column {column!r} of {name}", name, date_format)
     elif date_column not in ("date", frame.index.name):
         raise RecipeError(f"{name} has no column {date_column!r}; it has {list(frame.columns)}")
-    return _without_time(frame, name, stamped=in_column or in_index)
+    return _without_time(frame, name, stamped=stamps is not None).set_axis(pandas.RangeIndex(len(frame)) if stamps is None else stamps)
+
+
+def find_date_column(frame: pandas.DataFrame, date_column: str, name: str, indexed: bool = False) -> str | None:
+    """The column of time stamps: `date_column` or, if that is "date" and does not exist, the only
+    column of dates.
+
+    Args:
+        indexed: Whether the index has time stamps; another column is then not looked for.
+
+    Raises:
+        RecipeError: If there are several columns of dates.
+    """
+    if date_column in frame.columns:
+        return date_column
+    if date_column != "date" or indexed:
+        return None
+    found = [column for column in frame.columns if _are_dates(frame[column])]
+    # Because 18.01.05 may be a date or a time of day, such a column counts only if it is alone.
+    found = [column for column in found if not _are_times_of_day(frame[column])] or found
+    named = [column for column in found if re.fullmatch(TIME, re.sub(r"[\W_]", "", str(column)).casefold())]
+    found = named if len(named) == 1 else found
+    if len(found) > 1:
+        raise RecipeError(f"{name} has several columns of dates, {found}; set data.date_column to one, and data.drop_columns to the others")
+    return found[0] if found else None
+
+
+def _is_text(values: pandas.Series) -> bool:
+    return pandas.api.types.is_string_dtype(values.dtype) or values.dtype == object
+
+
+def _are_dates(values: pandas.Series) -> bool:
+    """Whether a column has dates; of text, only its first entries are read."""
+    if not _is_text(values):
+        return pandas.api.types.is_datetime64_any_dtype(values.dtype) or isinstance(values.dtype, pandas.PeriodDtype)
+    text = values.dropna().iloc[:5].astype(str).str.strip()
+    if text.str.contains(MONTH_NAME).all() and text.str.contains(r"\d").all():
+        return len(text) > 0 and bool(pandas.to_datetime(text, format="mixed", errors="coerce", utc=True).notna().all())
+    return len(text) > 0 and bool(text.str.contains(LIKE_A_DATE).all())
+
+
+def _are_times_of_day(values: pandas.Series) -> bool:
+    return _is_text(values) and bool(values.astype(str).str.fullmatch(r"\s*[0-2]?\d[:.][0-5]\d(?:[:.][0-5]\d(?:\.\d+)?)?\s*").all())
 
 
 def _without_time(frame: pandas.DataFrame, name: str, stamped: bool) -> pandas.DataFrame:
@@ -94,16 +149,16 @@ def _without_time(frame: pandas.DataFrame, name: str, stamped: bool) -> pandas.D
     return frame
 
 
-def _check(values: pandas.Series, where: str, name: str) -> None:
-    """Raise a `RecipeError` for a stamp that is missing or not after the previous one, and warn of
-    gaps.
+def _check(values: pandas.Series, where: str, name: str, date_format: str | None) -> pandas.Series:
+    """Read stamps; raise a `RecipeError` for one that is missing or not after the previous one, and
+    warn of gaps.
 
     Windows include rows on both sides of a gap as if there were none.
     """
     missing = values.isna() | (values.astype(str).str.strip() == "")
     if missing.any():
         raise RecipeError(f"row {int(missing.to_numpy().argmax())} of {name} has no time stamp in {where}; add it, or remove the row")
-    stamps = read_time_stamps(values, where)
+    stamps = read_time_stamps(values, where, date_format)
     steps = _steps(stamps)
     backwards = np.flatnonzero(steps <= 0)
     if len(backwards) > 0:
@@ -115,7 +170,8 @@ def _check(values: pandas.Series, where: str, name: str) -> None:
     gaps = np.flatnonzero(steps > 1.5 * np.median(steps)) + 1 if len(steps) > 0 else steps
     if len(gaps) > 0:
         places = f"{len(gaps)}, the first before row {gaps[0]}"
-        warnings.warn(f"{name} has gaps in its time stamps ({places}); windows ignore the gaps", stacklevel=4)
+        warnings.warn(f"{name} has gaps in its time stamps ({places}); windows ignore the gaps", stacklevel=5)
+    return stamps
 
 
 def _hint(stamps: pandas.Series, steps: np.ndarray) -> str:
@@ -128,7 +184,8 @@ def _hint(stamps: pandas.Series, steps: np.ndarray) -> str:
     # steps go back: the file is then reversed or shuffled.
     if naive and backwards.min() >= -3600 and len(backwards) < 0.1 * len(steps):
         return "; if daylight saving time repeats an hour here, write the stamps in UTC or with their offsets"
-    return "; sort the rows by time, with one row for each time"
+    long = " (if rows of several series have the same time, set data.id_column)" if stamps.duplicated().any() else ""
+    return f"; sort the rows by time, with one row for each time{long}"
 
 
 def _steps(stamps: pandas.Series) -> np.ndarray:
@@ -137,7 +194,7 @@ def _steps(stamps: pandas.Series) -> np.ndarray:
     return (steps.dt.total_seconds() if steps.dtype.kind == "m" else steps.astype(float)).to_numpy()
 
 
-def read_time_stamps(values: pandas.Series, where: str) -> pandas.Series:
+def read_time_stamps(values: pandas.Series, where: str, date_format: str | None = None) -> pandas.Series:
     """Convert stamps to dates, durations or numbers by the rules of `take_time_stamps`.
 
     Raises:
@@ -148,6 +205,8 @@ def read_time_stamps(values: pandas.Series, where: str) -> pandas.Series:
         return values.dt.start_time
     if pandas.api.types.is_bool_dtype(dtype):
         raise RecipeError(f"{where} has true and false, which are not time stamps; set data.date_column to another column")
+    if date_format is not None and (_is_text(values) or pandas.api.types.is_integer_dtype(dtype)):
+        return _read_by_format(values.astype(str).str.strip(), where, date_format)
     if pandas.api.types.is_numeric_dtype(dtype):
         return _read_numbers(values, where)
     if pandas.api.types.is_datetime64_any_dtype(dtype) or pandas.api.types.is_timedelta64_dtype(dtype):
@@ -155,6 +214,15 @@ def read_time_stamps(values: pandas.Series, where: str) -> pandas.Series:
     text = values.astype(str).str.strip()
     numbers = pandas.to_numeric(text, errors="coerce")
     return _read_text(text, where) if numbers.isna().any() else _read_numbers(numbers, where)
+
+
+def _read_by_format(text: pandas.Series, where: str, date_format: str) -> pandas.Series:
+    try:
+        stamps = pandas.to_datetime(text, format=date_format, errors="coerce", utc=True if "%z" in date_format else None)
+    except ValueError as error:
+        raise RecipeError(f"data.date_format={date_format!r} is not a format of dates such as '%d/%m/%Y %H:%M': {error}") from error
+    _refuse_first(stamps.isna().to_numpy(), text, where, f"does not have the format data.date_format={date_format!r}")
+    return stamps
 
 
 def _read_numbers(values: pandas.Series, where: str) -> pandas.Series:
@@ -176,7 +244,12 @@ def _read_text(text: pandas.Series, where: str) -> pandas.Series:
     begin = text.str.extract(INTERVAL)[0]
     text = text if begin.isna().any() else begin.str.strip()
     forms = np.select([text.str.match(YEAR_FIRST), text.str.match(YEAR_LAST), text.str.contains(MONTH_NAME)], [1, 2, 3], 0)
-    _refuse_first(forms == 0, text, where, "is not a date with a year of four digits, such as 2024-01-31 or 2024-01-31 12:00:00+01:00")
+    _refuse_first(
+        forms == 0,
+        text,
+        where,
+        "is not a date with a year of four digits, such as 2024-01-31 12:00:00+01:00; set data.date_format, such as '%d/%m/%y'",
+    )
     _refuse_first(forms != forms[0], text, where, f"is not written like {text[0]!r} in row 0")
     with_offset = text.str.contains(OFFSET).to_numpy()
     _refuse_first(
@@ -209,7 +282,9 @@ def _is_day_first(text: pandas.Series, where: str) -> bool:
     readings = [_parsed(text, day_first, offsets, where) for day_first in (False, True)]
     increasing = [bool((_steps(reading) > 0).all()) for reading in readings]
     if increasing[0] == increasing[1] and not readings[0].equals(readings[1]):
-        _refuse_first(first != second, text, where, "may begin with the day or with the month; write it like 2024-01-31")
+        _refuse_first(
+            first != second, text, where, "may begin with the day or with the month; set data.date_format, such as '%d/%m/%Y' or '%m/%d/%Y'"
+        )
     return increasing[1]
 
 

@@ -13,7 +13,8 @@ from modeling_uhop import UHopMemoryConfig, UHopMemoryModel
 from modeling_uhop.model_card import family_of, model_card
 
 from ..intervals import Interval, half_width, over_folds, over_seeds
-from ..recipe import ROOT, apply_override
+from ..recipe import ROOT
+from ..recipe_file import apply_override
 from ..results import read_result
 from ..stage_one import with_defaults
 from ..tasks import recipe_class_of
@@ -35,6 +36,8 @@ FIGURES = {
 }
 # Fields that only some recipes have, and that tell their runs apart.
 OPTIONS = ("ensemble", "architecture", "skip_start")
+# Fields of `TrainingArguments` that do not change what is trained.
+WITHOUT_EFFECT = ("save_steps", "save_total_limit", "logging_steps", "disable_tqdm", "report_to")
 # The settings that the card of a memory describes: the package's defaults, and the largest number
 # of memories.
 MEMORIES = "500"
@@ -109,7 +112,7 @@ def headline(gathered: dict[str, Any]) -> str:
         ours = f"**Sum of squared pixel errors: {with_interval(*error(NAMES[METHOD], ALPHA))}**"
         settings = f"alpha {ALPHA}, beta {BETA}, {MEMORIES} memories, mean over {recipe['repeats']} sets of memories"
         return f"{ours} ({settings}).\nBest baseline, {best}: {with_interval(*candidates[best])}.\n{INTERVALS}"
-    metric, (_, name) = next(iter(family_of(recipe).metrics.items()))
+    metric, (_, name) = next(iter(family_of(recipe, CARDS).metrics.items()))
     if gathered["kind"] == "folds":
         variant = variant_as_released(recipe, gathered["variants"])
         scores = {job: of_folds(scores, recipe) for job, scores in gathered["results"].items()}
@@ -134,7 +137,7 @@ INTERVALS = "Numbers after ± are 95 % confidence intervals."
 def headline_of_run(results: dict[str, Any], gathered: dict[str, Any] | None) -> str | None:
     """The metric of one run, and the headline of its recipe if that is a released one; `None` if
     there is nothing to compare with."""
-    family = family_of(results["recipe"])
+    family = family_of(results["recipe"], CARDS)
     metric, (_, name) = next(iter(family.metrics.items()))
     value = results["metrics"][metric]
     if results["recipe"]["task"] == "bags" and results.get("outcomes"):
@@ -225,6 +228,7 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
         rest = {key: recipe.get(key, getattr(recipe_class, key, None)) for key in ("separation", "training", *OPTIONS)}
         if rest["separation"] is not None:
             rest["separation"] = with_defaults(rest["separation"])
+        rest["training"] = {key: value for key, value in rest["training"].items() if key not in WITHOUT_EFFECT}
         return {**rest, "name": recipe["name"], "model": model, "data": data}
 
     return training(first) == training(second)

@@ -29,7 +29,7 @@ from ..data.images import ImageData, load_images
 from ..errors import RecipeError, errors_in_one_line
 from ..intervals import spread
 from ..processes import refuse_several_processes
-from ..recipe import read_yaml, with_known_keys
+from ..recipe_file import read_yaml, with_known_keys
 from ..report.geometry_figures import bound_figure, loss_curve_figure, metastable_figure
 from ..report.styles import METHODS, OBSERVED, REFERENCE, save
 from ..results import as_recorded, write_result

@@ -28,7 +28,7 @@ from ..data.images import ImageData, load_images
 from ..errors import RecipeError, errors_in_one_line
 from ..intervals import spread
 from ..processes import refuse_several_processes
-from ..recipe import read_yaml, with_known_keys
+from ..recipe_file import read_yaml, with_known_keys
 from ..report.figures import pictures_figure, retrieval_figure
 from ..report.styles import dataset_name
 from ..report.tables import BASELINES
