@@ -17,7 +17,20 @@ from PIL import Image as PILImage
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score, roc_auc_score
-from support.recipes import DRAWING, FIGURES, MODULES, TASKS, loaded, no_figures, no_reload, results_of, tiny, tiny_content, without_times
+from support.recipes import (
+    DRAWING,
+    FIGURES,
+    MODULES,
+    NO_DROPOUT,
+    TASKS,
+    loaded,
+    no_figures,
+    no_reload,
+    results_of,
+    tiny,
+    tiny_content,
+    without_times,
+)
 from transformers import Trainer
 
 from modeling_uhop import STanHopForPrediction, UHopMILFeatureExtractor, UHopMILForBagClassification, UHopViTForImageClassification
@@ -317,10 +330,10 @@ def test_a_step_out_of_memory_is_repeated_with_fewer_examples_and_without_anothe
 
     with monkeypatch.context() as patch:
         Steps(patch, at=1, fault=full)
-        metrics = engine.run(tiny(task, "training.auto_find_batch_size=true"), tmp_path / "run")
+        metrics = engine.run(tiny(task, *NO_DROPOUT[task], "training.auto_find_batch_size=true"), tmp_path / "run")
     # accelerate takes nine tenths of the examples.
     size = int(0.9 * tiny(task).training["per_device_train_batch_size"])
-    expected = engine.run(tiny(task, f"training.per_device_train_batch_size={size}"), tmp_path / "fewer")
+    expected = engine.run(tiny(task, *NO_DROPOUT[task], f"training.per_device_train_batch_size={size}"), tmp_path / "fewer")
     first, second = (json.loads((tmp_path / name / "stages" / "training.json").read_text())["outcome"] for name in ("fewer", "run"))
     assert len(first["history"]) == 2
     assert first["history"] == second["history"]

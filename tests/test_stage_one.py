@@ -30,8 +30,8 @@ from modeling_uhop.separation import PRESETS
 from modeling_uhop.training.data.bags import BagData, digit_bags
 from modeling_uhop.training.data.images import ImageData
 from modeling_uhop.training.data.series import SeriesData, load_series, unlabelled_windows
-from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.engine import run
+from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.recipe import apply_override
 from modeling_uhop.training.stage_one import separation_callback, with_defaults
 from modeling_uhop.training.tasks.bags import BagClassification
@@ -390,9 +390,10 @@ def test_bags_of_other_folds_are_left_out(monkeypatch, tmp_path):
     expected = extractor.transform(task.bags.instances[:40:2])
     assert len(bags) == 20
     assert all(np.array_equal(bag["instances"], known) for bag, known in zip(bags, expected, strict=True))
+    task.recipe.data.dataset = "digits"
+    examples = task.examples_of(np.arange(20), 0)
     with pytest.raises(RecipeError, match=r"digits has no split 'foo'"):
-        task.recipe.data.dataset = "digits"
-        task.examples_of(np.arange(20), 0).unlabelled(None, "foo")
+        examples.unlabelled(None, "foo")
 
 
 def test_unknown_splits_of_images_are_refused():

@@ -12,13 +12,20 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from modeling_uhop.training import engine
-from modeling_uhop.training.recipe import Recipe, apply_override, build_recipe
+from modeling_uhop.training.recipe import Recipe, build_recipe
+from modeling_uhop.training.recipe_file import apply_override
 from modeling_uhop.training.tasks import task_class_of
 
 
 TASKS = ("images", "bags", "series")
 # The modules of the tasks, for patches.
 MODULES = {name: f"modeling_uhop.training.tasks.{name}" for name in TASKS}
+# Overrides for a model without dropout.
+NO_DROPOUT = {
+    "images": ("model.hidden_dropout_prob=0.0",),
+    "bags": ("model.hidden_dropout_prob=0.0",),
+    "series": ("model.attention_dropout=0.0", "model.ff_dropout=0.0"),
+}
 # The figures of each task: their files, and the functions that draw them.
 FIGURES = {"images": ("training.png",), "bags": ("bag.png",), "series": ("forecast.png", "weights.png")}
 DRAWING = {"images": ("training_figure",), "bags": ("bag_figure",), "series": ("forecast_figure", "retrieval_weights_figure")}
