@@ -93,12 +93,20 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path):
 # Because one process and two would see different batches with shuffling, we switch it off.
 PLAIN = ["training.train_sampling_strategy=sequential", "training.optim=sgd", "training.learning_rate=0.05"]
 # Two folds of bags would not have whole batches, and the processes would not have equal ones in an evaluation.
-WHOLE = {"images": ("training.per_device_eval_batch_size=6",), "bags": ("folds=3",), "series": ("training.per_device_eval_batch_size=28",)}
+WHOLE = {
+    "images": ("training.per_device_eval_batch_size=6",),
+    "bags": ("folds=3",),
+    "series": (
+        "training.max_steps=6",
+        *(f"training.{kind}_{setting}" for kind in ("eval", "save") for setting in ("strategy=steps", "steps=3")),
+        "training.per_device_eval_batch_size=28",
+    ),
+}
 
 
 def _recipe(task: str, processes: int) -> list[str]:
     """Overrides of a tiny recipe whose batches are the same in one process and in two."""
-    size = {"images": 16, "bags": 8, "series": 114}[task] // processes
+    size = {"images": 16, "bags": 8, "series": 8}[task] // processes
     return [*PLAIN, *NO_DROPOUT[task], *WHOLE[task], f"training.per_device_train_batch_size={size}"]
 
 

@@ -58,9 +58,9 @@ _FOLDER = tempfile.TemporaryDirectory(prefix="tiny_data_")
 
 
 def tiny_bags(count: int = 24, width: int = 3, seed: int = 0) -> list[np.ndarray]:
-    """Bags of which every second has an instance far from the others."""
+    """Bags of two to five instances; every second has an instance far from the others."""
     random = np.random.default_rng(seed)
-    bags = [random.normal(size=(int(random.integers(1, 6)), width)) for _ in range(count)]
+    bags = [random.normal(size=(int(random.integers(2, 6)), width)) for _ in range(count)]
     for bag in bags[::2]:
         bag[0] += 6.0
     return bags
