@@ -23,6 +23,8 @@ from modeling_uhop.training.recipe import ROOT
 
 
 TESTS = Path(__file__).parent
+# The command `modeling-uhop`.
+COMMAND = ["-c", "from modeling_uhop.training.cli import main; main()"]
 FAMILIES = ("memory", "vit", "mil", "stanhop")
 
 
@@ -136,13 +138,12 @@ def test_the_example_of_the_hub_guide_runs(hub, port, tmp_path):
 
 def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, tmp_path):
     run = tmp_path / "run"
-    tiny = ("num_train_epochs=1", "logging_steps=5", "disable_tqdm=true", "save_steps=5")
-    overrides = [f"training.{setting}" for setting in tiny]
-    overrides += ["data.max_train_samples=200", "model.hidden_size=16", "model.num_hidden_layers=1", "separation.steps=3"]
-    command = ["training/train_vit.py", "configs/vit_digits.yaml", "--output_dir", str(run)]
+    options = ["--num_train_epochs=1", "--logging_steps=5", "--disable_tqdm", "--save_steps=5"]
+    overrides = ["data.max_train_samples=200", "model.hidden_size=16", "model.num_hidden_layers=1", "separation.steps=3"]
+    command = [*COMMAND, "train", "vit_digits", "--output_dir", str(run), *options]
     trained = _run([*command, *(word for override in overrides for word in ("--set", override))], port, tmp_path)
     assert trained.returncode == 0, trained.stderr
-    pushed = _run(["training/push.py", str(run), "you/digits"], port, tmp_path)
+    pushed = _run([*COMMAND, "push", str(run), "you/digits"], port, tmp_path)
     assert pushed.returncode == 0, pushed.stderr
     assert "/you/digits, at " in pushed.stdout
     repository = hub.repositories["you/digits"]
@@ -157,7 +158,7 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
     accuracy = json.loads(files["results.json"])["metrics"]["test_accuracy"]
     assert evaluation["metrics"][0]["value"] == pytest.approx(accuracy, abs=1e-4)
     assert 'model="you/digits"' in card.text
-    refused = _run(["training/push.py", str(run), "somebody/digits"], port, tmp_path)
+    refused = _run([*COMMAND, "push", str(run), "somebody/digits"], port, tmp_path)
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].startswith("RecipeError: the Hub refused somebody/digits: ")
     for arguments, message in (
@@ -167,7 +168,7 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
             "is not a finished run: it has no config.json, recipe.yaml, results.json, README.md, *.safetensors",
         ),
     ):
-        refused = _run(["training/push.py", *arguments], port, tmp_path)
+        refused = _run([*COMMAND, "push", *arguments], port, tmp_path)
         assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
         assert message in refused.stderr
 
@@ -178,10 +179,10 @@ def test_a_push_without_a_hub_or_a_token_is_refused(port, tmp_path):
     recipe = {"name": "my_vit", "data": {"dataset": "pictures"}, "model": {}, "separation": None, "training": {}}
     results = {"recipe": recipe, "metrics": {"test_accuracy": 0.5}, "seed": 0, "num_parameters": 9, "versions": {}, "commit": None}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    nowhere = _run(["training/push.py", str(tmp_path), "you/digits"], 9, tmp_path)
+    nowhere = _run([*COMMAND, "push", str(tmp_path), "you/digits"], 9, tmp_path)
     assert nowhere.returncode == 1
     assert "RecipeError: the Hub at http://127.0.0.1:9 cannot be reached" in nowhere.stderr
-    nobody = _run(["training/push.py", str(tmp_path), "you/digits"], port, tmp_path, token=None)
+    nobody = _run([*COMMAND, "push", str(tmp_path), "you/digits"], port, tmp_path, token=None)
     assert nobody.returncode == 1
     assert "RecipeError: the Hub needs an access token: pass --token, set HF_TOKEN or run `hf auth login`" in nobody.stderr
     assert "Traceback" not in nowhere.stderr + nobody.stderr
