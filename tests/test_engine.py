@@ -234,6 +234,21 @@ def test_a_run_is_not_resumed_with_another_recipe(task, override, tmp_path):
         engine.run(tiny(task, override), tmp_path, "resume")
 
 
+@each_task
+def test_a_finished_run_is_trained_longer_if_its_task_allows_it(task, tmp_path, quick):
+    saved = "training.save_strategy=epoch"
+    engine.run(tiny(task, saved), tmp_path / "run")
+    longer = tiny(task, saved, "training.num_train_epochs=3")
+    if task == "bags":
+        # Its folds would be of two recipes.
+        with pytest.raises(RecipeError, match="cannot be resumed with training="):
+            engine.run(longer, tmp_path / "run", "resume")
+        return
+    assert engine.run(longer, tmp_path / "run", "resume")["last_step"] == 9
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == longer
+    assert results_of(tmp_path / "run")["recipe"]["training"]["num_train_epochs"] == 3
+
+
 def _without_test_data(task: str, patch) -> None:
     """Make the test data of a tiny recipe unreadable."""
     if task == "images":

@@ -326,11 +326,10 @@ def test_an_output_folder_is_never_mixed_or_deleted_by_mistake(tmp_path):
 def test_an_earlier_run_survives_a_wrong_overwrite(tmp_path, override):
     RunFolder(tmp_path, _recipe()).write_recipe()
     (tmp_path / "model.safetensors").write_text("precious")
-    script = ["training/train.py", "configs/vit_digits.yaml", "--output_dir", str(tmp_path), "--overwrite", "--set", override]
-    finished = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 1
-    assert "Traceback" not in finished.stderr
-    assert override.split("=")[1] in finished.stderr.strip().splitlines()[-1]
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["train", "vit_digits", "--output_dir", str(tmp_path), "--overwrite", "--set", override])
+    assert "\n" not in refused.value.code
+    assert override.split("=")[1] in refused.value.code
     assert (tmp_path / "model.safetensors").read_text() == "precious"
 
 
