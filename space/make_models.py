@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,14 +105,11 @@ def write_card(folder: Path, results: dict[str, Any], what: str, recipe_path: st
     results = {**results, "recipe": {**results["recipe"], "name": f"demo_{what}"}}
     template = (SHIPPED / "template.md").read_text()
     values = {"title": f"demo_{what}", "what": what, "recipe_path": recipe_path, "held_out": held_out}
-    prepared = folder / "template.md"
-    prepared.write_text(
-        "{% set title, what, recipe_path, held_out = " + ", ".join(json.dumps(v) for v in values.values()) + " %}" + template
-    )
-    try:
-        card = model_card(results, prepared, model_id=f"space/models/{what}")
-    finally:
-        prepared.unlink()
+    with tempfile.TemporaryDirectory() as prepared:
+        shutil.copytree(ROOT / "model_cards" / "families", Path(prepared) / "families")
+        given = "{% set title, what, recipe_path, held_out = " + ", ".join(json.dumps(value) for value in values.values()) + " %}"
+        (Path(prepared) / "template.md").write_text(given + template)
+        card = model_card(results, Path(prepared) / "template.md", model_id=f"space/models/{what}")
     # The folder has no code of its own.
     cast(ModelCardData, card.data).tags = [tag for tag in cast(ModelCardData, card.data).tags or [] if tag != "custom_code"]
     card.save(folder / "README.md")
