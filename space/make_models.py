@@ -19,10 +19,11 @@ from demo_models import SHIPPED, TARGET, draw_bag
 from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_uhop.model_card import model_card
+from modeling_uhop.training.data.bags import Bags
 from modeling_uhop.training.metrics import bag_metrics
 from modeling_uhop.training.recipe import ROOT, load_recipe
 from modeling_uhop.training.results import as_recorded, provenance
-from modeling_uhop.training.tasks.bags import fit, predict
+from modeling_uhop.training.tasks.bags import BagClassification, predict
 
 
 CLASSIFIER = "configs/demo/digits_classifier.yaml"
@@ -61,8 +62,9 @@ def make_bags(folder: Path) -> ModelCard:
     digits, random = demo_digits.load(), np.random.default_rng(0)
     drawn = [draw_bag(digits.train, digits.labels, index % 2 == 0, random) for index in range(TRAINING_BAGS)]
     recipe = load_recipe(ROOT / BAGS)
-    names = [f"without a {TARGET}", f"with a {TARGET}"]
-    model, extractor = fit(recipe, [pixels_of(bag) for bag in drawn], 1 - np.arange(TRAINING_BAGS) % 2, names, recipe.seed)
+    task = BagClassification(recipe)
+    task.bags = Bags([pixels_of(bag) for bag in drawn], 1 - np.arange(TRAINING_BAGS) % 2, [f"without a {TARGET}", f"with a {TARGET}"])
+    model, extractor = task.fit(np.arange(TRAINING_BAGS), recipe.seed, folder / "scratch")
     model.cpu().save_pretrained(folder)
     extractor.save_pretrained(folder)
     write_config(folder, json.loads((folder / "config.json").read_text()))

@@ -149,9 +149,9 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
     assert [commit.title for commit in repository.commits] == ["initial commit", "Upload run"]
     files = repository.head.files
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "modeling_uhop_vit.py", "hopfield.py"} <= files.keys()
-    assert {"README.md", "results.json", "modeling_uhop.training.recipe.yaml", "training.png"} <= files.keys()
+    assert {"README.md", "results.json", "recipe.yaml", "training.png"} <= files.keys()
     assert not [path for path in files if path.endswith((".bin", ".pt")) or "/" in path]
-    assert yaml.safe_load(files["modeling_uhop.training.recipe.yaml"]) == json.loads(files["results.json"])["recipe"]
+    assert yaml.safe_load(files["recipe.yaml"]) == json.loads(files["results.json"])["recipe"]
     card = ModelCard(files["README.md"].decode())
     (evaluation,) = card.data.to_dict()["model-index"][0]["results"]
     accuracy = json.loads(files["results.json"])["metrics"]["test_accuracy"]
@@ -173,7 +173,7 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
 
 
 def test_a_push_without_a_hub_or_a_token_is_refused(port, tmp_path):
-    for name in ("config.json", "modeling_uhop.training.recipe.yaml", "README.md", "model.safetensors"):
+    for name in ("config.json", "recipe.yaml", "README.md", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     recipe = {"name": "my_vit", "data": {"dataset": "pictures"}, "model": {}, "separation": None, "training": {}}
     results = {"recipe": recipe, "metrics": {"test_accuracy": 0.5}, "seed": 0, "num_parameters": 9, "versions": {}, "commit": None}
@@ -192,7 +192,7 @@ def test_an_unfinished_run_is_refused_and_only_results_are_uploaded(tmp_path):
         check_finished(tmp_path / "nowhere")
     for name in (
         "config.json",
-        "modeling_uhop.training.recipe.yaml",
+        "recipe.yaml",
         "results.json",
         "README.md",
         "model.safetensors",
@@ -207,7 +207,7 @@ def test_an_unfinished_run_is_refused_and_only_results_are_uploaded(tmp_path):
     expected = ["README.md", "a.png", "config.json", "model.safetensors", "results.json"]
     assert [path.name for path in files_of(tmp_path)] == expected
     # The local path of the data is not uploaded either.
-    (tmp_path / "modeling_uhop.training.recipe.yaml").write_text(yaml.safe_dump({"data": {"dataset": str(tmp_path / "pictures")}}))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": {"dataset": str(tmp_path / "pictures")}}))
     (tmp_path / "results.json").write_text('{"recipe": {"data": {"dataset": "pictures"}}}')
     assert yaml.safe_load(recorded_recipe(tmp_path)) == {"data": {"dataset": "pictures"}}
     (tmp_path / "model.safetensors").unlink()

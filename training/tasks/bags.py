@@ -166,7 +166,7 @@ class BagClassification(Task):
     ) -> dict[str, Any]:
         """Train on the training bags of one fold, and evaluate on its other bags."""
         seeds = [fold_seed(self.recipe.seed, repeat, fold, member) for member in range(self.recipe.ensemble)]
-        answers = [predict(*self.fit(train, seed, folder), [self.bags.instances[i] for i in evaluated]) for seed in seeds]
+        answers = [predict(*self.fit(train, seed, folder.path / "scratch"), [self.bags.instances[i] for i in evaluated]) for seed in seeds]
         logits = np.mean([member_logits for member_logits, _ in answers], axis=0)
         outcome = {"repeat": repeat, "fold": fold, **bag_metrics(logits, self.bags.labels[evaluated], self.recipe.metrics)}
         if self.bags.instance_labels is not None:
@@ -174,10 +174,13 @@ class BagClassification(Task):
             outcome["instance_auc"] = instance_auc(weights, [self.bags.instance_labels[i] for i in evaluated])
         return {**outcome, "trained_on": len(train), "bags": evaluated.tolist(), "logits": logits.round(4).tolist()}
 
-    def fit(self, indices: np.ndarray, seed: int, folder: RunFolder) -> tuple[PreTrainedModel, UHopMILFeatureExtractor]:
-        """Train a model on some of the bags; the model, and the feature extractor that was fitted
-        on the same bags."""
-        examples, scratch = self.examples_of(indices, seed), folder.path / "scratch"
+    def fit(self, indices: np.ndarray, seed: int, scratch: Path) -> tuple[PreTrainedModel, UHopMILFeatureExtractor]:
+        """Train a model on some of the bags.
+
+        Returns the model, and the feature extractor that was fitted on the same bags. `scratch` is
+        a folder for the training, which is deleted after it.
+        """
+        examples = self.examples_of(indices, seed)
         overrides = FOLD if examples.evaluated is None else {**FOLD, "save_strategy": "epoch", "eval_strategy": "epoch"}
         trainer = new_trainer(self, examples, seed, output_dir=str(scratch), **overrides)
         trainer.remove_callback(PrinterCallback)

@@ -18,6 +18,7 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+from transformers.trainer_callback import PrinterCallback
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.feature_map import unit_norm
@@ -140,6 +141,7 @@ class Images(Task):
             no_training = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
             arguments = TrainingArguments(scratch, **{**self.defaults, **self.recipe.training, **no_training})
             trainer = Trainer(model, arguments, processing_class=self.processor, compute_metrics=classification_metrics)
+            trainer.remove_callback(PrinterCallback)
             split = self.splits[-1]
             found = trainer.evaluate(with_pixels(self.images[split], self.processor), metric_key_prefix=split)
         return {f"{split}_{name}": found[f"{split}_{name}"] for name in ("accuracy", "loss")}
