@@ -67,7 +67,7 @@ class Images(Task):
         names = self.images["train"].features["label"].names
         labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         self.config = UHopViTConfig(**recipe.model, **labels)
-        self.processor = make_image_processor(recipe.data, self.config.image_size)
+        self.processor = make_image_processor(recipe.data, self.config.image_size, self.images["train"])
         if recipe.architecture not in ("uhop_vit", "vit") or (recipe.architecture == "vit" and recipe.separation is not None):
             raise RecipeError(
                 "architecture must be 'uhop_vit', or 'vit' without a separation step, "
