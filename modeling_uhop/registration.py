@@ -56,7 +56,7 @@ def _attention(_: Any) -> None:
     import_module(".attention_models", __package__)
 
 
-# What is registered after transformers has loaded a module. An entry is removed when it was called.
+# What is registered after transformers has loaded a module. An entry is removed when it is done.
 _waiting: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": _configurations,
     "transformers.models.auto.modeling_auto": _models,
@@ -78,7 +78,7 @@ class _Watch(MetaPathFinder):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name.partition(".")[0] not in ("transformers", __package__):
             return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
             spec.loader = _Watched(spec.loader)
@@ -88,8 +88,9 @@ class _Watch(MetaPathFinder):
         """Run each registration whose module is loaded."""
         self.depth += 1
         try:
-            while ready := [name for name in _waiting if name in sys.modules]:
-                _waiting.pop(ready[0])(sys.modules[ready[0]])
+            while name := next((name for name in _waiting if name in sys.modules), None):
+                _waiting[name](sys.modules[name])
+                del _waiting[name]
         finally:
             self.depth -= 1
 

@@ -14,6 +14,7 @@ from PIL import Image as PILImage
 from modeling_uhop.training.data.bags import BagData, load_bags, load_instances
 from modeling_uhop.training.data.images import ImageData, load_images, make_image_processor, unlabelled_images
 from modeling_uhop.training.data.series import SeriesData, load_series
+from modeling_uhop.training.data.series_files import read_series
 from modeling_uhop.training.data.source import find_source, load_from_hub
 from modeling_uhop.training.errors import RecipeError
 
@@ -51,9 +52,7 @@ def _right(splits: DatasetDict) -> dict[str, int]:
 def test_a_path_that_does_not_exist_never_reaches_the_network(name, monkeypatch):
     monkeypatch.setattr("modeling_uhop.training.data.source.HfApi", None)
     for load in (lambda: load_images(ImageData(name)), lambda: find_source(name, "a CSV file")):
-        with pytest.raises(
-            RecipeError, match=r"there is no file or folder .*; give a .*, or the id of a data set on the Hub, as --dataset"
-        ):
+        with pytest.raises(RecipeError, match=r"there is no file or folder .*; give a .*, or the id of a data set on the Hub, as --data"):
             load()
 
 
@@ -187,7 +186,7 @@ def test_a_class_that_only_the_test_folder_has_is_refused(tmp_path):
         (["1.png", "2.png"], "has images without class folders; put the images of each class in a folder of its own"),
         (["train/1.png", "test/1.png"], "test has images without class folders"),
         (["cat/1.png"], "images in one class folder, 'cat', and there is nothing to classify; give one folder for each class"),
-        (["all/cat/1.png", "all/dog/1.png"], r"'all', .*all has folders of its own: give that as --dataset"),
+        (["all/cat/1.png", "all/dog/1.png"], r"'all', .*all has folders of its own: give that as --data"),
         (["notes.md"], r"no images in class folders and no Parquet or CSV files; it begins with \['notes.md'\]"),
         ([], r"no images in class folders and no Parquet or CSV files; it begins with \[\]"),
         (["cat/1.png", "dog/1.png", "dog/2.png"], "class 'cat' of .* has one image, too few to divide by data.test_fraction=0.2"),
@@ -210,9 +209,9 @@ def test_too_few_images_to_hold_out_names_the_setting(tmp_path):
 def test_one_image_or_another_file_is_refused(tmp_path):
     PILImage.new("RGB", (2, 2)).save(tmp_path / "photo.png")
     (tmp_path / "archive.zip").touch()
-    with pytest.raises(RecipeError, match=r"photo.png is one image; --dataset takes a folder of class folders"):
+    with pytest.raises(RecipeError, match=r"photo.png is one image; --data takes a folder of class folders"):
         load_images(ImageData(str(tmp_path / "photo.png")))
-    with pytest.raises(RecipeError, match=r"archive.zip is a file that images are not read from; --dataset takes a folder"):
+    with pytest.raises(RecipeError, match=r"archive.zip is a file that images are not read from; --data takes a folder"):
         load_images(ImageData(str(tmp_path / "archive.zip")))
 
 
@@ -564,7 +563,7 @@ def test_folders_that_hold_no_bags(tmp_path):
         load_bags(BagData(str(tmp_path / "bags.parquet")))
     (tmp_path / "a.csv").write_text("bag_id,label\n")
     (tmp_path / "b.csv").write_text("bag_id,label\n")
-    with pytest.raises(RecipeError, match=r"has 2 tables, \['a.csv', 'b.csv'\]; give one of them as --dataset"):
+    with pytest.raises(RecipeError, match=r"has 2 tables, \['a.csv', 'b.csv'\]; give one of them as --data"):
         load_bags(BagData(str(tmp_path)))
 
 
@@ -641,6 +640,14 @@ def test_date_formats(tmp_path):
         load_series(SeriesData(str(path), date_format="%Y"))
     frame.assign(day=days.strftime("%y%m%d").astype(int)).to_parquet(path.with_suffix(".parquet"))
     _same_series(SeriesData(str(path.with_suffix(".parquet")), date_column="day", date_format="%y%m%d"), ["a"], frame[["a"]])
+
+
+def test_dates_with_points_begin_with_the_day(tmp_path):
+    """Months, which would increase too if they were read as days."""
+    frame = pd.DataFrame({"Monat": pd.date_range("2018-01-01", periods=30, freq="MS").strftime("%d.%m.%Y"), "a": np.arange(30.0)})
+    frame.to_csv(tmp_path / "a.csv", sep=";", decimal=",", index=False)
+    _same_series(SeriesData(str(tmp_path / "a.csv")), ["a"], frame[["a"]])
+    assert read_series(SeriesData(str(tmp_path / "a.csv"))).index[1] == pd.Timestamp("2018-02-01")
 
 
 def test_a_date_and_a_time_of_day_in_two_columns(tmp_path):

@@ -166,7 +166,7 @@ def test_bad_files_are_refused(tmp_path):
             load_series(SeriesData(str(path)))
     with pytest.raises(RecipeError, match="there is no file"):
         load_series(SeriesData(str(tmp_path / "none.csv")))
-    with pytest.raises(RecipeError, match=r"there is no file or folder ETTh1, and the Hub .*; give a CSV or parquet file .*, as --dataset"):
+    with pytest.raises(RecipeError, match=r"there is no file or folder ETTh1, and the Hub .*; give a CSV or parquet file .*, as --data"):
         load_series(SeriesData("ETTh1"))
 
 

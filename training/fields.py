@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def fields_of(path: Path, name: str) -> list[str]:
-    """The names of the fields of a dataclass, those of its bases included.
+def fields_of(path: Path, name: str) -> dict[str, str]:
+    """The fields of a dataclass, those of its bases included, with their types as they are written.
 
     Args:
         path: A Python file that defines or imports the class.
@@ -21,9 +21,12 @@ def fields_of(path: Path, name: str) -> list[str]:
         LookupError: If the file neither defines nor imports the class.
     """
     path, node = find_class(path, name)
-    inherited = [field for base in node.bases if isinstance(base, ast.Name) for field in fields_of(path, base.id)]
-    own = [each for each in node.body if isinstance(each, ast.AnnAssign) and "ClassVar" not in ast.unparse(each.annotation)]
-    return list(dict.fromkeys([*inherited, *(ast.unparse(each.target) for each in own)]))
+    fields: dict[str, str] = {}
+    for base in node.bases:
+        if isinstance(base, ast.Name):
+            fields |= fields_of(path, base.id)
+    own = {ast.unparse(each.target): ast.unparse(each.annotation) for each in node.body if isinstance(each, ast.AnnAssign)}
+    return fields | {name: kind for name, kind in own.items() if "ClassVar" not in kind}
 
 
 def parameters_of(path: Path, name: str) -> list[str]:

@@ -98,7 +98,7 @@ def check_content(content: dict[str, Any]) -> None:
     path = _here("tasks") / f"{content['task']}.py"
     name = next(node.name for node in ast.walk(parsed(path)) if isinstance(node, ast.ClassDef) and "Recipe" in map(ast.unparse, node.bases))
     _, recipe = find_class(path, name)
-    check_keys("recipe", content, fields_of(path, name))
+    check_keys("recipe", content, [*fields_of(path, name)])
     data = content.get("data")
     if not isinstance(data, dict) or "dataset" not in data:
         raise RecipeError("a recipe needs data.dataset: the name of a built-in data set, a Hub id, or a local folder or file")
@@ -110,7 +110,7 @@ def check_content(content: dict[str, Any]) -> None:
         "evaluation": fields_of(_here("recipe.py"), "Evaluation"),
     }
     for section, keys in valid.items():
-        check_keys(section, content.get(section) or {}, keys)
+        check_keys(section, content.get(section) or {}, [*keys])
     for owned in ("output_dir", "seed"):
         if owned in (content.get("training") or {}):
             raise RecipeError(f"training.{owned} cannot be set in a recipe; use the top-level `seed` and the option --output_dir")

@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 
 from .errors import RecipeError
+from .fields import fields_of, source_of
 from .recipe import build_recipe
-from .recipe_file import apply_override, read_yaml
+from .recipe_file import apply_override, check_keys, read_yaml
 from .recipes import find_recipe
 from .tasks import MEASUREMENTS
 
@@ -57,15 +58,16 @@ def main(arguments: list[str]) -> None:
     Raises:
         RecipeError: If the recipe, the data or an option cannot be used.
     """
-    args, rest = parser().parse_known_args(arguments)
+    options = parser()
+    own, overrides = training_options(arguments, options)
+    args = options.parse_args(own)
+    args.set += overrides
     if args.recipe is not None:
         path = find_recipe(args.recipe)
         task = (yaml.safe_load(path.read_text()) or {}).get("task")
         if task in MEASUREMENTS:
             _measure(task, path, arguments, args.recipe)
             return
-    args.set += training_overrides(rest)
-
     if args.recipe is not None:
         content = read_yaml(path)
         content.setdefault("name", path.stem)
@@ -95,21 +97,39 @@ def main(arguments: list[str]) -> None:
     leave_process_group()
 
 
-def training_overrides(rest: list[str]) -> list[str]:
-    """Overrides for options such as `--learning_rate 1e-4`, `--learning_rate=1e-4` and `--bf16`.
+def training_options(arguments: list[str], parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Take the fields of `TrainingArguments` out of a command line.
 
-    The keys are checked with those of the recipe.
+    They look like `--learning_rate 1e-4`, `--learning_rate=1e-4` and `--bf16`.
+
+    Returns:
+        The other arguments, and an override of the recipe for each field.
+
+    Raises:
+        RecipeError: For an option that is neither one of the parser nor such a field.
     """
-    overrides = []
+    fields = fields_of(source_of("transformers"), "TrainingArguments")
+    known = {option for action in parser._actions for option in action.option_strings}
+    own, overrides, rest = [], [], list(arguments)
     while rest:
-        option, *rest = rest
-        if not option.startswith("--"):
-            raise RecipeError(f"unexpected argument {option!r}; options begin with --")
-        name, separator, value = option[2:].partition("=")
+        argument = rest.pop(0)
+        option, separator, value = argument.partition("=")
+        name = option[2:].replace("-", "_")
+        if not option.startswith("--") or option in known:
+            own.append(argument)
+            if option in known and not separator and rest and not rest[0].startswith("--"):
+                own.append(rest.pop(0))
+            continue
+        check_keys("the options", {name: value}, sorted([*fields, *(each[2:] for each in known if each.startswith("--"))]))
         if not separator:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        overrides.append(f"training.{name.replace('-', '_')}={value}")
-    return overrides
+            if fields[name].startswith("bool") and not (rest and rest[0].lower() in ("true", "false")):
+                value = "true"
+            elif rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            else:
+                raise RecipeError(f"{option} needs a value, such as {option}=1")
+        overrides.append(f"training.{name}={value}")
+    return own, overrides
 
 
 def suggested(task: str, data: str) -> dict[str, Any]:

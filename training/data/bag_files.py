@@ -104,7 +104,7 @@ def _in_folder(folder: Path, data: "BagData", labelled: bool) -> FoundBags:
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in TEXT_TABLES)
     tables = [path for path in tables if path.stem.startswith(data.split)] or tables
     if len(tables) > 1:
-        raise RecipeError(f"{folder} has {len(tables)} tables, {[path.name for path in tables]}; give one of them as --dataset")
+        raise RecipeError(f"{folder} has {len(tables)} tables, {[path.name for path in tables]}; give one of them as --data")
     if tables:
         return _of_table(_read_csv(tables[0], data), folder, data, labelled)
     if found := _in_class_folders(folder / data.split if (folder / data.split).is_dir() else folder):
@@ -192,7 +192,7 @@ def _feature_columns(frame: pandas.DataFrame, others: set[str | None], bag: str,
         if re.fullmatch(r"unnamed: \d+|index|__index_level_0__|(?:.*_)?id", name.casefold()):
             warnings.warn(f"column {name!r} of {data.dataset} has row numbers or names, and is no feature; {remedy}", stacklevel=5)
         elif not pandas.api.types.is_numeric_dtype(frame[name]):
-            raise RecipeError(f"column {name!r} of {data.dataset} is not numbers, but {frame[name].iloc[0]!r}; {remedy}")
+            raise RecipeError(f"column {name!r} of {data.dataset} is not numbers, but {str(frame[name].iloc[0])[:40]!r}; {remedy}")
         else:
             features.append(name)
     if not features:

@@ -50,8 +50,8 @@ def find_splits(data: "ImageData", labelled: bool = True) -> dict[str, Reader]:
     if suffix in (".parquet", ".csv", ".tsv", ".txt"):
         return _in_tables([source.path], source.path.parent, data)
     if suffix in SUFFIXES:
-        raise RecipeError(f"{data.dataset} is one image; --dataset takes {ACCEPTED}, or the id of a data set on the Hub")
-    raise RecipeError(f"{data.dataset} is a file that images are not read from; --dataset takes {ACCEPTED}")
+        raise RecipeError(f"{data.dataset} is one image; --data takes {ACCEPTED}, or the id of a data set on the Hub")
+    raise RecipeError(f"{data.dataset} is a file that images are not read from; --data takes {ACCEPTED}")
 
 
 def names_of_splits(data: "ImageData", found: list[str]) -> dict[str, str]:
@@ -153,9 +153,7 @@ def _of_class_folders(folder: Path, data: "ImageData") -> dict[str, Reader]:
     if all(each.name.casefold() in SPLITS for each in classes):
         raise RecipeError(f"{classes[0]} has images without class folders; put the images of each class in a folder of its own")
     if len(classes) == 1:
-        inside = (
-            f"{classes[0]} has folders of its own: give that as --dataset" if _folders(classes[0]) else "give one folder for each class"
-        )
+        inside = f"{classes[0]} has folders of its own: give that as --data" if _folders(classes[0]) else "give one folder for each class"
         raise RecipeError(f"{folder} has images in one class folder, {classes[0].name!r}, and there is nothing to classify; {inside}")
     return {data.train_split: partial(_read_classes, folder)}
 

@@ -60,7 +60,7 @@ def find_source(name: str, accepted: str, built_in: str | None = None) -> Source
     beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, 1)
     likely = f"; did you mean {path.parent / near[0]}?" if near else ""
-    raise RecipeError(f"there is no file or folder {name}{likely}; give {accepted}, or the id of a data set on the Hub, as --dataset")
+    raise RecipeError(f"there is no file or folder {name}{likely}; give {accepted}, or the id of a data set on the Hub, as --data")
 
 
 def load_from_hub(source: Source, accepted: str, **options: Any) -> DatasetDict:
@@ -80,7 +80,7 @@ def load_from_hub(source: Source, accepted: str, **options: Any) -> DatasetDict:
     """
     name, before = source.name, datasets.config.HF_HUB_OFFLINE
     nowhere = f"there is no file or folder {name}"
-    remedy = f"give {accepted}, or the id of a data set on the Hub, as --dataset"
+    remedy = f"give {accepted}, or the id of a data set on the Hub, as --data"
     unreachable = None
     try:
         HfApi().dataset_info(name, timeout=PATIENCE)

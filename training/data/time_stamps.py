@@ -42,7 +42,7 @@ def take_time_stamps(frame: pandas.DataFrame, date_column: str, name: str, date_
       word. All rows have the same form.
     - If the year comes last, the whole column determines whether the day or the month comes first:
       one of the numbers exceeds 12 in some row, or only one reading increases. If both readings are
-      possible, the column is refused.
+      possible, 01.02.2024 begins with the day, and a column like 01/02/2024 is refused.
     - All stamps have a time zone or an offset, or none has. With offsets, instants are compared, so
       offsets may change.
     - `date_format` replaces these rules for text.
@@ -282,6 +282,9 @@ def _is_day_first(text: pandas.Series, where: str) -> bool:
     readings = [_parsed(text, day_first, offsets, where) for day_first in (False, True)]
     increasing = [bool((_steps(reading) > 0).all()) for reading in readings]
     if increasing[0] == increasing[1] and not readings[0].equals(readings[1]):
+        if text.str.contains(r"^\d+\.").all():
+            # Because no language writes dates with points and the month first, this is decided.
+            return True
         _refuse_first(
             first != second, text, where, "may begin with the day or with the month; set data.date_format, such as '%d/%m/%Y' or '%m/%d/%Y'"
         )

@@ -181,7 +181,7 @@ class BagClassification(Task):
         a folder for the training, which is deleted after it.
         """
         examples = self.examples_of(indices, seed)
-        overrides = FOLD if examples.evaluated is None else {**FOLD, "save_strategy": "epoch", "eval_strategy": "epoch"}
+        overrides: dict[str, Any] = FOLD if examples.evaluated is None else {**FOLD, "save_strategy": "epoch", "eval_strategy": "epoch"}
         trainer = new_trainer(self, examples, seed, output_dir=str(scratch), **overrides)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -221,7 +221,8 @@ class BagClassification(Task):
         return "\n".join(f"  {name:<14} {value['mean']:.4f}   {spread.format(**value)}" for name, value in rows.items())
 
     def score(self, folder: Path) -> dict[str, float]:
-        model, extractor = (each.from_pretrained(folder) for each in (UHopMILForBagClassification, UHopMILFeatureExtractor))
+        model = UHopMILForBagClassification.from_pretrained(folder)
+        extractor = UHopMILFeatureExtractor.from_pretrained(folder)
         check_same_classes(model.config.id2label, self.bags.names)
         logits, _ = predict(model.eval(), extractor, self.bags.instances)
         return bag_metrics(logits, self.bags.labels, self.recipe.metrics)

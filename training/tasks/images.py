@@ -65,9 +65,9 @@ class Images(Task):
         self.splits = ["validation", *(["test"] if recipe.evaluation.split == "test" else [])]
         self.images = load_images(recipe.data, test="test" in self.splits)
         names = self.images["train"].features["label"].names
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+        labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         self.config = UHopViTConfig(**recipe.model, **labels)
-        self.processor = make_image_processor(recipe.data, self.config.image_size)
+        self.processor = make_image_processor(recipe.data, self.config.image_size, self.images["train"])
         if recipe.architecture not in ("uhop_vit", "vit") or (recipe.architecture == "vit" and recipe.separation is not None):
             raise RecipeError(
                 "architecture must be 'uhop_vit', or 'vit' without a separation step, "
