@@ -34,14 +34,14 @@ from support.recipes import (
 from transformers import Trainer
 
 from modeling_uhop import STanHopForPrediction, UHopMILFeatureExtractor, UHopMILForBagClassification, UHopViTForImageClassification
-from modeling_uhop.training import cli, engine
+from modeling_uhop.training import cli, engine, train_command
 from modeling_uhop.training.data.series import synthetic_series
 from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.recipe import load_recipe
 from modeling_uhop.training.results import as_recorded
 from modeling_uhop.training.run_folder import RunFolder
 from modeling_uhop.training.tasks.bags import BagClassification
-from modeling_uhop.training.train_command import training_overrides
+from modeling_uhop.training.train_command import training_options
 
 
 MODELS = {"images": UHopViTForImageClassification, "bags": UHopMILForBagClassification, "series": STanHopForPrediction}
@@ -420,11 +420,11 @@ def test_options_of_the_command_change_the_recipe(task, tmp_path, recipes, monke
     [
         (["--set", "name.foo=1"], "name is 'tiny' and has no field 'foo', in the override 'name.foo=1'"),
         (["--set", "training.lr=1"], "unknown key 'lr' in training; the nearest valid one is 'learning_rate'"),
-        (["--lr", "1"], "unknown key 'lr' in training; the nearest valid one is 'learning_rate'"),
-        (["--epochs", "1"], "'num_train_epochs'"),
-        (["--learning_rat", "1"], "unknown key 'learning_rat' in training; .* 'learning_rate'"),
-        (["--seeed", "1"], "unknown key 'seeed' in training"),
-        (["more"], "unexpected argument 'more'; options begin with --"),
+        (["--lr", "1"], "unknown key 'lr' in the options; the nearest valid one is 'learning_rate'"),
+        (["--epochs", "1"], "unknown key 'epochs' in the options; .* 'num_train_epochs'"),
+        (["--learning_rat", "1"], "unknown key 'learning_rat' in the options; .* 'learning_rate'"),
+        (["--seeed", "1"], "unknown key 'seeed' in the options; .* 'seed'"),
+        (["--learning_rate"], "--learning_rate needs a value, such as --learning_rate=1"),
         (["--set", "training.learning_rate"], "must look like"),
         (["--set", "task=null"], r"a recipe needs task: .*images.*, got None"),
         (["--set", "task=sounds"], r"a recipe needs task: .*, got 'sounds'"),
@@ -461,18 +461,28 @@ def test_a_command_without_a_recipe_is_refused(recipes):
     assert not recipes
 
 
+def test_a_second_recipe_is_refused(recipes, capsys):
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["train", "vit_digits", "mil_digits"])
+    assert refused.value.code == 2
+    assert "unrecognized arguments: mil_digits" in capsys.readouterr().err
+    assert not recipes
+
+
 @pytest.mark.parametrize(
-    ("rest", "expected"),
+    ("given", "own", "overrides"),
     [
-        (["--bf16"], ["training.bf16=true"]),
-        (["--bf16", "--max-steps", "3"], ["training.bf16=true", "training.max_steps=3"]),
-        (["--warmup_steps=0.1", "--bf16", "false"], ["training.warmup_steps=0.1", "training.bf16=false"]),
-        (["--learning_rate", "-1"], ["training.learning_rate=-1"]),
-        ([], []),
+        (["--bf16"], [], ["bf16=true"]),
+        (["--bf16", "r.yaml", "--max-steps", "3"], ["r.yaml"], ["bf16=true", "max_steps=3"]),
+        (["--warmup_steps=0.1", "--bf16", "false", "r.yaml"], ["r.yaml"], ["warmup_steps=0.1", "bf16=false"]),
+        (["r.yaml", "--learning_rate", "-1"], ["r.yaml"], ["learning_rate=-1"]),
+        (["r.yaml", "--seed", "3", "--resume"], ["r.yaml", "--seed", "3", "--resume"], []),
+        (["--set", "seed=1", "--use_cpu", "--set=name=a"], ["--set", "seed=1", "--set=name=a"], ["use_cpu=true"]),
+        ([], [], []),
     ],
 )
-def test_options_of_the_trainer_become_overrides(rest, expected):
-    assert training_overrides(rest) == expected
+def test_options_of_the_trainer_become_overrides(given, own, overrides):
+    assert training_options(given, train_command.parser()) == (own, [f"training.{each}" for each in overrides])
 
 
 def _evaluated(capsys, *arguments) -> dict:
