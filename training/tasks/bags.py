@@ -95,13 +95,13 @@ class BagClassification(Task):
         if recipe.baselines and len(self.bags.names) != 2:
             raise RecipeError(f"the baselines are for two classes, but there are {len(self.bags.names)}; leave `baselines` empty")
         model_config(recipe, self.bags.instances[0].shape[1], self.bags.names)
-        self.jobs = [(repeat, fold, *part) for repeat in range(recipe.repeats) for fold, part in enumerate(self.splits(repeat))]
 
     def splits(self, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The training bags and the evaluated bags of each fold of one cross-validation."""
         return splits(self.bags, self.recipe.folds, self.recipe.seed, repeat, self.recipe.evaluation.split)
 
     def examples(self) -> Examples:
+        self.jobs = [(repeat, fold, *part) for repeat in range(self.recipe.repeats) for fold, part in enumerate(self.splits(repeat))]
         return self.examples_of(np.arange(len(self.bags.labels)), self.recipe.seed)
 
     def examples_of(self, indices: np.ndarray, seed: int) -> Examples:
