@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ from modeling_uhop.training.tasks.bags import BagClassification
 from modeling_uhop.training.train_command import training_options
 
 
-MODELS = {"images": UHopViTForImageClassification, "bags": UHopMILForBagClassification, "series": STanHopForPrediction}
+MODELS: dict[str, Any] = {"images": UHopViTForImageClassification, "bags": UHopMILForBagClassification, "series": STanHopForPrediction}
 CODE = {"images": "modeling_uhop_vit.py", "bags": "modeling_uhop_mil.py", "series": "modeling_stanhop.py"}
 # The metrics of each task besides those of every training.
 METRICS = {
@@ -145,6 +146,7 @@ def _answers(task: str, folder: Path, inputs: list[np.ndarray]) -> np.ndarray:
     """The first output of the saved model for inputs of `check_reload`."""
     model = MODELS[task].from_pretrained(folder).eval()
     processor = loaded(tiny(task))
+    given: Any
     if task == "bags":
         given = UHopMILFeatureExtractor.from_pretrained(folder)(inputs, return_tensors="pt")
     elif task == "images":
@@ -360,7 +362,7 @@ def test_a_step_out_of_memory_is_repeated_with_fewer_examples_and_without_anothe
 
 @each_task
 def test_losses_are_logged_for_tensorboard(task, tmp_path, quick, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     engine.run(tiny(task, "training.report_to=tensorboard"), tmp_path / "run")
@@ -441,7 +443,7 @@ def test_wrong_options_are_refused_in_one_line(task, options, message, tmp_path,
     with pytest.raises(SystemExit) as refused:
         cli.main(["train", str(tmp_path / "tiny.yaml"), *options])
     assert re.match(rf"RecipeError: .*{message}", str(refused.value.code))
-    assert "\n" not in refused.value.code
+    assert "\n" not in str(refused.value.code)
     assert not recipes
 
 
