@@ -2,13 +2,12 @@
 and a process without the package."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support.forks import run_forked
 from transformers import pipeline
 
 from modeling_uhop import UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
@@ -120,8 +119,7 @@ print(json.dumps([first, second]))
 def test_the_saved_pipeline_needs_no_package(tmp_path, bags):
     _save(tmp_path / "model", bags)
     np.save(tmp_path / "model" / "bag.npy", bags[0])
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "model"), str(tmp_path / "again")]
-    finished = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    finished = run_forked(SCRIPT, str(tmp_path / "model"), str(tmp_path / "again"), cwd="/")
     assert finished.returncode == 0, finished.stderr
     expected = pipeline(TASK, model=str(tmp_path / "model"))(bags[0])
     for answer in json.loads(finished.stdout.splitlines()[-1]):

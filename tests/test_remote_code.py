@@ -1,14 +1,12 @@
 """Tests of saved folders without the package: they load, can be saved again, and load again."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.forks import run_forked
 from transformers import AutoConfig, ViTImageProcessorPil
 
 import modeling_uhop
@@ -61,13 +59,6 @@ save_file({name: tensor.detach().contiguous() for name, tensor in outputs.items(
 """
 
 
-def _run(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run code in a process with one thread, as in this process, so that sums have the same
-    order."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", script, *arguments], cwd="/", env=environment, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("fields", [{}, {"alpha": 1.4, "learnable_alpha": True}], ids=["dense", "learnable"])
 def test_a_classifier_loads_without_the_package(tmp_path, fields):
     model = UHopViTForImageClassification(UHopViTConfig(**FIELDS, **fields)).eval()
@@ -76,7 +67,7 @@ def test_a_classifier_loads_without_the_package(tmp_path, fields):
     ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(folder)
     images = torch.randn(2, 3, 8, 8)
     save_file({"images": images}, folder / "probe.safetensors")
-    finished = _run(SCRIPT, str(folder), str(again), "classifier")
+    finished = run_forked(SCRIPT, str(folder), str(again), "classifier", cwd="/")
     assert finished.returncode == 0, finished.stderr
     outputs = load_file(folder / "outputs.safetensors")
     assert torch.equal(outputs["logits"], model(images).logits)
@@ -92,7 +83,7 @@ def test_a_base_model_loads_without_the_package(tmp_path):
     model.save_pretrained(tmp_path)
     images = torch.randn(2, 3, 8, 8)
     save_file({"images": images}, tmp_path / "probe.safetensors")
-    finished = _run(SCRIPT, str(tmp_path), "", "base")
+    finished = run_forked(SCRIPT, str(tmp_path), "", "base", cwd="/")
     assert finished.returncode == 0, finished.stderr
     assert torch.equal(load_file(tmp_path / "outputs.safetensors")["hidden"], model(images).last_hidden_state)
 
@@ -119,7 +110,7 @@ again.delete(6)
 print(again.report())
 save_file({"retrieved": again(load_file(folder + "/probe.safetensors")["queries"]).retrieved}, folder + "/outputs.safetensors")
 """
-    finished = _run(script, str(tmp_path))
+    finished = run_forked(script, str(tmp_path), cwd="/")
     assert finished.returncode == 0, finished.stderr
     assert "6 memories at beta=30, alpha=1.5" in finished.stdout
     assert torch.equal(load_file(tmp_path / "outputs.safetensors")["retrieved"], memory(queries).retrieved)
@@ -149,7 +140,7 @@ for name, then in (("model", "again"), ("again", "last")):
     model.save_pretrained(folder + "/" + then)
 save_file(outputs, folder + "/outputs.safetensors")
 """
-    finished = _run(script, str(tmp_path))
+    finished = run_forked(script, str(tmp_path), cwd="/")
     assert finished.returncode == 0, finished.stderr
     outputs = load_file(tmp_path / "outputs.safetensors")
     for name in ("model", "again"):
@@ -176,7 +167,7 @@ sys.modules["modeling_uhop"] = None
 from transformers import AutoModel
 AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
 """
-    finished = _run(script, str(tmp_path))
+    finished = run_forked(script, str(tmp_path), cwd="/")
     assert finished.returncode != 0
     assert "trust_remote_code=True" in finished.stderr
 
