@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +20,11 @@ from demo_models import SHIPPED, TARGET, draw_bag
 from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_uhop.model_card import model_card
+from modeling_uhop.training.data.bags import Bags
 from modeling_uhop.training.metrics import bag_metrics
 from modeling_uhop.training.recipe import ROOT, load_recipe
 from modeling_uhop.training.results import as_recorded, provenance
-from modeling_uhop.training.tasks.bags import fit, predict
+from modeling_uhop.training.tasks.bags import BagClassification, predict
 
 
 CLASSIFIER = "configs/demo/digits_classifier.yaml"
@@ -61,8 +63,9 @@ def make_bags(folder: Path) -> ModelCard:
     digits, random = demo_digits.load(), np.random.default_rng(0)
     drawn = [draw_bag(digits.train, digits.labels, index % 2 == 0, random) for index in range(TRAINING_BAGS)]
     recipe = load_recipe(ROOT / BAGS)
-    names = [f"without a {TARGET}", f"with a {TARGET}"]
-    model, extractor = fit(recipe, [pixels_of(bag) for bag in drawn], 1 - np.arange(TRAINING_BAGS) % 2, names, recipe.seed)
+    task = BagClassification(recipe)
+    task.bags = Bags([pixels_of(bag) for bag in drawn], 1 - np.arange(TRAINING_BAGS) % 2, [f"without a {TARGET}", f"with a {TARGET}"])
+    model, extractor = task.fit(np.arange(TRAINING_BAGS), recipe.seed, folder / "scratch")
     model.cpu().save_pretrained(folder)
     extractor.save_pretrained(folder)
     write_config(folder, json.loads((folder / "config.json").read_text()))
@@ -102,14 +105,11 @@ def write_card(folder: Path, results: dict[str, Any], what: str, recipe_path: st
     results = {**results, "recipe": {**results["recipe"], "name": f"demo_{what}"}}
     template = (SHIPPED / "template.md").read_text()
     values = {"title": f"demo_{what}", "what": what, "recipe_path": recipe_path, "held_out": held_out}
-    prepared = folder / "template.md"
-    prepared.write_text(
-        "{% set title, what, recipe_path, held_out = " + ", ".join(json.dumps(v) for v in values.values()) + " %}" + template
-    )
-    try:
-        card = model_card(results, prepared, model_id=f"space/models/{what}")
-    finally:
-        prepared.unlink()
+    with tempfile.TemporaryDirectory() as prepared:
+        shutil.copytree(ROOT / "model_cards" / "families", Path(prepared) / "families")
+        given = "{% set title, what, recipe_path, held_out = " + ", ".join(json.dumps(value) for value in values.values()) + " %}"
+        (Path(prepared) / "template.md").write_text(given + template)
+        card = model_card(results, Path(prepared) / "template.md", model_id=f"space/models/{what}")
     # The folder has no code of its own.
     cast(ModelCardData, card.data).tags = [tag for tag in cast(ModelCardData, card.data).tags or [] if tag != "custom_code"]
     card.save(folder / "README.md")

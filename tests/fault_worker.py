@@ -1,5 +1,5 @@
-"""One process of test_faults: train a recipe, be killed at different moments, resume, and record
-the outcome.
+"""One process of test_faults: train a recipe of each task, be killed at different moments, resume,
+and record the outcome.
 
 Each run is a fork of this process, so that packages are imported only once.
 """
@@ -12,34 +12,31 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pytest
 import safetensors.torch
 import torch
+from support.recipes import TASKS, no_figures, no_reload, tiny
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 from transformers import Trainer, modeling_utils
 
-from modeling_uhop.training import checkpoints
-from modeling_uhop.training.data import images as data
+from modeling_uhop.training import checkpoints, engine
 from modeling_uhop.training.errors import errors_in_one_line
-from modeling_uhop.training.recipe import ROOT, load_recipe
-from modeling_uhop.training.tasks import images as train_vit
 
 
+# Nine steps, with a checkpoint after every second.
 OVERRIDES = [
-    "training.num_train_epochs=2",
-    "training.per_device_train_batch_size=32",
-    "training.disable_tqdm=true",
+    "training.num_train_epochs=3",
+    "training.save_strategy=steps",
     "training.save_steps=2",
-    "training.logging_steps=2",
     "training.eval_strategy='no'",
-    "data.max_train_samples=128",
-    "model.hidden_size=16",
-    "model.num_hidden_layers=1",
     "separation.schedule=step",
     "separation.steps=1",
-    "separation.batch_size=16",
+    "patience=null",
 ]
 
 
@@ -86,7 +83,12 @@ def before_the_seal() -> None:
 
 
 def after_the_last_step() -> None:
-    train_vit.write_results = at_call(1, train_vit.write_results, lambda *_: kill())
+    engine.write_results = at_call(1, engine.write_results, lambda *_: kill())
+
+
+def in_the_second_fold() -> None:
+    """Kill the process after the nine steps of the training and the six of the first fold."""
+    Trainer.training_step = at_call(16, Trainer.training_step, lambda *_: kill())  # type: ignore[method-assign]
 
 
 def on_a_full_disk() -> None:
@@ -101,14 +103,14 @@ def on_a_full_disk() -> None:
 
 def in_a_process_that_reads() -> None:
     """Kill a worker of the DataLoader after the first checkpoint."""
-    decoded = data._decoded
+    fetch = _MapDatasetFetcher.fetch
 
-    def decoded_but_in_workers(*args: Any) -> Any:
+    def fetched_but_in_workers(fetcher: Any, indices: Any) -> Any:
         if torch.utils.data.get_worker_info() is not None:
             kill()
-        return decoded(*args)
+        return fetch(fetcher, indices)
 
-    checkpoints.seal = at_call(1, checkpoints.seal, lambda *_: setattr(data, "_decoded", decoded_but_in_workers))
+    checkpoints.seal = at_call(1, checkpoints.seal, lambda *_: setattr(_MapDatasetFetcher, "fetch", fetched_but_in_workers))
 
 
 MOMENTS = (
@@ -120,6 +122,7 @@ MOMENTS = (
     on_a_full_disk,
     in_a_process_that_reads,
 )
+CASES = [(task, moment) for task in TASKS for moment in MOMENTS] + [("bags", in_the_second_fold)]
 
 
 def forked(work: Callable[[], Any], log: Path) -> int:
@@ -147,24 +150,29 @@ def main() -> None:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     root = Path(sys.argv[1])
-    recipe = load_recipe(ROOT / "configs" / "vit_digits.yaml", OVERRIDES)
-    train_vit.check_reload = lambda *_: None
-    statuses: dict[str, list[Any]] = {"whole": [forked(lambda: train_vit.run(recipe, root / "whole"), root / "whole.log")]}
-    for moment in MOMENTS:
-        folder = root / moment.__name__
+    patch = pytest.MonkeyPatch()
+    no_reload(patch)
+    no_figures(patch)
+    recipes = {task: tiny(task, *OVERRIDES) for task in TASKS}
+    statuses: dict[str, list[Any]] = {}
+    for task, recipe in recipes.items():
+        folder = root / f"{task}_whole"
+        statuses[folder.name] = [forked(partial(engine.run, recipe, folder), root / f"{folder.name}.log")]
+    for task, moment in CASES:
+        recipe, folder = recipes[task], root / f"{task}_{moment.__name__}"
         recipe.training["dataloader_num_workers"] = int(moment is in_a_process_that_reads)
 
-        def interrupted(moment: Callable[[], None] = moment, folder: Path = folder) -> None:
+        def interrupted(moment: Callable[[], None] = moment, recipe: Any = recipe, folder: Path = folder) -> None:
             moment()
-            train_vit.run(recipe, folder)
+            engine.run(recipe, folder)
 
-        def resumed(folder: Path = folder) -> None:
+        def resumed(recipe: Any = recipe, folder: Path = folder) -> None:
             warnings.simplefilter("always")
-            train_vit.run(recipe, folder, resume=True)
+            engine.run(recipe, folder, "resume")
 
-        first = forked(interrupted, root / f"{moment.__name__}.log")
+        first = forked(interrupted, root / f"{folder.name}.log")
         left = sorted(path.parent.name for path in folder.glob(f"*/{checkpoints.SEAL}"))
-        statuses[moment.__name__] = [first, left, forked(resumed, root / f"{moment.__name__}_resumed.log")]
+        statuses[folder.name] = [first, left, forked(resumed, root / f"{folder.name}_resumed.log")]
     (root / "statuses.json").write_text(json.dumps(statuses))
 
 

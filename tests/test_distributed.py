@@ -1,7 +1,6 @@
 """Tests of several processes: two gloo processes are bitwise equal, and equal to one process with
 the same batches."""
 
-import importlib
 import json
 import os
 import re
@@ -11,6 +10,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,15 +18,14 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 from conftest import assert_close
+from safetensors.torch import load_file
+from support.recipes import NO_DROPOUT, no_figures, no_reload, results_of, tiny, tiny_content, without_times
 
 from modeling_uhop import UHopViTModel
-from modeling_uhop.training.data.series import SeriesData
-from modeling_uhop.training.tasks import series as train_stanhop
-from modeling_uhop.training.tasks.series import SeriesRecipe
+from modeling_uhop.training import cli, engine, train_command
 
 
 TESTS = Path(__file__).parent
-TRAINING = TESTS.parent / "training"
 
 
 def _run(processes: int, *worker: str) -> str:
@@ -34,7 +33,7 @@ def _run(processes: int, *worker: str) -> str:
 
 
 def _started(module: str, *arguments: str) -> str:
-    paths = (TESTS, TRAINING, TESTS.parent, os.environ.get("PYTHONPATH", ""))
+    paths = (TESTS, TESTS.parent, os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     finished = subprocess.run([sys.executable, "-m", module, *arguments], env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     if finished.returncode != 0:
@@ -91,75 +90,94 @@ def test_a_batch_that_the_processes_do_not_divide_is_refused(tmp_path):
         _launch(tmp_path, 2, options)
 
 
-def test_a_forecasting_recipe_in_two_processes_equals_one_process(tmp_path):
-    content: dict[str, Any] = {
-        "name": "small",
-        # With 56 validation windows, each process has the same number.
-        "data": {"dataset": "synthetic", "split": [200, 61, 60]},
-        "model": {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16, "ff_dropout": 0.0, "attention_dropout": 0.0},
-        # Because one process and two would see different batches with shuffling, we switch it off.
-        "training": {
-            "max_steps": 6,
-            "train_sampling_strategy": "sequential",
-            "optim": "sgd",
-            "learning_rate": 0.05,
-            "eval_steps": 3,
-            "eval_strategy": "steps",
-            "save_strategy": "steps",
-            "save_steps": 3,
-            "per_device_eval_batch_size": 28,
-        },
-        "baseline_lengths": [],
-    }
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump({**content, "training": {**content["training"], "per_device_train_batch_size": 4}}))
+# Because one process and two would see different batches with shuffling, we switch it off.
+PLAIN = ["training.train_sampling_strategy=sequential", "training.optim=sgd", "training.learning_rate=0.05"]
+# Two folds of bags would not have whole batches, and the processes would not have equal ones in an evaluation.
+WHOLE = {
+    "images": ("training.per_device_eval_batch_size=6",),
+    "bags": ("folds=3",),
+    "series": (
+        "training.max_steps=6",
+        *(f"training.{kind}_{setting}" for kind in ("eval", "save") for setting in ("strategy=steps", "steps=3")),
+        "training.per_device_eval_batch_size=28",
+    ),
+}
+
+
+def _recipe(task: str, processes: int) -> list[str]:
+    """Overrides of a tiny recipe whose batches are the same in one process and in two."""
+    size = {"images": 16, "bags": 8, "series": 8}[task] // processes
+    return [*PLAIN, *NO_DROPOUT[task], *WHOLE[task], f"training.per_device_train_batch_size={size}"]
+
+
+def _flat(content: Any, name: str = "") -> dict[str, float]:
+    """The numbers of nested mappings and lists, by their place."""
+    if isinstance(content, dict | list):
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        return {place: number for key, value in pairs for place, number in _flat(value, f"{name}/{key}").items()}
+    return {name: content}
+
+
+def _assert_equal_one_process(task: str, two: Path, one: Path, patch) -> None:
+    """Compare a run of two processes with the same run in this process."""
+    no_figures(patch)
+    no_reload(patch)
+    engine.run(tiny(task, *_recipe(task, 1)), one)
+    first, second = results_of(one), results_of(two)
+    assert first["metrics"].keys() == second["metrics"].keys()
+    assert _flat(without_times(second["metrics"])) == pytest.approx(_flat(without_times(first["metrics"])), rel=1e-4)
+    for mine, known in zip(second.get("outcomes", []), first.get("outcomes", []), strict=True):
+        assert mine["bags"] == known["bags"]
+        np.testing.assert_allclose(mine["logits"], known["logits"], atol=3e-4)
+    weights, others = (load_file(folder / "model.safetensors") for folder in (one, two))
+    for name, weight in weights.items():
+        assert_close(others[name], weight.double(), scale=20)
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+
+
+def test_the_documented_command_in_two_processes_equals_one_process(tmp_path, monkeypatch):
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_content("images", *_recipe("images", 2))))
     # The command of the documentation, with this recipe.
-    launcher, *words = re.search(r"^torchrun .*$", train_stanhop.__doc__, re.MULTILINE)[0].split()
+    launcher, *words = re.search(r"^torchrun .*$", train_command.__doc__, re.MULTILINE)[0].split()
     assert words[4].startswith("configs/")
-    assert words[5:7] == ["--dataset", "WTH.csv"]
     assert distribution("torch").entry_points[launcher].value == "torch.distributed.run:main"
-    words[4:7] = [str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "two")]
+    words[4:5] = [str(tmp_path / "tiny.yaml"), "--output_dir", str(tmp_path / "two")]
     printed = _started("torch.distributed.run", *words)
-    assert printed.count("small: ") == printed.count("answers agree") == 1
-    recipe = SeriesRecipe(**{**content, "data": SeriesData(**content["data"])})
-    recipe.training.update(per_device_train_batch_size=8, use_cpu=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("modeling_uhop.training.tasks.series.check_reload", lambda *args: None)
-        one = train_stanhop.run(recipe, tmp_path / "one")
-    two = json.loads((tmp_path / "two" / "results.json").read_text())["metrics"]
-    for name in ("test_mse", "test_mae", "validation_mse", "validation_loss"):
-        assert two[name] == pytest.approx(one[name], rel=1e-4), name
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
+    assert printed.count("tiny: ") == printed.count("answers agree") == 1
+    _assert_equal_one_process("images", tmp_path / "two", tmp_path / "one", monkeypatch)
 
 
-def test_a_script_for_one_process_does_not_change_an_earlier_run(tmp_path):
-    (tmp_path / "modeling_uhop.training.recipe.yaml").write_text("precious")
-    recipe = str(TESTS.parent / "configs" / "mil_digits.yaml")
-    with pytest.raises(pytest.fail.Exception) as failed:
-        _run(2, str(TRAINING / "modeling_uhop.training.tasks.bags.py"), recipe, "--output_dir", str(tmp_path), "--overwrite")
-    assert "this script runs in one process, but was started in 2; start it with `python`" in str(failed.value)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("modeling_uhop.training.recipe.yaml", "precious")]
+def test_other_tasks_in_two_processes_equal_one_process(tmp_path, monkeypatch):
+    """Bags, whose folds the processes train together, and series; a command for one process changes no earlier run."""
+    for task in ("bags", "series"):
+        (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(tiny_content(task, *_recipe(task, 2))))
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "recipe.yaml").write_text("precious")
+    printed = _run(2, str(TESTS / "recipes_worker.py"), str(tmp_path), "bags", "series")
+    assert printed.count("tiny: ") == 2
+    for task in ("bags", "series"):
+        _assert_equal_one_process(task, tmp_path / task, tmp_path / f"{task}_in_one", monkeypatch)
+    assert printed.count("RecipeError: this command runs in one process, but was started in 2; start it with `python`") == 2
+    assert [(path.name, path.read_text()) for path in (tmp_path / "earlier").iterdir()] == [("recipe.yaml", "precious")]
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments", "remedy"),
+    ("command", "remedy"),
     [
-        ("train_mil", ["configs/mil_digits.yaml"], "not with `accelerate launch`"),
-        ("compare_mil", ["configs/sweeps/mil.yaml"], "not with `accelerate launch`"),
-        ("run_retrieval", ["configs/retrieval/memory_size_digits.yaml"], "not with `accelerate launch`"),
-        ("run_geometry", ["configs/geometry/basins.yaml"], "not with `accelerate launch`"),
-        ("push", ["runs/none", "me/model"], "not with `accelerate launch`"),
-        ("sweep", ["configs/sweeps/vit_digits.yaml"], "set --jobs"),
+        ("train configs/retrieval/memory_size_digits.yaml", "not with `accelerate launch`"),
+        ("train configs/geometry/basins.yaml", "not with `accelerate launch`"),
+        ("push runs/none me/model", "not with `accelerate launch`"),
+        ("evaluate runs/none", "not with `accelerate launch`"),
+        ("sweep configs/sweeps/vit_digits.yaml", "set --jobs"),
+        ("sweep configs/sweeps/mil.yaml", "set --jobs"),
     ],
 )
-def test_scripts_for_one_process_refuse_several_processes(script, arguments, remedy, tmp_path, monkeypatch):
-    module = importlib.import_module(script)
-    monkeypatch.setattr("modeling_uhop.training.tasks.bags.prepare_for_many_runs", lambda: None)
-    monkeypatch.setattr("modeling_uhop.training.compare_mil.prepare_for_many_runs", lambda: None)
+def test_commands_for_one_process_refuse_several_processes(command, remedy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", [script, str(TESTS.parent / arguments[0]), *arguments[1:]])
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match=rf"RecipeError: this script runs in one process, but was started in 2; .*{remedy}"):
-        module.main()
+    words = [str(TESTS.parent / word) if word.startswith("configs/") else word for word in command.split()]
+    with pytest.raises(SystemExit, match=rf"RecipeError: this command runs in one process, but was started in 2; .*{remedy}"):
+        cli.main(words)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -23,6 +23,8 @@ from modeling_uhop.training.recipe import ROOT
 
 
 TESTS = Path(__file__).parent
+# The command `modeling-uhop`.
+COMMAND = ["-c", "from modeling_uhop.training.cli import main; main()"]
 FAMILIES = ("memory", "vit", "mil", "stanhop")
 
 
@@ -136,28 +138,27 @@ def test_the_example_of_the_hub_guide_runs(hub, port, tmp_path):
 
 def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, tmp_path):
     run = tmp_path / "run"
-    tiny = ("num_train_epochs=1", "logging_steps=5", "disable_tqdm=true", "save_steps=5")
-    overrides = [f"training.{setting}" for setting in tiny]
-    overrides += ["data.max_train_samples=200", "model.hidden_size=16", "model.num_hidden_layers=1", "separation.steps=3"]
-    command = ["training/train_vit.py", "configs/vit_digits.yaml", "--output_dir", str(run)]
+    options = ["--num_train_epochs=1", "--logging_steps=5", "--disable_tqdm", "--save_steps=5"]
+    overrides = ["data.max_train_samples=200", "model.hidden_size=16", "model.num_hidden_layers=1", "separation.steps=3"]
+    command = [*COMMAND, "train", "vit_digits", "--output_dir", str(run), *options]
     trained = _run([*command, *(word for override in overrides for word in ("--set", override))], port, tmp_path)
     assert trained.returncode == 0, trained.stderr
-    pushed = _run(["training/push.py", str(run), "you/digits"], port, tmp_path)
+    pushed = _run([*COMMAND, "push", str(run), "you/digits"], port, tmp_path)
     assert pushed.returncode == 0, pushed.stderr
     assert "/you/digits, at " in pushed.stdout
     repository = hub.repositories["you/digits"]
     assert [commit.title for commit in repository.commits] == ["initial commit", "Upload run"]
     files = repository.head.files
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "modeling_uhop_vit.py", "hopfield.py"} <= files.keys()
-    assert {"README.md", "results.json", "modeling_uhop.training.recipe.yaml", "training.png"} <= files.keys()
+    assert {"README.md", "results.json", "recipe.yaml", "training.png"} <= files.keys()
     assert not [path for path in files if path.endswith((".bin", ".pt")) or "/" in path]
-    assert yaml.safe_load(files["modeling_uhop.training.recipe.yaml"]) == json.loads(files["results.json"])["recipe"]
+    assert yaml.safe_load(files["recipe.yaml"]) == json.loads(files["results.json"])["recipe"]
     card = ModelCard(files["README.md"].decode())
     (evaluation,) = card.data.to_dict()["model-index"][0]["results"]
     accuracy = json.loads(files["results.json"])["metrics"]["test_accuracy"]
     assert evaluation["metrics"][0]["value"] == pytest.approx(accuracy, abs=1e-4)
     assert 'model="you/digits"' in card.text
-    refused = _run(["training/push.py", str(run), "somebody/digits"], port, tmp_path)
+    refused = _run([*COMMAND, "push", str(run), "somebody/digits"], port, tmp_path)
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].startswith("RecipeError: the Hub refused somebody/digits: ")
     for arguments, message in (
@@ -167,21 +168,21 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
             "is not a finished run: it has no config.json, recipe.yaml, results.json, README.md, *.safetensors",
         ),
     ):
-        refused = _run(["training/push.py", *arguments], port, tmp_path)
+        refused = _run([*COMMAND, "push", *arguments], port, tmp_path)
         assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
         assert message in refused.stderr
 
 
 def test_a_push_without_a_hub_or_a_token_is_refused(port, tmp_path):
-    for name in ("config.json", "modeling_uhop.training.recipe.yaml", "README.md", "model.safetensors"):
+    for name in ("config.json", "recipe.yaml", "README.md", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     recipe = {"name": "my_vit", "data": {"dataset": "pictures"}, "model": {}, "separation": None, "training": {}}
     results = {"recipe": recipe, "metrics": {"test_accuracy": 0.5}, "seed": 0, "num_parameters": 9, "versions": {}, "commit": None}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    nowhere = _run(["training/push.py", str(tmp_path), "you/digits"], 9, tmp_path)
+    nowhere = _run([*COMMAND, "push", str(tmp_path), "you/digits"], 9, tmp_path)
     assert nowhere.returncode == 1
     assert "RecipeError: the Hub at http://127.0.0.1:9 cannot be reached" in nowhere.stderr
-    nobody = _run(["training/push.py", str(tmp_path), "you/digits"], port, tmp_path, token=None)
+    nobody = _run([*COMMAND, "push", str(tmp_path), "you/digits"], port, tmp_path, token=None)
     assert nobody.returncode == 1
     assert "RecipeError: the Hub needs an access token: pass --token, set HF_TOKEN or run `hf auth login`" in nobody.stderr
     assert "Traceback" not in nowhere.stderr + nobody.stderr
@@ -192,7 +193,7 @@ def test_an_unfinished_run_is_refused_and_only_results_are_uploaded(tmp_path):
         check_finished(tmp_path / "nowhere")
     for name in (
         "config.json",
-        "modeling_uhop.training.recipe.yaml",
+        "recipe.yaml",
         "results.json",
         "README.md",
         "model.safetensors",
@@ -207,7 +208,7 @@ def test_an_unfinished_run_is_refused_and_only_results_are_uploaded(tmp_path):
     expected = ["README.md", "a.png", "config.json", "model.safetensors", "results.json"]
     assert [path.name for path in files_of(tmp_path)] == expected
     # The local path of the data is not uploaded either.
-    (tmp_path / "modeling_uhop.training.recipe.yaml").write_text(yaml.safe_dump({"data": {"dataset": str(tmp_path / "pictures")}}))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"data": {"dataset": str(tmp_path / "pictures")}}))
     (tmp_path / "results.json").write_text('{"recipe": {"data": {"dataset": "pictures"}}}')
     assert yaml.safe_load(recorded_recipe(tmp_path)) == {"data": {"dataset": "pictures"}}
     (tmp_path / "model.safetensors").unlink()

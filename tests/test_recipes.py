@@ -1,8 +1,9 @@
-"""Tests of recipes, their data and the vision script: runs, errors and saved files."""
+"""Tests of recipes, of images, and of their training: runs, errors and saved files."""
 
 import dataclasses
 import json
-import runpy
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,26 +17,26 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
+from support.recipes import loaded, no_reload, without_times
 from transformers import EvalPrediction, ViTForImageClassification
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
+from modeling_uhop.training import cli, info
 from modeling_uhop.training.data.bags import BagData
 from modeling_uhop.training.data.images import ImageData, load_images, make_image_processor, make_transform, with_pixels
 from modeling_uhop.training.data.labels import as_classes
+from modeling_uhop.training.engine import run
 from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.metrics import classification_metrics
-from modeling_uhop.training.recipe import load_recipe
+from modeling_uhop.training.recipe import Evaluation, load_recipe
 from modeling_uhop.training.results import commit, write_results
-from modeling_uhop.training.run_folder import check_output_dir, check_same_recipe, clear_output_dir, write_recipe
-from modeling_uhop.training.tasks import images as train_vit
+from modeling_uhop.training.run_folder import RunFolder
 from modeling_uhop.training.tasks.bags import BagsRecipe
-from modeling_uhop.training.tasks.images import build_model, evaluated_part, run
-from modeling_uhop.training.tasks.series import SeriesRecipe
+from modeling_uhop.training.tasks.images import Images
 
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs").glob("vit_*.yaml"))
-MODULES = {path.stem: path.read_text() for path in (ROOT / "training").glob("*.py")}
 SHARED = ROOT.parent / "shared" / "data"
 TINY = [
     "training.num_train_epochs=2",
@@ -84,24 +85,22 @@ def test_every_recipe_reads_the_real_data(path):
     assert len(labels) == {"cifar10": 10, "cifar100": 100, "tiny-imagenet": 200}[folder.name]
 
 
-# The check of a saved folder must run without the package.
-@pytest.mark.parametrize("script", sorted(name for name, code in MODULES.items() if "__main__" in code and name != "reload"))
-def test_a_script_says_what_to_install_if_the_train_extra_is_missing(script, monkeypatch):
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    for name in ("datasets", "evaluate", "filelock", "matplotlib", "pandas", "PIL", "scipy", "sklearn"):
+@pytest.mark.parametrize("command", sorted({*cli.COMMANDS} - {*cli.PLAIN}))
+def test_a_command_says_what_to_install_if_the_train_extra_is_missing(command, monkeypatch):
+    for name in info.TRAIN_PACKAGES:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ModuleNotFoundError, match=r"^datasets, .*, PIL, .* need them: pip install 'modeling-uhop\[train\]'$"):
-        runpy.run_path(str(ROOT / "training" / f"{script}.py"), run_name="__main__")
+    with pytest.raises(SystemExit) as refused:
+        cli.main([command, "anything"])
+    assert re.match(r"RecipeError: datasets, .*, PIL, .* needs? them: pip install 'modeling-uhop\[train\]'$", str(refused.value.code))
 
 
 def test_yaml_reads_scientific_numbers(tmp_path):
-    (tmp_path / "r.yaml").write_text("data: {dataset: digits}\ntraining: {learning_rate: 1e-3, weight_decay: 2E+1}\n")
+    (tmp_path / "r.yaml").write_text("task: images\ndata: {dataset: digits}\ntraining: {learning_rate: 1e-3, weight_decay: 2E+1}\n")
     recipe = load_recipe(tmp_path / "r.yaml", ["separation.lr=5e-2"])
     assert recipe.training == {"learning_rate": 1e-3, "weight_decay": 20.0}
     assert recipe.separation == {"lr": 0.05}
     assert recipe.name == "r"
-    (tmp_path / "r.yaml").write_text("data: {dataset: digits}\nmodel:\ntraining:\n")
+    (tmp_path / "r.yaml").write_text("task: images\ndata: {dataset: digits}\nmodel:\ntraining:\n")
     assert load_recipe(tmp_path / "r.yaml").model == {}
 
 
@@ -121,31 +120,39 @@ def test_yaml_reads_scientific_numbers(tmp_path):
     ],
 )
 def test_a_wrong_recipe_is_refused(tmp_path, content, message):
-    path = tmp_path / "modeling_uhop.training.recipe.yaml"
-    path.write_text(content)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content if content.startswith(("- 1", "data: [")) else f"task: images\n{content}")
     with pytest.raises(RecipeError, match=message):
         load_recipe(path)
 
 
 @pytest.mark.parametrize(
-    ("recipe_class", "old", "new"),
-    [(BagsRecipe, "judge", "evaluate_on"), (SeriesRecipe, "judge", "evaluate_on"), (SeriesRecipe, "anchor_lengths", "baseline_lengths")],
+    ("task", "old", "new"),
+    [
+        ("bags", "judge", "evaluation"),
+        ("series", "judge", "evaluation"),
+        ("bags", "evaluate_on", "evaluation"),
+        ("series", "evaluate_on", "evaluation"),
+        ("series", "anchor_lengths", "baseline_lengths"),
+    ],
 )
-def test_an_earlier_name_of_a_field_is_refused_with_its_new_name(tmp_path, recipe_class, old, new):
-    path = tmp_path / "modeling_uhop.training.recipe.yaml"
-    path.write_text(f"data: {{dataset: digits}}\n{old}: test\n")
+def test_an_earlier_name_of_a_field_is_refused_with_its_new_name(tmp_path, task, old, new):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"task: {task}\ndata: {{dataset: digits}}\n{old}: test\n")
     with pytest.raises(RecipeError, match=f"'{old}' in recipe is now called '{new}'"):
-        load_recipe(path, recipe_class=recipe_class)
+        load_recipe(path)
 
 
-def test_a_run_with_an_earlier_name_of_a_field_can_be_resumed(tmp_path):
-    recipe = BagsRecipe("bags", BagData("digits"), evaluate_on="validation")
-    write_recipe(recipe, tmp_path)
-    path = tmp_path / "modeling_uhop.training.recipe.yaml"
-    path.write_text(path.read_text().replace("evaluate_on:", "judge:"))
-    check_same_recipe(recipe, tmp_path)
-    with pytest.raises(RecipeError, match="was started with evaluate_on=validation"):
-        check_same_recipe(dataclasses.replace(recipe, evaluate_on="test"), tmp_path)
+@pytest.mark.parametrize("earlier", ["evaluate_on", "judge"])
+def test_a_run_with_an_earlier_name_of_a_field_can_be_resumed(tmp_path, earlier):
+    recipe = BagsRecipe("bags", BagData("digits"), evaluation=Evaluation("validation"))
+    fields = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in ("task", "evaluation")}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**fields, earlier: "validation"}))
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.warns(UserWarning, match="checkpoint-3 is incomplete"):
+        assert RunFolder(tmp_path, recipe, "resume").begins
+    with pytest.raises(RecipeError, match=r"was started with evaluation=\{'split': 'validation'\}"):
+        RunFolder(tmp_path, dataclasses.replace(recipe, evaluation=Evaluation("test")), "resume")
 
 
 def test_a_missing_recipe_and_a_bad_override_are_refused(tmp_path):
@@ -285,23 +292,24 @@ def test_accuracy():
 
 
 def test_an_output_folder_is_never_mixed_or_deleted_by_mistake(tmp_path):
-    folder = tmp_path / "run"
-    check_output_dir(folder, overwrite=False, resume=False)
+    folder, recipe = tmp_path / "run", _recipe()
+    RunFolder(folder, recipe)
     with pytest.raises(RecipeError, match="nothing to resume"):
-        check_output_dir(folder, overwrite=False, resume=True)
-    clear_output_dir(folder)
+        RunFolder(folder, recipe, "resume")
+    folder.mkdir()
     (folder / "thesis.txt").write_text("precious")
     with pytest.raises(RecipeError, match="is not empty; pass --overwrite"):
-        check_output_dir(folder, overwrite=False, resume=False)
-    for flags in ({"overwrite": True, "resume": False}, {"overwrite": False, "resume": True}):
+        RunFolder(folder, recipe)
+    for mode in ("overwrite", "resume"):
         with pytest.raises(RecipeError, match="holds no earlier run"):
-            check_output_dir(folder, **flags)
-    (folder / "modeling_uhop.training.recipe.yaml").write_text("")
-    check_output_dir(folder, overwrite=True, resume=False)
-    check_output_dir(folder, overwrite=False, resume=True)
+            RunFolder(folder, recipe, mode)
+    RunFolder(tmp_path / "other", recipe).open()
+    shutil.copy(tmp_path / "other" / "recipe.yaml", folder)
+    RunFolder(folder, recipe, "resume").open()
+    overwritten = RunFolder(folder, recipe, "overwrite")
     assert (folder / "thesis.txt").read_text() == "precious"
-    clear_output_dir(folder)
-    assert list(folder.iterdir()) == []
+    overwritten.open()
+    assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -316,22 +324,21 @@ def test_an_output_folder_is_never_mixed_or_deleted_by_mistake(tmp_path):
     ],
 )
 def test_an_earlier_run_survives_a_wrong_overwrite(tmp_path, override):
-    write_recipe(_recipe(), tmp_path)
+    RunFolder(tmp_path, _recipe()).write_recipe()
     (tmp_path / "model.safetensors").write_text("precious")
-    script = ["training/train_vit.py", "configs/vit_digits.yaml", "--output_dir", str(tmp_path), "--overwrite", "--set", override]
-    finished = subprocess.run([sys.executable, *script], cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 1
-    assert "Traceback" not in finished.stderr
-    assert override.split("=")[1] in finished.stderr.strip().splitlines()[-1]
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["train", "vit_digits", "--output_dir", str(tmp_path), "--overwrite", "--set", override])
+    assert "\n" not in refused.value.code
+    assert override.split("=")[1] in refused.value.code
     assert (tmp_path / "model.safetensors").read_text() == "precious"
 
 
 @pytest.mark.parametrize("override", ["model.alpha=2", "data.validation_fraction=0.3", "separation.steps=5", "seed=5"])
 def test_a_run_is_not_resumed_with_another_recipe(tmp_path, override):
-    write_recipe(_recipe(), tmp_path)
+    RunFolder(tmp_path, _recipe()).write_recipe()
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(RecipeError, match=f"cannot be resumed with {override.split('.')[0].split('=')[0]}="):
-        run(_recipe(override), tmp_path, resume=True)
+        run(_recipe(override), tmp_path, "resume")
 
 
 def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
@@ -341,7 +348,7 @@ def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
     metrics = run(recipe, folder)
     names = {path.name for path in folder.iterdir()}
     assert names >= {"model.safetensors", "config.json", "preprocessor_config.json", "modeling_uhop_vit.py"}
-    assert names >= {"README.md", "results.json", "training.png", "modeling_uhop.training.recipe.yaml"}
+    assert names >= {"README.md", "results.json", "training.png", "recipe.yaml"}
     assert not {"probe.npz", "probe.pt"} & names
     results = json.loads((folder / "results.json").read_text())
     assert results["metrics"] == metrics
@@ -352,7 +359,7 @@ def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
     by_epoch = [entry["eval_train_accuracy"] for entry in results["log_history"] if "eval_train_accuracy" in entry]
     assert len(by_epoch) == 2
     assert metrics["max_train_accuracy"] == max(by_epoch)
-    assert yaml.safe_load((folder / "modeling_uhop.training.recipe.yaml").read_text()) == results["recipe"]
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == results["recipe"]
     card = ModelCard.load(folder / "README.md")
     (evaluation,) = card.data.eval_results
     assert evaluation.metric_value == metrics["test_accuracy"]
@@ -366,7 +373,7 @@ def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
 def test_recording_features_does_not_change_training(tmp_path, monkeypatch):
     """A run with a separation step that changes nothing equals a run without one, dropout
     included."""
-    monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
+    no_reload(monkeypatch)
     still = run(_recipe(*TINY, "model.hidden_dropout_prob=0.3", "separation.lr=0"), tmp_path / "still")
     without = run(_recipe(*TINY[:-1], "model.hidden_dropout_prob=0.3", "separation=null"), tmp_path / "without")
     assert still["test_loss"] == without["test_loss"]
@@ -377,7 +384,7 @@ def test_half_precision_wrappers_are_removed_before_the_reload_check(tmp_path):
 
 
 def test_a_command_reproduces_its_results(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
+    no_reload(monkeypatch)
     augmented = ["data.random_crop_padding=1", "data.random_flip=true", "model.hidden_dropout_prob=0.1"]
     results, weights = [], []
     for name in ("first", "second"):
@@ -388,15 +395,6 @@ def test_a_command_reproduces_its_results(tmp_path, monkeypatch):
     assert weights[0] == weights[1]
     other = run(_recipe(*TINY, *augmented, "seed=1"), tmp_path / "other")
     assert other["test_loss"] != results[0]["metrics"]["test_loss"]
-
-
-def without_times(content):
-    """Results without times."""
-    if isinstance(content, dict):
-        return {
-            key: without_times(value) for key, value in content.items() if not key.endswith(("_runtime", "_second", "_seconds", "_time"))
-        }
-    return [without_times(value) for value in content] if isinstance(content, list) else content
 
 
 def test_a_folder_of_images_of_different_sizes(tmp_path):
@@ -441,25 +439,26 @@ def test_the_epoch_of_the_best_validation_accuracy_is_kept(tmp_path):
 
 @pytest.mark.parametrize(("most", "expected"), [(None, 144), (50, 50)])
 def test_as_many_training_as_validation_images_are_evaluated(most, expected):
-    recipe = _recipe(f"data.max_eval_samples={'null' if most is None else most}")
-    images = load_images(recipe.data)
-    assert [len(evaluated_part(images, split, recipe.data)) for split in ("validation", "train")] == [expected, expected]
-    assert evaluated_part(images, "train", recipe.data)[3] == images["train"][3]
+    task = loaded(_recipe(f"data.max_eval_samples={'null' if most is None else most}"))
+    assert [len(task.evaluated_part(split)) for split in ("validation", "train")] == [expected, expected]
+    assert task.evaluated_part("train")[3] == task.images["train"][3]
+    assert {name: len(split) for name, split in task.examples().evaluated.items()} == {"validation": expected, "train": expected}
 
 
 def test_the_baseline_is_the_vit_of_transformers_at_equal_size(tmp_path):
     plain = [*TINY[:-1], "model.alpha=1.0", "model.use_feature_map=false", "separation=null"]
-    ours, theirs = (build_model(_recipe(*plain, f"architecture={name}"), ["cat", "dog"]) for name in ("uhop_vit", "vit"))
+    tasks = [loaded(_recipe(*plain, f"architecture={name}")) for name in ("uhop_vit", "vit")]
+    ours, theirs = (task.model(task.examples()) for task in tasks)
     assert type(theirs) is ViTForImageClassification
     assert theirs.num_parameters() == ours.num_parameters()
-    assert theirs.config.id2label == {0: "cat", 1: "dog"}
+    assert theirs.config.id2label == {index: str(index) for index in range(10)}
     run(_recipe(*plain, "architecture=vit"), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "vit"
     assert not (tmp_path / "run" / "README.md").exists()
     with pytest.raises(RecipeError, match="architecture must be 'uhop_vit', or 'vit' without a separation step, got 'vit' with"):
-        build_model(_recipe(*TINY, "architecture=vit"), ["cat", "dog"])
+        Images(_recipe(*TINY, "architecture=vit")).load()
     with pytest.raises(RecipeError, match="got 'resnet'"):
-        build_model(_recipe(*plain, "architecture=resnet"), ["cat", "dog"])
+        Images(_recipe(*plain, "architecture=resnet")).load()
 
 
 def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
@@ -467,7 +466,7 @@ def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
 
     def script(*arguments: str) -> subprocess.CompletedProcess:
         overrides = [word for override in (*TINY, "training.save_strategy=epoch") for word in ("--set", override)]
-        command = [sys.executable, "training/train_vit.py", "configs/vit_digits.yaml", "--output_dir", str(folder), *overrides, *arguments]
+        command = [sys.executable, "training/train.py", "configs/vit_digits.yaml", "--output_dir", str(folder), *overrides, *arguments]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     bad = script("--set", "model.alpha=3")
@@ -491,19 +490,19 @@ def test_a_finished_training_survives_a_later_failure(tmp_path, monkeypatch):
     # Without checkpoints, only the finished training is saved.
     recipe, whole, folder = _recipe(*TINY, "training.save_strategy='no'"), tmp_path / "whole", tmp_path / "broken"
     drawn = []
-    monkeypatch.setattr(train_vit, "check_reload", lambda *_: None)
-    monkeypatch.setattr(train_vit, "training_figure", lambda *arguments: drawn.append(arguments[1:]))
+    no_reload(monkeypatch)
+    monkeypatch.setattr("modeling_uhop.training.tasks.images.training_figure", lambda *arguments: drawn.append(arguments[1:]))
     run(recipe, whole)
     (expected,) = drawn
     for broken in ("write_results", "training_figure", "write_card", "check_reload"):
         with monkeypatch.context() as patch:
-            patch.setattr(train_vit, broken, raising)
+            patch.setattr(f"modeling_uhop.training.{'tasks.images' if broken == 'training_figure' else 'engine'}.{broken}", raising)
             if broken != "write_results":
                 patch.setattr(transformers.Trainer, "train", lambda *_, **__: pytest.fail("a finished training was run again"))
             with pytest.raises(ValueError, match="no luck"):
-                run(recipe, folder, resume=broken != "write_results")
+                run(recipe, folder, "fresh" if broken == "write_results" else "resume")
         assert (folder / "results.json").exists() == (broken != "write_results")
-    run(recipe, folder, resume=True)
+    run(recipe, folder, "resume")
     first, second = (without_times(json.loads((each / "results.json").read_text())) for each in (whole, folder))
     assert first == second
     assert "train_seconds" in json.loads((folder / "results.json").read_text())["metrics"]
@@ -515,7 +514,7 @@ def test_a_finished_training_survives_a_later_failure(tmp_path, monkeypatch):
         np.testing.assert_allclose(layers, expected[2][moment])
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     with pytest.raises(RecipeError, match="no checkpoint to resume from"):
-        run(_recipe(*TINY, "training.save_strategy='no'", "training.num_train_epochs=3"), folder, resume=True)
+        run(_recipe(*TINY, "training.save_strategy='no'", "training.num_train_epochs=3"), folder, "resume")
 
 
 def raising(*arguments, **options):
@@ -536,7 +535,7 @@ def test_without_git_there_is_no_commit(monkeypatch):
 def test_results_name_the_commit(tmp_path):
     write_results(tmp_path / "r.json", _recipe(), {"accuracy": 1.0}, extra=[1])
     results = json.loads((tmp_path / "r.json").read_text())
-    assert set(results) == {"name", "metrics", "seed", "recipe", "versions", "commit", "machine", "extra"}
+    assert set(results) == {"schema", "kind", "name", "metrics", "seed", "recipe", "versions", "commit", "machine", "extra"}
 
 
 NAN = float("nan")
@@ -647,13 +646,11 @@ def test_a_run_on_a_folder_of_image_files_finishes(tmp_path, monkeypatch):
             for index in range(count):
                 values = (brightness + random.integers(0, 8000, (8, 8))).astype(np.uint16)
                 PILImage.fromarray(values).save(tmp_path / "data" / split / label / f"{index}.png")
-    reloaded = []
-    monkeypatch.setattr(train_vit, "check_reload", lambda *arguments: reloaded.append(arguments))
+    reloaded = no_reload(monkeypatch)
     overrides = [*TINY, f"data.dataset={tmp_path / 'data'}", "data.validation_fraction=0.2", "training.num_train_epochs=4"]
     words = [word for override in overrides for word in ("--set", override)]
     recipe = str(ROOT / "configs" / "vit_digits.yaml")
-    monkeypatch.setattr("sys.argv", ["modeling_uhop.training.tasks.images.py", recipe, "--output_dir", str(tmp_path / "out"), *words])
-    train_vit.main()
+    cli.main(["train", recipe, "--output_dir", str(tmp_path / "out"), *words])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["recipe"]["data"]["dataset"] == "data"
     ((folder, task, inputs, logits),) = reloaded

@@ -1,5 +1,4 @@
-"""Tests of forecasting: series, splits, windows, baselines against loops and scikit-learn, the
-script."""
+"""Tests of forecasting: series, splits, windows, baselines against loops and scikit-learn, runs."""
 
 import dataclasses
 import json
@@ -17,9 +16,11 @@ import yaml
 from conftest import assert_close
 from datasets import load_dataset
 from sklearn.linear_model import Ridge
+from support.recipes import no_reload
 from transformers import Trainer, TrainerCallback
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
+from modeling_uhop.training import cli
 from modeling_uhop.training.baselines.series import (
     WindowMemory,
     baselines,
@@ -31,10 +32,10 @@ from modeling_uhop.training.baselines.series import (
 )
 from modeling_uhop.training.data.series import Series, SeriesData, Windows, load_series, split_rows, synthetic_series
 from modeling_uhop.training.data.time_stamps import read_time_stamps, take_time_stamps
+from modeling_uhop.training.engine import run
 from modeling_uhop.training.errors import RecipeError
-from modeling_uhop.training.recipe import load_recipe
-from modeling_uhop.training.tasks import series as train_stanhop
-from modeling_uhop.training.tasks.series import SeriesRecipe, check_skip_start, init_as_linear_map, run, weights_of
+from modeling_uhop.training.recipe import Evaluation, load_recipe
+from modeling_uhop.training.tasks.series import SeriesRecipe, check_skip_start, init_as_linear_map, weights_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -49,10 +50,11 @@ def series() -> Series:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads(path):
-    recipe = load_recipe(path, [], SeriesRecipe)
+    recipe = load_recipe(path)
+    assert type(recipe) is SeriesRecipe
     assert recipe.name == path.stem
     STanHopConfig(**recipe.model)
-    header = path.read_text().partition("\ndata:")[0]
+    header = path.read_text().partition("\ntask:")[0]
     assert all(word in header for word in ("# Command:", "# Cost:", "# Source:"))
 
 
@@ -61,7 +63,7 @@ def test_the_real_series_load(folder, name, channels):
     path = SHARED / folder / f"{name}.csv"
     if not path.is_file():
         pytest.skip(f"{path.name} is not on this machine")
-    data = load_recipe(ROOT / "configs" / f"stanhop_{name.lower()}_96.yaml", [], SeriesRecipe).data
+    data = load_recipe(ROOT / "configs" / f"stanhop_{name.lower()}_96.yaml").data
     series = load_series(SeriesData(str(path), split=data.split))
     assert series.values.shape[1] == channels
     assert len(series.windows("test", 336, 96)) == data.split[2] - 96 + 1
@@ -361,6 +363,7 @@ def test_errors_after_training_are_found_before_it(tmp_path, split, model, field
 
 def test_the_script_leaves_a_model_that_reloads(tmp_path):
     content = {
+        "task": "series",
         "data": {"dataset": "synthetic", "split": [400, 150, 150]},
         "model": {"context_length": 48, "prediction_length": 12, "d_model": 16, "ffn_dim": 16},
         "separation": {"schedule": "train_begin", "steps": 2, "batch_size": 4},
@@ -368,12 +371,13 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
         "baseline_lengths": [24, 48],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
-    command = [sys.executable, "training/train_stanhop.py", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, "training/train.py", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "answers agree" in finished.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     validation = {"validation_loss", "validation_mse", "validation_mae", "train_seconds", "baselines"}
+    validation |= {"last_step", "best_step", "separation_loss_before", "separation_loss"}
     assert validation | {"test_mse", "test_mae"} == set(results["metrics"])
     raw = synthetic_series().drop(columns="date")[:400]
     assert results["series"]["names"] == [f"series_{index}" for index in range(4)]
@@ -381,7 +385,7 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     assert (tmp_path / "out" / "README.md").is_file()
     for name in ("forecast.png", "weights.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
-    again = ["--overwrite", "--set", "evaluate_on=validation"]
+    again = ["--overwrite", "--set", "evaluation.split=validation"]
     evaluated = subprocess.run([*command, *again], cwd=ROOT, capture_output=True, text=True)
     assert evaluated.returncode == 0, evaluated.stderr
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
@@ -432,7 +436,7 @@ def _early() -> SeriesRecipe:
         },
         patience=3,
         baseline_lengths=[],
-        evaluate_on="validation",
+        evaluation=Evaluation("validation"),
     )
 
 
@@ -447,7 +451,7 @@ def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
 
 def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeypatch):
     recipe, whole, folder = _early(), tmp_path / "whole", tmp_path / "broken"
-    monkeypatch.setattr("modeling_uhop.training.tasks.series.check_reload", lambda *_: None)
+    no_reload(monkeypatch)
     expected = run(recipe, whole)
     steps = []
 
@@ -465,27 +469,26 @@ def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeyp
             super().__init__(**options)
             self.add_callback(Stopping())
 
-    monkeypatch.setattr("modeling_uhop.training.tasks.series.Trainer", Stopped)
-    last = json.loads((whole / "stages" / "training.json").read_text())["outcome"]["state"]["global_step"]
-    stop_at = last
+    monkeypatch.setattr("modeling_uhop.training.trainers.Trainer", Stopped)
+    stop_at = expected["last_step"]
     with pytest.raises(ValueError, match="no power"):
         run(recipe, folder)
-    for broken in ("write_results", "forecast_figure", "check_reload"):
+    for broken in ("engine.write_results", "tasks.series.forecast_figure", "engine.check_reload"):
         steps.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(train_stanhop, broken, raising)
+            patch.setattr(f"modeling_uhop.training.{broken}", raising)
             with pytest.raises(ValueError, match="no luck"):
-                run(recipe, folder, resume=True)
+                run(recipe, folder, "resume")
         # The run was stopped in its last two steps, after a checkpoint; a finished run takes no
         # further step.
-        assert steps == ([last - 2, last - 1] if broken == "write_results" else [])
-    metrics = run(recipe, folder, resume=True)
+        assert steps == ([stop_at - 2, stop_at - 1] if broken == "engine.write_results" else [])
+    metrics = run(recipe, folder, "resume")
     assert "train_seconds" not in metrics
     assert metrics == {name: value for name, value in expected.items() if name != "train_seconds"}
     first, second = ((each / "model.safetensors").read_bytes() for each in (whole, folder))
     assert first == second
     with pytest.raises(RecipeError, match="cannot be resumed with seed=5"):
-        run(dataclasses.replace(recipe, seed=5), folder, resume=True)
+        run(dataclasses.replace(recipe, seed=5), folder, "resume")
 
 
 def raising(*arguments, **options):
@@ -497,18 +500,15 @@ def test_a_run_on_a_file_finishes(tmp_path, suffix, monkeypatch):
     frame = synthetic_series(300)
     getattr(frame, f"to_{suffix}")(tmp_path / f"mine.{suffix}", index=False)
     content = {
+        "task": "series",
         "data": {"dataset": str(tmp_path / f"mine.{suffix}"), "split": [180, 60, 60]},
         "model": {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16},
         "training": {"num_train_epochs": 1, "per_device_train_batch_size": 64, "use_cpu": True},
         "baseline_lengths": [24],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
-    reloaded = []
-    monkeypatch.setattr("modeling_uhop.training.tasks.series.check_reload", lambda *arguments: reloaded.append(arguments))
-    monkeypatch.setattr(
-        "sys.argv", ["modeling_uhop.training.tasks.series.py", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")]
-    )
-    train_stanhop.main()
+    reloaded = no_reload(monkeypatch)
+    cli.main(["train", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["recipe"]["data"]["dataset"] == f"mine.{suffix}"
     assert results["series"]["names"] == [f"series_{index}" for index in range(4)]
@@ -521,8 +521,8 @@ def test_a_run_on_a_file_finishes(tmp_path, suffix, monkeypatch):
         errors = model(past_values=windows[:, :24]).prediction_outputs - windows[:, 24:]
     assert len(windows) == 60 - 6 + 1
     assert results["metrics"]["test_mse"] == pytest.approx(errors.square().mean().item(), rel=1e-4)
-    ((folder, task, inputs, answers),) = reloaded
-    assert (folder, task) == (tmp_path / "out", "time-series-forecasting")
+    ((folder, pipeline, inputs, answers),) = reloaded
+    assert (folder, pipeline) == (tmp_path / "out", None)
     np.testing.assert_allclose(inputs[0], windows[0, :24], atol=1e-5)
     np.testing.assert_allclose(answers[0] - windows[0, 24:].numpy(), errors[0], atol=1e-4)
     card = (tmp_path / "out" / "README.md").read_text()

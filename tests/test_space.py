@@ -47,6 +47,8 @@ from modeling_uhop import (
     retrieve,
 )
 from modeling_uhop.training.data.images import ImageData, load_images
+from modeling_uhop.training.recipe import load_recipe
+from modeling_uhop.training.results import as_recorded, provenance
 
 
 app = pytest.importorskip("app", reason="the demo needs gradio")
@@ -108,6 +110,30 @@ def test_shipped_models_are_small_and_safe():
         assert f"python space/make_models.py {name}" in _card(name).content
         assert recipe in _card(name).content
         assert (ROOT / recipe).is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "metrics", "text"),
+    [
+        ("digits", make_models.CLASSIFIER, {"test_accuracy": 0.9711}, "classifies 0.9711 of the 9 held-out images"),
+        ("bags", make_models.BAGS, {"auc": 0.9, "accuracy": 0.8125, "f1": 0.8}, "On 9 held-out images, its accuracy is 0.8125."),
+    ],
+)
+def test_the_card_of_a_shipped_model_can_be_written_again(tmp_path, name, recipe, metrics, text):
+    loaded = as_recorded(load_recipe(ROOT / recipe))
+    results = {"recipe": loaded, "metrics": metrics, "seed": 0, "num_parameters": 1234, **provenance()}
+    card = make_models.write_card(tmp_path, results, name, recipe, "9 held-out images")
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert text in card.text
+    stated = vars(card.data)
+    assert [result.metric_value for result in stated["eval_results"]] == list(metrics.values())
+    assert "custom_code" not in stated["tags"]
+    # Headings, commands and code are those of the card that is shipped.
+    shipped = _card(name).text
+    for begins in ("#", "python ", "from ", "folder = ", "model, ", "The command runs"):
+        assert [line for line in card.text.splitlines() if line.startswith(begins)] == [
+            line for line in shipped.splitlines() if line.startswith(begins)
+        ]
 
 
 def test_the_card_of_the_classifier_states_its_accuracy(classifier):

@@ -1,14 +1,13 @@
 """Tests of Separation and StageOne: their values, their steps, and Stage I on a data set of its own."""
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import assert_close
+from support.recipes import no_figures, no_reload, results_of, tiny
 from test_callbacks import Images, _map_weights, _model, _train
 from torch import nn
 
@@ -20,6 +19,7 @@ from modeling_uhop import (
     UHopMemoryConfig,
     UHopMemoryModel,
     UHopMILConfig,
+    UHopMILFeatureExtractor,
     UHopMILForBagClassification,
     denoising_loss,
     mask_patterns,
@@ -30,9 +30,11 @@ from modeling_uhop.separation import PRESETS
 from modeling_uhop.training.data.bags import BagData, digit_bags
 from modeling_uhop.training.data.images import ImageData
 from modeling_uhop.training.data.series import SeriesData, load_series, unlabelled_windows
+from modeling_uhop.training.engine import run
 from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.recipe import apply_override
 from modeling_uhop.training.stage_one import separation_callback, with_defaults
+from modeling_uhop.training.tasks.bags import BagClassification
 
 
 def test_presets_are_the_papers_methods():
@@ -377,18 +379,21 @@ def test_a_preset_on_the_command_line_replaces_the_fields_of_the_file():
     assert with_defaults({"schedule": "step"}) == with_defaults({"schedule": "step", "steps": 1})
 
 
-def test_bags_of_other_folds_are_left_out(monkeypatch):
-    from modeling_uhop.training.tasks import bags as train_mil
-    from modeling_uhop.training.tasks.bags import BagsRecipe
-
+def test_bags_of_other_folds_are_left_out(monkeypatch, tmp_path):
     drawn: list[Any] = []
-    monkeypatch.setattr("modeling_uhop.training.tasks.bags.separation_callback", lambda section, load: drawn.append(load(None, "train")))
-    bags = digit_bags()
-    recipe = BagsRecipe("small", BagData("digits"), {"hidden_size": 8, "num_attention_heads": 2}, {}, {"max_steps": 1})
-    train_mil.fit(recipe, bags.instances[:20], bags.labels[:20], bags.names, 0)
-    assert len(drawn[0]) == 20
+    monkeypatch.setattr("modeling_uhop.training.trainers.separation_callback", lambda section, load: drawn.append(load(None, "train")))
+    task = BagClassification(tiny("bags", "training.max_steps=1"))
+    task.bags = digit_bags()
+    task.fit(np.arange(0, 40, 2), 0, tmp_path)
+    (bags,) = drawn
+    extractor = UHopMILFeatureExtractor().fit(task.bags.instances[:40:2])
+    expected = extractor.transform(task.bags.instances[:40:2])
+    assert len(bags) == 20
+    assert all(np.array_equal(bag["instances"], known) for bag, known in zip(bags, expected, strict=True))
+    task.recipe.data.dataset = "digits"
+    examples = task.examples_of(np.arange(20), 0)
     with pytest.raises(RecipeError, match=r"digits has no split 'foo'"):
-        train_mil._unlabelled(recipe.data, train_mil.UHopMILFeatureExtractor(), [], None, "foo")
+        examples.unlabelled(None, "foo")
 
 
 def test_unknown_splits_of_images_are_refused():
@@ -398,8 +403,11 @@ def test_unknown_splits_of_images_are_refused():
         unlabelled_images(ImageData("digits"), split="foo")
 
 
-@pytest.mark.parametrize("script", ["vit", "mil", "stanhop"])
-def test_every_script_separates_on_unlabelled_data(tmp_path, script, monkeypatch):
+@pytest.mark.parametrize(
+    ("task", "columns"),
+    [("images", {"pixel_values"}), ("bags", {"instances", "attention_mask"}), ("series", {"past_values", "future_values"})],
+)
+def test_every_task_separates_on_unlabelled_data(tmp_path, task, columns, monkeypatch):
     """A run whose Stage I has a data set of its own separates on it."""
     drawn = []
     step = StageOne.step
@@ -409,37 +417,13 @@ def test_every_script_separates_on_unlabelled_data(tmp_path, script, monkeypatch
         return step(self, batch, *views)
 
     monkeypatch.setattr(StageOne, "step", recorded)
-    separation = {"steps": 2, "batch_size": 8, "split": "train"}
-    if script == "vit":
-        from modeling_uhop.training.tasks import images as train_vit
-        from modeling_uhop.training.tasks.images import ImagesRecipe
-
-        sizes = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-        training = {"max_steps": 1, "per_device_train_batch_size": 8, "use_cpu": True, "report_to": "none", "eval_strategy": "no"}
-        monkeypatch.setattr("modeling_uhop.training.tasks.images.check_reload", lambda *_: None)
-        data = ImageData("digits", max_train_samples=50, max_eval_samples=20)
-        train_vit.run(ImagesRecipe("small", data, sizes, separation, training), tmp_path / "run")
-        assert drawn == [{"pixel_values"}] * 2
-    elif script == "mil":
-        from modeling_uhop.training.tasks import bags as train_mil
-        from modeling_uhop.training.tasks.bags import BagsRecipe
-
-        bags = digit_bags()
-        recipe = BagsRecipe("small", BagData("digits"), {"hidden_size": 8, "num_attention_heads": 2}, separation, {"max_steps": 1})
-        train_mil.fit(recipe, bags.instances[:20], bags.labels[:20], bags.names, 0)
-        assert drawn == [{"instances", "attention_mask"}] * 2
-    else:
-        from modeling_uhop.training.tasks import series as train_stanhop
-        from modeling_uhop.training.tasks.series import SeriesRecipe
-
-        model = {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16}
-        series = SeriesData("synthetic", split=[200, 61, 60])
-        monkeypatch.setattr("modeling_uhop.training.tasks.series.check_reload", lambda *_: None)
-        train_stanhop.run(
-            SeriesRecipe("small", series, model, separation, {"max_steps": 1, "use_cpu": True}, baseline_lengths=[]), tmp_path / "run"
-        )
-        assert drawn == [{"past_values", "future_values"}] * 2
-        assert json.loads((Path(tmp_path) / "run" / "results.json").read_text())["recipe"]["separation"] == separation
+    no_reload(monkeypatch)
+    no_figures(monkeypatch)
+    recipe = tiny(task, "separation.split=train", "training.max_steps=1", "training.eval_strategy='no'", "patience=null")
+    run(recipe, tmp_path / "run")
+    # The two folds of bags have a separation step each.
+    assert drawn == [columns] * (6 if task == "bags" else 2)
+    assert results_of(tmp_path / "run")["recipe"]["separation"] == {"steps": 2, "batch_size": 8, "split": "train"}
 
 
 def test_a_model_without_memories_is_refused():

@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,14 @@ def test_the_reading_order_lists_every_file():
     text = (ROOT.parent / "docs" / "reading_order.md").read_text()
     files = [path for path in ROOT.rglob("*.py") if path.name != "__init__.py" and not path.name.startswith("configuration_")]
     assert [path.name for path in files if f"{path.relative_to(ROOT.parent).as_posix()})" not in text] == []
+
+
+def test_no_file_of_training_hides_a_package():
+    """`python training/train.py` puts the folder before all packages."""
+    folder = ROOT.parent / "training"
+    names = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}
+    assert "engine" in names
+    elsewhere = [each for each in sys.path if Path(each).resolve() != folder]
+    found = {name: PathFinder.find_spec(name, elsewhere) for name in sorted(names)}
+    assert [name for name, spec in found.items() if spec is not None and spec.origin is not None] == []
+    assert names & sys.stdlib_module_names == set()

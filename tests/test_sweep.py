@@ -3,21 +3,24 @@ seeds."""
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from scipy.stats import ttest_1samp
+from support.recipes import no_figures, no_reload, tiny_content
 from transformers import TrainingArguments
 
 from modeling_uhop import SeparationCallback
 from modeling_uhop.training import sweep as sweep_module
+from modeling_uhop.training import train_command
 from modeling_uhop.training.checkpoints import SEAL
 from modeling_uhop.training.errors import RecipeError
-from modeling_uhop.training.recipe import ROOT, load_recipe, read_yaml
-from modeling_uhop.training.report.tables import paired_table, variants_table
+from modeling_uhop.training.intervals import paired_over_folds
+from modeling_uhop.training.recipe import ROOT, load_recipe
+from modeling_uhop.training.report.tables import bags_table, paired_table, variants_table
+from modeling_uhop.training.results import read_result
 from modeling_uhop.training.sweep import execute, gather, lock_folder, read_sweep, runs_of
-from modeling_uhop.training.tasks.images import ImagesRecipe
-from modeling_uhop.training.tasks.series import SeriesRecipe
 
 
 SCRIPT = """
@@ -32,9 +35,10 @@ folder.mkdir(parents=True, exist_ok=True)
 (folder / "calls").open("a").write("r" if "--resume" in arguments else "x")
 error = {0: 0.5, 1: 0.25, 2: 0.375}[seed] - (0.1 * seed if "better=true" in sets else 0.0)
 metrics = {"test_mse": error, "train_seconds": 1.0, "baselines": {"repeat": {"test_mse": 2.0}} if "baselines=true" in sets else {}}
-recipe = {"name": "fake", "data": {"dataset": value("--dataset") if "--dataset" in arguments else "fake"}}
+recipe = {"name": "fake", "task": "series", "data": {"dataset": value("--data") if "--data" in arguments else "fake"}}
 log = [{"epoch": 1.0, "eval_loss": 1.0 + seed}, {"epoch": 1.0, "loss": 3.0}, {"epoch": 2.0, "eval_loss": 0.5 + seed}]
-content = {"metrics": metrics, "log_history": log, "num_parameters": 1234, "recipe": recipe}
+content = {"schema": 1, "kind": "run", "name": "fake", "seed": seed, "metrics": metrics, "log_history": log}
+content |= {"num_parameters": 1234, "recipe": recipe}
 content |= {"versions": {}, "commit": "abd" if seed == 2 else "abc", "machine": "one core"}
 (folder / "results.json").write_text(json.dumps(content))
 """
@@ -45,15 +49,15 @@ def project(tmp_path, monkeypatch):
     """A project with a training script that finishes at once."""
     for folder in ("training", "configs", "data"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "training" / "fake.py").write_text(SCRIPT)
-    (tmp_path / "configs" / "fake.yaml").write_text("data: {dataset: somewhere/ETTh1}\n")
+    (tmp_path / "training" / "train.py").write_text(SCRIPT)
+    (tmp_path / "configs" / "fake.yaml").write_text("task: series\ndata: {dataset: somewhere/ETTh1}\n")
     monkeypatch.setattr(sweep_module, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep_module, "__file__", str(tmp_path / "training" / "sweep.py"))
     return tmp_path
 
 
 def write(project, **changes):
     content = {
-        "script": "fake",
         "recipes": ["fake"],
         "seeds": [0, 1, 2],
         "variants": {"plain": [], "better one": ["better=true"]},
@@ -63,17 +67,18 @@ def write(project, **changes):
         "published": {"fake": {"theirs": {"test_mse": 0.9}}},
         **changes,
     }
-    (project / "modeling_uhop.training.sweep.yaml").write_text(
+    (project / "sweep.yaml").write_text(
         yaml.safe_dump({key: value for key, value in content.items() if value is not None}, sort_keys=False)
     )
-    return project / "modeling_uhop.training.sweep.yaml"
+    return project / "sweep.yaml"
 
 
 def test_results_are_collected_with_spread_and_paired_intervals(project):
     sweep = read_sweep(write(project))
     runs = runs_of(sweep, "fake", project / "runs", None)
     execute(runs, jobs=2, cores=2)
-    gathered = gather(sweep, "fake", runs)
+    kind, gathered = gather(sweep, runs)
+    assert kind == "seeds"
     plain = gathered["variants"]["plain"]["metrics"]["test_mse"]
     assert plain == {"mean": statistics.mean([0.5, 0.25, 0.375]), "std": statistics.stdev([0.5, 0.25, 0.375]), "values": [0.5, 0.25, 0.375]}
     (pair,) = gathered["paired"]
@@ -97,7 +102,8 @@ def test_one_seed_has_no_spread(project):
     sweep = read_sweep(write(project, seeds=[0]))
     runs = runs_of(sweep, "fake", project / "runs", None)
     execute(runs, jobs=1, cores=2)
-    gathered = gather(sweep, "fake", runs)
+    kind, gathered = gather(sweep, runs)
+    assert kind == "seeds"
     assert variants_table([gathered]).splitlines()[2:4] == ["| plain | 1,234 | 0.5000 |", "| better one | 1,234 | 0.5000 |"]
 
 
@@ -106,23 +112,26 @@ def test_curves_are_collected_by_epoch_and_seed(project):
     runs = runs_of(sweep, "fake", project / "runs", None)
     execute(runs, jobs=1, cores=2)
     expected = {"eval_loss": {"epoch": [1.0, 2.0], "values": [[1.0, 0.5], [2.0, 1.5], [3.0, 2.5]]}}
-    assert [variant["curves"] for variant in gather(sweep, "fake", runs)["variants"].values()] == [expected, expected]
+    assert [variant["curves"] for variant in gather(sweep, runs)[1]["variants"].values()] == [expected, expected]
 
 
-def test_two_sweeps_of_a_recipe_do_not_share_a_results_file(project, monkeypatch):
+def test_two_sweeps_of_a_recipe_do_not_share_a_results_file(project):
     path = write(project, suffix="_again", once=[])
-    monkeypatch.setattr("sys.argv", ["sweep", str(path), "--runs", str(project / "runs"), "--results", str(project / "results")])
-    sweep_module.main()
+    arguments = [str(path), "--runs", str(project / "runs"), "--results", str(project / "results")]
+    sweep_module.main(arguments)
     assert [file.name for file in (project / "results").iterdir()] == ["fake_again.json"]
+    written = read_result(project / "results" / "fake_again.json", "seeds")
+    assert written["sweep"]["suffix"] == "_again"
+    assert (written["commit"], written["machine"]) == ("abc, abd", "one core")
 
 
-def test_a_second_simultaneous_sweep_in_a_folder_is_refused(project, monkeypatch):
+def test_a_second_simultaneous_sweep_in_a_folder_is_refused(project):
     path = write(project, once=[])
-    monkeypatch.setattr("sys.argv", ["sweep", str(path), "--runs", str(project / "runs"), "--results", str(project / "results")])
-    with lock_folder(project / "runs" / path.stem), pytest.raises(SystemExit, match=r"another sweep is running in .*runs"):
-        sweep_module.main()
+    arguments = [str(path), "--runs", str(project / "runs"), "--results", str(project / "results")]
+    with lock_folder(project / "runs" / path.stem), pytest.raises(RecipeError, match=r"another sweep is running in .*runs"):
+        sweep_module.main(arguments)
     assert not (project / "results").exists()
-    sweep_module.main()
+    sweep_module.main(arguments)
     assert (project / "results" / "fake.json").is_file()
 
 
@@ -139,7 +148,7 @@ def test_finished_runs_of_the_same_command_and_recipe_are_not_repeated(project):
     runs = runs_of(sweep, "fake", project / "runs", None)
     execute(runs, jobs=1, cores=2)
     assert calls() == [2, 2, 2, 1, 1, 1]
-    (project / "configs" / "fake.yaml").write_text("data: {dataset: somewhere/ETTh2}\n")
+    (project / "configs" / "fake.yaml").write_text("task: series\ndata: {dataset: somewhere/ETTh2}\n")
     execute(runs, jobs=1, cores=2)
     assert calls() == [3, 3, 3, 2, 2, 2]
 
@@ -160,14 +169,14 @@ def test_a_stopped_run_resumes_from_its_last_checkpoint(project, left):
     execute(runs, jobs=1, cores=2)
     assert calls() == "xxr"
     # A run of another recipe starts from the beginning.
-    (project / "configs" / "fake.yaml").write_text("data: {dataset: somewhere/ETTh2}\n")
+    (project / "configs" / "fake.yaml").write_text("task: series\ndata: {dataset: somewhere/ETTh2}\n")
     execute(runs, jobs=1, cores=2)
     assert calls() == "xxrx"
 
 
 @pytest.mark.parametrize(("jobs", "cores"), [(1, 4), (2, 5), (4, 4)])
 def test_runs_share_the_cores(project, jobs, cores):
-    script = project / "training" / "fake.py"
+    script = project / "training" / "train.py"
     script.write_text(f"import os\n{SCRIPT}\n(folder / 'threads').write_text(os.environ['OMP_NUM_THREADS'])\n")
     runs = runs_of(read_sweep(write(project)), "fake", project / "runs", None)
     execute(runs, jobs=jobs, cores=cores)
@@ -209,6 +218,7 @@ def test_a_local_data_set_is_found_by_its_name(project):
         ({"seeds": None}, "a sweep needs seeds"),
         ({"variants": {"a b": [], "a_b": []}, "pairs": None}, "differ in more than spaces"),
         ({"pairs": [["plain", "best"]]}, "got 'best'"),
+        ({"script": "train_vit"}, "unknown key 'script' in sweep"),
     ],
 )
 def test_wrong_sweeps_are_refused(project, changes, message):
@@ -216,8 +226,82 @@ def test_wrong_sweeps_are_refused(project, changes, message):
         read_sweep(write(project, **changes))
 
 
-SWEEPS = [path for path in sorted((ROOT / "configs" / "sweeps").glob("*.yaml")) if "script" in read_yaml(path)]
-CLASSES = {"train_vit": ImagesRecipe, "train_stanhop": SeriesRecipe}
+@pytest.fixture
+def bags(tmp_path, monkeypatch):
+    """A project with a recipe of bags, whose runs are calls in this process; the list gets the arguments of each."""
+    calls: list[list[str]] = []
+
+    def called(command, **options):
+        calls.append(command[2:])
+        train_command.main(command[2:])
+        return SimpleNamespace(returncode=0)
+
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text(yaml.safe_dump(tiny_content("bags")))
+    monkeypatch.setattr(sweep_module, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep_module, "subprocess", SimpleNamespace(run=called, STDOUT=None))
+    no_reload(monkeypatch)
+    no_figures(monkeypatch)
+    return calls
+
+
+def test_bags_are_compared_on_the_same_folds(tmp_path, bags):
+    baseline = "mean, logistic regression"
+    content = {
+        "recipes": ["tiny"],
+        "seeds": [0],
+        "overrides": ["repeats=2", "training.num_train_epochs=1"],
+        "variants": {"dense": ["model.use_feature_map=false", "separation=null"], "untrained Phi": ["separation=null"]},
+        "once": [f'baselines=["{baseline}"]'],
+        "pairs": [["untrained Phi", "dense"], ["dense", baseline]],
+        "published": {"tiny": {"somebody": "0.9"}},
+    }
+    path, target = tmp_path / "mil.yaml", tmp_path / "results" / "tiny.json"
+    arguments = [str(path), "--runs", str(tmp_path / "runs"), "--results", str(target.parent)]
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    sweep_module.main(arguments)
+    first = read_result(target, "folds")
+    assert first["parameters"]["untrained Phi"] > first["parameters"]["dense"]
+    assert list(first["results"]) == ["dense", "untrained Phi", baseline]
+    runs = {
+        name: read_result(tmp_path / "runs" / "mil" / "tiny" / name / "seed_0" / "results.json", "run")
+        for name in ("dense", "untrained_Phi")
+    }
+    outcomes = [runs["dense"]["outcomes"], runs["untrained_Phi"]["outcomes"], runs["dense"]["baselines"][baseline]]
+    for result, own in zip(first["results"].values(), outcomes, strict=True):
+        assert len(result["auc"]["by_repeat"]) == 2
+        by_fold = [[outcome["auc"] for outcome in own if outcome["repeat"] == repeat] for repeat in range(2)]
+        assert result["auc_by_fold"] == by_fold
+        assert result["auc"]["mean"] == pytest.approx(statistics.mean(value for fold in by_fold for value in fold))
+    assert first["results"]["dense"]["seconds"] == runs["dense"]["metrics"]["cross_validation_seconds"]
+    assert "seconds" not in first["results"][baseline]
+    scores = [[outcome["auc"] for outcome in own] for own in outcomes]
+    sizes = [len(outcome["bags"]) for outcome in outcomes[0]], [outcome["trained_on"] for outcome in outcomes[0]]
+    for pair, (one, other) in zip(first["paired"], ((1, 0), (0, 2)), strict=True):
+        expected = paired_over_folds(scores[one], scores[other], *sizes)
+        assert (pair["difference"], pair["half_width"]) == pytest.approx(tuple(expected))
+    assert "| published: somebody | 0.9 |" in bags_table([first])
+    # Finished runs are not repeated.
+    count = len(bags)
+    sweep_module.main(arguments)
+    assert len(bags) == count == 2
+    assert read_result(target)["results"] == first["results"]
+    content["variants"]["dense"].append("model.hidden_size=4")
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    sweep_module.main(arguments)
+    assert len(bags) == 3
+    assert read_result(target)["parameters"]["dense"] < first["parameters"]["dense"]
+    content["variants"]["untrained Phi"].append("folds=3")
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(RecipeError, match="variant 'untrained Phi' must not change folds"):
+        sweep_module.main(arguments)
+    content["once"] = ["baselines=[nope]"]
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    with pytest.raises(RecipeError, match=r"baselines must be among .* got 'nope'"):
+        sweep_module.main(arguments)
+
+
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
@@ -226,14 +310,17 @@ def test_every_variant_of_every_sweep_is_a_recipe(path):
     for name in sweep["recipes"]:
         seen = []
         for overrides in sweep["variants"].values():
-            recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", [*sweep["overrides"], *overrides], CLASSES[sweep["script"]])
+            recipe = load_recipe(ROOT / "configs" / f"{name}.yaml", [*sweep["overrides"], *overrides])
             config = recipe.config_class(**recipe.model)
             assert recipe.separation is None or config.use_feature_map or recipe.separation["parameters"] == "upstream"
             SeparationCallback(**(recipe.separation or {}))
             TrainingArguments("out", **{"eval_strategy": "epoch", **recipe.training})
-            assert recipe not in seen, "two variants are the same"
+            # A variant of a choice for several recipes of bags may be what one of them has.
+            assert recipe not in seen or path.stem == "mil_choice", "two variants are the same"
             seen.append(recipe)
-    # The recipe of the first variant is recorded in the results file and has a card.
-    assert sweep["suffix"] or not next(iter(sweep["variants"].values()))
+        load_recipe(ROOT / "configs" / f"{name}.yaml", [*sweep["overrides"], *sweep["once"]])
+    # The recipe of the first variant is recorded in the results file and has a card; that of bags
+    # may change the model.
+    assert sweep["suffix"] or not next(iter(sweep["variants"].values())) or recipe.task == "bags"
     header = path.read_text()
     assert all(word in header for word in ("# Command:", "# Cost:"))

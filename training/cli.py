@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from .errors import errors_in_one_line
+from .info import check_installed
 
 
 # Each command: the module whose `main(arguments)` it calls, and what it does.
@@ -18,6 +19,8 @@ COMMANDS = {
     "demo": (".demo", "open the demo in a browser"),
     "info": (".info", "print versions, devices and attention kernels, for a bug report"),
 }
+# Commands that run without the packages of the extra `train`.
+PLAIN = ("recipes", "demo", "info")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.print_help()
         sys.exit(0 if args.help else 2)
     with errors_in_one_line():
+        if args.command not in PLAIN:
+            check_installed()
         import_module(COMMANDS[args.command][0], __package__).main(given[1:])
 
 

@@ -4,6 +4,7 @@ A run that is killed continues from its last checkpoint. A step after the traini
 repeated without the training.
 """
 
+import copy
 import dataclasses
 import time
 from pathlib import Path
@@ -89,9 +90,10 @@ def train(trainer: Trainer, task: Task, folder: RunFolder) -> dict[str, Any]:
 
 
 def restore_state(trainer: Trainer, trained: dict[str, Any]) -> None:
-    """Restore the state of a Trainer from the outcome of a finished training."""
+    """Restore the state of a Trainer from the outcome of a finished training, which later logs of the
+    Trainer do not change."""
     own = {"is_local_process_zero": trainer.is_local_process_zero(), "is_world_process_zero": trainer.is_world_process_zero()}
-    trainer.state = TrainerState(**{**trained["state"], **own})
+    trainer.state = TrainerState(**copy.deepcopy({**trained["state"], **own}))
 
 
 def training_metrics(trainer: Trainer, trained: dict[str, Any]) -> dict[str, Any]:

@@ -190,8 +190,8 @@ def _series(dataset: str) -> dict[str, Any]:
     windows = train - context - horizon + 1
     batch = 32 if channels <= 20 else 8
     each = max(1, math.ceil(windows / batch))
-    steps = _between(40 * each, 100, 600)
-    evaluate = max(1, min(each, steps // 6) if each < 100 else steps // 6)
+    steps = _between(6 * each, 100, 600)
+    every = max(1, steps // 8)
     wide = rows > 5000
     return {
         "data": {"dataset": dataset, "validation_stride": max(1, evaluated // 300)},
@@ -202,6 +202,7 @@ def _series(dataset: str) -> dict[str, Any]:
             "d_model": 64 if wide else 32,
             "ffn_dim": 128 if wide else 64,
             "use_linear_skip": True,
+            "loss": "mae",
         },
         "separation": {
             "schedule": "train_begin",
@@ -217,10 +218,10 @@ def _series(dataset: str) -> dict[str, Any]:
             "lr_scheduler_type": "cosine",
             "warmup_steps": steps // 10,
             "eval_strategy": "steps",
-            "eval_steps": max(evaluate, steps // 12),
+            "eval_steps": every,
             "save_strategy": "steps",
-            "save_steps": max(evaluate, steps // 12),
-            "logging_steps": max(1, steps // 12),
+            "save_steps": every,
+            "logging_steps": every,
         },
         "season": season,
         "baseline_lengths": sorted({max(1, context // 2), context}),

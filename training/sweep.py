@@ -11,7 +11,6 @@ import argparse
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from .baselines.bags import BASELINES
 from .data.source import local_dataset
 from .errors import RecipeError
 from .folds import summarize
-from .intervals import paired_over_folds, paired_over_seeds
+from .intervals import Interval, paired_over_folds, paired_over_seeds, spread
 from .processes import refuse_several_processes
 from .recipe import ROOT
 from .recipe_file import check_keys, read_yaml
@@ -219,7 +218,7 @@ def gather_seeds(sweep: dict[str, Any], by_variant: dict[str, list[dict[str, Any
         return variants[variant]["metrics"][metric]["values"]
 
     paired = [
-        {"first": first, "second": second, "metric": metric, **paired_over_seeds(values(first, metric), values(second, metric))}
+        {"first": first, "second": second, "metric": metric, **difference(paired_over_seeds(values(first, metric), values(second, metric)))}
         for first, second in sweep["pairs"]
         for metric in sweep["metrics"]
     ]
@@ -241,7 +240,7 @@ def gather_folds(sweep: dict[str, Any], by_variant: dict[str, list[dict[str, Any
         if [outcome["bags"] for outcome in own] != [outcome["bags"] for outcome in next(iter(outcomes.values()))]:
             raise RecipeError(f"variant {job!r} must not change folds, repeats, seed, evaluation or data set: use the sweep's `overrides`")
     seconds = {variant: result["metrics"]["cross_validation_seconds"] for variant, (result, *_) in by_variant.items()}
-    sizes = [(len(outcome["bags"]), outcome["trained_on"]) for outcome in plain["outcomes"]]
+    sizes = [[len(outcome["bags"]) for outcome in plain["outcomes"]], [outcome["trained_on"] for outcome in plain["outcomes"]]]
 
     def scores(job: str) -> list[float]:
         return [outcome[metric] for outcome in outcomes[job]]
@@ -255,7 +254,8 @@ def gather_folds(sweep: dict[str, Any], by_variant: dict[str, list[dict[str, Any
         for job, own in outcomes.items()
     }
     paired = [
-        {"first": first, "second": second, **paired_over_folds(scores(first), scores(second), sizes)} for first, second in sweep["pairs"]
+        {"first": first, "second": second, **difference(paired_over_folds(scores(first), scores(second), *sizes))}
+        for first, second in sweep["pairs"]
     ]
     parameters = {variant: result["num_parameters"] for variant, (result, *_) in by_variant.items()}
     return {"results": results, "parameters": parameters, "paired": paired, "variants": sweep["variants"]}
@@ -268,6 +268,6 @@ def curve(results: list[dict[str, Any]], key: str) -> dict[str, Any]:
     return {"epoch": [entry["epoch"] for entry in logged[0]], "values": [[round(entry[key], 5) for entry in entries] for entries in logged]}
 
 
-def spread(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation and values; the standard deviation of one value is 0."""
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0, "values": values}
+def difference(interval: Interval) -> dict[str, Any]:
+    """The mean difference of a pair, as results files have it."""
+    return {"difference": interval.mean, "half_width": interval.half_width}

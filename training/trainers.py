@@ -25,7 +25,7 @@ class Patience(EarlyStoppingCallback):
         best, monitored = state.best_global_step or 0, f"eval_{args.metric_for_best_model}"
         self.early_stopping_patience_counter = sum(monitored in entry and entry["step"] > best for entry in state.log_history)
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         # If several sets of examples are evaluated, each has its own call.
         if f"eval_{args.metric_for_best_model}" in metrics:
             super().on_evaluate(args, state, control, metrics, **kwargs)

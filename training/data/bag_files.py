@@ -192,7 +192,7 @@ def _feature_columns(frame: pandas.DataFrame, others: set[str | None], bag: str,
         if re.fullmatch(r"unnamed: \d+|index|__index_level_0__|(?:.*_)?id", name.casefold()):
             warnings.warn(f"column {name!r} of {data.dataset} has row numbers or names, and is no feature; {remedy}", stacklevel=5)
         elif not pandas.api.types.is_numeric_dtype(frame[name]):
-            raise RecipeError(f"column {name!r} of {data.dataset} is not numbers, but {frame[name].iloc[0]!r}; {remedy}")
+            raise RecipeError(f"column {name!r} of {data.dataset} is not numbers, but {str(frame[name].iloc[0])[:40]!r}; {remedy}")
         else:
             features.append(name)
     if not features:

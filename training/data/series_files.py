@@ -107,7 +107,7 @@ def _refuse_text(frame: pandas.DataFrame, name: str) -> None:
                 f"set data.date_column={column} if it has time stamps (and data.date_format if they are unusual), "
                 f"data.id_column={column} if it names the series of each row, or data.drop_columns=[{column}] to leave it out"
             )
-        raise RecipeError(f"column {column!r} of {name} is not numbers; it has {cell!r} in row {row}; {hint}")
+        raise RecipeError(f"column {column!r} of {name} is not numbers; it has {cell[:40]!r} in row {row}; {hint}")
 
 
 def _wide(frame: pandas.DataFrame, series: str, name: str, data: "SeriesData") -> pandas.DataFrame:

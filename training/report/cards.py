@@ -228,7 +228,7 @@ def same_training(first: dict[str, Any], second: dict[str, Any]) -> bool:
         rest = {key: recipe.get(key, getattr(recipe_class, key, None)) for key in ("separation", "training", *OPTIONS)}
         if rest["separation"] is not None:
             rest["separation"] = with_defaults(rest["separation"])
-        rest["training"] = {key: value for key, value in rest["training"].items() if key not in WITHOUT_EFFECT}
+        rest["training"] = {key: value for key, value in (rest["training"] or {}).items() if key not in WITHOUT_EFFECT}
         return {**rest, "name": recipe["name"], "model": model, "data": data}
 
     return training(first) == training(second)

@@ -95,13 +95,13 @@ class BagClassification(Task):
         if recipe.baselines and len(self.bags.names) != 2:
             raise RecipeError(f"the baselines are for two classes, but there are {len(self.bags.names)}; leave `baselines` empty")
         model_config(recipe, self.bags.instances[0].shape[1], self.bags.names)
-        self.jobs = [(repeat, fold, *part) for repeat in range(recipe.repeats) for fold, part in enumerate(self.splits(repeat))]
 
     def splits(self, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """The training bags and the evaluated bags of each fold of one cross-validation."""
         return splits(self.bags, self.recipe.folds, self.recipe.seed, repeat, self.recipe.evaluation.split)
 
     def examples(self) -> Examples:
+        self.jobs = [(repeat, fold, *part) for repeat in range(self.recipe.repeats) for fold, part in enumerate(self.splits(repeat))]
         return self.examples_of(np.arange(len(self.bags.labels)), self.recipe.seed)
 
     def examples_of(self, indices: np.ndarray, seed: int) -> Examples:
@@ -166,7 +166,7 @@ class BagClassification(Task):
     ) -> dict[str, Any]:
         """Train on the training bags of one fold, and evaluate on its other bags."""
         seeds = [fold_seed(self.recipe.seed, repeat, fold, member) for member in range(self.recipe.ensemble)]
-        answers = [predict(*self.fit(train, seed, folder), [self.bags.instances[i] for i in evaluated]) for seed in seeds]
+        answers = [predict(*self.fit(train, seed, folder.path / "scratch"), [self.bags.instances[i] for i in evaluated]) for seed in seeds]
         logits = np.mean([member_logits for member_logits, _ in answers], axis=0)
         outcome = {"repeat": repeat, "fold": fold, **bag_metrics(logits, self.bags.labels[evaluated], self.recipe.metrics)}
         if self.bags.instance_labels is not None:
@@ -174,11 +174,14 @@ class BagClassification(Task):
             outcome["instance_auc"] = instance_auc(weights, [self.bags.instance_labels[i] for i in evaluated])
         return {**outcome, "trained_on": len(train), "bags": evaluated.tolist(), "logits": logits.round(4).tolist()}
 
-    def fit(self, indices: np.ndarray, seed: int, folder: RunFolder) -> tuple[PreTrainedModel, UHopMILFeatureExtractor]:
-        """Train a model on some of the bags; the model, and the feature extractor that was fitted
-        on the same bags."""
-        examples, scratch = self.examples_of(indices, seed), folder.path / "scratch"
-        overrides = FOLD if examples.evaluated is None else {**FOLD, "save_strategy": "epoch", "eval_strategy": "epoch"}
+    def fit(self, indices: np.ndarray, seed: int, scratch: Path) -> tuple[PreTrainedModel, UHopMILFeatureExtractor]:
+        """Train a model on some of the bags.
+
+        Returns the model, and the feature extractor that was fitted on the same bags. `scratch` is
+        a folder for the training, which is deleted after it.
+        """
+        examples = self.examples_of(indices, seed)
+        overrides: dict[str, Any] = FOLD if examples.evaluated is None else {**FOLD, "save_strategy": "epoch", "eval_strategy": "epoch"}
         trainer = new_trainer(self, examples, seed, output_dir=str(scratch), **overrides)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -218,7 +221,8 @@ class BagClassification(Task):
         return "\n".join(f"  {name:<14} {value['mean']:.4f}   {spread.format(**value)}" for name, value in rows.items())
 
     def score(self, folder: Path) -> dict[str, float]:
-        model, extractor = (each.from_pretrained(folder) for each in (UHopMILForBagClassification, UHopMILFeatureExtractor))
+        model = UHopMILForBagClassification.from_pretrained(folder)
+        extractor = UHopMILFeatureExtractor.from_pretrained(folder)
         check_same_classes(model.config.id2label, self.bags.names)
         logits, _ = predict(model.eval(), extractor, self.bags.instances)
         return bag_metrics(logits, self.bags.labels, self.recipe.metrics)

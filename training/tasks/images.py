@@ -18,6 +18,7 @@ from transformers import (
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
+from transformers.trainer_callback import PrinterCallback
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.feature_map import unit_norm
@@ -64,9 +65,9 @@ class Images(Task):
         self.splits = ["validation", *(["test"] if recipe.evaluation.split == "test" else [])]
         self.images = load_images(recipe.data, test="test" in self.splits)
         names = self.images["train"].features["label"].names
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+        labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         self.config = UHopViTConfig(**recipe.model, **labels)
-        self.processor = make_image_processor(recipe.data, self.config.image_size)
+        self.processor = make_image_processor(recipe.data, self.config.image_size, self.images["train"])
         if recipe.architecture not in ("uhop_vit", "vit") or (recipe.architecture == "vit" and recipe.separation is not None):
             raise RecipeError(
                 "architecture must be 'uhop_vit', or 'vit' without a separation step, "
@@ -140,6 +141,7 @@ class Images(Task):
             no_training = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
             arguments = TrainingArguments(scratch, **{**self.defaults, **self.recipe.training, **no_training})
             trainer = Trainer(model, arguments, processing_class=self.processor, compute_metrics=classification_metrics)
+            trainer.remove_callback(PrinterCallback)
             split = self.splits[-1]
             found = trainer.evaluate(with_pixels(self.images[split], self.processor), metric_key_prefix=split)
         return {f"{split}_{name}": found[f"{split}_{name}"] for name in ("accuracy", "loss")}

@@ -1,0 +1,39 @@
+"""One process of test_distributed: run tiny recipes, and a command that is for one process."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from support.recipes import no_figures, no_reload
+
+from modeling_uhop.training import cli, engine
+from modeling_uhop.training.processes import leave_process_group
+from modeling_uhop.training.recipe import ROOT, load_recipe
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, tasks = Path(sys.argv[1]), sys.argv[2:]
+    patch = pytest.MonkeyPatch()
+    no_figures(patch)
+    no_reload(patch)
+    for task in tasks:
+        engine.run(load_recipe(folder / f"{task}.yaml"), folder / task)
+    try:
+        cli.main(["train", str(ROOT / "configs" / "geometry" / "basins.yaml"), "--output_dir", str(folder / "earlier")])
+    except SystemExit as refused:
+        print(refused.code, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+        leave_process_group()
+    except Exception:
+        traceback.print_exc()
+        # Because the traceback refers to the process group, and an exit that frees the group can
+        # hang, we exit without freeing it.
+        os._exit(1)
