@@ -17,15 +17,15 @@ import deepspeed
 import deepspeed.ops
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from sharding_worker import Setting, images
-from test_callbacks import Images, _model, _trainer
-from test_deepspeed import CASES, SEPARATION, TRAINING, ZERO
 from torch import nn
 
 from modeling_uhop import Separation, SeparationCallback, StageOne, UHopViTForImageClassification
 from modeling_uhop.distributed import averaged, whole
 from modeling_uhop.training.processes import leave_process_group
 from modeling_uhop.zero import has_master, master
+from tests.sharding_worker import Setting, images
+from tests.test_callbacks import Images, _model, _trainer
+from tests.test_deepspeed import CASES, SEPARATION, TRAINING, ZERO
 
 
 def configuration(zero: int, **fields) -> dict[str, Any]:

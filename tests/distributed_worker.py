@@ -8,11 +8,11 @@ import traceback
 from pathlib import Path
 
 import torch
-from test_callbacks import Images, _model, _trainer
 from transformers import EvalPrediction, TrainerCallback
 
 from modeling_uhop import SeparationCallback
 from modeling_uhop.training.processes import leave_process_group
+from tests.test_callbacks import Images, _model, _trainer
 
 
 class Killed(TrainerCallback):

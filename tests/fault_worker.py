@@ -20,12 +20,12 @@ import datasets
 import pytest
 import safetensors.torch
 import torch
-from support.recipes import TASKS, no_figures, no_reload, tiny
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 from transformers import Trainer, modeling_utils
 
 from modeling_uhop.training import checkpoints, engine
 from modeling_uhop.training.errors import errors_in_one_line
+from tests.support.recipes import TASKS, no_figures, no_reload, tiny
 
 
 # Nine steps, with a checkpoint after every second.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.recipes import no_figures, no_reload
 
 from modeling_uhop.training import cli, engine
 from modeling_uhop.training.processes import leave_process_group
 from modeling_uhop.training.recipe import ROOT, load_recipe
+from tests.support.recipes import no_figures, no_reload
 
 
 def main() -> None:

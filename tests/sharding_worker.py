@@ -15,7 +15,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from test_callbacks import Images, _model, _trainer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -37,6 +36,7 @@ from modeling_uhop import (
 )
 from modeling_uhop.distributed import are_finite, averaged, whole
 from modeling_uhop.training.processes import leave_process_group
+from tests.test_callbacks import Images, _model, _trainer
 
 
 class Setting:

@@ -39,7 +39,7 @@ def test_a_field_that_does_not_exist_is_named_with_the_closest_one(kind, given, 
 
 
 def test_the_closest_name_may_be_another_name_of_a_field(warned):
-    STanHopConfig(hiden_size=32)  # type: ignore[call-arg]
+    STanHopConfig(hiden_size=32)
     assert "did you mean hidden_size?" in warned.text
 
 

@@ -17,12 +17,12 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from conftest import assert_close
 from safetensors.torch import load_file
-from support.recipes import NO_DROPOUT, no_figures, no_reload, results_of, tiny, tiny_content, without_times
 
 from modeling_uhop import UHopViTModel
 from modeling_uhop.training import cli, engine, train_command
+from tests.conftest import assert_close
+from tests.support.recipes import NO_DROPOUT, no_figures, no_reload, results_of, tiny, tiny_content, without_times
 
 
 TESTS = Path(__file__).parent
@@ -33,7 +33,7 @@ def _run(processes: int, *worker: str) -> str:
 
 
 def _started(module: str, *arguments: str) -> str:
-    paths = (TESTS, TESTS.parent, os.environ.get("PYTHONPATH", ""))
+    paths = (TESTS.parent, os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     finished = subprocess.run([sys.executable, "-m", module, *arguments], env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     if finished.returncode != 0:

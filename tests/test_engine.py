@@ -18,7 +18,18 @@ from PIL import Image as PILImage
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score, roc_auc_score
-from support.recipes import (
+from transformers import Trainer
+
+from modeling_uhop import STanHopForPrediction, UHopMILFeatureExtractor, UHopMILForBagClassification, UHopViTForImageClassification
+from modeling_uhop.training import cli, engine, train_command
+from modeling_uhop.training.data.series import synthetic_series
+from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.recipe import load_recipe
+from modeling_uhop.training.results import as_recorded
+from modeling_uhop.training.run_folder import RunFolder
+from modeling_uhop.training.tasks.bags import BagClassification
+from modeling_uhop.training.train_command import training_options
+from tests.support.recipes import (
     DRAWING,
     FIGURES,
     MODULES,
@@ -32,17 +43,6 @@ from support.recipes import (
     tiny_content,
     without_times,
 )
-from transformers import Trainer
-
-from modeling_uhop import STanHopForPrediction, UHopMILFeatureExtractor, UHopMILForBagClassification, UHopViTForImageClassification
-from modeling_uhop.training import cli, engine, train_command
-from modeling_uhop.training.data.series import synthetic_series
-from modeling_uhop.training.errors import RecipeError
-from modeling_uhop.training.recipe import load_recipe
-from modeling_uhop.training.results import as_recorded
-from modeling_uhop.training.run_folder import RunFolder
-from modeling_uhop.training.tasks.bags import BagClassification
-from modeling_uhop.training.train_command import training_options
 
 
 MODELS: dict[str, Any] = {"images": UHopViTForImageClassification, "bags": UHopMILForBagClassification, "series": STanHopForPrediction}

@@ -12,14 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fault_worker import CASES
 from safetensors.torch import load_file
-from support.recipes import TASKS, results_of, without_times
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.training import checkpoints
 from modeling_uhop.training.checkpoints import SEAL, check_fits, last_checkpoint, remove_unfinished, seal
 from modeling_uhop.training.errors import RecipeError
+from tests.fault_worker import CASES
+from tests.support.recipes import TASKS, results_of, without_times
 
 
 TESTS = Path(__file__).parent
@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
     """A folder of runs, one complete and the others interrupted and resumed, and the outcome of
     each."""
     folder = tmp_path_factory.mktemp("faults")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
     command = [sys.executable, str(TESTS / "fault_worker.py"), str(folder)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import assert_close
-from hub_server import Hub, environment, serving
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -20,6 +18,8 @@ from modeling_uhop import STanHopConfig, UHopMemoryConfig, UHopMILConfig, UHopVi
 from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.push import check_finished, files_of, recorded_recipe
 from modeling_uhop.training.recipe import ROOT
+from tests.conftest import assert_close
+from tests.hub_server import Hub, environment, serving
 
 
 TESTS = Path(__file__).parent

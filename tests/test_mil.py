@@ -20,7 +20,6 @@ from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import SVC
-from support.recipes import no_reload, without_times
 from transformers import Trainer
 
 from modeling_uhop import SeparationCallback, UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
@@ -36,6 +35,7 @@ from modeling_uhop.training.recipe import Evaluation, load_recipe
 from modeling_uhop.training.report.figures import bag_figure
 from modeling_uhop.training.run_folder import RunFolder
 from modeling_uhop.training.tasks.bags import BagClassification, BagsRecipe, instance_auc, predict
+from tests.support.recipes import no_reload, without_times
 
 
 ROOT = Path(__file__).parent.parent

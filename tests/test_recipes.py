@@ -17,7 +17,6 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from huggingface_hub import ModelCard
 from PIL import Image as PILImage
-from support.recipes import loaded, no_reload, without_times
 from transformers import EvalPrediction, ViTForImageClassification
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
@@ -33,6 +32,7 @@ from modeling_uhop.training.results import commit, write_results
 from modeling_uhop.training.run_folder import RunFolder
 from modeling_uhop.training.tasks.bags import BagsRecipe
 from modeling_uhop.training.tasks.images import Images
+from tests.support.recipes import loaded, no_reload, without_times
 
 
 ROOT = Path(__file__).parent.parent

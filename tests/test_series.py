@@ -13,10 +13,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import assert_close
 from datasets import load_dataset
 from sklearn.linear_model import Ridge
-from support.recipes import no_reload
 from transformers import Trainer, TrainerCallback
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
@@ -36,6 +34,8 @@ from modeling_uhop.training.engine import run
 from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.recipe import Evaluation, load_recipe
 from modeling_uhop.training.tasks.series import SeriesRecipe, check_skip_start, init_as_linear_map, weights_of
+from tests.conftest import assert_close
+from tests.support.recipes import no_reload
 
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,6 @@ import pandas
 import pytest
 import torch
 import yaml
-from conftest import assert_close
 from demo_digits import DemoError
 from demo_memory import MemorySettings
 from huggingface_hub import ModelCard
@@ -49,6 +48,7 @@ from modeling_uhop import (
 from modeling_uhop.training.data.images import ImageData, load_images
 from modeling_uhop.training.recipe import load_recipe
 from modeling_uhop.training.results import as_recorded, provenance
+from tests.conftest import assert_close
 
 
 app = pytest.importorskip("app", reason="the demo needs gradio")

@@ -6,9 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
-from support.recipes import no_figures, no_reload, results_of, tiny
-from test_callbacks import Images, _map_weights, _model, _train
 from torch import nn
 
 from modeling_uhop import (
@@ -35,6 +32,9 @@ from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.recipe import apply_override
 from modeling_uhop.training.stage_one import separation_callback, with_defaults
 from modeling_uhop.training.tasks.bags import BagClassification
+from tests.conftest import assert_close
+from tests.support.recipes import no_figures, no_reload, results_of, tiny
+from tests.test_callbacks import Images, _map_weights, _model, _train
 
 
 def test_presets_are_the_papers_methods():
@@ -47,7 +47,7 @@ def test_presets_are_the_papers_methods():
     assert (second.kind, second.steps, second.parameters, second.optimizer) == ("squared", 1, "feature_maps", "sgd")
     assert (Separation.denoising().kind, Separation.denoising().temperature) == ("denoising", 0.1)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        second.lr = 3.0  # type: ignore[misc]
+        second.lr = 3.0
 
 
 def test_unknown_fields_are_named():
@@ -158,7 +158,7 @@ def test_a_field_of_the_wrong_type_is_named(field, value):
 
 
 def test_numbers_of_numpy_are_numbers():
-    assert Separation(steps=np.int64(5), lr=np.float64(0.5)) == Separation(steps=5, lr=0.5)  # type: ignore[arg-type]
+    assert Separation(steps=np.int64(5), lr=np.float64(0.5)) == Separation(steps=5, lr=0.5)
 
 
 @pytest.mark.parametrize("wrong", ["uhop", Separation.uhop, {"kind": "average"}, 20])
@@ -174,7 +174,7 @@ def test_what_is_not_a_separation_is_refused(wrong):
         with pytest.raises(TypeError, match=r"separation must be a Separation, such as Separation.uhop\(\), got"):
             call()
     with pytest.raises(ValueError, match="a Separation is passed as separation="):
-        SeparationCallback(Separation.uhop())  # type: ignore[arg-type]
+        SeparationCallback(Separation.uhop())
 
 
 def test_batches_of_the_wrong_kind_are_refused():

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from scipy.stats import ttest_1samp
-from support.recipes import no_figures, no_reload, tiny_content
 from transformers import TrainingArguments
 
 from modeling_uhop import SeparationCallback
@@ -21,6 +20,7 @@ from modeling_uhop.training.recipe import ROOT, load_recipe
 from modeling_uhop.training.report.tables import bags_table, paired_table, variants_table
 from modeling_uhop.training.results import read_result
 from modeling_uhop.training.sweep import execute, gather, lock_folder, read_sweep, runs_of
+from tests.support.recipes import no_figures, no_reload, tiny_content
 
 
 SCRIPT = """
