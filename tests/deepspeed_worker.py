@@ -24,7 +24,7 @@ from modeling_uhop.distributed import averaged, whole
 from modeling_uhop.training.processes import leave_process_group
 from modeling_uhop.zero import has_master, master
 from tests.sharding_worker import Setting, images
-from tests.test_callbacks import Images, _model, _trainer
+from tests.support.training import Images, image_model, image_trainer
 from tests.test_deepspeed import CASES, SEPARATION, TRAINING, ZERO
 
 
@@ -134,7 +134,7 @@ def train(folder: Path, zero: int) -> dict[str, Any]:
             "save_strategy": "steps",
             "save_steps": 3,
         }
-        trainer: Any = _trainer(folder / f"trained_{zero}", callback, model=model, dataset=Images(augment=False), **TRAINING, **own)
+        trainer: Any = image_trainer(folder / f"trained_{zero}", callback, model=model, dataset=Images(augment=False), **TRAINING, **own)
         trainer.train(resume_from_checkpoint=str(folder / f"trained_{zero}" / "checkpoint-3") if name == "resumed" else None)
         weights = {name: whole(p) for name, p in trainer.model.named_parameters()}
         found[name] = {"weights": weights, "history": callback.history, "logged": trainer.state.log_history}
@@ -143,7 +143,7 @@ def train(folder: Path, zero: int) -> dict[str, Any]:
 
 def refusal() -> str:
     """What StageOne says to a model that is partitioned before its engine exists."""
-    model = _model()
+    model = image_model()
     deepspeed.zero.Init(module=model)
     try:
         StageOne(model)

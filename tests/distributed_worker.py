@@ -12,7 +12,7 @@ from transformers import EvalPrediction, TrainerCallback
 
 from modeling_uhop import SeparationCallback
 from modeling_uhop.training.processes import leave_process_group
-from tests.test_callbacks import Images, _model, _trainer
+from tests.support.training import Images, image_model, image_trainer
 
 
 class Killed(TrainerCallback):
@@ -36,10 +36,10 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     callback = SeparationCallback(**options["separation"])
-    trainer = _trainer(
+    trainer = image_trainer(
         folder,
         callback,
-        model=_model(hidden_dropout_prob=0.0),
+        model=image_model(hidden_dropout_prob=0.0),
         dataset=Images(augment=False),
         per_device_train_batch_size=options["batch_size"],
         per_device_eval_batch_size=4,

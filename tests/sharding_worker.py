@@ -36,7 +36,7 @@ from modeling_uhop import (
 )
 from modeling_uhop.distributed import are_finite, averaged, whole
 from modeling_uhop.training.processes import leave_process_group
-from tests.test_callbacks import Images, _model, _trainer
+from tests.support.training import Images, image_model, image_trainer
 
 
 class Setting:
@@ -55,7 +55,7 @@ class Setting:
 def images(**fields) -> Setting:
     # Because the true gradient of a key bias is 0, and Adam would turn its rounding errors into
     # steps, the model has none.
-    model = _model(hidden_dropout_prob=0.0, qkv_bias=False, **fields)
+    model = image_model(hidden_dropout_prob=0.0, qkv_bias=False, **fields)
     return Setting(model, [Images(augment=False)[index] for index in range(8)])
 
 
@@ -199,7 +199,7 @@ def train(folder: Path, separation: dict[str, Any]) -> dict[str, Any]:
     plan = DistributedConfig(fsdp_size=2, fsdp_plan={"vit.layers.*": "free_full_weight"})
     model: Any = UHopViTForImageClassification.from_pretrained(folder / "model", distributed_config=plan)
     callback = SeparationCallback(**separation)
-    trainer = _trainer(folder, callback, model=model, dataset=Images(augment=False), **TRAINING, per_device_train_batch_size=4)
+    trainer = image_trainer(folder, callback, model=model, dataset=Images(augment=False), **TRAINING, per_device_train_batch_size=4)
     trainer.train()
     (checkpoint,) = folder.glob("checkpoint-*")
     state, resumed = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")), SeparationCallback(**separation)
@@ -217,14 +217,14 @@ TRAINING |= {"num_train_epochs": 1, "save_strategy": "epoch", "save_only_model":
 
 def refusals() -> dict[str, str]:
     """What StageOne says to engines that it does not support."""
-    parallel: Any = _model()
+    parallel: Any = image_model()
     mesh = init_device_mesh("cpu", (2,))
     parallelize_module(parallel.vit.layers[0].attention.q_proj, mesh, ColwiseParallel())
-    both: Any = _model()
+    both: Any = image_model()
     two = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
     parallelize_module(both.vit.layers[0].attention.q_proj, two["tensor"], ColwiseParallel())
     fully_shard(both, mesh=two["data"])
-    old = FullyShardedDataParallel(_model(), device_id=torch.device("cpu"), use_orig_params=True)
+    old = FullyShardedDataParallel(image_model(), device_id=torch.device("cpu"), use_orig_params=True)
     said = {}
     for name, model in {"tensor parallelism": parallel, "FSDP2 and tensor parallelism": both, "FSDP1": old}.items():
         try:

@@ -23,6 +23,7 @@ from modeling_uhop import (
 from modeling_uhop.attention_cpu import chunked_hopfield_attention
 from modeling_uhop.attention_interface import hopfield_attention_forward, triton_attention_forward
 from tests.conftest import assert_close
+from tests.support.models import SERIES
 
 
 @pytest.fixture(params=[7, 40, 10**6], ids=["rows", "heads", "one piece"])
@@ -214,14 +215,13 @@ def test_a_model_with_alpha_above_1_uses_the_kernel_by_default(fields, encoder_t
 
 
 def test_a_forecaster_uses_the_kernel():
-    sizes = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6}
-    model = STanHopForPrediction(STanHopConfig(**sizes)).eval()
+    model = STanHopForPrediction(STanHopConfig(**SERIES)).eval()
     assert model.config._attn_implementation == "hopfield"
     past = torch.randn(2, 24, 3)
     fast = model(past_values=past)
     model.set_attn_implementation("eager")
     assert_close(fast.prediction_outputs, model(past_values=past).prediction_outputs, scale=3)
-    assert STanHopForPrediction(STanHopConfig(**sizes, alpha=1.0, learnable_alpha=False)).config._attn_implementation == "hopfield"
+    assert STanHopForPrediction(STanHopConfig(**SERIES, alpha=1.0, learnable_alpha=False)).config._attn_implementation == "hopfield"
 
 
 def test_the_kernel_compiles_without_a_graph_break():
@@ -334,8 +334,7 @@ def test_the_plain_kernel_is_used_if_weights_are_always_returned():
 
 
 def test_every_part_of_a_forecaster_uses_its_kernel():
-    sizes = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6}
-    model = STanHopForPrediction(STanHopConfig(**sizes))
+    model = STanHopForPrediction(STanHopConfig(**SERIES))
     layers = [module for module in model.modules() if isinstance(module, HopfieldAttention)]
     for kernel in ("eager", "hopfield"):
         model.set_attn_implementation(kernel)

@@ -1,7 +1,6 @@
 """Tests of SeparationCallback in the Trainer: updated parameters, schedules, logs, resumed runs and
 errors."""
 
-import random
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,84 +24,19 @@ from modeling_uhop import (
     StageOne,
     UHopMILConfig,
     UHopMILForBagClassification,
-    UHopViTConfig,
     UHopViTForImageClassification,
     denoising_loss,
     separation_loss,
 )
 from modeling_uhop.trainer.state import STATE_FILE
 from tests.conftest import assert_close
-
-
-FIELDS = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "image_size": 8,
-    "patch_size": 4,
-    "num_labels": 3,
-    "initializer_range": 0.2,
-    "hidden_dropout_prob": 0.1,
-}
-
-
-class Images(torch.utils.data.Dataset):
-    """Random images; each access uses the global random state, as augmentation does."""
-
-    def __init__(self, size: int = 48, augment: bool = True):
-        generator = torch.Generator().manual_seed(3)
-        self.images = torch.randn(size, 3, 8, 8, generator=generator)
-        self.labels = torch.randint(3, (size,), generator=generator)
-        self.augment = augment
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        noise = random.random() + np.random.random() + torch.randn(3, 8, 8) if self.augment else torch.zeros(3, 8, 8)
-        return {"pixel_values": self.images[index] + 0.1 * noise.float(), "labels": self.labels[index]}
+from tests.support.training import Images, image_model, image_trainer, map_weights, train
 
 
 class Stream(IterableDataset):
     def __iter__(self):
         images = Images(augment=False)
         return (images[i] for i in range(len(images)))
-
-
-def _model(**fields) -> UHopViTForImageClassification:
-    torch.manual_seed(7)
-    return UHopViTForImageClassification(UHopViTConfig(**{**FIELDS, **fields}))
-
-
-def _trainer(folder: Path, *callbacks: TrainerCallback, model: nn.Module | None = None, dataset=None, **arguments) -> Trainer:
-    defaults = {
-        "per_device_train_batch_size": 8,
-        "num_train_epochs": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 3,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-    }
-    return Trainer(
-        model=model or _model(),
-        args=TrainingArguments(output_dir=str(folder), **{**defaults, **arguments}),
-        train_dataset=dataset or Images(),
-        callbacks=list(callbacks),
-    )
-
-
-def _train(folder: Path, *callbacks: TrainerCallback, resume: str | bool | None = None, **arguments) -> dict[str, torch.Tensor]:
-    trainer = _trainer(folder, *callbacks, **arguments)
-    trainer.train(resume_from_checkpoint=resume)
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-
-
-def _map_weights(model: nn.Module) -> list[torch.Tensor]:
-    return [module.weight.detach().float().clone() for module in model.modules() if isinstance(module, FeatureMap)]
 
 
 def _equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -125,15 +59,15 @@ MOVED = ["feature_maps", "upstream"]
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_with_lr_0_training_is_bitwise_equal_to_training_without_separation(tmp_path, schedule, parameters, optimizer):
     callback = algorithm_2(**schedule, parameters=parameters, optimizer=optimizer, lr=0.0, batch_size=8)
-    assert _equal(_train(tmp_path), _train(tmp_path, callback))
+    assert _equal(train(tmp_path), train(tmp_path, callback))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
 def test_with_a_learning_rate_separation_changes_training_and_is_deterministic(tmp_path, schedule):
-    runs = [_train(tmp_path, algorithm_2(**schedule, batch_size=8)) for _ in range(2)]
+    runs = [train(tmp_path, algorithm_2(**schedule, batch_size=8)) for _ in range(2)]
     assert _equal(*runs)
-    assert not _equal(runs[0], _train(tmp_path))
-    assert not _equal(runs[0], _train(tmp_path, algorithm_2(**schedule, batch_size=8, seed=123)))
+    assert not _equal(runs[0], train(tmp_path))
+    assert not _equal(runs[0], train(tmp_path, algorithm_2(**schedule, batch_size=8, seed=123)))
 
 
 class Freeze(TrainerCallback):
@@ -147,10 +81,10 @@ class Freeze(TrainerCallback):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
 def test_separation_changes_only_the_selected_parameters(tmp_path, schedule):
-    before = {name: p.detach().clone() for name, p in _model().named_parameters()}
+    before = {name: p.detach().clone() for name, p in image_model().named_parameters()}
     moved = {}
     for parameters in MOVED:
-        after = _train(tmp_path, algorithm_2(**schedule, parameters=parameters, batch_size=8), Freeze())
+        after = train(tmp_path, algorithm_2(**schedule, parameters=parameters, batch_size=8), Freeze())
         moved[parameters] = {name for name in before if not torch.equal(before[name], after[name])}
     maps = {name for name in before if "feature_map" in name}
     assert moved["feature_maps"] == maps
@@ -164,11 +98,11 @@ def test_separation_changes_only_the_selected_parameters(tmp_path, schedule):
 
 
 def test_frozen_parameters_do_not_change(tmp_path):
-    model = _model()
+    model = image_model()
     model.vit.embeddings.requires_grad_(False)
     first_map = model.vit.layers[0].attention.feature_map.weight.requires_grad_(False)
     kept = [p.detach().clone() for p in (*model.vit.embeddings.parameters(), first_map)]
-    _train(tmp_path, algorithm_2("train_begin", steps=2, parameters="upstream", batch_size=8), model=model)
+    train(tmp_path, algorithm_2("train_begin", steps=2, parameters="upstream", batch_size=8), model=model)
     assert all(torch.equal(a, b) for a, b in zip(kept, (*model.vit.embeddings.parameters(), first_map), strict=True))
 
 
@@ -176,13 +110,13 @@ def test_frozen_parameters_do_not_change(tmp_path):
 @pytest.mark.parametrize("class_token", [False, True])
 def test_one_step_is_sgd_on_the_summed_losses_of_the_layers(tmp_path, kind, class_token):
     dataset = Images(size=8, augment=False)
-    model = _model(num_hidden_layers=2).eval()
+    model = image_model(num_hidden_layers=2).eval()
     weights = [layer.attention.feature_map.weight for layer in model.vit.layers]
     memories = [s.memories.detach() for s in model.memory_sets(dataset.images, include_class_token=class_token)]
     losses = [separation_loss(m @ w.mT, kind=kind, temperature=0.4) for m, w in zip(memories, weights, strict=True)]
     expected = [w - 0.3 * g for w, g in zip(weights, torch.autograd.grad(sum(losses), weights), strict=True)]
     callback = algorithm_2("train_begin", kind=kind, temperature=0.4, lr=0.3, batch_size=8, include_class_token=class_token)
-    after = _train(tmp_path, callback, Freeze(), model=model, dataset=dataset)
+    after = train(tmp_path, callback, Freeze(), model=model, dataset=dataset)
     for i, weight in enumerate(expected):
         assert_close(after[f"vit.layers.{i}.attention.feature_map.weight"], weight)
     assert callback.history[0]["separation_loss"] == pytest.approx(sum(losses).item() / 2, abs=1e-5)
@@ -190,21 +124,21 @@ def test_one_step_is_sgd_on_the_summed_losses_of_the_layers(tmp_path, kind, clas
 
 def test_without_phi_the_memories_themselves_are_separated(tmp_path):
     dataset = Images(size=8, augment=False)
-    model = _model(use_feature_map=False).eval()
+    model = image_model(use_feature_map=False).eval()
     loss = sum(separation_loss(s.memories, kind="average") for s in model.memory_sets(dataset.images))
     named = dict(model.named_parameters())
     gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values()), allow_unused=True), strict=True))
     expected = {name: p if (g := gradients[name]) is None else p - 0.3 * g for name, p in named.items()}
     expected = {name: value.detach().clone() for name, value in expected.items()}
     callback = algorithm_2("train_begin", parameters="upstream", kind="average", lr=0.3, batch_size=8)
-    after = _train(tmp_path, callback, Freeze(), model=model, dataset=dataset)
+    after = train(tmp_path, callback, Freeze(), model=model, dataset=dataset)
     for name, value in expected.items():
         assert_close(after[name], value)
     assert callback.history[0]["separation_loss"] == pytest.approx(loss.item() / 2, abs=1e-5)
 
 
 def test_denoising_loss_separates_memories_from_noisy_copies(tmp_path, monkeypatch):
-    model, seen = _model(), []
+    model, seen = image_model(), []
     memory_sets = model.memory_sets
 
     def watched(pixel_values, **kwargs):
@@ -214,7 +148,7 @@ def test_denoising_loss_separates_memories_from_noisy_copies(tmp_path, monkeypat
 
     monkeypatch.setattr(model, "memory_sets", watched)
     callback = algorithm_2("train_begin", steps=4, kind="denoising", temperature=0.2, noise=0.7, lr=0.0, batch_size=40)
-    _train(tmp_path, callback, model=model, dataset=Images(size=40, augment=False))
+    train(tmp_path, callback, model=model, dataset=Images(size=40, augment=False))
     (clean, features), (noisy, copies) = seen[:2]
     assert (noisy - clean).std().item() == pytest.approx(0.7, rel=0.05)
     losses = [denoising_loss(c, f, temperature=0.2).item() for c, f in zip(copies, features, strict=True)]
@@ -251,7 +185,7 @@ def test_no_gradient_remains_and_training_modes_are_restored(tmp_path):
             model.train()
             model.vit.layernorm.eval()
 
-    _train(tmp_path, algorithm_2(parameters="upstream", batch_size=8), Watch())
+    train(tmp_path, algorithm_2(parameters="upstream", batch_size=8), Watch())
     assert Watch.seen == 12
 
 
@@ -266,7 +200,7 @@ def test_no_gradient_remains_and_training_modes_are_restored(tmp_path):
 )
 def test_the_loss_before_and_after_is_logged(tmp_path, schedule, entries, steps):
     callback = algorithm_2(**schedule, batch_size=16, lr=0.5)
-    trainer = _trainer(tmp_path, callback)
+    trainer = image_trainer(tmp_path, callback)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "separation_loss" in entry]
     assert [entry["step"] for entry in logged] == entries
@@ -291,32 +225,32 @@ def test_annealing_covers_all_rounds(tmp_path, monkeypatch):
         ({"schedule": "step"}, 12),
     ):
         seen.clear()
-        _train(tmp_path, algorithm_2(**schedule, temperature=0.8, final_temperature=0.1, batch_size=8))
+        train(tmp_path, algorithm_2(**schedule, temperature=0.8, final_temperature=0.1, batch_size=8))
         assert seen[::2] == seen[1::2] == pytest.approx([0.8 * (0.1 / 0.8) ** (i / (total - 1)) for i in range(total)])
 
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
 def test_rows_of_w_can_be_normalised(tmp_path, option):
     callback = algorithm_2("train_begin", steps=3, batch_size=8, **{option: True})
-    after = _train(tmp_path, callback, Freeze())
+    after = train(tmp_path, callback, Freeze())
     rows = [after[name].norm(dim=-1) for name in after if "feature_map" in name]
     assert_close(torch.stack(rows), torch.ones(2, 16))
-    free = _train(tmp_path, algorithm_2("train_begin", steps=3, batch_size=8), Freeze())
+    free = train(tmp_path, algorithm_2("train_begin", steps=3, batch_size=8), Freeze())
     assert not torch.allclose(free["vit.layers.0.attention.feature_map.weight"].norm(dim=-1), torch.ones(16), atol=1e-4)
 
 
 def test_with_gradient_accumulation_there_is_one_round_per_optimizer_step(tmp_path):
     callback = algorithm_2(batch_size=8, lr=0.0)
-    accumulated = _train(tmp_path, callback, gradient_accumulation_steps=3)
+    accumulated = train(tmp_path, callback, gradient_accumulation_steps=3)
     assert callback.stage.steps_done == 4
-    assert _equal(accumulated, _train(tmp_path, gradient_accumulation_steps=3))
+    assert _equal(accumulated, train(tmp_path, gradient_accumulation_steps=3))
 
 
 def test_bf16_training(tmp_path):
     schedule = {"schedule": "train_begin", "steps": 5, "batch_size": 16, "lr": 0.5}
     full, half = algorithm_2(**schedule), algorithm_2(**schedule)
-    _train(tmp_path, full)
-    _train(tmp_path, half, bf16=True)
+    train(tmp_path, full)
+    train(tmp_path, half, bf16=True)
     losses = [[entry["separation_loss"] for entry in callback.history] for callback in (full, half)]
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], abs=0.05)
@@ -327,11 +261,11 @@ def test_bf16_training(tmp_path):
 def test_half_precision_weights_change_as_much_as_fp32_weights(tmp_path, dtype, optimizer, lr):
     moved = []
     for kind in (torch.float32, dtype):
-        model = _model().to(kind)
-        before = _map_weights(model)
+        model = image_model().to(kind)
+        before = map_weights(model)
         callback = SeparationCallback(steps=60, parameters="feature_maps", optimizer=optimizer, lr=lr, batch_size=16)
-        _train(tmp_path, callback, Freeze(), model=model, max_steps=1, dataset=Images(augment=False), optim="sgd")
-        after = _map_weights(model)
+        train(tmp_path, callback, Freeze(), model=model, max_steps=1, dataset=Images(augment=False), optim="sgd")
+        after = map_weights(model)
         moved.append(torch.stack([(new - old).norm() for new, old in zip(after, before, strict=True)]))
     assert_close(moved[1] / moved[0], torch.ones(2), dtype=torch.bfloat16, scale=5)
 
@@ -344,16 +278,16 @@ def test_a_resume_of_two_callbacks_and_half_precision(tmp_path):
         return SeparationCallback(steps=3, batch_size=8, optimizer="adam", lr=1e-4), often
 
     def model():
-        return _model().bfloat16()
+        return image_model().bfloat16()
 
     arguments = {"save_strategy": "steps", "save_steps": 4, "dataset": Images(augment=False)}
-    whole = _train(tmp_path / "whole", *callbacks(), model=model(), **arguments)
+    whole = train(tmp_path / "whole", *callbacks(), model=model(), **arguments)
     checkpoint = tmp_path / "whole" / "checkpoint-4"
     assert {path.name for path in checkpoint.glob("separation*")} == {STATE_FILE, "separation_1.pt"}
-    resumed = _train(tmp_path / "whole", *callbacks(), model=model(), resume=str(checkpoint), **arguments)
+    resumed = train(tmp_path / "whole", *callbacks(), model=model(), resume=str(checkpoint), **arguments)
     assert _equal(whole, resumed)
     with pytest.raises(ValueError, match="cannot be resumed"):
-        _train(tmp_path / "whole", *reversed(callbacks()), model=model(), resume=str(checkpoint), **arguments)
+        train(tmp_path / "whole", *reversed(callbacks()), model=model(), resume=str(checkpoint), **arguments)
 
 
 @pytest.mark.parametrize("schedule", ["epoch", "step"])
@@ -363,13 +297,13 @@ def test_a_layer_can_be_frozen_during_training(tmp_path, schedule):
             if state.epoch >= 1:
                 model.vit.embeddings.requires_grad_(False)
                 self.frozen = [x.detach().clone() for x in model.vit.embeddings.parameters()]
-                self.moving = _map_weights(model)
+                self.moving = map_weights(model)
 
     freeze = FreezeLater()
-    model = _model()
-    _train(tmp_path, freeze, SeparationCallback(schedule, batch_size=8), Freeze(), model=model)
+    model = image_model()
+    train(tmp_path, freeze, SeparationCallback(schedule, batch_size=8), Freeze(), model=model)
     assert all(torch.equal(x, y) for x, y in zip(freeze.frozen, model.vit.embeddings.parameters(), strict=True))
-    assert not any(torch.equal(x, y) for x, y in zip(freeze.moving, _map_weights(model), strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(freeze.moving, map_weights(model), strict=True))
 
 
 def test_a_checkpoint_is_complete_before_it_is_pushed_and_unchanged_after_training(tmp_path, monkeypatch):
@@ -384,7 +318,7 @@ def test_a_checkpoint_is_complete_before_it_is_pushed_and_unchanged_after_traini
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: SimpleNamespace(upload_folder=upload_folder))
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda trainer, token=None: None)
     arguments = {"save_strategy": "steps", "save_steps": 1, "push_to_hub": True, "hub_strategy": "all_checkpoints"}
-    trainer = _trainer(tmp_path, SeparationCallback(steps=1, batch_size=8), max_steps=2, **arguments)
+    trainer = image_trainer(tmp_path, SeparationCallback(steps=1, batch_size=8), max_steps=2, **arguments)
     for name, value in (("hub_model_id", "me/model"), ("push_in_progress", None)):
         monkeypatch.setattr(trainer, name, value, raising=False)
     trainer.train()
@@ -409,7 +343,7 @@ def test_a_stream_that_can_be_read_only_once_is_refused(tmp_path):
             return self.examples
 
     with pytest.raises(ValueError, match="read only once"):
-        _train(tmp_path, SeparationCallback(batch_size=8), dataset=Once(), max_steps=2)
+        train(tmp_path, SeparationCallback(batch_size=8), dataset=Once(), max_steps=2)
 
 
 def test_integer_inputs_can_be_denoised(tmp_path):
@@ -418,13 +352,13 @@ def test_integer_inputs_can_be_denoised(tmp_path):
             return {"pixel_values": (40.0 * self.images[index]).clamp(0, 255).to(torch.uint8), "labels": self.labels[index]}
 
     callback = SeparationCallback(steps=2, kind="denoising", batch_size=8)
-    _train(tmp_path, callback, dataset=Bytes(), max_steps=1)
+    train(tmp_path, callback, dataset=Bytes(), max_steps=1)
     assert all(np.isfinite(entry["separation_loss"]) for entry in callback.history)
 
 
 def test_a_streamed_data_set_is_read_in_order_and_repeatedly(tmp_path):
     callback = algorithm_2(batch_size=16)
-    _train(tmp_path, callback, dataset=Stream(), max_steps=5)
+    train(tmp_path, callback, dataset=Stream(), max_steps=5)
     assert callback.stage.steps_done == 5
     images = Images(augment=False).images
     for index in (0, 1, 4, 2):
@@ -434,16 +368,16 @@ def test_a_streamed_data_set_is_read_in_order_and_repeatedly(tmp_path):
 
 def test_a_data_set_can_be_smaller_than_the_batch(tmp_path):
     callback = algorithm_2("train_begin", batch_size=64, steps=2)
-    _train(tmp_path, callback, dataset=Images(size=10))
+    train(tmp_path, callback, dataset=Images(size=10))
     assert len(callback.history) == 2
 
 
 def test_a_stream_has_an_epoch_each_time_it_is_read(tmp_path):
     callback = algorithm_2("epoch", steps=1, batch_size=8)
-    _train(tmp_path, callback, dataset=Stream(), max_steps=18)
+    train(tmp_path, callback, dataset=Stream(), max_steps=18)
     assert [entry["step"] for entry in callback.history] == [0, 6, 12]
     with pytest.raises(ValueError, match="needs a known number of epochs, got a stream"):
-        _train(tmp_path, algorithm_2("epoch", final_temperature=0.1), dataset=Stream(), max_steps=6)
+        train(tmp_path, algorithm_2("epoch", final_temperature=0.1), dataset=Stream(), max_steps=6)
 
 
 class Counting(IterableDataset):
@@ -468,17 +402,17 @@ class Empty(IterableDataset):
 
 
 def test_separation_does_not_change_the_state_of_a_stream(tmp_path):
-    expected = _train(tmp_path, dataset=Counting(), max_steps=12)
-    assert _equal(expected, _train(tmp_path, algorithm_2(lr=0.0, batch_size=16), dataset=Counting(), max_steps=12))
+    expected = train(tmp_path, dataset=Counting(), max_steps=12)
+    assert _equal(expected, train(tmp_path, algorithm_2(lr=0.0, batch_size=16), dataset=Counting(), max_steps=12))
 
 
 def test_an_empty_stream_is_refused(tmp_path):
     with pytest.raises(ValueError, match="empty stream"):
-        _train(tmp_path, algorithm_2("train_begin"), dataset=Empty(), max_steps=2)
+        train(tmp_path, algorithm_2("train_begin"), dataset=Empty(), max_steps=2)
 
 
 def test_only_measured_losses_are_logged(tmp_path):
-    trainer = _trainer(tmp_path, algorithm_2(batch_size=8, lr=0.5), logging_strategy="epoch", logging_steps=500)
+    trainer = image_trainer(tmp_path, algorithm_2(batch_size=8, lr=0.5), logging_strategy="epoch", logging_steps=500)
     trainer.train()
     logged = [entry["separation_loss"] for entry in trainer.state.log_history if "separation_loss" in entry]
     assert len(set(logged)) == 2
@@ -486,18 +420,18 @@ def test_only_measured_losses_are_logged(tmp_path):
 
 @pytest.mark.parametrize("option", ["project", "normalize_rows"])
 def test_a_frozen_feature_map_keeps_its_rows(tmp_path, option):
-    model = _model()
+    model = image_model()
     weight = model.vit.layers[0].attention.feature_map.weight.requires_grad_(False)
     weight.mul_(3.0)
     kept = weight.clone()
-    _train(tmp_path, algorithm_2("train_begin", batch_size=8, **{option: True}), model=model)
+    train(tmp_path, algorithm_2("train_begin", batch_size=8, **{option: True}), model=model)
     assert torch.equal(weight, kept)
 
 
 def test_only_one_process_saves(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "should_save", property(lambda self: False))
     callback = algorithm_2(batch_size=8)
-    trainer = _trainer(tmp_path, callback)
+    trainer = image_trainer(tmp_path, callback)
     trainer.train()
     (tmp_path / "checkpoint-12").mkdir()
     callback.on_save(trainer.args, trainer.state, trainer.control)
@@ -515,9 +449,9 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
     # random state, there is no augmentation in that case.
     images = Images(augment=stop == 6)
     whole = callback()
-    expected = _train(tmp_path, whole, dataset=images, save_strategy="steps", save_steps=stop)
+    expected = train(tmp_path, whole, dataset=images, save_strategy="steps", save_steps=stop)
     resumed = callback()
-    actual = _train(tmp_path, resumed, dataset=images, save_strategy="no", resume=str(tmp_path / f"checkpoint-{stop}"))
+    actual = train(tmp_path, resumed, dataset=images, save_strategy="no", resume=str(tmp_path / f"checkpoint-{stop}"))
     assert _equal(expected, actual)
     assert resumed.history == whole.history
     assert resumed.stage.steps_done == whole.stage.steps_done
@@ -526,8 +460,8 @@ def test_a_resume_reproduces_the_uninterrupted_run(tmp_path, schedule, stop, opt
 
 def test_a_resume_in_the_same_process_repeats_the_failed_round(tmp_path):
     settings = {"dataset": Images(augment=False), "save_strategy": "steps", "save_steps": 4}
-    expected = _train(tmp_path / "whole", algorithm_2(batch_size=8), **settings)
-    trainer = _trainer(tmp_path / "broken", algorithm_2(batch_size=8), **settings)
+    expected = train(tmp_path / "whole", algorithm_2(batch_size=8), **settings)
+    trainer = image_trainer(tmp_path / "broken", algorithm_2(batch_size=8), **settings)
     calls = 0
 
     def fail_once(module, args, kwargs):
@@ -554,7 +488,7 @@ def test_a_failed_round_is_not_counted_as_done(tmp_path, monkeypatch):
         return step(*args)
 
     monkeypatch.setattr(StageOne, "step", interrupted)
-    trainer = _trainer(tmp_path, callback, dataset=Images(augment=False))
+    trainer = image_trainer(tmp_path, callback, dataset=Images(augment=False))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.train()
@@ -570,14 +504,14 @@ def test_an_out_of_memory_error_names_the_separation_step(tmp_path, monkeypatch,
     callback = algorithm_2(schedule, batch_size=8)
     monkeypatch.setattr(StageOne, "step", exhausted)
     with pytest.raises(MemoryError, match="the separation step ran out of memory with batch_size=8"):
-        _train(tmp_path, callback, auto_find_batch_size=True)
+        train(tmp_path, callback, auto_find_batch_size=True)
 
 
 def test_a_frozen_backbone_without_phi_is_refused(tmp_path):
-    model = _model(use_feature_map=False)
+    model = image_model(use_feature_map=False)
     model.vit.requires_grad_(False)
     with pytest.raises(ValueError, match="all parameters that the memories' features depend on are frozen"):
-        _train(tmp_path, algorithm_2(parameters="upstream"), model=model)
+        train(tmp_path, algorithm_2(parameters="upstream"), model=model)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "two of them"])
@@ -592,7 +526,7 @@ def test_a_run_can_resume_from_a_checkpoint_in_another_folder(tmp_path, kind):
     # Because the content of a checkpoint must not be inferred from the log, nothing is logged
     # before it.
     saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 500}
-    expected = _train(tmp_path / "first", *callbacks(), dataset=images, **saving)
+    expected = train(tmp_path / "first", *callbacks(), dataset=images, **saving)
     moved = tmp_path / "elsewhere" / "best"
     shutil.copytree(tmp_path / "first" / "checkpoint-4", moved)
     for path in moved.glob("separation*"):
@@ -600,17 +534,17 @@ def test_a_run_can_resume_from_a_checkpoint_in_another_folder(tmp_path, kind):
     # A folder with the same number has the state of another run.
     stale = tmp_path / "second" / "checkpoint-4"
     shutil.copytree(tmp_path / "first" / "checkpoint-8", stale)
-    assert _equal(expected, _train(tmp_path / "second", *callbacks(), dataset=images, resume=str(moved)))
-    assert _equal(expected, _train(tmp_path / "first", *callbacks(), dataset=images, resume=True, **saving))
+    assert _equal(expected, train(tmp_path / "second", *callbacks(), dataset=images, resume=str(moved)))
+    assert _equal(expected, train(tmp_path / "first", *callbacks(), dataset=images, resume=True, **saving))
     if kind == "sgd":
         with pytest.raises(ValueError, match="was written with optimizer='sgd' and cannot be resumed with optimizer='adam'"):
-            _train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "adam"}), resume=str(moved))
+            train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "adam"}), resume=str(moved))
 
 
 def test_a_run_can_resume_without_the_callback(tmp_path):
     images = Images(augment=False)
-    _train(tmp_path, algorithm_2(batch_size=8, optimizer="adam"), dataset=images, save_strategy="steps", save_steps=4)
-    trainer = _trainer(tmp_path / "plain", dataset=images)
+    train(tmp_path, algorithm_2(batch_size=8, optimizer="adam"), dataset=images, save_strategy="steps", save_steps=4)
+    trainer = image_trainer(tmp_path / "plain", dataset=images)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert trainer.state.global_step == 12
 
@@ -620,7 +554,7 @@ def test_a_run_can_resume_from_a_checkpoint_with_its_state_in_a_file_only(tmp_pa
     schedule = {"schedule": "step", "optimizer": "adam", "lr": 0.01, "batch_size": 8}
     images = Images(augment=False)
     saving = {"save_strategy": "steps", "save_steps": 4, "logging_steps": 500, "save_only_model": save_only_model}
-    expected = _train(tmp_path / "first", algorithm_2(**schedule), dataset=images, **saving)
+    expected = train(tmp_path / "first", algorithm_2(**schedule), dataset=images, **saving)
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "first" / "checkpoint-4", moved)
     if not save_only_model:
@@ -628,34 +562,34 @@ def test_a_run_can_resume_from_a_checkpoint_with_its_state_in_a_file_only(tmp_pa
         del optimizer["state"][STATE_FILE]
         torch.save(optimizer, moved / "optimizer.pt")
     with pytest.raises(FileNotFoundError, match="resume_from=checkpoint folder"):
-        _train(tmp_path / "second", algorithm_2(**schedule), resume=str(moved))
+        train(tmp_path / "second", algorithm_2(**schedule), resume=str(moved))
     with pytest.raises(ValueError, match="was written with optimizer='adam' and cannot be resumed with optimizer='sgd'"):
-        _train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "sgd"}, resume_from=moved), resume=str(moved))
+        train(tmp_path / "second", algorithm_2(**{**schedule, "optimizer": "sgd"}, resume_from=moved), resume=str(moved))
     resumed = algorithm_2(**schedule, resume_from=moved)
-    actual = _train(tmp_path / "second", resumed, dataset=images, resume=str(moved))
+    actual = train(tmp_path / "second", resumed, dataset=images, resume=str(moved))
     assert resumed.stage.steps_done == 12
     # Without its optimizer state, the Trainer itself does not resume exactly.
     assert _equal(expected, actual) or save_only_model
     other = tmp_path / "first" / "checkpoint-8"
     with pytest.raises(ValueError, match="belongs to other weights"):
-        _train(tmp_path / "third", algorithm_2(**schedule, resume_from=other), resume=str(moved))
+        train(tmp_path / "third", algorithm_2(**schedule, resume_from=other), resume=str(moved))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s["schedule"])
 def test_a_run_can_resume_from_a_checkpoint_without_separation_state(tmp_path, schedule):
     images = Images(augment=False)
-    _train(tmp_path, dataset=images, save_strategy="steps", save_steps=3)
+    train(tmp_path, dataset=images, save_strategy="steps", save_steps=3)
     checkpoint = str(tmp_path / "checkpoint-6")
     runs = []
     for _ in range(2):
         callback = algorithm_2(**schedule, batch_size=8)
         with pytest.warns(UserWarning, match="predates the separation step"):
-            weights = _train(tmp_path / "out", callback, dataset=images, resume=checkpoint, save_strategy="steps", save_steps=3)
+            weights = train(tmp_path / "out", callback, dataset=images, resume=checkpoint, save_strategy="steps", save_steps=3)
         runs.append(weights)
     assert _equal(*runs)
     assert (tmp_path / "out" / "checkpoint-9" / STATE_FILE).is_file()
     checkpoint = str(tmp_path / "out" / "checkpoint-9")
-    again = _train(tmp_path / "out", algorithm_2(**schedule, batch_size=8), dataset=images, resume=checkpoint)
+    again = train(tmp_path / "out", algorithm_2(**schedule, batch_size=8), dataset=images, resume=checkpoint)
     assert _equal(runs[0], again)
 
 
@@ -668,40 +602,40 @@ def test_a_step_that_runs_out_of_memory_is_tried_with_fewer_examples_and_without
     settings = {"dataset": Images(augment=False), "train_sampling_strategy": "sequential"}
     callbacks, weights = [], []
     for size in (4, 5):
-        model = _model(hidden_dropout_prob=0.0)
+        model = image_model(hidden_dropout_prob=0.0)
         model.register_forward_pre_hook(crowded, with_kwargs=True)
         callbacks.append(algorithm_2(**schedule, lr=0.3, batch_size=8))
         options = {"per_device_train_batch_size": size, "auto_find_batch_size": size == 5}
-        weights.append(_train(tmp_path, callbacks[-1], model=model, **settings, **options))
+        weights.append(train(tmp_path, callbacks[-1], model=model, **settings, **options))
     assert _equal(*weights)
     assert callbacks[0].history == callbacks[1].history
 
 
 def test_a_model_without_phi_is_refused(tmp_path):
     with pytest.raises(ValueError, match="use_feature_map=True"):
-        _train(tmp_path, algorithm_2(), model=_model(use_feature_map=False))
+        train(tmp_path, algorithm_2(), model=image_model(use_feature_map=False))
     with pytest.raises(ValueError, match="use_feature_map=True"):
-        _train(tmp_path, algorithm_2(parameters="upstream", project=True), model=_model(use_feature_map=False))
+        train(tmp_path, algorithm_2(parameters="upstream", project=True), model=image_model(use_feature_map=False))
     with pytest.raises(ValueError, match="Linear has none"):
-        _train(tmp_path, algorithm_2(parameters="upstream"), model=nn.Linear(2, 2))
-    frozen = _model()
+        train(tmp_path, algorithm_2(parameters="upstream"), model=nn.Linear(2, 2))
+    frozen = image_model()
     for layer in frozen.vit.layers:
         layer.attention.feature_map.requires_grad_(False)
     with pytest.raises(ValueError, match="frozen"):
-        _train(tmp_path, algorithm_2(), model=frozen)
+        train(tmp_path, algorithm_2(), model=frozen)
 
 
 def test_a_single_memory_is_refused(tmp_path):
     with pytest.raises(ValueError, match="needs at least two memories, and every set has fewer"):
-        _train(tmp_path, algorithm_2(), model=_model(patch_size=8))
-    _train(tmp_path, algorithm_2(include_class_token=True, batch_size=8), model=_model(patch_size=8))
+        train(tmp_path, algorithm_2(), model=image_model(patch_size=8))
+    train(tmp_path, algorithm_2(include_class_token=True, batch_size=8), model=image_model(patch_size=8))
 
 
 def test_seeds_sample_independent_batches(tmp_path):
     batches = {}
     for seed in (0, 1):
         callback = algorithm_2("train_begin", batch_size=8, seed=seed)
-        _train(tmp_path, callback, dataset=Images(augment=False))
+        train(tmp_path, callback, dataset=Images(augment=False))
         batches[seed] = [callback._sample(seed, index)["pixel_values"] for index in range(4)]
     drawn = torch.stack(batches[0] + batches[1])
     assert len(torch.unique(drawn.flatten(1), dim=0)) == 8
@@ -709,13 +643,13 @@ def test_seeds_sample_independent_batches(tmp_path):
 
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_sharded_parameters_are_refused(tmp_path, monkeypatch, kind):
-    trainer = _trainer(tmp_path, algorithm_2())
+    trainer = image_trainer(tmp_path, algorithm_2())
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", kind)
     _assert_refused(trainer, rf"but {kind.value} shards")
 
 
 def test_deepspeed_is_refused_where_it_manages_no_parameter(tmp_path):
-    trainer = _trainer(tmp_path, algorithm_2())
+    trainer = image_trainer(tmp_path, algorithm_2())
     trainer.args.deepspeed = "zero2.json"
     _assert_refused(trainer, r"but DEEPSPEED shards .* use plain data parallelism \(DDP\), FSDP2 .* or DeepSpeed with zero_optimization")
 
@@ -726,7 +660,8 @@ def test_fsdp_1_is_refused_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.FSDP)
     _assert_refused(
-        _trainer(tmp_path, algorithm_2(), model=FullyShardedDataParallel(_model().config)), r"but FSDP1 \(FullyShardedDataParallel\)"
+        image_trainer(tmp_path, algorithm_2(), model=FullyShardedDataParallel(image_model().config)),
+        r"but FSDP1 \(FullyShardedDataParallel\)",
     )
 
 
@@ -770,11 +705,11 @@ def test_the_default_number_of_steps_is_larger_for_a_single_round(schedule, step
 
 def test_by_default_all_upstream_parameters_are_updated_once_before_training(tmp_path):
     def run(callback):
-        model = _model(hidden_dropout_prob=0.0)
-        return _train(tmp_path, callback, model=model, dataset=Images(augment=False), learning_rate=0.0, num_train_epochs=1)
+        model = image_model(hidden_dropout_prob=0.0)
+        return train(tmp_path, callback, model=model, dataset=Images(augment=False), learning_rate=0.0, num_train_epochs=1)
 
     plain = SeparationCallback(batch_size=16)
-    before = {name: parameter.detach().clone() for name, parameter in _model().named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in image_model().named_parameters()}
     after = run(plain)
     assert _equal(after, run(SeparationCallback("train_begin", 100, parameters="upstream", kind="average", batch_size=16)))
     assert len(plain.history) == 100
@@ -805,5 +740,5 @@ def test_pooled_memories_are_one_set(tmp_path, pool_memories):
 
 
 def test_a_model_can_be_evaluated_before_training(tmp_path):
-    trainer = _trainer(tmp_path, SeparationCallback())
+    trainer = image_trainer(tmp_path, SeparationCallback())
     assert trainer.evaluate(Images(8))["eval_loss"] > 0

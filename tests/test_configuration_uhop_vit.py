@@ -7,20 +7,10 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, UHopViTModel
+from tests.support.models import IMAGES
 
 
-SMALL = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "image_size": 8,
-    "patch_size": 4,
-    "alpha": 1.5,
-    # With the usual standard deviation of 0.02, attention is uniform for all settings; so we use a
-    # larger one.
-    "initializer_range": 0.2,
-}
+SMALL = {**IMAGES, "alpha": 1.5}
 
 CHANGES = {
     "hidden_size": 20,

@@ -14,7 +14,7 @@ from modeling_uhop import SeparationCallback, StageOne, UHopViTForImageClassific
 from modeling_uhop.trainer.state import STATE_FILE
 from tests.conftest import TOLERANCE, assert_close
 from tests.sharding_worker import Setting, bags, images
-from tests.test_callbacks import Images, _model, _trainer
+from tests.support.training import Images, image_model, image_trainer
 from tests.test_distributed import TESTS, _run
 
 
@@ -56,7 +56,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("deepspeed")
     # Because the true gradient of a key bias is 0, and Adam would turn its rounding errors into
     # steps, the model has none.
-    _model(hidden_dropout_prob=0.0, qkv_bias=False).save_pretrained(folder / "model")
+    image_model(hidden_dropout_prob=0.0, qkv_bias=False).save_pretrained(folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "DS_ACCELERATOR": "cpu",
@@ -78,7 +78,7 @@ def found(folder) -> list[dict[str, Any]]:
 def one_process(folder, tmp_path_factory) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """The weights and losses of the Trainer in one process without an engine."""
     callback, model = SeparationCallback(**SEPARATION), UHopViTForImageClassification.from_pretrained(folder / "model")
-    _trainer(tmp_path_factory.mktemp("one"), callback, model=model, dataset=Images(augment=False), **TRAINING).train()
+    image_trainer(tmp_path_factory.mktemp("one"), callback, model=model, dataset=Images(augment=False), **TRAINING).train()
     return dict(model.named_parameters()), callback.history
 
 

@@ -32,6 +32,7 @@ from modeling_uhop import (
     separation_loss,
 )
 from tests.conftest import CHECKPOINTING, assert_close
+from tests.support.models import BAGS, IMAGES
 
 
 FAMILIES = ("vit", "mil", "stanhop")
@@ -49,12 +50,9 @@ def make_model(family: str, **fields) -> PreTrainedModel:
     torch.manual_seed(11)
     tiny: dict[str, Any]
     if family == "vit":
-        tiny = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-        tiny |= {"intermediate_size": 24, "num_labels": 3, "initializer_range": 0.2}
-        return UHopViTForImageClassification(UHopViTConfig(**{**tiny, **fields})).eval()
+        return UHopViTForImageClassification(UHopViTConfig(**{**IMAGES, "num_labels": 3, **fields})).eval()
     if family in ("mil", "mil_images"):
-        tiny = {"instance_dim": 6, "hidden_size": 16, "num_attention_heads": 2, "hidden_dropout_prob": 0.0, "initializer_range": 1.0}
-        tiny |= {"instance_type": "image", "num_channels": 1} if family == "mil_images" else {}
+        tiny = BAGS | ({"instance_type": "image", "num_channels": 1} if family == "mil_images" else {})
         return UHopMILForBagClassification(UHopMILConfig(**{**tiny, **fields})).eval()
     if family == "stanhop":
         tiny = {"num_input_channels": 3, "context_length": 16, "prediction_length": 8, "patch_length": 4, "num_prototypes": 2}

@@ -17,19 +17,12 @@ from modeling_uhop import (
     UHopViTForImageClassification,
 )
 from tests.conftest import assert_close
+from tests.support.models import IMAGES, SERIES
 
 
 LAYER = {"feature_init": "normal", "num_attention_heads": 2}
-VIT = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "intermediate_size": 24,
-    "image_size": 8,
-    "patch_size": 2,
-    "initializer_range": 0.3,
-    **LAYER,
-}
-STANHOP = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6, **LAYER}
+VIT = {**IMAGES, "patch_size": 2, "initializer_range": 0.3, **LAYER}
+STANHOP = {**SERIES, **LAYER}
 
 
 def _vit(**fields):

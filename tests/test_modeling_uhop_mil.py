@@ -11,9 +11,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Dinov2Co
 from modeling_uhop import DataCollatorForBags, HopfieldPooling, UHopMILConfig, UHopMILForBagClassification, UHopMILModel, separation_loss
 from tests import reference
 from tests.conftest import CHECKPOINTING, assert_close
+from tests.support.models import BAGS
 
 
-SMALL = {"instance_dim": 6, "hidden_size": 16, "num_attention_heads": 2, "initializer_range": 1.0, "hidden_dropout_prob": 0.0}
 POOLINGS = {
     "dense": {},
     "entmax": {"alpha": 1.5},
@@ -29,7 +29,7 @@ POOLINGS = {
 
 
 def _model(**fields) -> UHopMILForBagClassification:
-    return UHopMILForBagClassification(UHopMILConfig(**{**SMALL, **fields})).eval()
+    return UHopMILForBagClassification(UHopMILConfig(**{**BAGS, **fields})).eval()
 
 
 def _bags(sizes=(4, 1, 7), width=6, padded_to=None, dtype=torch.float32):
@@ -48,7 +48,7 @@ def variant(request):
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("beta", [None, 1.3])
 def test_without_phi_the_model_equals_the_published_layer(alpha, steps, beta):
-    config = UHopMILConfig(**{**SMALL, "num_queries": 2, "use_feature_map": False}, alpha=alpha, update_steps=steps, beta=beta)
+    config = UHopMILConfig(**{**BAGS, "num_queries": 2, "use_feature_map": False}, alpha=alpha, update_steps=steps, beta=beta)
     layer = HopfieldPooling(config).double()
     layer.reset_parameters()
     for parameter in layer.parameters():
@@ -446,7 +446,7 @@ def test_metrics_are_computed_from_logits(tmp_path, fields):
 
 
 def test_pooling_accepts_integer_masks_or_no_mask():
-    layer = HopfieldPooling(UHopMILConfig(**SMALL)).eval()
+    layer = HopfieldPooling(UHopMILConfig(**BAGS)).eval()
     states, mask = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     assert torch.equal(layer(states, mask)[0], layer(states, mask.bool())[0])
     assert torch.equal(layer(states)[0], layer(states, torch.ones(2, 5, dtype=torch.bool))[0])

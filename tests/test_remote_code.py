@@ -21,18 +21,10 @@ from modeling_uhop import (
     UHopViTModel,
 )
 from tests.support.forks import run_forked
+from tests.support.models import IMAGES, SERIES
 
 
-FIELDS = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "image_size": 8,
-    "patch_size": 2,
-    "num_labels": 3,
-    "initializer_range": 0.2,
-}
+FIELDS = {**IMAGES, "patch_size": 2, "num_labels": 3}
 
 SCRIPT = """
 import sys
@@ -121,8 +113,7 @@ save_file({"retrieved": again(load_file(folder + "/probe.safetensors")["queries"
 
 @pytest.mark.process
 def test_a_forecaster_loads_with_its_windows_without_the_package(tmp_path):
-    sizes = {"num_input_channels": 3, "context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 24, "patch_length": 6}
-    model = STanHopForPrediction(STanHopConfig(**sizes, memory_type="plug", use_linear_skip=True, num_hidden_layers=2)).eval()
+    model = STanHopForPrediction(STanHopConfig(**SERIES, memory_type="plug", use_linear_skip=True, num_hidden_layers=2)).eval()
     model.store(torch.randn(5, 24, 3), torch.randn(5, 6, 3))
     model.save_pretrained(tmp_path / "model")
     past = torch.randn(2, 24, 3)

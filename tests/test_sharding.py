@@ -11,7 +11,7 @@ from modeling_uhop import SeparationCallback, StageOne, UHopViTForImageClassific
 from modeling_uhop.trainer.state import STATE_FILE
 from tests.conftest import TOLERANCE, assert_close
 from tests.sharding_worker import CASES, TRAINING
-from tests.test_callbacks import Images, _model, _trainer
+from tests.support.training import Images, image_model, image_trainer
 from tests.test_distributed import TESTS, _run
 
 
@@ -23,7 +23,7 @@ SEPARATION: dict[str, Any] = {"schedule": "step", "parameters": "feature_maps", 
 def folder(tmp_path_factory) -> Path:
     """The folder in which the two processes have written what they found."""
     folder = tmp_path_factory.mktemp("sharding")
-    _model(hidden_dropout_prob=0.0).save_pretrained(folder / "model")
+    image_model(hidden_dropout_prob=0.0).save_pretrained(folder / "model")
     try:
         _run(2, str(TESTS / "sharding_worker.py"), str(folder), json.dumps(SEPARATION))
     except pytest.fail.Exception as error:
@@ -73,7 +73,7 @@ def test_the_trainer_with_a_sharded_model_equals_one_process(folder, tmp_path):
     first, second = (torch.load(folder / f"trained_{rank}.pt", weights_only=True) for rank in range(2))
     callback = SeparationCallback(**SEPARATION)
     model = UHopViTForImageClassification.from_pretrained(folder / "model")
-    _trainer(tmp_path, callback, model=model, dataset=Images(augment=False), **TRAINING).train()
+    image_trainer(tmp_path, callback, model=model, dataset=Images(augment=False), **TRAINING).train()
     for name, weight in model.named_parameters():
         assert torch.equal(first["weights"][name], second["weights"][name]), name
         assert_close(weight, first["weights"][name], scale=20)

@@ -34,7 +34,7 @@ from modeling_uhop.training.stage_one import separation_callback, with_defaults
 from modeling_uhop.training.tasks.bags import BagClassification
 from tests.conftest import assert_close
 from tests.support.recipes import no_figures, no_reload, results_of, tiny
-from tests.test_callbacks import Images, _map_weights, _model, _train
+from tests.support.training import Images, image_model, map_weights, train
 
 
 def test_presets_are_the_papers_methods():
@@ -64,21 +64,21 @@ def test_a_loop_of_ones_own_equals_the_callback(tmp_path, preset, parameters):
     batch = {"pixel_values": dataset.images}
     separation = PRESETS[preset](steps=4, batch_size=8, parameters=parameters, lr=0.05, corruption=lambda images: 0.5 * images)
     callback = SeparationCallback(separation=separation)
-    trained = _model()
-    _train(tmp_path, callback, model=trained, dataset=dataset, learning_rate=0.0)
-    model = _model().eval()
+    trained = image_model()
+    train(tmp_path, callback, model=trained, dataset=dataset, learning_rate=0.0)
+    model = image_model().eval()
     stage = StageOne(model, separation)
     # The callback draws the examples in another order, which changes only the rounding of a mean.
     losses = [stage.step(batch).mean().item() for _ in range(4)]
     stage.finish_round()
     assert [entry["separation_loss"] for entry in callback.history] == pytest.approx(losses, abs=2e-5)
-    for ours, theirs in zip(_map_weights(model), _map_weights(trained), strict=True):
+    for ours, theirs in zip(map_weights(model), map_weights(trained), strict=True):
         assert_close(ours, theirs, scale=20)
 
 
 def test_run_repeats_its_batches_and_measures_the_end():
     torch.manual_seed(0)
-    model = _model().eval()
+    model = image_model().eval()
     batches = [{"pixel_values": Images(size=12, augment=False).images[start : start + 6]} for start in (0, 6)]
     stage = StageOne(model, Separation.uhop(), steps=5, lr=0.01)
     history = stage.run(batches)
@@ -87,13 +87,13 @@ def test_run_repeats_its_batches_and_measures_the_end():
     # The sixth batch is the second again, with the final maps, whose rows have unit norm.
     expected = [separation_loss(each.features()) for each in model.memory_sets(**batches[1])]
     assert history[-1] == pytest.approx(torch.stack(expected).mean().item(), abs=1e-6)
-    assert_close(torch.stack([weight.norm(dim=-1) for weight in _map_weights(model)]), torch.ones(2, 16))
+    assert_close(torch.stack([weight.norm(dim=-1) for weight in map_weights(model)]), torch.ones(2, 16))
     with pytest.raises(ValueError, match="batches ended after 0 of 5 steps"):
         stage.run([])
     with pytest.raises(ValueError, match="batches ended after 2 of 5 steps"):
         stage.run(iter(batches))
     # Without a further batch, the last loss is that of the last batch.
-    once = StageOne(_model().eval(), Separation.uhop(), steps=2)
+    once = StageOne(image_model().eval(), Separation.uhop(), steps=2)
     history = once.run(iter(batches))
     expected = [separation_loss(each.features()) for each in once.model.memory_sets(**batches[1])]
     assert history[-1] == pytest.approx(torch.stack(expected).mean().item(), abs=1e-6)
@@ -102,13 +102,13 @@ def test_run_repeats_its_batches_and_measures_the_end():
 def test_the_state_of_a_stage_resumes_exactly():
     batches = [{"pixel_values": images} for images in Images(size=24, augment=False).images.split(8)]
     settings: dict[str, Any] = {"parameters": "upstream", "optimizer": "adam", "lr": 1e-2, "final_temperature": 0.05, "steps": 6}
-    whole = StageOne(_model().eval(), **settings)
+    whole = StageOne(image_model().eval(), **settings)
     for batch in batches * 2:
         whole.step(batch)
-    first = StageOne(_model().eval(), **settings)
+    first = StageOne(image_model().eval(), **settings)
     for batch in batches:
         first.step(batch)
-    second_model = _model().eval()
+    second_model = image_model().eval()
     second = StageOne(second_model, **settings)
     with pytest.raises(ValueError, match="the state belongs to other weights than the loaded ones"):
         second.load_state_dict(first.state_dict())
@@ -123,9 +123,9 @@ def test_the_state_of_a_stage_resumes_exactly():
 
 @pytest.mark.parametrize("change", [{"lr": 0.5}, {"temperature": 0.1}, {"kind": "squared"}, {"project": True}])
 def test_a_state_belongs_to_its_separation(change):
-    state = StageOne(_model(), Separation.uhop()).state_dict()
+    state = StageOne(image_model(), Separation.uhop()).state_dict()
     with pytest.raises(ValueError, match=rf"was written with {next(iter(change))}=.* and cannot be resumed with"):
-        StageOne(_model(), Separation.uhop(**change)).load_state_dict(state)
+        StageOne(image_model(), Separation.uhop(**change)).load_state_dict(state)
 
 
 def test_the_temperature_stays_at_its_end():
@@ -179,12 +179,12 @@ def test_what_is_not_a_separation_is_refused(wrong):
 
 def test_batches_of_the_wrong_kind_are_refused():
     batch = {"pixel_values": Images(size=4, augment=False).images}
-    stage = StageOne(_model(), steps=1)
+    stage = StageOne(image_model(), steps=1)
     for wrong in (batch, batch["pixel_values"]):
         with pytest.raises(TypeError, match=r"a batch must be a dictionary .*`run` takes a list of batches"):
             stage.run(wrong)
     with pytest.raises(ValueError, match=r"a batch must have pixel_values, the main input of the model, got \['image'\]"):
-        StageOne(_model(), Separation.denoising()).step({"image": batch["pixel_values"]})
+        StageOne(image_model(), Separation.denoising()).step({"image": batch["pixel_values"]})
     with pytest.raises(TypeError, match="a batch of a FeatureMap must be memories, or memories and a mask, got list"):
         StageOne(FeatureMap(3)).step([torch.randn(4, 3)])
     with pytest.raises(ValueError, match="there is nothing to separate"):
@@ -207,7 +207,7 @@ def test_a_memory_separates_itself_and_does_nothing_without_steps():
 
 
 def test_layers_below_a_frozen_map_can_be_separated():
-    model = _model()
+    model = image_model()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("patch_embeddings" in name)
     stage = StageOne(model, lr=0.1)
@@ -277,9 +277,9 @@ def test_stage_one_can_draw_from_another_data_set(tmp_path, schedule, streamed):
     images = Images(size=8, augment=False).images + 3.0
     source: Any = Streamed(images) if streamed else Unlabelled(images)
     callback = SeparationCallback(schedule, 1, dataset=source, batch_size=8, lr=0.05)
-    model = _model(hidden_dropout_prob=0.0)
-    expected = StageOne(_model(hidden_dropout_prob=0.0).eval(), batch_size=8).step({"pixel_values": images}).mean()
-    _train(tmp_path, callback, model=model, dataset=Images(augment=False))
+    model = image_model(hidden_dropout_prob=0.0)
+    expected = StageOne(image_model(hidden_dropout_prob=0.0).eval(), batch_size=8).step({"pixel_values": images}).mean()
+    train(tmp_path, callback, model=model, dataset=Images(augment=False))
     assert callback.history[0]["separation_loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
@@ -289,25 +289,25 @@ def test_a_collator_of_its_own_makes_the_batches(tmp_path):
 
     images = Images(size=8, augment=False).images
     callback = SeparationCallback(steps=1, dataset=Unlabelled(images), data_collator=collate, batch_size=8)
-    expected = StageOne(_model().eval(), batch_size=8).step({"pixel_values": images * 0.5}).mean()
-    _train(tmp_path, callback)
+    expected = StageOne(image_model().eval(), batch_size=8).step({"pixel_values": images * 0.5}).mean()
+    train(tmp_path, callback)
     assert callback.history[0]["separation_loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("wrong", ["cifar10", {"pixel_values": []}, torch.zeros(3, 1, 8, 8)])
 def test_what_is_not_a_data_set_is_refused(tmp_path, wrong):
     with pytest.raises(TypeError, match="dataset must be a data set of examples, map-style or a stream, got"):
-        _train(tmp_path, SeparationCallback(dataset=wrong))
+        train(tmp_path, SeparationCallback(dataset=wrong))
 
 
 def test_a_generator_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the separation data set is a stream that can be read only once"):
-        _train(tmp_path, SeparationCallback(dataset=(example for example in [{"pixel_values": torch.zeros(1, 8, 8)}])))
+        train(tmp_path, SeparationCallback(dataset=(example for example in [{"pixel_values": torch.zeros(1, 8, 8)}])))
 
 
 def test_an_empty_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the separation data set is empty"):
-        _train(tmp_path, SeparationCallback(dataset=Unlabelled(torch.zeros(0, 1, 8, 8))))
+        train(tmp_path, SeparationCallback(dataset=Unlabelled(torch.zeros(0, 1, 8, 8))))
 
 
 def test_a_recipe_names_a_preset_and_a_data_set():
