@@ -356,7 +356,7 @@ def test_only_feature_maps_that_are_separated_get_unit_rows(tmp_path, option):
     for weight in maps.values():
         weight.data.mul_(3.0)
     before = {name: weight.detach().clone() for name, weight in maps.items()}
-    separation = SeparationCallback(parameters="feature_maps", batch_size=4, **{option: True})
+    separation = SeparationCallback(steps=5, parameters="feature_maps", batch_size=4, **{option: True})
     _trainer(tmp_path, model, separation, max_steps=1, learning_rate=0.0).train()
     alone = [name for name in maps if re.fullmatch(r"decoder\.layers\.\d\.block\.time\..*", name)]
     separated = set(maps) - set(alone)
@@ -371,7 +371,7 @@ def test_only_feature_maps_that_are_separated_get_unit_rows(tmp_path, option):
 def test_stage_one_of_a_single_series(tmp_path):
     model = _model(num_input_channels=1)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "feature_map" in name}
-    separation = SeparationCallback("train_begin", kind="average", parameters="feature_maps", batch_size=4)
+    separation = SeparationCallback("train_begin", 5, kind="average", parameters="feature_maps", batch_size=4)
     trainer = _trainer(tmp_path, model, separation, max_steps=1, learning_rate=0.0)
     trainer.train_dataset = [{name: values[:, :1] for name, values in example.items()} for example in trainer.train_dataset]
     trainer.train()
@@ -478,9 +478,9 @@ def test_a_model_overfits():
     torch.manual_seed(0)
     model = _model(attention_dropout=0.0, ff_dropout=0.0).train()
     past, future = _windows(4), _windows(4, 10)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(150):
+    for _ in range(60):
         loss = model(past, future_values=future).loss
         optimizer.zero_grad()
         loss.backward()
