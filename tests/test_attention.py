@@ -224,6 +224,7 @@ def test_a_forecaster_uses_the_kernel():
     assert STanHopForPrediction(STanHopConfig(**SERIES, alpha=1.0, learnable_alpha=False)).config._attn_implementation == "hopfield"
 
 
+@pytest.mark.trains
 def test_the_kernel_compiles_without_a_graph_break():
     model = UHopViTForImageClassification(UHopViTConfig(**SMALL, alpha=1.5)).eval()
     images = torch.randn(2, 3, 8, 8)

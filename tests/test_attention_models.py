@@ -525,6 +525,7 @@ def test_weights_are_returned_on_request():
     assert (output.attentions[1] == 0).float().mean() > 0.5
 
 
+@pytest.mark.trains
 def test_a_model_compiles():
     model = use_hopfield_attention(_model("Qwen3Model", {**DECODERS[2][1], "num_hidden_layers": 1}), 1.5)
     ids = _ids()

@@ -33,6 +33,9 @@ from tests.conftest import assert_close
 from tests.support.training import Images, image_model, image_trainer, map_weights, train
 
 
+pytestmark = pytest.mark.trains
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         images = Images(augment=False)

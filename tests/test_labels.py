@@ -152,6 +152,7 @@ def test_an_undeclared_problem_type_gives_one_warning(family, caplog, num_labels
     assert [record.message for record in caplog.records if f"problem_type='{problem}'" in record.message] == [caplog.records[0].message]
 
 
+@pytest.mark.trains
 def test_a_loss_compiles_in_one_graph(family):
     for num_labels, labels in ((3, CLASSES), (3, CLASSES.float()), (3, SEVERAL), (1, NUMBERS)):
         model, inputs = family(num_labels=num_labels)

@@ -474,6 +474,7 @@ def test_bad_memories_are_refused():
     assert (model.model.memory.futures == 0).nonzero().tolist() == [[1, 0, 2]]
 
 
+@pytest.mark.trains
 def test_a_model_overfits():
     torch.manual_seed(0)
     model = _model(attention_dropout=0.0, ff_dropout=0.0).train()

@@ -255,6 +255,7 @@ def test_ranks_are_taken_within_each_condition():
     assert next(iter(ranks)) == ("no Phi", 1.0, 30.0)
 
 
+@pytest.mark.trains
 def test_pictures_show_what_the_experiment_measures(patterns, tmp_path):
     recipe = RetrievalRecipe("memory_size", load(DIGITS).data, [20, 40], ["no Phi", "denoising"], steps=20, repeats=1)
     config = UHopMemoryConfig()

@@ -205,6 +205,7 @@ def test_alpha_must_be_one_value_a_row():
         simplex_map(torch.randn(2, 3), torch.full((2, 3), 1.5))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("alpha", [1.0, 1.5, 1.3])
 def test_it_compiles_without_a_graph_break(alpha):
     compiled = torch.compile(lambda z: simplex_map(z, alpha), fullgraph=True, backend="aot_eager")
