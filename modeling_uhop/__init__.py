@@ -14,6 +14,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .attach.adapter_config import UHopAdapterConfig
     from .attention_interface import hopfield_attention, plain_hopfield_attention
     from .attention_models import use_hopfield_attention
     from .bag_collator import DataCollatorForBags
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 # The file of each public name. As in transformers, a file is loaded when one of its names is first used.
 _FILES = {
+    "attach.adapter_config": ["UHopAdapterConfig"],
     "attention_interface": ["hopfield_attention", "plain_hopfield_attention"],
     "attention_models": ["use_hopfield_attention"],
     "bag_collator": ["DataCollatorForBags"],
