@@ -79,9 +79,14 @@ def sampler(
 
 
 def accepted_names(model: Any, label_names: list[str]) -> set[str]:
-    """Return the columns that the Trainer gives to a model: those that its `forward` names."""
+    """Return the columns that the Trainer gives to a model: those that its `forward` names.
+
+    For a model without memories of its own, `special_tokens_mask` is kept too, as `memory_sets_of`
+    uses it.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {*inspect.signature(base.forward).parameters, *label_names, "label", "label_ids"}
+    more = () if hasattr(model, "memory_sets") else ("special_tokens_mask",)
+    return {*inspect.signature(base.forward).parameters, *label_names, *more, "label", "label_ids"}
 
 
 def is_stream(dataset: Any) -> bool:
