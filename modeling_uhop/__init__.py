@@ -14,7 +14,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
-    from .attach.adapter_config import UHopAdapterConfig
+    from .attach.adapter_config import UHopAdapterConfig as UHopAdapterConfig
     from .attention_interface import hopfield_attention, plain_hopfield_attention
     from .attention_models import use_hopfield_attention
     from .bag_collator import DataCollatorForBags
@@ -72,6 +72,7 @@ _FILES = {
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 
+# Because `from modeling_uhop import *` must work without PEFT, `UHopAdapterConfig` is not in this list.
 __all__ = [
     "DataCollatorForBags",
     "FeatureMap",

@@ -263,7 +263,8 @@ class StageOne:
             raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         scales_rows = self.separation.project or self.separation.normalize_rows
         self.maps = _feature_maps(model, needed=self.separation.parameters == "feature_maps" or scales_rows)
-        if scales_rows and any(hasattr(phi, "base_layer") or "weight" not in dict(phi.named_parameters(recurse=False)) for phi in self.maps):
+        has_rows = all("weight" in dict(phi.named_parameters(recurse=False)) for phi in self.maps)
+        if scales_rows and not has_rows:
             raise ValueError(
                 "project and normalize_rows scale the rows of W, but an adapter or a map of low rank is trained instead of W; "
                 "turn them off, or train W itself (modules_to_save=['feature_map'], or UHopAdapterConfig without a rank)"

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from ..attention_interface import KERNELS
 from ..attention_models import use_hopfield_attention
 
 
@@ -19,7 +20,7 @@ class AttentionSwitch:
         self._configs: list[Any] = list(configs.values())
         names = ("_attn_implementation", "hopfield_alpha", "hopfield_learnable_alpha")
         self._before = [{name: getattr(config, name) for name in names if hasattr(config, name)} for config in self._configs]
-        self._had = {id(part) for part in model.modules() if "hopfield_config" in vars(part)}
+        self._had = {name for name, part in model.named_modules() if "hopfield_config" in vars(part)}
         self._alpha: float | None = None
 
     def set(self, model: nn.Module, alpha: float | None) -> None:
@@ -34,7 +35,8 @@ class AttentionSwitch:
         if alpha is not None:
             if any(before.get("hopfield_learnable_alpha") for before in self._before):
                 raise ValueError("the model learns its own alpha; give the adapter alpha=None")
-            use_hopfield_attention(model, alpha)
+            given = self._before[0].get("_attn_implementation") if self._before else None
+            use_hopfield_attention(model, alpha, kernel=given if given in KERNELS else "hopfield")
         else:
             for config, before in zip(self._configs, self._before, strict=True):
                 for name in ("hopfield_alpha", "hopfield_learnable_alpha"):
@@ -44,9 +46,7 @@ class AttentionSwitch:
                         delattr(config, name)
                 if "_attn_implementation" in before:
                     config._attn_implementation = before["_attn_implementation"]
-            for part in model.modules():
-                if "hopfield_config" in vars(part) and id(part) not in self._had:
+            for name, part in model.named_modules():
+                if "hopfield_config" in vars(part) and name not in self._had:
                     del part.hopfield_config
         self._alpha = alpha
-
-

@@ -24,24 +24,31 @@ SEPARATE = (
     ("query_proj", "key_proj"),
     ("linear_q", "linear_k"),
 )
-# One projection for queries, keys and values.
+# One projection for queries, keys and values. Because its name does not tell how its outputs are
+# ordered, the classes of transformers are listed: "blocks" has all queries, all keys and all values,
+# of one width each; "grouped" the same, with fewer keys and values; "heads" has the query, the key
+# and the value of each head after one another.
 FUSED = ("qkv", "qkv_proj", "Wqkv", "c_attn", "query_key_value")
-# How the rows of a fused projection are ordered. "blocks": all queries, all keys, all values.
-# "heads": for each head its query, its key and its value. Because the names do not tell, the classes
-# are listed; tests/attach compares the values that each class computes.
+# fmt: off
 LAYOUTS = {
-    "blocks": (
-        "BlipAttention",
-        "Blip2Attention",
-        "Florence2VisionWindowAttention",
-        "GPT2Attention",
-        "ModernBertAttention",
-        "Phi3Attention",
-        "Qwen2VLVisionAttention",
-        "VisionAttention",
-    ),
-    "heads": ("BloomAttention", "GPTNeoXAttention", "PersimmonAttention"),
+    "blocks": [
+        "BlipAttention", "Blip2Attention", "CohereCompassVisionAttention", "DecisionTransformerGPT2Attention",
+        "DeepseekOcr2SamVisionAttention", "Dots3NoteVisionAttention", "Ernie4_5_VLMoeVisionAttention",
+        "Florence2VisionWindowAttention", "Glm4vVisionAttention", "Glm4vMoeVisionAttention", "Glm5NextVisionAttention",
+        "GlmImageVisionAttention", "GlmOcrVisionAttention", "GotOcr2VisionAttention", "GPT2Attention", "HieraMaskUnitAttention",
+        "ImageGPTAttention", "InstructBlipAttention", "InstructBlipVideoAttention", "MgpstrAttention", "ModernBertAttention",
+        "MptAttention", "PPFormulaNetVisionAttention", "PPOCRV5MobileRecAttention", "PPOCRV5ServerRecAttention",
+        "PPOCRV6SmallRecAttention", "Qwen2_5_VLVisionAttention", "Qwen3_5VisionAttention", "Qwen3_5MoeVisionAttention",
+        "Qwen3OmniMoeVisionAttention", "Qwen3VLVisionAttention", "Qwen3VLMoeVisionAttention", "Qwen4ExpVisionAttention",
+        "Sam2MultiScaleAttention", "SamHQVisionAttention", "SamVisionAttention", "SegGptAttention", "SLANeXtVisionAttention",
+        "TimesformerSelfAttention", "UnlimitedOcrSamVisionAttention", "VisionAttention", "VitDetAttention",
+    ],
+    "grouped": ["Phi3Attention", "Phi4MultimodalAttention"],
+    "heads": ["BloomAttention", "GPTNeoXAttention", "GPTNeoXJapaneseAttention", "PersimmonAttention"],
 }
+# fmt: on
+# Cross-attention of GPT-2: a projection of queries, and one of keys and values.
+KEYS_AND_VALUES = ("q_attn", "c_attn")
 
 
 @dataclass
@@ -53,7 +60,8 @@ class Projections:
         attention: The attention module.
         query, key: Names of its attributes; the same name if one projection serves both.
         width: Width of what both read.
-        layout: Order of the rows of a fused projection; `None` for separate ones.
+        layout: Order of the outputs of the key projection, one of `LAYOUTS`, or "keys" for all keys
+            and all values; `None` if all of them are keys.
     """
 
     name: str
@@ -80,24 +88,29 @@ class Projections:
         return None if found is None else int(found[1])
 
     def value_rows(self) -> torch.Tensor | None:
-        """Which outputs of a fused projection are values, boolean (out,); `None` without any."""
+        """Which outputs of the key projection are values, boolean (out,); `None` if none are.
+
+        Raises:
+            ValueError: If they cannot be divided as the layout says.
+        """
         if self.layout is None:
             return None
-        outputs, kind = out_features(getattr(self.attention, self.query)), type(self.attention).__name__
-        rows = torch.zeros(outputs, dtype=torch.bool)
+        outputs = out_features(getattr(self.attention, self.key))
+        heads, shared = self._heads("num_heads", "num_attention_heads"), self._heads("num_key_value_heads")
+        parts, whole = {"keys": (1, 2), "blocks": (1, 3), "grouped": (shared, heads + 2 * shared), "heads": (1, 3 * heads)}[self.layout]
+        if whole == 0 or outputs * parts % whole:
+            raise ValueError(f"{self.name} ({type(self.attention).__name__}) has {outputs} outputs, which do not fit its {heads} heads")
+        rows, count = torch.zeros(outputs, dtype=torch.bool), outputs * parts // whole
         if self.layout == "heads":
-            heads = getattr(self.attention, "num_heads", None) or self.attention.config.num_attention_heads
-            rows.view(heads, 3, -1)[:, 2] = True
-            return rows
-        config = getattr(self.attention, "config", None)
-        shared, heads = getattr(config, "num_key_value_heads", None), getattr(config, "num_attention_heads", None)
-        count, remainder = divmod(outputs, 3)
-        if shared and heads and kind == "Phi3Attention":
-            count, remainder = divmod(outputs * shared, heads + 2 * shared)
-        if remainder:
-            raise ValueError(f"{self.name} ({kind}) has {outputs} outputs, which are not queries, keys and values of one width")
-        rows[outputs - count :] = True
+            rows.view(heads, 3, count)[:, 2] = True
+        else:
+            rows[outputs - count :] = True
         return rows
+
+    def _heads(self, *names: str) -> int:
+        """A number of heads, which classes of transformers keep under different names; 0 if unknown."""
+        owners = (self.attention, getattr(self.attention, "config", None))
+        return next((count for owner in owners for name in names if isinstance(count := getattr(owner, name, None), int)), 0)
 
 
 def in_features(projection: Any) -> int | None:
@@ -119,11 +132,13 @@ def find_projections(model: nn.Module, config: Any) -> list[Projections]:
     """Return the query and key projections that a configuration selects.
 
     Raises:
-        ValueError: If there are none; if an attention module has unknown projections, a fused
+        ValueError: If there are none; if the model is one of this package; if an attention module has unknown projections, a fused
             projection whose rows are in an unknown order, or a query and a key projection that read
             different widths. A pooling head causes only a warning. A module that `layers` or
             `target_modules` leaves out is not looked at.
     """
+    if any(hasattr(part, "memory_sets") for part in model.modules()):
+        raise ValueError(f"{type(model).__name__} has feature maps of its own: set use_feature_map and alpha in its configuration")
     pairs = (*map(tuple, config.projections or ()), *SEPARATE)
     inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     found: list[Projections] = []
@@ -164,11 +179,14 @@ def _projections_of(name: str, module: nn.Module, pairs: tuple) -> Projections |
             width = in_features(children[query])
             if width is not None and in_features(children[key]) is not None:
                 return Projections(name, module, query, key, width)
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    layout = next((layout for layout, listed in LAYOUTS.items() if kinds & set(listed)), "unknown")
+    if children.keys() >= set(KEYS_AND_VALUES):
+        width = in_features(children["q_attn"])
+        return None if width is None else Projections(name, module, *KEYS_AND_VALUES, width, "keys" if layout == "blocks" else "unknown")
     for fused in FUSED:
         width = in_features(children[fused]) if fused in children else None
         if width is not None:
-            names = {kind.__name__ for kind in type(module).__mro__}
-            layout = next((layout for layout, kinds in LAYOUTS.items() if names & set(kinds)), "unknown")
             return Projections(name, module, fused, fused, width, layout)
     return None
 
@@ -189,9 +207,9 @@ def _selected(projections: Projections, config: Any) -> bool:
 def _check(projections: Projections) -> None:
     """Raise a `ValueError` for projections that cannot share one Phi."""
     what = f"{projections.name} ({type(projections.attention).__name__})"
-    if projections.layout == "unknown" or (projections.layout is not None and hasattr(projections.attention, "q_attn")):
+    if projections.layout == "unknown":
         raise ValueError(
-            f"{what} computes queries, keys and values by one projection, {projections.query}, whose order is not known; "
+            f"{what} computes keys and values by one projection, {projections.key}, and the order of its outputs is not known; "
             "select other layers with target_modules"
         )
     width = in_features(getattr(projections.attention, projections.key))

@@ -5,6 +5,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from .adapter_config import UHopAdapterConfig
 from .alpha import AttentionSwitch
 from .layer import UHopKeyProjection, UHopProjection
 from .projections import Projections, find_projections
@@ -22,18 +23,14 @@ class UHopModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     _found: dict[str, Projections]
+    _enabled = True
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the model; nothing has changed if this raises an error."""
-        config = self.peft_config[adapter_name]
-        try:
-            if not hasattr(self, "_switch"):
-                self._switch = AttentionSwitch(model)
-            self._found = {each.query_name: each for each in find_projections(model, config)}
-            self._switch.set(model, self._alpha([adapter_name]))
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
+        if not hasattr(self, "_switch"):
+            self._switch = AttentionSwitch(model)
+        self._found = {each.query_name: each for each in find_projections(model, self.peft_config[adapter_name])}
+        self._switch.set(model, self._alpha([adapter_name]))
         # Because the file of an adapter has no entry for a key projection, which shares its Phi, the
         # layers are found by the configuration and not by the state dict.
         super().inject_adapter(model, adapter_name, *args, **{**kwargs, "state_dict": None})
@@ -59,12 +56,13 @@ class UHopModel(BaseTuner):
         found = self._found[current_key]
         query = target
         if not isinstance(target, UHopProjection):
-            kind = UHopKeyProjection if found.query == found.key else UHopProjection
-            query = kind(target, value_rows=found.value_rows())
+            values = found.value_rows()
+            if found.query == found.key:
+                query = UHopKeyProjection(target, value_rows=values)
+            else:
+                query, key = UHopProjection(target), getattr(parent, found.key)
+                self._replace_module(parent, found.key, UHopKeyProjection(key, query=query, value_rows=values), key)
             self._replace_module(parent, target_name, query, target)
-            if found.query != found.key:
-                key = getattr(parent, found.key)
-                self._replace_module(parent, found.key, UHopKeyProjection(key, query=query), key)
         if peft_config.feature_map:
             query.add_map(adapter_name, found.width, peft_config)
             if adapter_name not in self.active_adapters:
@@ -76,24 +74,26 @@ class UHopModel(BaseTuner):
         Raises:
             ValueError: If they differ.
         """
-        alphas = {name: config.alpha for name in adapter_names if (config := self.peft_config.get(name)) is not None}
+        configs = {name: self.peft_config.get(name) for name in adapter_names}
+        alphas = {name: config.alpha for name, config in configs.items() if isinstance(config, UHopAdapterConfig)}
         given = {alpha for alpha in alphas.values() if alpha is not None}
         if len(given) > 1:
             raise ValueError(f"adapters that are active together must have one alpha, got {alphas}")
         return next(iter(given), None)
 
-    def _set_alpha(self, enabled: bool = True) -> None:
-        self._switch.set(self.model, self._alpha(self.active_adapters) if enabled else None)
+    def _set_alpha(self) -> None:
+        self._switch.set(self.model, self._alpha(self.active_adapters) if self._enabled else None)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         super()._enable_adapter_layers(enabled)
-        self._set_alpha(enabled)
+        self._enabled = enabled
+        self._set_alpha()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active, or several, whose feature maps act one after the other."""
-        alpha = self._alpha([adapter_name] if isinstance(adapter_name, str) else list(adapter_name))
+        self._alpha([adapter_name] if isinstance(adapter_name, str) else list(adapter_name))
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._switch.set(self.model, alpha)
+        self._set_alpha()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter."""
