@@ -144,7 +144,12 @@ def test_values_of_bloom_are_computed_without_phi(monkeypatch):
     model, inputs = attached(case), case[2]()
     attention = model.get_submodule("base_model.model.transformer.h.0.self_attention")
     original, seen = attention._reshape, []
-    monkeypatch.setattr(attention, "_reshape", lambda fused: seen.append(original(fused)) or seen[-1])
+
+    def record(fused):
+        seen.append(original(fused))
+        return seen[-1]
+
+    monkeypatch.setattr(attention, "_reshape", record)
     with torch.no_grad():
         model(**inputs)
         _randomize(model)

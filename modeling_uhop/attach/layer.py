@@ -23,6 +23,10 @@ class UHopProjection(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("uhop_phi",)
 
+    base_layer: Any
+    uhop_phi: nn.ModuleDict
+    value_rows: torch.Tensor | None
+
     def __init__(self, base_layer: nn.Module, query: "UHopProjection | None" = None, value_rows: torch.Tensor | None = None):
         super().__init__()
         self.base_layer = base_layer
@@ -106,8 +110,9 @@ class UHopProjection(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restore the weight from before the merge, bit for bit, from a copy that the merge has kept."""
+        base: Any = self.get_base_layer()
         if self._unmerged is not None:
-            self.get_base_layer().weight.copy_(self._unmerged)
+            base.weight.copy_(self._unmerged)
         self._unmerged, self.merged_adapters = None, []
         if self._merged_inner:
             self.base_layer.unmerge()
@@ -126,7 +131,7 @@ class UHopKeyProjection(UHopProjection):
         memories = x.unsqueeze(0) if x.dim() == 2 else x.flatten(1, -2)
         if not maps:
             return MemorySet(None, memories)
-        phi = maps[0] if len(maps) == 1 else nn.Sequential(*maps)
+        phi: Any = maps[0] if len(maps) == 1 else nn.Sequential(*maps)
         return MemorySet(phi, memories.to(_dtype(maps[0])))
 
 

@@ -28,7 +28,7 @@ class LowRankFeatureMap(FeatureMap):
         init.zeros_(self.up)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The matrix I + B A, of shape (d, d)."""
         return torch.eye(self.up.shape[0], device=self.up.device, dtype=self.up.dtype) + self.up @ self.down
 

@@ -124,7 +124,7 @@ def in_features(projection: Any) -> int | None:
 
 def out_features(projection: Any) -> int:
     """Return the width that a projection writes."""
-    base = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
+    base: Any = projection.get_base_layer() if isinstance(projection, BaseTunerLayer) else projection
     return base.nf if isinstance(base, Conv1D) else base.out_features
 
 
@@ -146,26 +146,27 @@ def find_projections(model: nn.Module, config: Any) -> list[Projections]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) or name.startswith(tuple(inside)):
             continue
+        kind: Any = type(module)
         one = _projections_of(name, module, pairs)
         if one is not None:
             found.append(one)
-        elif isinstance(module, nn.MultiheadAttention) or attention_source(type(module)) is not None:
+        elif isinstance(module, nn.MultiheadAttention) or attention_source(kind) is not None:
             parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
-            if "Pool" in type(module).__name__ + parent:
-                logger.warning(f"{name} ({type(module).__name__}) pools without Phi: its query and key projections are not known")
+            if "Pool" in kind.__name__ + parent:
+                logger.warning(f"{name} ({kind.__name__}) pools without Phi: its query and key projections are not known")
             elif _selected(Projections(name, module, "", "", 0), config):
-                unknown.append(f"{name} ({type(module).__name__})")
-    kind = type(model).__name__
+                unknown.append(f"{name} ({kind.__name__})")
+    whole = type(model).__name__
     chosen = [each for each in found if _selected(each, config)]
     if unknown:
         raise ValueError(
-            f"{kind} has attention whose query and key projections are not known: {', '.join(unknown[:3])}"
+            f"{whole} has attention whose query and key projections are not known: {', '.join(unknown[:3])}"
             f"{f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''}; "
             'name them, for example projections=[["to_q", "to_k"]], or select others with target_modules'
         )
     if not chosen:
         selection = "" if config.layers is None and config.target_modules is None else " among the selected layers"
-        raise ValueError(f"{kind} has no attention with query and key projections{selection}")
+        raise ValueError(f"{whole} has no attention with query and key projections{selection}")
     for each in chosen:
         _check(each)
     return chosen

@@ -1,5 +1,7 @@
 """Make UHopAdapterConfig known to PEFT."""
 
+from typing import Any
+
 from peft import mapping
 
 from .adapter_config import AdapterType, UHopAdapterConfig
@@ -14,6 +16,7 @@ def register() -> None:
     are compared as strings, so a member of an enum of our own is found by PEFT under its name, also
     after it has been read from a file.
     """
-    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[AdapterType.MODELING_UHOP] = UHopAdapterConfig
-    mapping.PEFT_TYPE_TO_TUNER_MAPPING[AdapterType.MODELING_UHOP] = UHopModel
-    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[AdapterType.MODELING_UHOP] = UHopModel.prefix
+    name: Any = AdapterType.MODELING_UHOP
+    mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name] = UHopAdapterConfig
+    mapping.PEFT_TYPE_TO_TUNER_MAPPING[name] = UHopModel
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING[name] = UHopModel.prefix
