@@ -1,6 +1,7 @@
 """The adapter of PEFT that adds Phi: configuration, saving, several adapters, merging, and the separation step."""
 
 import copy
+import doctest
 import importlib
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import assert_close
+from conftest import CHECKPOINTING, assert_close
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainingArguments, ViTConfig, ViTModel
 
@@ -224,6 +225,11 @@ def test_a_fused_projection_of_an_unknown_class_is_refused():
 # Configuration
 
 
+def test_the_example_of_the_configuration_runs():
+    outcome = doctest.testmod(importlib.import_module("modeling_uhop.attach.adapter_config"))
+    assert (outcome.failed, outcome.attempted) == (0, 7)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
@@ -257,6 +263,29 @@ def test_models_that_cannot_be_adapted_are_refused(build, fields, message):
     with pytest.raises(ValueError, match=message):
         _attach(model, **fields)
     assert [name for name, _ in model.named_modules()] == before
+
+
+def test_a_model_compiles_in_one_graph():
+    model, inputs = _attach(_bert(num_hidden_layers=1), alpha=1.5), _ids()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_close(_states(compiled, inputs), _states(model, inputs), scale=20)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    inputs = _ids()
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(1)
+        model = _attach(_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+        if checkpointed:
+            getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model(**inputs)[0].square().mean().backward()
+        gradients.append([phi.weight.grad for phi in _maps(model)])
+        assert len(memory_sets_of(model, inputs)) == 3
+    for one, other in zip(*gradients, strict=True):
+        assert_close(one, other)
 
 
 # Saving and loading
