@@ -42,7 +42,7 @@ def _randomize(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("case", CASES, **_ids(CASES))
 def test_the_table_of_the_guide_says_what_is_adapted(case):
-    assert row(case) == ROWS[case[0]]
+    assert row(case) == ROWS.get(case[0]), "python tests/attach_table.py writes the table"
 
 
 def test_the_table_has_many_models():
