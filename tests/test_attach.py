@@ -239,6 +239,8 @@ def test_the_example_of_the_configuration_runs():
         ({"rank": 0}, ValueError, "rank must be an integer of at least 1 or None, got 0"),
         ({"rank": 2, "init": "normal"}, ValueError, r"init must be one of \('identity',\) with a rank, got 'normal'"),
         ({"init": "ones"}, ValueError, "init must be one of .*, got 'ones'"),
+        ({"layers": ["0"]}, ValueError, r"layers must be integers of at least 0, or None, got \['0'\]"),
+        ({"layers": [-1]}, ValueError, "layers must be integers of at least 0"),
         ({"projections": ["to_q", "to_k"]}, TypeError, "projections must be a list of pairs"),
     ],
 )
@@ -632,6 +634,25 @@ def test_the_callback_separates_inside_the_trainer(tmp_path):
     assert not torch.allclose(runs["plain"], runs["separated"], atol=1e-4)
     first = trainer.state.log_history[0]
     assert first["separation_loss"] < first["separation_loss_before"]
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_special_tokens_of_a_data_set_of_stage_one_are_left_out(tmp_path):
+    rows = torch.randint(3, 60, (8, 9))
+    special = torch.zeros(9, dtype=torch.long)
+    special[:4] = 1
+    losses = []
+    for more in ({}, {"special_tokens_mask": special}):
+        callback = SeparationCallback(parameters="feature_maps", steps=1, dataset=[{"input_ids": row, **more} for row in rows])
+        model = _trained(tmp_path, [callback]).model
+        losses.append(callback.history[0]["separation_loss"])
+    batch = {"input_ids": rows}
+    untrained = StageOne(_attach(_bert(BertForSequenceClassification), move=False), parameters="feature_maps")
+    assert_close(torch.tensor(losses[0]), untrained.losses(batch, None, 0).mean(), scale=10)
+    batch["special_tokens_mask"] = special.expand(8, 9)
+    assert_close(torch.tensor(losses[1]), untrained.losses(batch, None, 0).mean(), scale=10)
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert len(_maps(model)) == 3
 
 
 # The same as a model of this package

@@ -94,4 +94,7 @@ class UHopAdapterConfig(PeftConfig):
             self.projections = pairs
         if isinstance(self.target_modules, set | tuple):
             self.target_modules = sorted(self.target_modules)
-        self.layers = None if self.layers is None else sorted(self.layers)
+        if self.layers is not None:
+            if not all(isinstance(layer, Integral) and not isinstance(layer, bool) and layer >= 0 for layer in self.layers):
+                raise ValueError(f"layers must be integers of at least 0, or None, got {self.layers!r}")
+            self.layers = sorted(self.layers)
