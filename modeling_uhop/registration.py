@@ -8,6 +8,7 @@ when a program first imports the part of transformers or PEFT that it is added t
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -57,7 +58,10 @@ def _attention(_: Any) -> None:
 
 
 def _adapter(_: Any) -> None:
-    import_module(".attach.registry", __package__).register()
+    # Because an old PEFT must not break an import of transformers, the error is left to those who
+    # import UHopAdapterConfig.
+    with suppress(ImportError):
+        import_module(".attach.registry", __package__).register()
 
 
 # What is registered after transformers has loaded a module. An entry is removed when it is done.

@@ -3,6 +3,7 @@
 import copy
 import doctest
 import importlib
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from modeling_uhop import (  # noqa: E402
     UHopViTConfig,
     UHopViTForImageClassification,
     UHopViTModel,
+    registration,
     separation_loss,
     use_hopfield_attention,
 )
@@ -345,11 +347,18 @@ def test_peft_knows_the_method_once_the_package_is_imported(tmp_path, monkeypatc
         PeftModel.from_pretrained(_bert(), tmp_path)
 
 
-def test_without_peft_an_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    monkeypatch.delitem(sys.modules, "modeling_uhop.attach")
-    with pytest.raises(ImportError, match=r"modeling_uhop\.attach needs PEFT: pip install peft"):
+@pytest.mark.parametrize("installed", [None, "0.20.1"])
+def test_without_a_recent_peft_an_error_says_what_to_install(monkeypatch, installed):
+    if installed is None:
+        monkeypatch.setitem(sys.modules, "peft", None)
+    else:
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
+    for name in ("modeling_uhop.attach", "modeling_uhop.attach.registry"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=r"modeling_uhop\.attach needs PEFT 0\.21 or later: pip install 'peft>=0\.21'"):
         importlib.import_module("modeling_uhop.attach")
+    # Nothing is registered then, and no import fails.
+    registration._adapter(None)
     assert "UHopAdapterConfig" not in modeling_uhop.__all__
 
 
