@@ -14,6 +14,7 @@ from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .attach.adapter_config import UHopAdapterConfig as UHopAdapterConfig
     from .attention_interface import hopfield_attention, plain_hopfield_attention
     from .attention_models import use_hopfield_attention
     from .bag_collator import DataCollatorForBags
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 # The file of each public name. As in transformers, a file is loaded when one of its names is first used.
 _FILES = {
+    "attach.adapter_config": ["UHopAdapterConfig"],
     "attention_interface": ["hopfield_attention", "plain_hopfield_attention"],
     "attention_models": ["use_hopfield_attention"],
     "bag_collator": ["DataCollatorForBags"],
@@ -70,6 +72,7 @@ _FILES = {
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 
+# Because `from modeling_uhop import *` must work without PEFT, `UHopAdapterConfig` is not in this list.
 __all__ = [
     "DataCollatorForBags",
     "FeatureMap",

@@ -169,7 +169,7 @@ def _attention_layers(model: nn.Module) -> list[Any]:
         kind: Any = type(module)
         if _calls_the_interface(module):
             layers.append(module)
-        elif isinstance(module, nn.MultiheadAttention) or _attention_source(kind) == "own":
+        elif isinstance(module, nn.MultiheadAttention) or attention_source(kind) == "own":
             parent = type(model.get_submodule(name.rpartition(".")[0])).__name__
             (pooling if "Pool" in kind.__name__ + parent else own).append(f"{name} ({kind.__name__})")
     if own:
@@ -188,7 +188,7 @@ def _calls_the_interface(module: Any) -> bool:
     """Return whether a module asks its configuration which attention to use."""
     is_layer = isinstance(getattr(module, "config", None), PreTrainedConfig) and not isinstance(module, PreTrainedModel)
     kind: Any = type(module)
-    return is_layer and _attention_source(kind) == "interface"
+    return is_layer and attention_source(kind) == "interface"
 
 
 # Because attention outside the interface is found by its source, these are the calls that reveal
@@ -198,7 +198,7 @@ _SOFTMAX_CALLS = re.compile(r"softmax\(", re.IGNORECASE)
 
 
 @functools.cache
-def _attention_source(kind: type[nn.Module]) -> str | None:
+def attention_source(kind: type[nn.Module]) -> str | None:
     """Return where a class of modules computes attention, according to its source code.
 
     The result is "interface" (transformers' attention interface), "own" (its own code), or `None`

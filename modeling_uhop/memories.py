@@ -1,6 +1,7 @@
 """The memories from which the Hopfield layers of a model retrieve, observed in a forward pass."""
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -59,6 +60,116 @@ def present_memories(attention_mask: torch.Tensor | None, memories: torch.Tensor
     if attention_mask.dim() > 2:
         attention_mask = attention_mask.flatten(1, -2).any(1)
     return attention_mask.bool().expand(memories.shape[:2])
+
+
+def has_memories(model: Any) -> bool:
+    """Return whether a model has memories to separate: its own, or those of layers that can be observed."""
+    return hasattr(model, "memory_sets") or (
+        isinstance(model, nn.Module) and any(hasattr(module, "memory_set") for module in model.modules())
+    )
+
+
+def memory_sets_of(
+    model: Any, batch: Mapping[str, Any], *, include_class_token: bool = False, special_token_ids: Collection[int] = ()
+) -> list[MemorySet]:
+    """Return what each Hopfield layer of a model retrieves from.
+
+    A model that has `memory_sets` answers itself. In another one, such as a model of transformers
+    with an adapter of `UHopAdapterConfig`, the layers are observed, and a mask says which memories
+    count. It is applied where its length is that of the memories:
+
+    - `attention_mask` (B, M) of the batch, or `decoder_attention_mask` for the self-attention of a
+        decoder;
+    - unless `include_class_token`: `special_tokens_mask` (B, M) of the batch, True at a special
+        token, and `special_token_ids`;
+    - unless `include_class_token`: of `pixel_values`, the tokens that come before the patches.
+
+    Args:
+        model: The model.
+        batch: Inputs of the model. `special_tokens_mask` is not passed on.
+        include_class_token: Whether special tokens are memories.
+        special_token_ids: Ids of `input_ids`, and of `decoder_input_ids`, that are special tokens.
+
+    Raises:
+        ValueError: If no layer can be observed.
+    """
+    if hasattr(model, "memory_sets"):
+        return list(model.memory_sets(**batch, **({"include_class_token": True} if include_class_token else {})))
+    inputs = {name: value for name, value in batch.items() if name != "special_tokens_mask"}
+    observed = observe(model, lambda: model(**inputs))
+    if not observed:
+        raise ValueError(f"{type(model).__name__} has no Hopfield layer whose memories can be observed")
+    is_pair = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return [
+        each._replace(
+            mask=_count_of(
+                each.memories,
+                batch,
+                "decoder_" if is_pair and _reads_the_decoder(name) else "",
+                special=None if include_class_token else special_token_ids,
+                patch=getattr(_configuration_of(model, name), "patch_size", None),
+            )
+        )
+        for name, each in observed
+    ]
+
+
+def _reads_the_decoder(name: str) -> bool:
+    """Return whether a layer of an encoder-decoder retrieves from what the decoder reads."""
+    return re.search(r"(^|\.)decoder\.", name) is not None and re.search("cross|enc_?dec|encoder_?att", name, re.IGNORECASE) is None
+
+
+def _configuration_of(model: nn.Module, name: str) -> Any:
+    """Return the configuration of the innermost module around a layer that has one with a patch size."""
+    while name:
+        name = name.rpartition(".")[0]
+        config = getattr(model.get_submodule(name), "config", None)
+        if hasattr(config, "patch_size"):
+            return config
+    return None
+
+
+def _count_of(
+    memories: torch.Tensor, batch: Mapping[str, Any], side: str, special: Collection[int] | None, patch: Any
+) -> torch.Tensor | None:
+    """Return which memories (B, M, d) count, as a mask (B, M); `None` if all do.
+
+    Args:
+        memories: The memories.
+        batch: Inputs of the model.
+        side: "decoder_" for what a decoder reads, or "".
+        special: Ids of special tokens, which do not count; `None` if special tokens count.
+        patch: Patch size of the model, if it has one.
+    """
+    size = memories.shape[:2]
+    masks: list[torch.Tensor] = []
+    # Because the mask of a text may by chance be as long as an image, it is not applied to image tokens.
+    is_image = patch is not None and "pixel_values" in batch
+    if not is_image and (padding := _of_size(batch.get(f"{side}attention_mask"), size)) is not None:
+        masks.append(padding.bool())
+    if special is not None:
+        if not side and (tokens := _of_size(batch.get("special_tokens_mask"), size)) is not None:
+            masks.append(~tokens.bool())
+        if special and (ids := _of_size(batch.get(f"{side}input_ids"), size)) is not None:
+            masks.append(~torch.isin(ids, torch.tensor(list(special), device=ids.device)))
+        if (leading := _leading_tokens(batch.get("pixel_values"), size, patch)) > 0:
+            masks.append((torch.arange(size[1], device=memories.device) >= leading).expand(size))
+    if not masks:
+        return None
+    return torch.stack([mask.to(memories.device) for mask in masks]).all(0)
+
+
+def _of_size(values: Any, size: torch.Size) -> torch.Tensor | None:
+    """Return values if they are a tensor of this size."""
+    return values if isinstance(values, torch.Tensor) and values.shape == size else None
+
+
+def _leading_tokens(pixels: Any, size: torch.Size, patch: Any) -> int:
+    """Return how many tokens come before the patches of an image; 0 if the memories are not its tokens."""
+    if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4 or patch is None or len(pixels) != size[0]:
+        return 0
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return max(0, size[1] - (pixels.shape[-2] // height) * (pixels.shape[-1] // width))
 
 
 class _AllObserved(Exception):

@@ -1,13 +1,14 @@
-"""Make this package's classes, pipelines and attention kernels known to transformers.
+"""Make this package's classes, pipelines and attention kernels known to transformers and PEFT.
 
 To register a class, both the class and the auto classes must be loaded. This takes seconds and
 loads PyTorch. Therefore `import modeling_uhop` only watches imports: what it adds is registered
-when a program first imports the part of transformers that it is added to, for example by
+when a program first imports the part of transformers or PEFT that it is added to, for example by
 `from transformers import AutoModel`.
 """
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -56,6 +57,13 @@ def _attention(_: Any) -> None:
     import_module(".attention_models", __package__)
 
 
+def _adapter(_: Any) -> None:
+    # Because an old PEFT must not break an import of transformers, the error is left to those who
+    # import UHopAdapterConfig.
+    with suppress(ImportError):
+        import_module(".attach.registry", __package__).register()
+
+
 # What is registered after transformers has loaded a module. An entry is removed when it is done.
 _waiting: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": _configurations,
@@ -63,11 +71,12 @@ _waiting: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.feature_extraction_auto": _feature_extractors,
     "transformers.pipelines": _pipelines,
     "transformers.modeling_utils": _attention,
+    "peft.mapping": _adapter,
 }
 
 
 class _Watch(MetaPathFinder):
-    """Finder that runs the waiting registrations after an import of transformers or this package.
+    """Finder that runs the waiting registrations after an import of transformers, PEFT or this package.
 
     Because modules of both packages import the auto classes while they are themselves half loaded,
     a registration waits for the end of the outermost import.
@@ -76,7 +85,7 @@ class _Watch(MetaPathFinder):
     depth = 0
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name.partition(".")[0] not in ("transformers", __package__):
+        if name.partition(".")[0] not in ("transformers", "peft", __package__):
             return None
         found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next((spec for spec in found if spec is not None), None)

@@ -27,7 +27,7 @@ from .distributed import (
     whole_parameters,
 )
 from .feature_map import FeatureMap, unit_norm
-from .memories import MemorySet, SharedMemorySet
+from .memories import MemorySet, SharedMemorySet, has_memories, memory_sets_of
 from .precision import is_readable
 from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
 from .separation_optimizer import OPTIMIZERS, SeparationOptimizer, is_half
@@ -216,8 +216,9 @@ class StageOne:
     the selected parameters, and the whole state of the optimizer.
 
     Args:
-        model: A model with `memory_sets` (possibly wrapped by PEFT), or a `FeatureMap`. A model in
-            training mode is separated with its dropout; `SeparationCallback` switches it off.
+        model: A model with `memory_sets` (possibly wrapped by PEFT), a model of transformers with an
+            adapter of `UHopAdapterConfig`, or a `FeatureMap`. A model in training mode is separated
+            with its dropout; `SeparationCallback` switches it off.
         separation: How to separate; `None` for `Separation()`.
         total_steps: Number of steps over which the temperature falls; `None` for
             `separation.steps`.
@@ -226,7 +227,7 @@ class StageOne:
         fields: Fields of `Separation` to change.
 
     Raises:
-        ValueError: If a model has no `memory_sets`; if no selected parameter is trainable; if
+        ValueError: If a model has no memories to separate; if no selected parameter is trainable; if
             `project` or `normalize_rows` is set while an adapter is trained instead of W.
         TypeError: If a name in `fields` is not a field of `Separation`.
         NotImplementedError: If FSDP1 or tensor parallelism shards the parameters, or ZeRO-3 without
@@ -262,10 +263,11 @@ class StageOne:
             raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         scales_rows = self.separation.project or self.separation.normalize_rows
         self.maps = _feature_maps(model, needed=self.separation.parameters == "feature_maps" or scales_rows)
-        if scales_rows and any(hasattr(phi, "base_layer") for phi in self.maps):
+        has_rows = all("weight" in dict(phi.named_parameters(recurse=False)) for phi in self.maps)
+        if scales_rows and not has_rows:
             raise ValueError(
-                "project and normalize_rows scale the rows of W, but an adapter is trained instead of W; "
-                "turn them off, or train W itself (modules_to_save=['feature_map'])"
+                "project and normalize_rows scale the rows of W, but an adapter or a map of low rank is trained instead of W; "
+                "turn them off, or train W itself (modules_to_save=['feature_map'], or UHopAdapterConfig without a rank)"
             )
         moved = model.parameters() if self.separation.parameters == "upstream" else (p for phi in self.maps for p in phi.parameters())
         self.parameters = [parameter for parameter in moved if parameter.requires_grad]
@@ -334,7 +336,7 @@ class StageOne:
             )
         self.optimizer.step(gradients)
         moved = {id(parameter) for parameter, gradient in zip(self.parameters, gradients, strict=True) if gradient is not None}
-        self._moved_maps = [phi for phi in self.maps if id(phi.weight) in moved]
+        self._moved_maps = [phi for phi in self.maps if any(id(parameter) in moved for parameter in phi.parameters())]
         if self.separation.project:
             self._normalize_rows()
         self.steps_done += 1
@@ -357,7 +359,9 @@ class StageOne:
         if name is not None and name not in batch:
             raise ValueError(f"a batch must have {name}, the main input of the model, got {list(batch)}")
         clean = _pair(batch)[0] if name is None else batch[name]
-        clean = clean if clean.is_floating_point() else clean.float()
+        if name == "input_ids" and self.separation.corruption is None:
+            raise ValueError("noise cannot be added to input_ids: 'denoising' needs a corruption, a function from ids to ids")
+        clean = clean if clean.is_floating_point() or name == "input_ids" else clean.float()
         corrupt = self.separation.corruption or (lambda values: values + self.separation.noise * torch.randn_like(values))
         return (corrupt(clean), _pair(batch)[1]) if name is None else {**batch, name: corrupt(clean)}
 
@@ -419,9 +423,9 @@ class StageOne:
         self._check(batch)
         if _is_map(self.model):
             return _separable([MemorySet(self.model, *_pair(batch))])
-        options = {"include_class_token": True} if self.separation.include_class_token else {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.separation.parameters == "upstream"):
-            sets = [_own_kind(memory_set) for memory_set in self.model.memory_sets(**batch, **options)]
+            sets = memory_sets_of(self.model, batch, include_class_token=self.separation.include_class_token)
+        sets = [_own_kind(memory_set) for memory_set in sets]
         if self.separation.pool_memories:
             sets = [self._pooled(each) for each in sets]
         return _separable(sets)
@@ -488,7 +492,7 @@ def _own_kind(memory_set: Any) -> MemorySet:
 
 def _is_map(model: Any) -> bool:
     """Return whether a module is a feature map, possibly inside an adapter, and not a model."""
-    return isinstance(model, torch.nn.Module) and hasattr(model, "weight") and not hasattr(model, "memory_sets")
+    return isinstance(model, torch.nn.Module) and hasattr(model, "weight") and not has_memories(model)
 
 
 def _pair(batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -516,16 +520,17 @@ def _feature_maps(model: Any, needed: bool) -> list[Any]:
     # An adapter of PEFT holds the wrapped module as `base_layer`.
     names = [name for name, module in model.named_modules() if "FeatureMap" in {kind.__name__ for kind in type(module).__mro__}]
     maps = [model.get_submodule(re.sub(r"(\.base_layer)+$", "", name)) for name in names]
-    if not maps and (needed or not hasattr(model, "memory_sets")):
+    if not maps and (needed or not has_memories(model)):
         raise ValueError(
-            f"the separation step needs a model with feature maps (use_feature_map=True) and memory_sets; {type(model).__name__} has none"
+            f"the separation step needs a model with feature maps (use_feature_map=True) and memory_sets; {type(model).__name__} has none; "
+            "UHopAdapterConfig adds them to a model of transformers"
         )
     # Because PEFT freezes all that it does not adapt, a frozen map is an oversight there.
     needed = needed or hasattr(model, "peft_config")
     if needed and not any(parameter.requires_grad for phi in maps for parameter in phi.parameters()):
         raise ValueError(
             "the separation step needs trainable feature maps, but all of them are frozen (requires_grad=False); "
-            "with PEFT, LoraConfig(target_parameters=['feature_map.weight']) adapts them"
+            "with PEFT, LoraConfig(target_parameters=['feature_map.weight']) adapts them, and UHopAdapterConfig() adds new ones"
         )
     return maps
 

@@ -140,7 +140,7 @@ def _model(name: str, fields: dict[str, Any], grow: float = 0.25) -> Any:
 
 def _answer(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     output = model(**inputs)
-    names = ("logits", "logits_per_image", "prediction_outputs", "last_hidden_state")
+    names = ("logits", "logits_per_image", "prediction_outputs", "mean_predictions", "last_hidden_state")
     answer = next(value for value in (getattr(output, name, None) for name in names) if value is not None)
     mask = inputs.get("attention_mask")
     return answer[mask.bool()] if mask is not None and answer.shape[:2] == mask.shape else answer

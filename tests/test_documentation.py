@@ -101,6 +101,9 @@ def _close(first: str, second: str) -> bool:
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 # PEFT asks transformers by an old name, and torch.onnx copies a tree spec of torch's own.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# An adapter inside a model with LoRA is meant on the page.
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 @pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page.read_text())], ids=name_of)
 def test_the_code_of_a_page_runs_and_prints_what_is_shown(page, tmp_path, monkeypatch):

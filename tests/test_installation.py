@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,11 @@ def test_every_public_name_is_imported_from_its_file():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     imports = {node.module: [each.name for each in node.names] for node in block.body if isinstance(node, ast.ImportFrom)}
     assert imports == modeling_uhop._FILES
-    assert sorted(["__version__", *modeling_uhop._FILE_OF]) == sorted(modeling_uhop.__all__)
+    # Because `from modeling_uhop import *` must work without PEFT, `__all__` lacks what needs it.
+    assert sorted(["__version__", *modeling_uhop._FILE_OF.keys() - {"UHopAdapterConfig"}]) == sorted(modeling_uhop.__all__)
     for name, file in modeling_uhop._FILE_OF.items():
+        if file.startswith("attach.") and find_spec("peft") is None:
+            continue
         assert getattr(modeling_uhop, name) is getattr(sys.modules[f"modeling_uhop.{file}"], name)
 
 
@@ -128,9 +132,10 @@ def test_classes_are_registered_whatever_is_imported_first(first):
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModelForSequenceClassification, pipelines
 from modeling_uhop import registration
 model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("uhop_mil", instance_dim=2))
-print(type(model).__name__, "multiple-instance-classification" in pipelines.PIPELINE_REGISTRY.get_supported_tasks(), registration._waiting)
+print(type(model).__name__, "multiple-instance-classification" in pipelines.PIPELINE_REGISTRY.get_supported_tasks())
+print(sorted(registration._waiting.keys() - {{"peft.mapping"}}))
 """
-    assert fresh(code) == "UHopMILForBagClassification True {}"
+    assert fresh(code) == "UHopMILForBagClassification True\n[]"
 
 
 @pytest.mark.process
@@ -203,7 +208,7 @@ def test_the_wheel_holds_what_the_commands_need_and_no_tests(built):
     assert tops == {"modeling_uhop", f"modeling_uhop-{modeling_uhop.__version__}.dist-info"}
     assert not [name for name in files if {"tests", "golden", "screenshots"} & set(name.split("/"))]
     assert entry.splitlines() == ["[console_scripts]", "modeling-uhop = modeling_uhop.training.cli:main"]
-    assert {"train", "gpu", "faiss", "deepspeed", "demo", "docs", "dev", "bench"} == set(
+    assert {"train", "gpu", "faiss", "deepspeed", "peft", "demo", "docs", "dev", "bench"} == set(
         re.findall("^Provides-Extra: (.*)$", metadata, re.M)
     )
 

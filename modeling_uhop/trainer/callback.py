@@ -47,7 +47,9 @@ class SeparationCallback(TrainerCallback):
     a pretrained model.
 
     **Memories.** They are what `memory_sets` of the model yields. For a vision transformer these
-    are the tokens of an image as the feature map of each layer receives them. The gradient uses the
+    are the tokens of an image as the feature map of each layer receives them. In a model of
+    transformers with an adapter of `UHopAdapterConfig` they are what the key projections read; see
+    `memory_sets_of` for the padding and the special tokens that are left out. The gradient uses the
     sum of the losses of all layers; logs report their mean. Layers that retrieve from a single
     memory (for example a single series) are skipped.
 
@@ -71,7 +73,7 @@ class SeparationCallback(TrainerCallback):
 
     **PEFT.** In a model wrapped by PEFT, Stage I trains what PEFT trains: an adapter of the feature
     map (`LoraConfig(target_parameters=["feature_map.weight"])`), or the feature map itself
-    (`modules_to_save=["feature_map"]`).
+    (`modules_to_save=["feature_map"]`), or the feature maps that `UHopAdapterConfig` adds.
 
     **Logs.** Each round adds `separation_loss_before` and `separation_loss` (after the round) to
     `state.log_history`. Both are measured on the first batch of the round. With `schedule="step"`

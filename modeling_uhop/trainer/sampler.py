@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.data_loader import IterableDatasetShard
 from torch.utils.data import DataLoader, IterableDataset
+from transformers.trainer_utils import RemoveColumnsCollator
 
 
 def sampler(
@@ -34,6 +35,9 @@ def sampler(
     given = loader.dataset if dataset is None else dataset
     source: Any = given.dataset if isinstance(given, IterableDatasetShard) else given
     collate = loader.collate_fn if collate is None else collate
+    if dataset is not None and isinstance(collate, RemoveColumnsCollator):
+        # Because that of the Trainer drops what the model does not take, and `names` says what is kept, we use what it wraps.
+        collate = collate.data_collator
     rank, world_size = PartialState().process_index, PartialState().num_processes
     whose = "training" if dataset is None else "separation"
     if isinstance(source, Iterator) or (is_stream(source) and iter(copy.copy(source)) is iter(copy.copy(source))):
@@ -79,9 +83,14 @@ def sampler(
 
 
 def accepted_names(model: Any, label_names: list[str]) -> set[str]:
-    """Return the columns that the Trainer gives to a model: those that its `forward` names."""
+    """Return the columns that the Trainer gives to a model: those that its `forward` names.
+
+    For a model without memories of its own, `special_tokens_mask` is kept too, as `memory_sets_of`
+    uses it.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {*inspect.signature(base.forward).parameters, *label_names, "label", "label_ids"}
+    more = () if hasattr(model, "memory_sets") else ("special_tokens_mask",)
+    return {*inspect.signature(base.forward).parameters, *label_names, *more, "label", "label_ids"}
 
 
 def is_stream(dataset: Any) -> bool:
