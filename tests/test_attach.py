@@ -12,16 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainingArguments, ViTConfig, ViTModel
-
-from tests.conftest import CHECKPOINTING, assert_close
-
-
-peft = pytest.importorskip("peft", reason="peft is not installed")
-
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainingArguments, ViTConfig, ViTModel
 
 import modeling_uhop
 from modeling_uhop import (
@@ -40,6 +34,7 @@ from modeling_uhop import (
 from modeling_uhop.attach.layer import UHopKeyProjection, UHopProjection
 from modeling_uhop.attach.projections import LAYOUTS, Projections
 from modeling_uhop.memories import memory_sets_of
+from tests.conftest import CHECKPOINTING, assert_close
 
 
 # peft 0.21 reads an old name.

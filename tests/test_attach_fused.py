@@ -8,9 +8,6 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-
-peft = pytest.importorskip("peft", reason="peft is not installed")
-
 from modeling_uhop import UHopAdapterConfig
 from modeling_uhop.attach.projections import FUSED, find_projections
 

@@ -6,14 +6,10 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.conftest import assert_close
-
-
-peft = pytest.importorskip("peft", reason="peft is not installed")
-
 from modeling_uhop import StageOne
 from modeling_uhop.feature_map import FeatureMap
 from tests.attach_table import CASES, MARKS, PAGE, attached, model_of, row
+from tests.conftest import assert_close
 from tests.test_attention_models import _answer, _relative
 
 
@@ -42,7 +38,7 @@ def _randomize(model: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("case", CASES, **_ids(CASES))
 def test_the_table_of_the_guide_says_what_is_adapted(case):
-    assert row(case) == ROWS.get(case[0]), "python tests/attach_table.py writes the table"
+    assert row(case) == ROWS.get(case[0]), "python -m tests.attach_table writes the table"
 
 
 def test_the_table_has_many_models():
