@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from typing import Any
 
 
@@ -40,14 +41,20 @@ def assert_close(actual: torch.Tensor, expected: Any, *, dtype: torch.dtype | No
     )
 
 
-@pytest.fixture(autouse=True, scope="module")
+_frozen_modules = 0
+
+
+@pytest.fixture(autouse=True)
 def _imports_are_no_garbage() -> None:
-    """Leave what exists before a file's tests out of later collections.
+    """Leave what imports have made out of later collections.
 
     The Trainer collects garbage at each start, which takes 0.4 seconds with everything that the imports made.
     """
-    gc.collect()
-    gc.freeze()
+    global _frozen_modules
+    if len(sys.modules) > _frozen_modules + 20:
+        _frozen_modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

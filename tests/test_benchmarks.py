@@ -14,6 +14,7 @@ import torch
 from modeling_uhop import hopfield_attention
 from modeling_uhop.training.report.tables import speed_table
 from modeling_uhop.training.results import read_result
+from tests.support.forks import fork_server
 
 
 benchmark = pytest.importorskip("run", reason="the benchmarks need entmax")
@@ -78,7 +79,15 @@ def test_a_missed_bound_ends_a_check_with_an_error(tmp_path, monkeypatch):
     assert set(read_result(path, "speed")) == {"schema", "kind", "cases", "versions", "commit", "machine"}
 
 
+@pytest.fixture
+def forks(monkeypatch):
+    """The benchmark measures memory in forks, which start faster than its fresh processes."""
+    server = fork_server()
+    monkeypatch.setattr(benchmark, "multiprocessing", SimpleNamespace(get_context=lambda kind: server))
+
+
 @pytest.mark.process
+@pytest.mark.usefixtures("forks")
 def test_attention_runs_and_needs_little_more_memory_than_softmax(monkeypatch):
     monkeypatch.setattr(benchmark, "SHAPES", [(1, 2, 65, 8)])
     cases = list(benchmark.attention(1))
@@ -115,5 +124,6 @@ def test_the_gpu_part_runs_in_the_interpreter(monkeypatch):
 
 
 @pytest.mark.process
+@pytest.mark.usefixtures("forks")
 def test_peak_memory_is_that_of_the_measured_function():
     assert benchmark.peak_memory("pdist", 3000) > 3 * benchmark.peak_memory("ours", 3000)

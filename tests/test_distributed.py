@@ -25,6 +25,7 @@ from tests.conftest import assert_close
 from tests.support.recipes import NO_DROPOUT, no_figures, no_reload, results_of, tiny, tiny_content, without_times
 
 
+pytestmark = pytest.mark.process
 TESTS = Path(__file__).parent
 
 

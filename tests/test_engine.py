@@ -45,6 +45,7 @@ from tests.support.recipes import (
 )
 
 
+pytestmark = pytest.mark.trains
 MODELS: dict[str, Any] = {"images": UHopViTForImageClassification, "bags": UHopMILForBagClassification, "series": STanHopForPrediction}
 CODE = {"images": "modeling_uhop_vit.py", "bags": "modeling_uhop_mil.py", "series": "modeling_stanhop.py"}
 # The metrics of each task besides those of every training.

@@ -22,6 +22,7 @@ from tests.fault_worker import CASES
 from tests.support.recipes import TASKS, results_of, without_times
 
 
+pytestmark = pytest.mark.process
 TESTS = Path(__file__).parent
 KILLED = -signal.SIGKILL
 # Faults after which a process can still report an error, and words of its message.

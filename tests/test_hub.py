@@ -22,6 +22,7 @@ from tests.conftest import assert_close
 from tests.hub_server import Hub, environment, serving
 
 
+pytestmark = pytest.mark.process
 TESTS = Path(__file__).parent
 # The command `modeling-uhop`.
 COMMAND = ["-c", "from modeling_uhop.training.cli import main; main()"]

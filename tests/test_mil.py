@@ -406,6 +406,7 @@ def test_bad_recipes_are_refused(fields, message):
         BagClassification(_recipe(**fields)).load()
 
 
+@pytest.mark.process
 def test_the_script_leaves_a_model_that_reloads(tmp_path):
     content = {"task": "bags", "data": {"dataset": "digits"}, "training": FAST, "folds": 2, "repeats": 1, "model": {"alpha": 1.5}}
     (tmp_path / "mil.yaml").write_text(yaml.safe_dump(content))
@@ -445,6 +446,7 @@ def _as_file(tmp_path: Path, kind: str) -> Path:
     return path
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("kind", ["parquet", "json", "jsonl", "folder", "images", "digits"])
 def test_every_kind_of_bags_runs_to_the_end(tmp_path, kind, monkeypatch):
     """Run the command; other tests check that a model reloads in a new process."""
@@ -543,6 +545,7 @@ def test_an_empty_first_bag_is_not_shown(tmp_path, monkeypatch, empty, labels, e
     assert len(weights) == 2
 
 
+@pytest.mark.trains
 def test_finished_stages_survive_a_failed_stage(tmp_path, monkeypatch):
     baseline = "mean, logistic regression"
     recipe = _recipe(data=BagData(str(_as_file(tmp_path, "parquet"))), folds=2, baselines=[baseline])

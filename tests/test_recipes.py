@@ -341,6 +341,7 @@ def test_a_run_is_not_resumed_with_another_recipe(tmp_path, override):
         run(_recipe(override), tmp_path, "resume")
 
 
+@pytest.mark.trains
 def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
     folder = tmp_path / "run"
     recipe = _recipe(*TINY)
@@ -370,6 +371,7 @@ def test_a_run_saves_all_its_outputs_and_reloads(tmp_path, capfd):
     assert "test_accuracy" in output
 
 
+@pytest.mark.trains
 def test_recording_features_does_not_change_training(tmp_path, monkeypatch):
     """A run with a separation step that changes nothing equals a run without one, dropout
     included."""
@@ -379,10 +381,12 @@ def test_recording_features_does_not_change_training(tmp_path, monkeypatch):
     assert still["test_loss"] == without["test_loss"]
 
 
+@pytest.mark.trains
 def test_half_precision_wrappers_are_removed_before_the_reload_check(tmp_path):
     run(_recipe(*TINY, "training.bf16=true", "training.use_cpu=true"), tmp_path / "run")
 
 
+@pytest.mark.trains
 def test_a_command_reproduces_its_results(tmp_path, monkeypatch):
     no_reload(monkeypatch)
     augmented = ["data.random_crop_padding=1", "data.random_flip=true", "model.hidden_dropout_prob=0.1"]
@@ -397,6 +401,7 @@ def test_a_command_reproduces_its_results(tmp_path, monkeypatch):
     assert other["test_loss"] != results[0]["metrics"]["test_loss"]
 
 
+@pytest.mark.trains
 def test_a_folder_of_images_of_different_sizes(tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -408,6 +413,7 @@ def test_a_folder_of_images_of_different_sizes(tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["recipe"]["data"]["dataset"] == "data"
 
 
+@pytest.mark.trains
 def test_a_run_without_separation(tmp_path):
     folder = tmp_path / "run"
     metrics = run(_recipe(*TINY[:-1], "separation=null", "model.use_feature_map=false"), folder)
@@ -416,6 +422,7 @@ def test_a_run_without_separation(tmp_path):
     assert "no feature map" in (folder / "README.md").read_text()
 
 
+@pytest.mark.trains
 def test_the_epoch_of_the_best_validation_accuracy_is_kept(tmp_path):
     # A learning rate at which accuracy increases and decreases.
     best = [
@@ -445,6 +452,7 @@ def test_as_many_training_as_validation_images_are_evaluated(most, expected):
     assert {name: len(split) for name, split in task.examples().evaluated.items()} == {"validation": expected, "train": expected}
 
 
+@pytest.mark.trains
 def test_the_baseline_is_the_vit_of_transformers_at_equal_size(tmp_path):
     plain = [*TINY[:-1], "model.alpha=1.0", "model.use_feature_map=false", "separation=null"]
     tasks = [loaded(_recipe(*plain, f"architecture={name}")) for name in ("uhop_vit", "vit")]
@@ -461,6 +469,7 @@ def test_the_baseline_is_the_vit_of_transformers_at_equal_size(tmp_path):
         Images(_recipe(*plain, "architecture=resnet")).load()
 
 
+@pytest.mark.process
 def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
     folder = tmp_path / "run"
 
@@ -486,6 +495,7 @@ def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
     assert {k: v for k, v in metrics.items() if k != "train_seconds"} == {k: v for k, v in whole.items() if k != "train_seconds"}
 
 
+@pytest.mark.trains
 def test_a_finished_training_survives_a_later_failure(tmp_path, monkeypatch):
     # Without checkpoints, only the finished training is saved.
     recipe, whole, folder = _recipe(*TINY, "training.save_strategy='no'"), tmp_path / "whole", tmp_path / "broken"
@@ -521,6 +531,7 @@ def raising(*arguments, **options):
     raise ValueError("no luck")
 
 
+@pytest.mark.trains
 def test_a_run_without_a_logged_separation_loss_finishes(tmp_path):
     metrics = run(_recipe(*TINY[:1], *TINY[2:], "training.logging_steps=500", "separation.schedule=step"), tmp_path / "run")
     assert "separation_loss" not in metrics

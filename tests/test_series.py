@@ -361,6 +361,7 @@ def test_errors_after_training_are_found_before_it(tmp_path, split, model, field
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.process
 def test_the_script_leaves_a_model_that_reloads(tmp_path):
     content = {
         "task": "series",
@@ -440,6 +441,7 @@ def _early() -> SeriesRecipe:
     )
 
 
+@pytest.mark.trains
 def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
     metrics = run(_early(), tmp_path / "run")
     log = json.loads((tmp_path / "run" / "results.json").read_text())["log_history"]
@@ -449,6 +451,7 @@ def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
     assert metrics["validation_mse"] == pytest.approx(min(losses), rel=1e-5)
 
 
+@pytest.mark.trains
 def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeypatch):
     recipe, whole, folder = _early(), tmp_path / "whole", tmp_path / "broken"
     no_reload(monkeypatch)

@@ -545,6 +545,7 @@ def forecaster():
     return made
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("series", range(3))
 def test_the_forecaster_is_better_than_repetition_on_windows_it_has_not_seen(forecaster, series):
     measured = demo_forecast.errors(forecaster, series, 24)

@@ -245,6 +245,7 @@ def bags(tmp_path, monkeypatch):
     return calls
 
 
+@pytest.mark.trains
 def test_bags_are_compared_on_the_same_folds(tmp_path, bags):
     baseline = "mean, logistic regression"
     content = {
@@ -304,6 +305,7 @@ def test_bags_are_compared_on_the_same_folds(tmp_path, bags):
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_variant_of_every_sweep_is_a_recipe(path):
     sweep = read_sweep(path)

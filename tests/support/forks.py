@@ -4,6 +4,7 @@ The server imports neither transformers nor the package, so that a test decides 
 """
 
 import multiprocessing
+import multiprocessing.context
 import os
 import subprocess
 import sys
@@ -37,15 +38,20 @@ def _execute(code: str, arguments: tuple[str, ...], cwd: str, variables: dict[st
     exec(compile(code, "<code of a test>", "exec"), {"__name__": "__main__"})
 
 
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """The context of multiprocessing whose processes are forks of the server."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    return context
+
+
 def run_forked(code: str, *arguments: str, cwd: Path | str = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run code as `python -c` does: `arguments` are in `sys.argv`, and `variables` are added to the environment of this process.
 
     A process that needs longer than two minutes is killed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
     with tempfile.TemporaryDirectory() as folder:
-        process = context.Process(target=_execute, args=(code, arguments, str(cwd), {**os.environ, **variables}, folder))
+        process = fork_server().Process(target=_execute, args=(code, arguments, str(cwd), {**os.environ, **variables}, folder))
         process.start()
         process.join(TIMEOUT)
         if process.exitcode is None:
