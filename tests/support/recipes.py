@@ -1,5 +1,6 @@
 """A tiny recipe of each task with data of its own, and helpers for runs of recipes."""
 
+import atexit
 import copy
 import json
 import tempfile
@@ -55,6 +56,7 @@ _CONTENTS: dict[str, dict[str, Any]] = {
 
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="tiny_data_")
+atexit.register(_FOLDER.cleanup)
 
 
 def tiny_bags(count: int = 24, width: int = 3, seed: int = 0) -> list[np.ndarray]:
