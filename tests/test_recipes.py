@@ -293,7 +293,11 @@ def test_accuracy():
 
 def test_an_output_folder_is_never_mixed_or_deleted_by_mistake(tmp_path):
     folder, recipe = tmp_path / "run", _recipe()
-    RunFolder(folder, recipe)
+    first, second = RunFolder(folder, recipe), RunFolder(folder, recipe)
+    first.open()
+    with pytest.raises(RecipeError, match="run is not empty"):
+        second.open()
+    shutil.rmtree(folder)
     with pytest.raises(RecipeError, match="nothing to resume"):
         RunFolder(folder, recipe, "resume")
     folder.mkdir()
