@@ -64,12 +64,12 @@ def main(arguments: list[str]) -> None:
     args.set += overrides
     if args.recipe is not None:
         path = find_recipe(args.recipe)
-        task = (yaml.safe_load(path.read_text()) or {}).get("task")
-        if task in MEASUREMENTS:
-            _measure(task, path, arguments, args.recipe)
-            return
-    if args.recipe is not None:
         content = read_yaml(path)
+        if content.get("task") in MEASUREMENTS:
+            _measure(content["task"], path, arguments, args.recipe)
+            return
+        if "variants" in content:
+            raise RecipeError(f"{path} is a sweep, not a recipe; run it by `modeling-uhop sweep {args.recipe}`")
         content.setdefault("name", path.stem)
     elif args.task is not None and args.data is not None:
         content = suggested(args.task, args.data)
@@ -137,7 +137,7 @@ def suggested(task: str, data: str) -> dict[str, Any]:
     from .suggest import suggested_recipe
 
     content = suggested_recipe(task, data)
-    print(f"Without a recipe, this one is used:\n\n{yaml.safe_dump(content, sort_keys=False)}", flush=True)
+    print(f"Without a recipe, this one is used:\n\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}", flush=True)
     return content
 
 
