@@ -133,11 +133,14 @@ def training_options(arguments: list[str], parser: argparse.ArgumentParser) -> t
 
 
 def suggested(task: str, data: str) -> dict[str, Any]:
-    """The mapping of a recipe for a data set, printed so that it can be kept and changed."""
+    """The mapping of a recipe for a data set, which the first process prints so that it can be
+    kept and changed."""
+    from .processes import is_first_process
     from .suggest import suggested_recipe
 
     content = suggested_recipe(task, data)
-    print(f"Without a recipe, this one is used:\n\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}", flush=True)
+    if is_first_process():
+        print(f"Without a recipe, this one is used:\n\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}", flush=True)
     return content
 
 
