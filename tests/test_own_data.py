@@ -764,6 +764,8 @@ def test_one_file_for_each_period(tmp_path):
     _same_series(SeriesData(str(tmp_path / "*.csv")))
     _same_series(SeriesData(str(tmp_path), data_files=["a.csv", "z.csv"]))
     _same_series(SeriesData(str(tmp_path), data_files="all.parquet"))
+    with pytest.raises(RecipeError, match=r"has no file 2025.csv that ends in"):
+        load_series(SeriesData(str(tmp_path), data_files=["a.csv", "2025.csv"]))
     (tmp_path / "all.parquet").unlink()
     _same_series(SeriesData(str(tmp_path)))
 
@@ -810,6 +812,7 @@ def test_files_that_are_no_series(tmp_path):
     for content, message in (
         (b"date,a\n2024-01-01,\xe4\n", "is not UTF-8 text .* at byte 18.*; save it as CSV in UTF-8"),
         (b"", "cannot be read as CSV: No columns"),
+        (b"date,a\n", "has no rows below the names of its columns"),
         (b"a,b\n1,2\n1,2,3\n", "cannot be read as CSV: .*line 3"),
         (b"0.5,0.25\n1,2\n", r"the first row of .* must name the columns, but it has the numbers \['0.5', '0.25'\]"),
     ):

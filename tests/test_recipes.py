@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from transformers import EvalPrediction, ViTForImageClassification
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
-from modeling_uhop.training import cli, info
+from modeling_uhop.training import cli, info, train_command
 from modeling_uhop.training.data.bags import BagData
 from modeling_uhop.training.data.images import ImageData, load_images, make_image_processor, make_transform, with_pixels
 from modeling_uhop.training.data.labels import as_classes
@@ -111,6 +111,8 @@ def test_yaml_reads_scientific_numbers(tmp_path):
         ("data: {dataset: digits, image_colum: x}", "unknown key 'image_colum' in data; .* 'image_column'"),
         ("data: {dataset: digits}\nmodel: {alhpa: 1.5}", "unknown key 'alhpa' in model; .* 'alpha'"),
         ("data: {dataset: digits}\nseparation: {shedule: step}", "unknown key 'shedule' in separation; .* 'schedule'"),
+        ("data: {dataset: digits}\ntraining: {num_train_epochs: abc}", "training.num_train_epochs must be a number, got 'abc'"),
+        ("data: {dataset: digits}\ntraining: {save_total_limit: true}", "training.save_total_limit must be a number, got True"),
         ("data: {dataset: digits}\ntraining: {learning_rat: 1}", "unknown key 'learning_rat' in training; .* 'learning_rate'"),
         ("data: {dataset: digits}\ntraining: {seed: 1}", "training.seed cannot be set in a recipe; use the top-level `seed`"),
         ("data: {dataset: digits}\nmodel: 3", "model must be a mapping, got 3"),
@@ -124,6 +126,22 @@ def test_a_wrong_recipe_is_refused(tmp_path, content, message):
     path.write_text(content if content.startswith(("- 1", "data: [")) else f"task: images\n{content}")
     with pytest.raises(RecipeError, match=message):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"- 1", "must be a YAML mapping"),
+        (b"task: [", "is not valid YAML"),
+        (b"\xff\xd8", "is not valid YAML"),
+        (b"recipes: [vit_digits]\nvariants: {a: []}", "is a sweep, not a recipe; run it by `modeling-uhop sweep"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "file.yaml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        train_command.main([str(path)])
 
 
 @pytest.mark.parametrize(
@@ -293,7 +311,11 @@ def test_accuracy():
 
 def test_an_output_folder_is_never_mixed_or_deleted_by_mistake(tmp_path):
     folder, recipe = tmp_path / "run", _recipe()
-    RunFolder(folder, recipe)
+    first, second = RunFolder(folder, recipe), RunFolder(folder, recipe)
+    first.open()
+    with pytest.raises(RecipeError, match="run is not empty"):
+        second.open()
+    shutil.rmtree(folder)
     with pytest.raises(RecipeError, match="nothing to resume"):
         RunFolder(folder, recipe, "resume")
     folder.mkdir()

@@ -18,6 +18,11 @@ def refuse_several_processes(remedy: str = "start it with `python`, not with `ac
         raise RecipeError(f"this command runs in one process, but was started in {count}; {remedy}")
 
 
+def is_first_process() -> bool:
+    """Whether this is the first process of a launcher, or the only one."""
+    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0) == 0
+
+
 def leave_process_group() -> None:
     """Wait for all training processes, then close their process group, if there is one.
 

@@ -36,9 +36,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RecipeError(f"there is no recipe {path}")
     try:
-        content = yaml.load(path.read_text(), Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must be a YAML mapping of recipe fields")
     return content
@@ -111,6 +111,10 @@ def check_content(content: dict[str, Any]) -> None:
     }
     for section, keys in valid.items():
         check_keys(section, content.get(section) or {}, [*keys])
+    for name, value in (content.get("training") or {}).items():
+        kinds = set(valid["training"][name].split(" | "))
+        if kinds <= {"int", "float", "None"} and not (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
+            raise RecipeError(f"training.{name} must be a number, got {value!r}")
     for owned in ("output_dir", "seed"):
         if owned in (content.get("training") or {}):
             raise RecipeError(f"training.{owned} cannot be set in a recipe; use the top-level `seed` and the option --output_dir")

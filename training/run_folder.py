@@ -42,7 +42,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, recipe: Recipe, mode: str = "fresh", may_change: Sequence[str] = ("training",)):
-        self.path, self.recipe, self.resumed = path, recipe, mode == "resume"
+        self.path, self.recipe, self.mode, self.resumed = path, recipe, mode, mode == "resume"
         _check_usable(path, mode)
         self.trained: dict[str, Any] | None = None
         self.checkpoint: str | None = None
@@ -61,10 +61,16 @@ class RunFolder:
 
     def open(self) -> None:
         """Prepare the folder for writing: delete an earlier run, or the incomplete checkpoints of a
-        resumed one. Only one process may call it."""
+        resumed one. Only one process may call it.
+
+        Raises:
+            RecipeError: If another run has begun in a folder that was empty before.
+        """
         if self.resumed:
             remove_unfinished(self.path)
             return
+        # Because another run may have begun while the data were loaded, we check the folder again.
+        _check_usable(self.path, self.mode)
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)

@@ -30,6 +30,7 @@ from .intervals import Interval, paired_over_folds, paired_over_seeds, spread
 from .processes import refuse_several_processes
 from .recipe import ROOT
 from .recipe_file import check_keys, read_yaml
+from .recipes import find_recipe
 from .report.tables import results_table
 from .results import read_result, write_result
 from .run_folder import can_resume
@@ -62,7 +63,9 @@ class Run(NamedTuple):
 def main(arguments: list[str]) -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="modeling-uhop sweep", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("sweep", help="YAML file in configs/sweeps/: recipes, seeds, and a list of overrides for each variant")
+    parser.add_argument(
+        "sweep", help="YAML file, or a name such as sweeps/vit_digits: recipes, seeds, and a list of overrides for each variant"
+    )
     parser.add_argument("--recipes", nargs="+", help="run only these recipes of the sweep")
     parser.add_argument(
         "--data_dir", help="folder that has each recipe's data set as a folder or file of its name, to use instead of the Hub"
@@ -75,13 +78,14 @@ def main(arguments: list[str]) -> None:
     refuse_several_processes("start it without a launcher, and set --jobs for several runs at once")
     if not 1 <= args.jobs <= args.cores:
         raise RecipeError(f"--jobs must be between 1 and the number of cores ({args.cores}), got {args.jobs}")
-    sweep = read_sweep(Path(args.sweep))
+    path = find_recipe(args.sweep)
+    sweep = read_sweep(path)
     chosen = args.recipes or sweep["recipes"]
     for recipe in chosen:
         if recipe not in sweep["recipes"]:
             raise RecipeError(f"recipes must be among {sweep['recipes']}, got {recipe!r}")
-    runs = [run for recipe in chosen for run in runs_of(sweep, recipe, Path(args.runs) / Path(args.sweep).stem, args.data_dir)]
-    with lock_folder(Path(args.runs) / Path(args.sweep).stem):
+    runs = [run for recipe in chosen for run in runs_of(sweep, recipe, Path(args.runs) / path.stem, args.data_dir)]
+    with lock_folder(Path(args.runs) / path.stem):
         execute(runs, args.jobs, args.cores)
     for recipe in chosen:
         own = [run for run in runs if run.recipe == recipe]

@@ -64,12 +64,12 @@ def main(arguments: list[str]) -> None:
     args.set += overrides
     if args.recipe is not None:
         path = find_recipe(args.recipe)
-        task = (yaml.safe_load(path.read_text()) or {}).get("task")
-        if task in MEASUREMENTS:
-            _measure(task, path, arguments, args.recipe)
-            return
-    if args.recipe is not None:
         content = read_yaml(path)
+        if content.get("task") in MEASUREMENTS:
+            _measure(content["task"], path, arguments, args.recipe)
+            return
+        if "variants" in content:
+            raise RecipeError(f"{path} is a sweep, not a recipe; run it by `modeling-uhop sweep {args.recipe}`")
         content.setdefault("name", path.stem)
     elif args.task is not None and args.data is not None:
         content = suggested(args.task, args.data)
@@ -133,11 +133,14 @@ def training_options(arguments: list[str], parser: argparse.ArgumentParser) -> t
 
 
 def suggested(task: str, data: str) -> dict[str, Any]:
-    """The mapping of a recipe for a data set, printed so that it can be kept and changed."""
+    """The mapping of a recipe for a data set, which the first process prints so that it can be
+    kept and changed."""
+    from .processes import is_first_process
     from .suggest import suggested_recipe
 
     content = suggested_recipe(task, data)
-    print(f"Without a recipe, this one is used:\n\n{yaml.safe_dump(content, sort_keys=False)}", flush=True)
+    if is_first_process():
+        print(f"Without a recipe, this one is used:\n\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}", flush=True)
     return content
 
 

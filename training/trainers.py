@@ -13,7 +13,7 @@ from .task import Examples, Task
 
 
 # Because a process may be killed while it writes a checkpoint, a second one is kept to resume from.
-DEFAULTS = {"report_to": "none", "save_total_limit": 2}
+DEFAULTS = {"report_to": "none", "save_total_limit": 2, "dataloader_pin_memory": torch.cuda.is_available()}
 
 
 class Patience(EarlyStoppingCallback):
@@ -46,7 +46,7 @@ def new_trainer(task: Task, examples: Examples, seed: int, folder: RunFolder | N
         folder.load_weights(model)
         overrides = {"output_dir": str(folder.path), **overrides}
     separation = separation_callback(recipe.separation, examples.unlabelled)
-    arguments: dict[str, Any] = {**DEFAULTS, "dataloader_pin_memory": torch.cuda.is_available(), **task.defaults}
+    arguments: dict[str, Any] = {**DEFAULTS, **task.defaults}
     callbacks: list[Any] = [] if separation is None else [separation]
     if recipe.patience is not None:
         callbacks.insert(0, Patience(recipe.patience))

@@ -57,11 +57,12 @@ def _files(data: "SeriesData") -> list[Path] | None:
                 raise RecipeError(f"series are not read from {data.dataset}; give {ACCEPTED}")
             return [source.path]
         folder, patterns = source.path, [data.data_files] if isinstance(data.data_files, str) else data.data_files or ["*"]
-    found = {path for each in patterns for path in folder.glob(each) if path.is_file() and is_table(path) and path.name[0] != "."}
-    if not found:
-        raise RecipeError(
-            f"{folder} has no file {' or '.join(patterns)} that ends in {', '.join(TABLES)}; check data.dataset and data.data_files"
-        )
+    found: set[Path] = set()
+    for each in patterns:
+        matching = {path for path in folder.glob(each) if path.is_file() and is_table(path) and path.name[0] != "."}
+        if not matching:
+            raise RecipeError(f"{folder} has no file {each} that ends in {', '.join(TABLES)}; check data.dataset and data.data_files")
+        found |= matching
     return sorted(found)
 
 

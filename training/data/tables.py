@@ -34,8 +34,8 @@ def read_table(path: Path, *, texts: Iterable[str] = (), blanks_only: bool = Fal
             None are missing too, which may be names of classes.
 
     Raises:
-        RecipeError: If the file is not a table, is not UTF-8, is empty, or its first row does not
-            name the columns.
+        RecipeError: If the file is not a table, is not UTF-8, has no rows, or its first row does
+            not name the columns.
     """
     if path.suffix.lower() == ".parquet":
         try:
@@ -50,6 +50,8 @@ def read_table(path: Path, *, texts: Iterable[str] = (), blanks_only: bool = Fal
         raise RecipeError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as CSV in UTF-8") from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read as CSV: {' '.join(str(error).split())}") from error
+    if frame.empty:
+        raise RecipeError(f"{path} has no rows below the names of its columns; add some")
     names = [str(name) for name in frame.columns]
     if all(re.fullmatch(NUMBER, name) for name in names) and names != [str(number) for number in range(len(names))]:
         raise RecipeError(f"the first row of {path} must name the columns, but it has the numbers {names[:3]}; add a row of names")

@@ -30,6 +30,7 @@ from ..metrics import classification_metrics
 from ..recipe import Recipe
 from ..report.figures import training_figure
 from ..task import Examples, Task, check_same_classes
+from ..trainers import DEFAULTS
 
 
 NUM_PROBES = 64
@@ -139,7 +140,7 @@ class Images(Task):
         self.processor = ViTImageProcessorPil.from_pretrained(folder)
         with tempfile.TemporaryDirectory() as scratch:
             no_training = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none"}
-            arguments = TrainingArguments(scratch, **{**self.defaults, **self.recipe.training, **no_training})
+            arguments = TrainingArguments(scratch, **{**DEFAULTS, **self.defaults, **self.recipe.training, **no_training})
             trainer = Trainer(model, arguments, processing_class=self.processor, compute_metrics=classification_metrics)
             trainer.remove_callback(PrinterCallback)
             split = self.splits[-1]
