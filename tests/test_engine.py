@@ -24,6 +24,7 @@ from modeling_uhop import STanHopForPrediction, UHopMILFeatureExtractor, UHopMIL
 from modeling_uhop.training import cli, engine, train_command
 from modeling_uhop.training.data.series import synthetic_series
 from modeling_uhop.training.errors import RecipeError
+from modeling_uhop.training.evaluation import evaluate
 from modeling_uhop.training.recipe import load_recipe
 from modeling_uhop.training.results import as_recorded
 from modeling_uhop.training.run_folder import RunFolder
@@ -250,6 +251,39 @@ def test_a_finished_run_is_trained_longer_if_its_task_allows_it(task, tmp_path, 
     assert engine.run(longer, tmp_path / "run", "resume")["last_step"] == 9
     assert load_recipe(tmp_path / "run" / "recipe.yaml") == longer
     assert results_of(tmp_path / "run")["recipe"]["training"]["num_train_epochs"] == 3
+
+
+@pytest.mark.parametrize("task", ["images", "series"])
+def test_a_finished_run_keeps_its_recipe_if_no_step_is_left(task, tmp_path, quick):
+    saved = "training.save_strategy=epoch"
+    engine.run(tiny(task, saved), tmp_path / "run")
+    before = results_of(tmp_path / "run")
+    with pytest.raises(RecipeError, match="is finished at step 6, so that its recipe cannot change"):
+        engine.run(tiny(task, saved, "training.learning_rate=0.5"), tmp_path / "run", "resume")
+    assert results_of(tmp_path / "run") == before
+    assert load_recipe(tmp_path / "run" / "recipe.yaml") == tiny(task, saved)
+
+
+def test_a_checkpoint_at_the_end_of_an_epoch_is_written_after_the_evaluation(tmp_path, quick, monkeypatch):
+    """An evaluation draws random numbers, which a run that resumes from before it would not draw."""
+    recipe = tiny("images", "training.save_strategy=steps", "training.save_steps=3", "model.hidden_dropout_prob=0.3")
+    engine.run(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        Steps(patch, at=5, fault=raising)
+        with pytest.raises(ValueError, match="no luck"):
+            engine.run(recipe, tmp_path / "stopped")
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    engine.run(recipe, tmp_path / "stopped", "resume")
+    assert _weights(tmp_path / "stopped") == _weights(tmp_path / "whole")
+
+
+def test_a_forecaster_is_evaluated_only_on_its_own_series(tmp_path, quick):
+    engine.run(tiny("series"), tmp_path / "run")
+    frame = synthetic_series()
+    first, second, *others = [name for name in frame.columns if name != "date"]
+    frame[["date", second, first, *others]].to_csv(tmp_path / "swapped.csv", index=False)
+    with pytest.raises(RecipeError, match=r"was trained on the series .*, but the data have"):
+        evaluate(tmp_path / "run", str(tmp_path / "swapped.csv"))
 
 
 def _without_test_data(task: str, patch) -> None:

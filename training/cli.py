@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ..version import __version__
 from .errors import errors_in_one_line
 from .info import check_installed
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", nargs="?")
     parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="version", version=__version__)
     given = list(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(given[:1])
     if args.command is None:
@@ -43,3 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _listed() -> str:
     return "\n".join(["commands:", *(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())])
+
+
+if __name__ == "__main__":
+    main()

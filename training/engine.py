@@ -74,13 +74,17 @@ def train(trainer: Trainer, task: Task, folder: RunFolder) -> dict[str, Any]:
     the history of the separation step and what the task recorded.
 
     The time of a resumed training is `None`.
+
+    Raises:
+        RecipeError: If a finished run is resumed with another training that has no step left.
     """
     is_main = trainer.is_world_process_zero()
-    if is_main:
-        folder.forget(TRAINING)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=folder.checkpoint)
     seconds = round(time.perf_counter() - started, 1) if folder.checkpoint is None else None
+    folder.check_trained(trainer.state.global_step)
+    if is_main:
+        folder.forget(TRAINING)
     trainer.save_model()
     history = [entry for each in trainer.callback_handler.callbacks if isinstance(each, SeparationCallback) for entry in each.history]
     outcome = {"state": dataclasses.asdict(trainer.state), "seconds": seconds, "history": history, **task.recorded()}

@@ -27,8 +27,9 @@ def main(arguments: list[str]) -> None:
 def evaluate(folder: Path, data: str | None = None, overrides: list[str] | None = None) -> dict[str, Any]:
     """The metrics of a saved model.
 
-    Images and series are evaluated on `evaluation.split` of the data. Bags are all evaluated, so
-    that the bags of the run itself are those that the model was trained on.
+    Images and series are evaluated on `evaluation.split` of the data. Series are scaled by the
+    training rows of the data that are given. Bags are all evaluated, so that the bags of the run
+    itself are those that the model was trained on.
 
     Raises:
         RecipeError: If the folder holds no finished run, or the data do not fit the model.

@@ -80,6 +80,18 @@ class RunFolder:
         """Write recipe.yaml: the recipe as it was run, overrides included."""
         write_atomically(self.path / "recipe.yaml", yaml.safe_dump(dataclasses.asdict(self.recipe), sort_keys=False))
 
+    def check_trained(self, step: int) -> None:
+        """Check that a finished run with another recipe was trained further, up to this step.
+
+        Raises:
+            RecipeError: If not: then the new recipe would describe what was not trained.
+        """
+        if self.checkpoint is not None and self._file(TRAINING).is_file() and self.checkpoint.endswith(f"-{step}"):
+            raise RecipeError(
+                f"the training in {self.path} is finished at step {step}, so that its recipe cannot change; "
+                "ask for more steps, or pass --overwrite to train again"
+            )
+
     def load_weights(self, model: PreTrainedModel) -> None:
         """Load the weights of a finished training into a model, in place.
 

@@ -28,7 +28,6 @@ from .errors import RecipeError
 from .folds import summarize
 from .intervals import Interval, paired_over_folds, paired_over_seeds, spread
 from .processes import refuse_several_processes
-from .recipe import ROOT
 from .recipe_file import check_keys, read_yaml
 from .recipes import find_recipe
 from .report.tables import results_table
@@ -90,7 +89,7 @@ def main(arguments: list[str]) -> None:
     for recipe in chosen:
         own = [run for run in runs if run.recipe == recipe]
         kind, gathered = gather(sweep, own)
-        target = Path(args.results) / f"{recipe}{sweep['suffix']}.json"
+        target = Path(args.results) / f"{Path(recipe).stem}{sweep['suffix']}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         write_result(target, kind, gathered)
         for figure in sweep["figures"]:
@@ -136,7 +135,7 @@ def runs_of(sweep: dict[str, Any], recipe: str, folder: Path, data_dir: str | No
 
     The overrides in `once` are applied to the first run only.
     """
-    path = ROOT / "configs" / f"{recipe}.yaml"
+    path = find_recipe(recipe)
     dataset = None if data_dir is None else local_dataset(read_yaml(path)["data"]["dataset"], Path(data_dir))
     runs: list[Run] = []
     for variant, overrides in sweep["variants"].items():
@@ -145,7 +144,7 @@ def runs_of(sweep: dict[str, Any], recipe: str, folder: Path, data_dir: str | No
             command += [] if dataset is None else ["--data", dataset]
             for override in [*sweep["overrides"], *overrides, *(sweep["once"] if not runs else [])]:
                 command += ["--set", override]
-            runs.append(Run(recipe, variant, seed, command, folder / recipe / _folder_name(variant) / f"seed_{seed}"))
+            runs.append(Run(recipe, variant, seed, command, folder / path.stem / _folder_name(variant) / f"seed_{seed}"))
     return runs
 
 

@@ -72,7 +72,9 @@ def main(arguments: list[str]) -> None:
             raise RecipeError(f"{path} is a sweep, not a recipe; run it by `modeling-uhop sweep {args.recipe}`")
         content.setdefault("name", path.stem)
     elif args.task is not None and args.data is not None:
-        content = suggested(args.task, args.data)
+        from .suggest import suggested_recipe
+
+        content = suggested_recipe(args.task, args.data)
     else:
         raise RecipeError("give a recipe, or --task and --data; `modeling-uhop recipes` lists the recipes")
     for override in args.set:
@@ -80,6 +82,8 @@ def main(arguments: list[str]) -> None:
     if args.data is not None and isinstance(content.get("data"), dict):
         content["data"]["dataset"] = args.data
     recipe = build_recipe(content)
+    if args.recipe is None:
+        show_once(content)
     recipe.seed = recipe.seed if args.seed is None else args.seed
     folder = Path(args.output_dir or f"runs/{recipe.name}")
 
@@ -132,16 +136,12 @@ def training_options(arguments: list[str], parser: argparse.ArgumentParser) -> t
     return own, overrides
 
 
-def suggested(task: str, data: str) -> dict[str, Any]:
-    """The mapping of a recipe for a data set, which the first process prints so that it can be
-    kept and changed."""
+def show_once(content: dict[str, Any]) -> None:
+    """Print a suggested recipe, in the first process, so that it can be kept and changed."""
     from .processes import is_first_process
-    from .suggest import suggested_recipe
 
-    content = suggested_recipe(task, data)
     if is_first_process():
         print(f"Without a recipe, this one is used:\n\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}", flush=True)
-    return content
 
 
 def _measure(task: str, path: Path, arguments: list[str], named: str) -> None:

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, IntervalStrategy, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from .checkpoints import SealingCallback
 from .run_folder import RunFolder
@@ -31,6 +31,25 @@ class Patience(EarlyStoppingCallback):
             super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
+class SaveAfterEvaluation(TrainerCallback):
+    """Delays a checkpoint at the last step of an epoch until the evaluation of that epoch is over.
+
+    An evaluation draws random numbers. A run that resumes from the checkpoint does not evaluate that
+    epoch again, and would continue with other numbers than an undisturbed run.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.delayed = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.delayed = control.should_save and args.eval_strategy == IntervalStrategy.EPOCH and float(state.epoch).is_integer()
+        control.should_save = control.should_save and not self.delayed
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save = control.should_save or self.delayed
+        self.delayed = False
+
+
 def new_trainer(task: Task, examples: Examples, seed: int, folder: RunFolder | None = None, **overrides: Any) -> Trainer:
     """The Trainer of transformers with a new model, the separation step, early stopping and sealed
     checkpoints.
@@ -53,7 +72,7 @@ def new_trainer(task: Task, examples: Examples, seed: int, folder: RunFolder | N
         stopping = {"load_best_model_at_end": True, "metric_for_best_model": task.monitored}
         arguments = {**arguments, "eval_strategy": "epoch", "save_strategy": "epoch", **stopping}
     if folder is not None:
-        callbacks += [*task.callbacks(model, separation if folder.begins else None), SealingCallback()]
+        callbacks += [*task.callbacks(model, separation if folder.begins else None), SaveAfterEvaluation(), SealingCallback()]
     return Trainer(
         model=model,
         args=TrainingArguments(seed=seed, **{**arguments, **recipe.training, **overrides}),

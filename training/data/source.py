@@ -57,10 +57,15 @@ def find_source(name: str, accepted: str, built_in: str | None = None) -> Source
         return Source(name, "folder" if path.is_dir() else "file", path)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*(?:/[\w.-]+)?", name) and not re.search(FILE_SUFFIX, name, re.IGNORECASE):
         return Source(name, "hub")
+    raise RecipeError(f"{_nowhere(name)}; give {accepted}, or the id of a data set on the Hub, as --data")
+
+
+def _nowhere(name: str) -> str:
+    """The beginning of the message for a name that is no file or folder, with the nearest name there is."""
+    path = Path(name).expanduser()
     beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, beside, 1)
-    likely = f"; did you mean {path.parent / near[0]}?" if near else ""
-    raise RecipeError(f"there is no file or folder {name}{likely}; give {accepted}, or the id of a data set on the Hub, as --data")
+    return f"there is no file or folder {name}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
 
 
 def load_from_hub(source: Source, accepted: str, **options: Any) -> DatasetDict:
@@ -79,7 +84,7 @@ def load_from_hub(source: Source, accepted: str, **options: Any) -> DatasetDict:
             copy, or the data set has several subsets and none is chosen.
     """
     name, before = source.name, datasets.config.HF_HUB_OFFLINE
-    nowhere = f"there is no file or folder {name}"
+    nowhere = _nowhere(name)
     remedy = f"give {accepted}, or the id of a data set on the Hub, as --data"
     unreachable = None
     try:

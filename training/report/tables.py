@@ -68,11 +68,16 @@ def bags_table(gathered: list[dict[str, Any]]) -> str:
     lines = ["| | " + " | ".join(titles) + " |", "| --- |" + " --- |" * len(titles)]
     for job in dict.fromkeys(job for result in gathered for job in result["results"]):
         scores = [result["results"].get(job, {}).get(metric) for result in gathered]
-        cells = ["" if score is None else f"{score['mean']:.3f} ± {score['std_repeats']:.3f}" for score in scores]
+        cells = ["" if score is None else f"{score['mean']:.3f}{_spread_over_repeats(score)}" for score in scores]
         lines.append(f"| {job} | " + " | ".join(cells) + " |")
     for row in dict.fromkeys(row for result in gathered for row in result["published"]):
         lines.append(f"| published: {row} | " + " | ".join(result["published"].get(row, "") for result in gathered) + " |")
     return "\n".join(lines)
+
+
+def _spread_over_repeats(score: dict[str, Any]) -> str:
+    """The standard deviation over repeats; nothing for one repeat, which has none."""
+    return f" ± {score['std_repeats']:.3f}" if len(score["by_repeat"]) > 1 else ""
 
 
 def instances_table(gathered: list[dict[str, Any]]) -> str:
@@ -82,7 +87,7 @@ def instances_table(gathered: list[dict[str, Any]]) -> str:
     rows = [["", *maps], ["---"] * (1 + len(maps))]
     for weights in ("dense", "1.5-entmax", "sparse"):
         found = [result["results"][weights + suffix]["instance_auc"] for suffix in maps.values()]
-        rows.append([weights, *(f"{auc['mean']:.3f} ± {auc['std_repeats']:.3f}" for auc in found)])
+        rows.append([weights, *(f"{auc['mean']:.3f}{_spread_over_repeats(auc)}" for auc in found)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

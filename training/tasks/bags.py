@@ -217,7 +217,8 @@ class BagClassification(Task):
         rows = {name: value for name, value in metrics.items() if isinstance(value, dict)}
         for baseline, outcomes in self.baselines.items():
             rows |= {f"{name} ({baseline})": value for name, value in summarize(outcomes).items()}
-        spread = "standard deviation over repeats {std_repeats:.4f}, over folds {std_folds:.4f}"
+        over_repeats = "over repeats {std_repeats:.4f}, " if self.recipe.repeats > 1 else ""
+        spread = f"standard deviation {over_repeats}over folds {{std_folds:.4f}}"
         return "\n".join(f"  {name:<14} {value['mean']:.4f}   {spread.format(**value)}" for name, value in rows.items())
 
     def score(self, folder: Path) -> dict[str, float]:

@@ -16,6 +16,7 @@ from ..data.series import SeriesData, load_series, unlabelled_windows
 from ..errors import RecipeError
 from ..recipe import Recipe
 from ..report.figures import forecast_figure, retrieval_weights_figure
+from ..results import read_result
 from ..task import Examples, Task
 
 
@@ -136,8 +137,9 @@ class Forecasts(Task):
     def score(self, folder: Path) -> dict[str, float]:
         model = STanHopForPrediction.from_pretrained(folder).eval()
         split, lengths = self.recipe.evaluation.split, (model.config.context_length, model.config.prediction_length)
-        if model.config.num_input_channels != len(self.series.names):
-            raise RecipeError(f"the model forecasts {model.config.num_input_channels} series, but the data have {len(self.series.names)}")
+        trained = read_result(folder / "results.json", "run")["series"]["names"]
+        if self.series.names != trained:
+            raise RecipeError(f"the model was trained on the series {trained}, but the data have {self.series.names}")
         return {f"{split}_{name}": error for name, error in errors_of(forecaster(model), self.series, split, *lengths).items()}
 
     def _evaluated(self, name: str) -> torch.Tensor:
