@@ -3,6 +3,7 @@ seeds."""
 
 import json
 import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from modeling_uhop.training.checkpoints import SEAL
 from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.intervals import paired_over_folds
 from modeling_uhop.training.recipe import ROOT, load_recipe
+from modeling_uhop.training.recipes import find_recipe
 from modeling_uhop.training.report.tables import bags_table, paired_table, variants_table
 from modeling_uhop.training.results import read_result
 from modeling_uhop.training.sweep import execute, gather, lock_folder, read_sweep, runs_of
@@ -51,7 +53,7 @@ def project(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
     (tmp_path / "training" / "train.py").write_text(SCRIPT)
     (tmp_path / "configs" / "fake.yaml").write_text("task: series\ndata: {dataset: somewhere/ETTh1}\n")
-    monkeypatch.setattr(sweep_module, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep_module, "find_recipe", partial(find_recipe, folder=tmp_path / "configs"))
     monkeypatch.setattr(sweep_module, "__file__", str(tmp_path / "training" / "sweep.py"))
     return tmp_path
 
@@ -211,6 +213,14 @@ def test_a_local_data_set_is_found_by_its_name(project):
     assert json.loads((runs[0].folder / "results.json").read_text())["recipe"]["data"]["dataset"] == str(project / "data" / "ETTh1.csv")
 
 
+def test_a_sweep_takes_a_recipe_of_ones_own(project):
+    mine = project / "mine.yaml"
+    mine.write_text((project / "configs" / "fake.yaml").read_text())
+    (run,) = runs_of(read_sweep(write(project, recipes=[str(mine)], seeds=[0], variants={"plain": []}, pairs=[])), str(mine), project, None)
+    assert run.command[2] == str(mine)
+    assert run.folder == project / "mine" / "plain" / "seed_0"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -238,7 +248,7 @@ def bags(tmp_path, monkeypatch):
 
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny.yaml").write_text(yaml.safe_dump(tiny_content("bags")))
-    monkeypatch.setattr(sweep_module, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep_module, "find_recipe", partial(find_recipe, folder=tmp_path / "configs"))
     monkeypatch.setattr(sweep_module, "subprocess", SimpleNamespace(run=called, STDOUT=None))
     no_reload(monkeypatch)
     no_figures(monkeypatch)
