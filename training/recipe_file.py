@@ -102,19 +102,20 @@ def check_content(content: dict[str, Any]) -> None:
     data = content.get("data")
     if not isinstance(data, dict) or "dataset" not in data:
         raise RecipeError("a recipe needs data.dataset: the name of a built-in data set, a Hub id, or a local folder or file")
+    arguments = fields_of(source_of("transformers"), "TrainingArguments")
     valid = {
         "data": fields_of(path, value_of(recipe, "data_class")),
         "model": fields_of(path, value_of(recipe, "config_class")),
         "separation": separation_keys(),
-        "training": fields_of(source_of("transformers"), "TrainingArguments"),
+        "training": arguments,
         "evaluation": fields_of(_here("recipe.py"), "Evaluation"),
     }
     for section, keys in valid.items():
         check_keys(section, content.get(section) or {}, [*keys])
-    for name, value in (content.get("training") or {}).items():
-        kinds = set(valid["training"][name].split(" | "))
+    for argument, value in (content.get("training") or {}).items():
+        kinds = set(arguments[argument].split(" | "))
         if kinds <= {"int", "float", "None"} and not (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
-            raise RecipeError(f"training.{name} must be a number, got {value!r}")
+            raise RecipeError(f"training.{argument} must be a number, got {value!r}")
     for owned in ("output_dir", "seed"):
         if owned in (content.get("training") or {}):
             raise RecipeError(f"training.{owned} cannot be set in a recipe; use the top-level `seed` and the option --output_dir")
