@@ -571,7 +571,7 @@ def test_data_that_do_not_fit_a_finished_run_are_refused(finished, tmp_path):
     message = {
         "images": r"the model has the classes \['dark', 'light'\], but the data have \['a', 'b'\]",
         "bags": r"the model has the classes \['no', 'yes'\], but the data have \['a', 'b'\]",
-        "series": "the model forecasts 4 series, but the data have 2",
+        "series": r"the model was trained on the series \['series_0', .*\], but the data have \['series_0', 'series_1'\]",
     }[task]
     with pytest.raises(SystemExit, match=f"RecipeError: {message}"):
         cli.main(["evaluate", str(folder), "--data", str(_other_data(task, tmp_path / "other"))])
