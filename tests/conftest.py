@@ -63,8 +63,11 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `unit` what neither trains for seconds nor starts a process or a browser."""
+    """Mark as `browser` what uses the demo in a browser, and as `unit` what neither trains for seconds nor
+    starts a process or a browser."""
     for item in items:
+        if {"browser", "address"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("browser")
         if not any(item.get_closest_marker(name) for name in ("trains", "process", "browser")):
             item.add_marker("unit")
 

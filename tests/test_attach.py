@@ -334,6 +334,7 @@ def test_methods_of_transformers_add_and_load_the_adapter(tmp_path):
     assert torch.equal(_states(loaded, inputs), _states(_bert(), inputs))
 
 
+@pytest.mark.process
 def test_peft_knows_the_method_once_the_package_is_imported(tmp_path, monkeypatch):
     _attach(_bert()).save_pretrained(tmp_path)
     code = f"import modeling_uhop; from peft import PeftConfig; print(type(PeftConfig.from_pretrained({str(tmp_path)!r})).__name__)"
