@@ -6,9 +6,7 @@ hide the process group from it.
 
 import copy
 import json
-import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,10 +19,10 @@ from torch import nn
 
 from modeling_uhop import Separation, SeparationCallback, StageOne, UHopViTForImageClassification
 from modeling_uhop.distributed import averaged, whole
-from modeling_uhop.training.processes import leave_process_group
 from modeling_uhop.zero import has_master, master
 from tests.sharding_worker import Setting, images
 from tests.support.training import Images, image_model, image_trainer
+from tests.support.workers import run_worker
 from tests.test_deepspeed import CASES, SEPARATION, TRAINING, ZERO
 
 
@@ -169,11 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        leave_process_group()
-    except Exception:
-        traceback.print_exc()
-        # Because the traceback refers to the process group, and an exit that frees the group can
-        # hang, we exit without freeing it.
-        os._exit(1)
+    run_worker(main)

@@ -4,15 +4,14 @@ import json
 import os
 import signal
 import sys
-import traceback
 from pathlib import Path
 
 import torch
 from transformers import EvalPrediction, TrainerCallback
 
 from modeling_uhop import SeparationCallback
-from modeling_uhop.training.processes import leave_process_group
 from tests.support.training import Images, image_model, image_trainer
+from tests.support.workers import run_worker
 
 
 class Killed(TrainerCallback):
@@ -64,11 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        leave_process_group()
-    except Exception:
-        traceback.print_exc()
-        # Because the traceback refers to the process group, and an exit that frees the group can
-        # hang, we exit without freeing it.
-        os._exit(1)
+    run_worker(main)

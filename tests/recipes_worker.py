@@ -1,17 +1,15 @@
 """One process of test_distributed: run tiny recipes, and a command that is for one process."""
 
-import os
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 
 from modeling_uhop.training import cli, engine
-from modeling_uhop.training.processes import leave_process_group
 from modeling_uhop.training.recipe import ROOT, load_recipe
 from tests.support.recipes import no_figures, no_reload
+from tests.support.workers import run_worker
 
 
 def main() -> None:
@@ -29,11 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        leave_process_group()
-    except Exception:
-        traceback.print_exc()
-        # Because the traceback refers to the process group, and an exit that frees the group can
-        # hang, we exit without freeing it.
-        os._exit(1)
+    run_worker(main)

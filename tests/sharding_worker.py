@@ -6,9 +6,7 @@ hide the process group from it.
 
 import copy
 import json
-import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +33,8 @@ from modeling_uhop import (
     UHopViTForImageClassification,
 )
 from modeling_uhop.distributed import are_finite, averaged, whole
-from modeling_uhop.training.processes import leave_process_group
 from tests.support.training import Images, image_model, image_trainer
+from tests.support.workers import run_worker
 
 
 class Setting:
@@ -252,11 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-        leave_process_group()
-    except Exception:
-        traceback.print_exc()
-        # Because the traceback refers to the process group, and an exit that frees the group can
-        # hang, we exit without freeing it.
-        os._exit(1)
+    run_worker(main)

@@ -132,10 +132,10 @@ def find_projections(model: nn.Module, config: Any) -> list[Projections]:
     """Return the query and key projections that a configuration selects.
 
     Raises:
-        ValueError: If there are none; if the model is one of this package; if an attention module has unknown projections, a fused
-            projection whose rows are in an unknown order, or a query and a key projection that read
-            different widths. A pooling head causes only a warning. A module that `layers` or
-            `target_modules` leaves out is not looked at.
+        ValueError: If there are none; if the model is one of this package; if an attention module
+            has unknown projections, a fused projection whose rows are in an unknown order, or a
+            query and a key projection that read different widths. A pooling head causes only a
+            warning. A module that `layers` or `target_modules` leaves out is not checked.
     """
     if any(hasattr(part, "memory_sets") for part in model.modules()):
         raise ValueError(f"{type(model).__name__} has feature maps of its own: set use_feature_map and alpha in its configuration")
