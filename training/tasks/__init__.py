@@ -6,7 +6,7 @@ from typing import Any
 
 
 # Recipes that measure something and save no model.
-MEASUREMENTS = ("geometry", "retrieval")
+MEASUREMENTS = ("attach", "geometry", "retrieval")
 # Every other file of this folder is a task. It defines a subclass of `Task` with the name `TASK`.
 TASKS = tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name not in MEASUREMENTS)
 
