@@ -58,6 +58,12 @@ def main(arguments: list[str]) -> None:
     Raises:
         RecipeError: If the recipe, the data or an option cannot be used.
     """
+    if arguments and not arguments[0].startswith("-"):
+        path = find_recipe(arguments[0])
+        task = read_yaml(path).get("task")
+        if task in MEASUREMENTS:
+            _measure(task, path, arguments[1:])
+            return
     options = parser()
     own, overrides = training_options(arguments, options)
     args = options.parse_args(own)
@@ -66,8 +72,7 @@ def main(arguments: list[str]) -> None:
         path = find_recipe(args.recipe)
         content = read_yaml(path)
         if content.get("task") in MEASUREMENTS:
-            _measure(content["task"], path, arguments, args.recipe)
-            return
+            raise RecipeError(f"give {args.recipe} first and its options after it: modeling-uhop train {args.recipe} ...")
         if "variants" in content:
             raise RecipeError(f"{path} is a sweep, not a recipe; run it by `modeling-uhop sweep {args.recipe}`")
         content.setdefault("name", path.stem)
@@ -144,12 +149,10 @@ def show_once(content: dict[str, Any]) -> None:
         print(f"Without a recipe, this one is used:\n\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}", flush=True)
 
 
-def _measure(task: str, path: Path, arguments: list[str], named: str) -> None:
+def _measure(task: str, path: Path, arguments: list[str]) -> None:
     from importlib import import_module
 
     from .processes import refuse_several_processes
 
     refuse_several_processes()
-    rest = list(arguments)
-    rest.remove(named)
-    import_module(f".tasks.{task}", __package__).run_command(path, rest)
+    import_module(f".tasks.{task}", __package__).run_command(path, arguments)

@@ -92,7 +92,7 @@ class Transfer(ABC):
 class Rows(Dataset):
     """Examples that are rows of tensors; images are mirrored at random if `flip`."""
 
-    def __init__(self, flip: bool = False, **columns: torch.Tensor):
+    def __init__(self, columns: dict[str, torch.Tensor], flip: bool = False):
         self.columns, self.flip = columns, flip
 
     def __len__(self) -> int:
@@ -113,14 +113,14 @@ class Images(Transfer):
 
     def source_examples(self) -> Dataset:
         split = load_images(ImageData(self.source, image_column=_image_column(self.source)), test=False)["train"]
-        return Rows(flip=True, **self._tensors(split))
+        return Rows(self._tensors(split), flip=True)
 
     def source_model(self) -> PreTrainedModel:
         sizes: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
         return ViTForImageClassification(ViTConfig(**sizes, image_size=self.SIDE, patch_size=4, num_labels=10))
 
     def target_model(self, model: PreTrainedModel) -> PreTrainedModel:
-        model.config.num_labels = model.num_labels = self.CLASSES
+        model.config.num_labels = self.CLASSES
         model.classifier = torch.nn.Linear(model.config.hidden_size, self.CLASSES)
         return model
 
@@ -143,7 +143,7 @@ class Images(Transfer):
             train.append(rows[random.choice(self.POOL, self.count, replace=False)])
             test.append(rows[self.POOL :])
         few, rest = ({name: column[torch.cat(rows)] for name, column in columns.items()} for rows in (train, test))
-        return Examples(Rows(flip=True, **few), Rows(**self._splits["validation"]), Rows(**rest))
+        return Examples(Rows(few, flip=True), Rows(self._splits["validation"]), Rows(rest))
 
     def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
         return lambda outputs: {"accuracy": float((np.argmax(outputs.predictions, -1) == outputs.label_ids).mean())}
@@ -184,7 +184,7 @@ class Text(Transfer):
     def examples(self, seed: int) -> Examples:
         chosen = np.random.default_rng(seed).choice(len(self._text["train"]), self.count, replace=False)
         parts = (self._text["train"][chosen], self._text["validation"], self._text["test"])
-        return Examples(*(Rows(input_ids=rows, labels=rows) for rows in map(torch.from_numpy, parts)))
+        return Examples(*(Rows({"input_ids": rows, "labels": rows}) for rows in map(torch.from_numpy, parts)))
 
     def measure(self, logged: dict[str, float]) -> float:
         return logged["eval_loss"] / float(np.log(2))
@@ -192,7 +192,7 @@ class Text(Transfer):
     def _windows(self, texts: list[str]) -> Rows:
         data = np.frombuffer("\n\n".join(texts).encode(), np.uint8).astype(np.int64)
         rows = torch.from_numpy(data[: len(data) // self.LENGTH * self.LENGTH]).reshape(-1, self.LENGTH)
-        return Rows(input_ids=rows, labels=rows)
+        return Rows({"input_ids": rows, "labels": rows})
 
 
 class Series(Transfer):
@@ -206,12 +206,8 @@ class Series(Transfer):
         return self._series(self.source).windows("train", self.CONTEXT, self.HORIZON)
 
     def source_model(self) -> PreTrainedModel:
-        lengths: dict[str, Any] = {
-            "context_length": self.CONTEXT,
-            "prediction_length": self.HORIZON,
-            "patch_length": 16,
-            "patch_stride": 16,
-        }
+        lengths: dict[str, Any] = {"context_length": self.CONTEXT, "prediction_length": self.HORIZON}
+        patches: dict[str, Any] = {"patch_length": 16, "patch_stride": 16}
         sizes: dict[str, Any] = {"d_model": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 128, "num_input_channels": 7}
         return PatchTSTForPrediction(PatchTSTConfig(**lengths, **patches, **sizes, scaling="std"))
 
