@@ -31,6 +31,9 @@ from .data.images import ImageData, load_images, make_image_processor, with_pixe
 from .data.series import SeriesData, load_series
 
 
+TEN = {label: str(label) for label in range(10)}
+
+
 @dataclass
 class Examples:
     """The few examples of a run, and those that it is scored on."""
@@ -117,7 +120,7 @@ class Images(Transfer):
 
     def source_model(self) -> PreTrainedModel:
         sizes: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 256}
-        return ViTForImageClassification(ViTConfig(**sizes, image_size=self.SIDE, patch_size=4, num_labels=10))
+        return ViTForImageClassification(ViTConfig(**sizes, image_size=self.SIDE, patch_size=4, id2label=TEN))
 
     def target_model(self, model: PreTrainedModel) -> PreTrainedModel:
         model.config.num_labels = self.CLASSES
