@@ -10,6 +10,7 @@ python benchmarks/run.py --only attention separation --check
 """
 
 import argparse
+import copy
 import importlib.util
 import multiprocessing
 import statistics
@@ -23,15 +24,17 @@ from typing import Any, cast
 
 import torch
 from entmax import entmax15
+from peft import LoraConfig, get_peft_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import normalize, scaled_dot_product_attention
-from transformers import ViTConfig, ViTForImageClassification, ViTModel
+from transformers import GPT2Config, GPT2Model, ViTConfig, ViTForImageClassification, ViTModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
 from modeling_uhop import (
     FeatureMap,
     StageOne,
+    UHopAdapterConfig,
     UHopMemoryConfig,
     UHopMemoryModel,
     UHopViTConfig,
@@ -398,6 +401,54 @@ def training(rounds: int) -> Iterator[Case]:
         yield Case("training", f"separation step of the same, alpha 1.5, {moved}", "its training step", own, ours[1])
 
 
+def adapters(rounds: int) -> Iterator[Case]:
+    """Compare an adapter with LoRA of as many parameters in a training step, and a merged adapter
+    with the stock model in inference.
+
+    ViT has separate projections of queries and keys. GPT-2 has one for queries, keys and values.
+    """
+    gpt = GPT2Config(n_embd=VIT["hidden_size"], n_layer=VIT["num_hidden_layers"], n_head=VIT["num_attention_heads"])
+    images, ids = {"pixel_values": torch.randn(8, 3, 224, 224)}, {"input_ids": torch.randint(1000, (8, 128))}
+    models: list[tuple[str, Any, dict[str, Any], list[str]]] = [
+        ("ViT", ViTModel(ViTConfig(**VIT)), images, ["q_proj", "k_proj"]),
+        ("GPT-2", GPT2Model(gpt), ids, ["c_attn"]),
+    ]
+    for name, stock, batch, projections in models:
+        stock.eval()
+        for rank in (None, 8):
+            adapted = get_peft_model(copy.deepcopy(stock), UHopAdapterConfig(rank=rank)).train()
+            count = adapted.get_nb_trainable_parameters()[0]
+            lora = LoraConfig(target_modules=projections, r=_rank_of_lora(stock, projections, count), fan_in_fan_out=name == "GPT-2")
+            rival = get_peft_model(copy.deepcopy(stock), lora).train()
+            ours, taken = interleaved(rounds, *(_step_of(model, batch) for model in (adapted, rival)))
+            size = f"{count:,} beside {rival.get_nb_trainable_parameters()[0]:,} parameters"
+            described = f"training step of {name}, {'square Phi' if rank is None else f'Phi of rank {rank}'}"
+            yield Case("adapters", described, f"LoRA, {size}", ours, taken, at_most=1.15)
+        merged = get_peft_model(copy.deepcopy(stock), UHopAdapterConfig()).merge_and_unload().eval()
+        with torch.no_grad():
+            error = difference(merged(**batch).last_hidden_state, stock(**batch).last_hidden_state, 5e-6)
+            ours, taken = interleaved(rounds, lambda: merged(**batch), lambda: stock(**batch))  # noqa: B023
+        yield Case("adapters", f"{name} with a merged adapter", "the stock model", ours, taken, at_most=1.02, error=error)
+
+
+def _rank_of_lora(stock: Any, projections: list[str], count: int) -> int:
+    """The rank at which LoRA on these projections has about `count` parameters."""
+    widths = [sum(part.weight.shape) for name, part in stock.named_modules() if name.rpartition(".")[2] in projections]
+    return round(count / sum(widths))
+
+
+def _step_of(model: Any, batch: dict[str, Any]) -> Work:
+    """A training step of an adapter."""
+    optimizer = torch.optim.AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+    def step():
+        model(**batch).last_hidden_state.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def gpu(rounds: int) -> Iterator[Case]:
     """Compare the Triton kernels and their gradients with FlashAttention and, if it is installed,
     adasplash.
@@ -466,6 +517,7 @@ PARTS: dict[str, Callable[[int], Iterator[Case]]] = {
     "sampling": sampling,
     "retrieval": retrieval,
     "training": training,
+    "adapters": adapters,
     "gpu": gpu,
 }
 

@@ -1,10 +1,12 @@
 """UHopProjection: a query or key projection that reads Phi(x)."""
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from ..feature_map import FeatureMap
@@ -12,8 +14,17 @@ from ..memories import MemorySet
 from .low_rank import LowRankFeatureMap
 
 
+# What the projections of a layer share in a training step. The key is the query projection; the value
+# is the projection that has computed Phi(x), then x, the versions of x and Phi, and Phi(x).
+_SHARED: "WeakKeyDictionary[nn.Module, tuple[nn.Module, torch.Tensor, list[int], torch.Tensor]]" = WeakKeyDictionary()
+
+
 class UHopProjection(nn.Module, BaseTunerLayer):
     """A projection W of queries, of keys, or of both and values, that computes W Phi(x).
+
+    In training mode, the projections of one layer compute Phi(x) once for both, and a fused
+    projection computes its value rows from x and the others from Phi(x). In evaluation mode, each
+    computes everything by itself, so that Phi = I changes no bit.
 
     Args:
         base_layer: The projection of the model, possibly inside another adapter.
@@ -26,6 +37,8 @@ class UHopProjection(nn.Module, BaseTunerLayer):
     base_layer: Any
     uhop_phi: nn.ModuleDict
     value_rows: torch.Tensor | None
+    order: torch.Tensor | None
+    _query: "UHopProjection | None"
 
     def __init__(self, base_layer: nn.Module, query: "UHopProjection | None" = None, value_rows: torch.Tensor | None = None):
         super().__init__()
@@ -36,12 +49,17 @@ class UHopProjection(nn.Module, BaseTunerLayer):
         self._merged_inner = False
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         self.register_buffer("value_rows", None if value_rows is None else value_rows.to(device), persistent=False)
+        # The outputs in the order "not a value, then a value"; `None` if that is the order they have.
+        order = None if value_rows is None or bool((value_rows.int().diff() >= 0).all()) else value_rows.int().argsort(stable=True)
+        self.register_buffer("order", None if order is None else order.to(device), persistent=False)
+        self._others = 0 if value_rows is None else int((~value_rows).sum())
         if query is None:
             self.uhop_phi = nn.ModuleDict()
         else:
             # Because the state dict must hold Phi once, the key projection has it as a plain attribute,
             # which `nn.Module` does not register.
             object.__setattr__(self, "uhop_phi", query.uhop_phi)
+        object.__setattr__(self, "_query", query)
 
     def add_map(self, adapter_name: str, width: int, config: Any) -> None:
         """Add the feature map of an adapter, in the device and dtype of the projection."""
@@ -61,13 +79,42 @@ class UHopProjection(nn.Module, BaseTunerLayer):
         maps = [] if self.disable_adapters or self.merged else self._maps()
         if not maps:
             return self.base_layer(x, *args, **kwargs)
+        features = self._features(x, maps)
+        if self.value_rows is None:
+            return self.base_layer(features, *args, **kwargs)
+        if self.training and _is_plain(self.base_layer):
+            return self._by_rows(x, features)
+        return torch.where(self.value_rows, self.base_layer(x, *args, **kwargs), self.base_layer(features, *args, **kwargs))
+
+    def _features(self, x: torch.Tensor, maps: list[Any]) -> torch.Tensor:
+        """Phi(x); in a training step, what the other projection of the layer has computed from the same x."""
+        owner = self if self._query is None else self._query
+        shares = self.training and self.value_rows is None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        versions = [each._version for each in (x, *(parameter for phi in maps for parameter in phi.parameters()))] if shares else []
+        if shares and owner in _SHARED:
+            computed_by, read, before, features = _SHARED.pop(owner)
+            if computed_by is not self and read is x and before == versions:
+                return features
         features = x
         for phi in maps:
             features = phi(features.to(_dtype(phi)))
-        projected = self.base_layer(features.to(x.dtype), *args, **kwargs)
-        if self.value_rows is None:
-            return projected
-        return torch.where(self.value_rows, self.base_layer(x, *args, **kwargs), projected)
+        features = features.to(x.dtype)
+        if shares:
+            _SHARED[owner] = (self, x, versions, features)
+        return features
+
+    def _by_rows(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """The outputs of a plain fused projection: values from x, the others from Phi(x)."""
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
+        others: Any
+        values: Any
+        others, values = (slice(None, self._others), slice(self._others, None))
+        if self.order is not None:
+            others, values = self.order[others], self.order[values]
+        parts = [linear(read, weight[rows], None if bias is None else bias[rows]) for read, rows in ((features, others), (x, values))]
+        outputs = torch.cat(parts, -1)
+        return outputs if self.order is None else outputs[..., self.order.argsort()]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -138,3 +185,10 @@ class UHopKeyProjection(UHopProjection):
 def _dtype(phi: nn.Module) -> torch.dtype:
     """The dtype in which a feature map computes."""
     return next(phi.parameters()).dtype
+
+
+def _is_plain(projection: nn.Module) -> bool:
+    """Return whether a fused projection is its weight and bias, and nothing has to run before or after it."""
+    hooks = projection._forward_hooks or projection._forward_pre_hooks or "forward" in vars(projection)
+    weight: Any = getattr(projection, "weight", None)
+    return type(projection) in (nn.Linear, Conv1D) and not hooks and type(weight) is nn.Parameter and weight.dim() == 2
