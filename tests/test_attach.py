@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainingArguments, ViTConfig, ViTModel
+from transformers.pytorch_utils import Conv1D
 
 import modeling_uhop
 from modeling_uhop import (
@@ -127,6 +128,88 @@ def test_low_rank_is_identity_plus_a_product():
         assert_close(phi(states), states + states @ phi.down.T @ phi.up.T)
         assert_close(phi(states), states @ phi.weight.T)
     assert "32 -> 32, rank=3" in repr(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv"])
+@pytest.mark.parametrize("rows", ["last", "interleaved"])
+def test_a_fused_projection_computes_the_same_by_rows_in_training(kind, rows, dtype):
+    torch.manual_seed(0)
+    base = Conv1D(15, 5) if kind == "conv" else nn.Linear(5, 15, bias=kind == "linear")
+    values = torch.arange(15) >= 9 if rows == "last" else torch.tensor([1, 0, 0, 1, 0, 1, 1, 0, 0, 1, 1, 0, 0, 0, 1]).bool()
+    projection = UHopKeyProjection(base.to(dtype).requires_grad_(False), value_rows=values)
+    projection.add_map("default", 5, UHopAdapterConfig(init="normal"))
+    projection.set_adapter("default")
+    found = []
+    for training in (True, False):
+        x = torch.randn(2, 7, 5, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        outputs = projection.train(training)(x)
+        weights = torch.linspace(-1, 1, 15, dtype=dtype)
+        found.append((outputs, *torch.autograd.grad((outputs * weights).sum(), [x, projection.uhop_phi["default"].weight])))
+    phi = projection.uhop_phi["default"].weight
+    weight, bias = (base.weight.T if kind == "conv" else base.weight), (0.0 if base.bias is None else base.bias)
+    for row, value in enumerate(values):
+        read = x if value else x @ phi.T
+        assert_close(found[0][0][..., row], (read @ weight[row]) + (bias if isinstance(bias, float) else bias[row]))
+    for ours, whole in zip(*found, strict=True):
+        assert_close(ours, whole)
+
+
+def test_a_fused_projection_with_hooks_is_called_as_a_module():
+    base = nn.Linear(4, 12)
+    calls: list = []
+    base.register_forward_hook(lambda *given: calls.append(None))
+    projection = UHopKeyProjection(base, value_rows=torch.arange(12) >= 8)
+    projection.add_map("default", 4, UHopAdapterConfig())
+    projection.set_adapter("default")
+    projection.train()(torch.randn(3, 4))
+    assert len(calls) == 2
+
+
+def _pair() -> tuple[UHopProjection, UHopKeyProjection, Any, list]:
+    """A query and a key projection, their Phi, and a list that grows with each call of Phi."""
+    torch.manual_seed(0)
+    query = UHopProjection(nn.Linear(4, 6))
+    key = UHopKeyProjection(nn.Linear(4, 6), query=query)
+    query.add_map("default", 4, UHopAdapterConfig(init="normal"))
+    for projection in (query, key):
+        projection.set_adapter("default")
+    phi: Any = query.uhop_phi["default"]
+    calls: list = []
+    phi.register_forward_hook(lambda *given: calls.append(None))
+    return query, key, phi, calls
+
+
+def test_a_training_step_computes_phi_once_for_queries_and_keys():
+    query, key, phi, calls = _pair()
+    x = torch.randn(2, 3, 4)
+    found = []
+    for training in (True, False):
+        query.train(training), key.train(training)
+        loss = query(x).square().sum() + key(x).pow(3).sum()
+        found.append((loss, *torch.autograd.grad(loss, [phi.weight])))
+    assert len(calls) == 1 + 2
+    assert_close(found[0][0], found[1][0])
+    assert_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("change", ["Phi", "x", "another x", "no gradient"])
+def test_phi_of_an_earlier_step_is_not_used_again(change):
+    query, key, phi, _ = _pair()
+    query.train(), key.train()
+    x = torch.randn(2, 3, 4)
+    query(x)
+    with torch.no_grad():
+        if change == "Phi":
+            phi.weight.mul_(2.0)
+        elif change == "x":
+            x.mul_(2.0)
+    x = x.clone() + 1.0 if change == "another x" else x
+    with torch.set_grad_enabled(change != "no gradient"):
+        outputs = key(x)
+    assert outputs.requires_grad == (change != "no gradient")
+    assert_close(outputs, key.base_layer(phi(x)))
+    copy.deepcopy(query)
 
 
 @pytest.mark.parametrize("init", ["orthogonal", "normal"])

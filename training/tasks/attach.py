@@ -9,9 +9,9 @@ with a separation step train as many steps fewer as it has.
 
 import argparse
 import copy
-import itertools
 import sys
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ..processes import refuse_several_processes
 from ..recipe_file import read_yaml, with_known_keys
 from ..results import write_result
 from ..sweep import difference
-from ..transfers import TRANSFERS, Examples, Transfer
+from ..transfers import TRANSFERS, Transfer
 
 
 @dataclass
@@ -106,7 +106,7 @@ def run_command(recipe_path: Path, arguments: list[str]) -> None:
         refuse_several_processes()
         recipe = load(recipe_path)
         transfer = TRANSFERS[recipe.transfer](args.source or recipe.source, args.target or recipe.target, recipe.count)
-        results = compare(recipe, transfer, Path(args.work_dir) / recipe_path.stem)
+        results = Comparison(recipe, transfer, Path(args.work_dir) / recipe_path.stem).results()
         target = Path(args.output_dir) / f"attach_{recipe_path.stem}.json"
         write_result(target, "seeds", results)
     print(target)
@@ -127,90 +127,117 @@ def load(path: Path) -> AttachRecipe:
     for name in {name for pair in recipe.pairs for name in pair} - variants.keys():
         raise RecipeError(f"pairs must consist of variants, {list(variants)}, got {name!r}")
     for name, variant in variants.items():
-        steps = 0 if variant.separation is None else Separation(**variant.separation).steps
+        steps = 0 if variant.separation is None else separation_of(variant).steps
         if steps >= recipe.steps:
             raise RecipeError(f"variant {name!r} has {steps} steps of separation, which must be fewer than steps={recipe.steps}")
     return recipe
 
 
-def compare(recipe: AttachRecipe, transfer: Transfer, folder: Path) -> dict[str, Any]:
-    """Train the source model, choose rates, and run every variant with every seed: a results file of kind "seeds"."""
-    base = source_model(recipe, transfer, folder)
-    chosen: dict[str, dict[str, float]] = {}
-    scores: dict[str, dict[str, list[float]]] = {}
-    sizes: dict[str, int] = {}
-    choices = {name: rates_of(variant, recipe) for name, variant in recipe.variants.items()}
-    total = sum(len(rates) * (len(rates) > 1) for rates in choices.values()) + len(choices) * len(recipe.seeds)
-    with logging.tqdm(total=total, desc="runs") as bar:
+class Comparison:
+    """Every variant of a recipe, from one model trained on the source.
 
-        def run(name: str, rates: dict[str, float], seed: int, split: str) -> float:
-            score, sizes[name] = move(base, recipe.variants[name], rates, recipe, transfer, seed, split, folder)
-            bar.update()
-            return score
+    Args:
+        recipe: The recipe.
+        transfer: Its transfer.
+        folder: Folder of the model trained on the source, which a later run uses again.
+    """
 
-        for name, candidates in choices.items():
-            sign = 1.0 if transfer.larger_is_better else -1.0
-            tried = [sign * run(name, rates, recipe.choice_seed, "validation") for rates in candidates] if len(candidates) > 1 else [0.0]
-            chosen[name] = candidates[max(range(len(tried)), key=tried.__getitem__)]
-            scores[name] = {transfer.score: [run(name, chosen[name], seed, "test") for seed in recipe.seeds]}
-    variants = {
-        name: {"num_parameters": sizes[name], "metrics": {metric: spread(values) for metric, values in by_metric.items()}}
-        for name, by_metric in scores.items()
-    }
-    pairs = [
-        {"first": first, "second": second, "metric": transfer.score}
-        | difference(paired_over_seeds(scores[first][transfer.score], scores[second][transfer.score]))
-        for first, second in recipe.pairs
-    ]
-    sweep = {"metrics": [transfer.score], "pairs": recipe.pairs, "curves": [], "seeds": recipe.seeds, "rates": chosen, "overrides": []}
-    content = {**asdict(recipe), "source": Path(recipe.source).name, "target": Path(recipe.target).name}
-    return {"sweep": sweep, "recipe": content, "variants": variants, "paired": pairs, "baselines": {}, "published": {}}
+    def __init__(self, recipe: AttachRecipe, transfer: Transfer, folder: Path):
+        self.recipe, self.transfer, self.folder = recipe, transfer, folder
+        self.base = self.source_model()
+        self.sizes: dict[str, int] = {}
 
+    def source_model(self) -> PreTrainedModel:
+        """The model trained on the source, with a new head."""
+        recipe, saved = self.recipe, self.folder / "source"
+        set_seed(0)
+        model = self.transfer.source_model()
+        if not (saved / "model.safetensors").is_file():
+            budget = (recipe.source_steps, recipe.source_batch, recipe.source_rate)
+            self.new_trainer(model, self.transfer.source_examples(), 0, *budget, disable_tqdm=False).train()
+            model.save_pretrained(saved)
+        return self.transfer.target_model(type(model).from_pretrained(saved))
 
-def rates_of(variant: Variant, recipe: AttachRecipe) -> list[dict[str, float]]:
-    """The learning rates to choose from: {"training": rate, "separation": rate}, the latter with a separation step only."""
-    if variant.separation is None:
-        return [{"training": rate} for rate in recipe.rates]
-    return [{"training": rate, "separation": own} for rate, own in itertools.product(recipe.rates, recipe.separation_rates)]
+    def results(self) -> dict[str, Any]:
+        """Choose rates and run every variant with every seed: a results file of kind "seeds"."""
+        recipe, metric = self.recipe, self.transfer.score
+        total = sum(len(self.rates_of(name)) + len(recipe.seeds) for name in recipe.variants)
+        chosen: dict[str, Any] = {}
+        scores: dict[str, list[float]] = {}
+        with logging.tqdm(total=total, desc="runs") as bar:
+            for name in recipe.variants:
+                tried = []
+                for rates in self.rates_of(name):
+                    tried.append((self.run(name, rates, recipe.choice_seed, "validation"), rates))
+                    bar.update()
+                best = max if self.transfer.larger_is_better else min
+                chosen[name] = best(tried, key=itemgetter(0))[1]
+                scores[name] = []
+                for seed in recipe.seeds:
+                    scores[name].append(self.run(name, chosen[name], seed, "test"))
+                    bar.update()
+        variants = {name: {"num_parameters": self.sizes[name], "metrics": {metric: spread(values)}} for name, values in scores.items()}
+        paired = [
+            {"first": first, "second": second, "metric": metric, **difference(paired_over_seeds(scores[first], scores[second]))}
+            for first, second in recipe.pairs
+        ]
+        sweep = {"metrics": [metric], "pairs": recipe.pairs, "curves": [], "seeds": recipe.seeds, "rates": chosen, "overrides": []}
+        content = {**asdict(recipe), "source": Path(recipe.source).name, "target": Path(recipe.target).name}
+        return {"sweep": sweep, "recipe": content, "variants": variants, "paired": paired, "baselines": {}, "published": {}}
 
+    def rates_of(self, name: str) -> list[dict[str, float]]:
+        """The learning rates that a variant can have: {"training": rate, "separation": rate}, the latter if it has such a step."""
+        training = [{"training": rate} for rate in self.recipe.rates]
+        if self.recipe.variants[name].separation is None:
+            return training
+        return [{**rates, "separation": own} for rates in training for own in self.recipe.separation_rates]
 
-def source_model(recipe: AttachRecipe, transfer: Transfer, folder: Path) -> PreTrainedModel:
-    """The model trained on the source, from `folder` if an earlier run left it there."""
-    set_seed(0)
-    model = transfer.source_model()
-    if not (folder / "source" / "model.safetensors").is_file():
-        budget = (recipe.source_steps, recipe.source_batch, recipe.source_rate)
-        trainer = new_trainer(model, transfer, folder, transfer.source_examples(), 0, *budget, disable_tqdm=False)
+    def run(self, name: str, rates: dict[str, float], seed: int, split: str) -> float:
+        """Train a variant on the target; its score on a split."""
+        variant, steps = self.recipe.variants[name], self.recipe.steps
+        set_seed(seed)
+        examples = self.transfer.examples(seed)
+        model = adapted(copy.deepcopy(self.base), variant, self.transfer)
+        self.sizes[name] = sum(each.numel() for each in model.parameters() if each.requires_grad)
+        callbacks = []
+        if variant.separation is not None:
+            separation = separation_of(variant, lr=rates["separation"])
+            callbacks, steps = [SeparationCallback(separation=separation)], steps - separation.steps
+        trainer = self.new_trainer(model, examples.train, seed, variant.steps or steps, self.recipe.batch, rates["training"])
+        for callback in callbacks:
+            trainer.add_callback(callback)
         trainer.train()
-        model.save_pretrained(folder / "source")
-    return transfer.target_model(type(model).from_pretrained(folder / "source"))
+        return self.transfer.measure(trainer.evaluate(getattr(examples, split)))
+
+    def new_trainer(self, model: nn.Module, train: Dataset, seed: int, steps: int, batch: int, rate: float, **options: Any) -> Trainer:
+        """A Trainer that saves nothing, with a cosine schedule of the learning rate."""
+        metrics = self.transfer.metrics()
+        arguments = TrainingArguments(
+            str(self.folder),
+            seed=seed,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            weight_decay=0.01,
+            per_device_eval_batch_size=250,
+            label_names=self.transfer.label_names,
+            prediction_loss_only=metrics is None,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            **{"disable_tqdm": True, **options},
+        )
+        trainer = Trainer(model, arguments, train_dataset=train, compute_metrics=metrics)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
 
 
-def move(
-    base: PreTrainedModel,
-    variant: Variant,
-    rates: dict[str, float],
-    recipe: AttachRecipe,
-    transfer: Transfer,
-    seed: int,
-    split: str,
-    folder: Path,
-) -> tuple[float, int]:
-    """Train a variant on the target: its score on a split, and its number of trained parameters."""
-    set_seed(seed)
-    examples: Examples = transfer.examples(seed)
-    model = adapted(copy.deepcopy(base), variant, transfer)
-    steps, callbacks = variant.steps or recipe.steps, []
-    if variant.separation is not None:
-        separation = Separation(**{"parameters": "feature_maps", **variant.separation, "lr": rates["separation"]})
-        callbacks = [SeparationCallback(separation=separation)]
-        steps = variant.steps or recipe.steps - separation.steps
-    trainer = new_trainer(model, transfer, folder, examples.train, seed, steps, recipe.batch, rates["training"])
-    for callback in callbacks:
-        trainer.add_callback(callback)
-    trainer.train()
-    logged = trainer.evaluate(getattr(examples, split))
-    return transfer.measure(logged), sum(each.numel() for each in model.parameters() if each.requires_grad)
+def separation_of(variant: Variant, **fields: Any) -> Separation:
+    """The separation step of a variant, on its feature maps alone."""
+    return Separation(**{"parameters": "feature_maps", **(variant.separation or {}), **fields})
 
 
 def adapted(model: PreTrainedModel, variant: Variant, transfer: Transfer) -> nn.Module:
@@ -223,38 +250,3 @@ def adapted(model: PreTrainedModel, variant: Variant, transfer: Transfer) -> nn.
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(variant.everything or name.startswith(f"{transfer.head}."))
     return model
-
-
-def new_trainer(
-    model: nn.Module,
-    transfer: Transfer,
-    folder: Path,
-    train: Dataset,
-    seed: int,
-    steps: int,
-    batch: int,
-    rate: float,
-    disable_tqdm: bool = True,
-) -> Trainer:
-    """A Trainer that saves nothing, with a cosine schedule of the learning rate."""
-    arguments = TrainingArguments(
-        str(folder),
-        seed=seed,
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,
-        weight_decay=0.01,
-        per_device_eval_batch_size=250,
-        label_names=transfer.label_names,
-        prediction_loss_only=transfer.metrics() is None,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        disable_tqdm=disable_tqdm,
-    )
-    trainer = Trainer(model, arguments, train_dataset=train, compute_metrics=transfer.metrics())
-    trainer.remove_callback(PrinterCallback)
-    return trainer
