@@ -183,7 +183,7 @@ def _padding_of(batch: Mapping[str, Any], side: str, size: torch.Size, model: nn
             counts = torch.tensor([int(shortened(each)) for each in lengths], device=mask.device)
             return torch.arange(size[1], device=mask.device) < counts[:, None]
     if (lengths < length).any():
-        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        whole = getattr(model, "get_base_model", lambda: model)()
         logger.warning_once(
             f"padded frames count as memories: {type(whole).__name__} does not tell which of its {size[1]} memories an attention_mask "
             f"of {int(length)} values leaves out; use batches of one example, without padding"
