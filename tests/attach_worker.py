@@ -106,7 +106,7 @@ def save_and_load(folder: Path) -> dict[str, Any]:
     batch = {name: torch.stack([each[name] for each in all_texts[rank::2]]) for name in all_texts[0]}
     before = logits(model)
     StageOne(model, Separation(**MAPS, lr=0.5)).step(batch)
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=False))
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     model.save_pretrained(folder, state_dict=whole, is_main_process=rank == 0)
     torch.distributed.barrier()
     after, loaded = logits(model), logits(PeftModel.from_pretrained(bert(), folder))

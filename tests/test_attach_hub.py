@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from tests.hub_server import Hub, environment, serving
 from tests.support.forks import run_forked
+from tests.test_documentation import DOCS, blocks_of
 
 
 pytestmark = pytest.mark.process
@@ -16,9 +17,13 @@ WORKER = Path(__file__).parent / "hub_worker.py"
 
 
 def _succeed(job: str, port: int, folder: Path) -> None:
-    code = f"import runpy; runpy.run_path({str(WORKER)!r}, run_name='__main__')"
-    done = run_forked(code, job, str(folder), **environment(port, str(folder / "hub_home")))
+    _printed(f"import runpy; runpy.run_path({str(WORKER)!r}, run_name='__main__')", port, folder, job, str(folder))
+
+
+def _printed(code: str, port: int, folder: Path, *arguments: str) -> str:
+    done = run_forked(code, *arguments, cwd=folder, **environment(port, str(folder / "hub_home")))
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +67,12 @@ def test_a_merged_model_is_an_ordinary_repository_with_our_tags(hub):
     card = _card(hub, "you/merged")
     assert card.library_name == "transformers"
     assert {"hopfield", "u-hop"} <= set(card.tags)
+
+
+def test_the_example_of_the_guide_pushes_and_loads(tmp_path):
+    blocks = blocks_of((DOCS / "guides" / "attach.md").read_text())
+    ((last, shown),) = [(place, shown) for place, (code, shown) in enumerate(blocks) if "push_to_hub(" in code]
+    with serving(Hub()) as port:
+        printed = _printed("\n".join(code for code, _ in blocks[: last + 1]), port, tmp_path)
+    assert shown is not None
+    assert printed.endswith(shown)

@@ -73,6 +73,40 @@ def test_a_step_on_a_padded_example_is_that_on_the_example_alone():
     assert_close(weights[0], weights[1], scale=4)
 
 
+SIDES: dict[str, Any] = {
+    f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in (("layers", 1), ("attention_heads", 4))
+}
+FRAMES = {"d_model": 32, "input_feat_per_channel": 8, "conv_channels": 16, "max_source_positions": 40, "max_target_positions": 20}
+MOONSHINE: dict[str, Any] = {
+    f"{side}_num_{name}": size for side in ("encoder", "decoder") for name, size in (("hidden_layers", 1), ("attention_heads", 4))
+}
+TOKENS: dict[str, Any] = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "size", "alone", "frames"),
+    [
+        ("Data2VecAudioModel", SPEECH, (400,), 250, [25, 15]),
+        ("SpeechT5ForSpeechToText", {**SPEECH, **SIDES, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40}, (400,), 250, [25, 15]),
+        ("Speech2TextForConditionalGeneration", {**TOKENS, **FRAMES, **SIDES}, (40, 8), 25, [10, 7]),
+        ("MoonshineForConditionalGeneration", {**TOKENS, **MOONSHINE, "hidden_size": 32, "intermediate_size": 40}, (4000,), 2500, [9, 5]),
+    ],
+    ids=["data2vec", "speecht5", "speech2text", "moonshine"],
+)
+def test_the_frames_that_count_are_as_many_as_the_example_alone_has(name, fields, size, alone, frames):
+    model = _attach(name, fields)
+    mask = torch.ones(2, size[0], dtype=torch.long)
+    mask[1, alone:] = 0
+    batch = {model.main_input_name: torch.randn(2, *size), "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = torch.randint(3, 60, (2, 5))
+    without_mask = {key: values[1:] for key, values in batch.items() if key != "attention_mask"}
+    without_mask[model.main_input_name] = without_mask[model.main_input_name][:, :alone]
+    together, single = memory_sets_of(model, batch)[0], memory_sets_of(model, without_mask)[0]
+    assert together.mask.sum(1).tolist() == frames
+    assert single.memories.shape[1] == frames[1]
+
+
 def test_frames_of_whisper_count_as_the_mask_of_its_mel_frames_says():
     """Whisper attends to the frames of a padded example, so they are computed, and only left out of the loss."""
     model = _attach("WhisperForConditionalGeneration", {**WHISPER, **BOTH_SIDES})
