@@ -23,7 +23,7 @@ NAMED = {"Makefile": "make", "LICENSE": "text"}
 COPIED = (".png", ".json", ".svg")
 FENCE = re.compile(r"(^(?P<fence>`{3,}).*?^(?P=fence)\s*$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)\s]+)\)")
-MARKER = re.compile(r"^<!-- (?:(?:results|paired|instances|choice): [\w/ ]+|headline|end) -->$", re.MULTILINE)
+MARKER = re.compile(r"^<!-- (?:(?:results|paired|instances|choice): [\w/ ]+|headline|models|end) -->$", re.MULTILINE)
 
 
 def markdown_of(path: Path) -> str:

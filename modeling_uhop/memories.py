@@ -1,15 +1,21 @@
 """The memories from which the Hopfield layers of a model retrieve, observed in a forward pass."""
 
+import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .feature_map import FeatureMap
+
+
+logger = logging.get_logger(__name__)
 
 
 class MemorySet(NamedTuple):
@@ -79,7 +85,9 @@ def memory_sets_of(
     count. It is applied where its length is that of the memories:
 
     - `attention_mask` (B, M) of the batch, or `decoder_attention_mask` for the self-attention of a
-        decoder;
+        decoder. A mask of audio samples or frames (B, T) is shortened to the M frames of the
+        encoder as the model tells, for padding on the right. If the model does not tell, a warning
+        says that padded frames count;
     - unless `include_class_token`: `special_tokens_mask` (B, M) of the batch, True at a special
         token, and `special_token_ids`;
     - unless `include_class_token`: of `pixel_values`, the tokens that come before the patches.
@@ -108,6 +116,7 @@ def memory_sets_of(
                 "decoder_" if is_pair and _reads_the_decoder(name) else "",
                 special=None if include_class_token else special_token_ids,
                 patch=getattr(_configuration_of(model, name), "patch_size", None),
+                model=model,
             )
         )
         for name, each in observed
@@ -130,7 +139,7 @@ def _configuration_of(model: nn.Module, name: str) -> Any:
 
 
 def _count_of(
-    memories: torch.Tensor, batch: Mapping[str, Any], side: str, special: Collection[int] | None, patch: Any
+    memories: torch.Tensor, batch: Mapping[str, Any], side: str, special: Collection[int] | None, patch: Any, model: nn.Module
 ) -> torch.Tensor | None:
     """Return which memories (B, M, d) count, as a mask (B, M); `None` if all do.
 
@@ -140,13 +149,14 @@ def _count_of(
         side: "decoder_" for what a decoder reads, or "".
         special: Ids of special tokens, which do not count; `None` if special tokens count.
         patch: Patch size of the model, if it has one.
+        model: The model.
     """
     size = memories.shape[:2]
     masks: list[torch.Tensor] = []
     # Because the mask of a text may by chance be as long as an image, it is not applied to image tokens.
     is_image = patch is not None and "pixel_values" in batch
-    if not is_image and (padding := _of_size(batch.get(f"{side}attention_mask"), size)) is not None:
-        masks.append(padding.bool())
+    if not is_image and (padding := _padding_of(batch, side, size, model)) is not None:
+        masks.append(padding)
     if special is not None:
         if not side and (tokens := _of_size(batch.get("special_tokens_mask"), size)) is not None:
             masks.append(~tokens.bool())
@@ -157,6 +167,38 @@ def _count_of(
     if not masks:
         return None
     return torch.stack([mask.to(memories.device) for mask in masks]).all(0)
+
+
+def _padding_of(batch: Mapping[str, Any], side: str, size: torch.Size, model: nn.Module) -> torch.Tensor | None:
+    """Return which memories are not padding, as a mask (B, M); `None` if the batch does not say."""
+    mask = batch.get(f"{side}attention_mask")
+    if (given := _of_size(mask, size)) is not None:
+        return given.bool()
+    is_of_audio = not side and ("input_values" in batch or "input_features" in batch)
+    if not is_of_audio or not isinstance(mask, torch.Tensor) or mask.dim() != 2 or len(mask) != size[0]:
+        return None
+    length, lengths = torch.tensor(mask.shape[1]), mask.sum(1).cpu()
+    for shortened in _shortenings(model):
+        if int(shortened(length)) == size[1]:
+            counts = torch.tensor([int(shortened(each)) for each in lengths], device=mask.device)
+            return torch.arange(size[1], device=mask.device) < counts[:, None]
+    if (lengths < length).any():
+        whole = getattr(model, "get_base_model", lambda: model)()
+        logger.warning_once(
+            f"padded frames count as memories: {type(whole).__name__} does not tell which of its {size[1]} memories an attention_mask "
+            f"of {int(length)} values leaves out; use batches of one example, without padding"
+        )
+    return None
+
+
+def _shortenings(model: nn.Module) -> Iterator[Callable[[torch.Tensor], Any]]:
+    """Yield the functions from a number of samples to a number of frames that the parts of a speech model have."""
+    parts: list[Any] = [part for part in model.modules() if hasattr(type(part), "_get_feat_extract_output_lengths")]
+    for part in parts:
+        shorten = part._get_feat_extract_output_lengths
+        # Because what `config.add_adapter` adds comes after the attention layers, it is left out.
+        before = {"add_adapter": False} if "add_adapter" in inspect.signature(shorten).parameters else {}
+        yield partial(shorten, **before)
 
 
 def _of_size(values: Any, size: torch.Size) -> torch.Tensor | None:

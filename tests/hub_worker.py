@@ -120,6 +120,78 @@ def train_and_push(folder: Path) -> None:
     assert torch.equal(loaded(**inputs).logits, expected)
 
 
+def adapter_inputs() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.arange(3, 43).view(4, 10)}
+
+
+def push_adapter(folder: Path) -> None:
+    """Push a BERT, an adapter of it, one that a Trainer pushes, and a merged model; save their logits to a file."""
+    from huggingface_hub import HfApi
+    from peft import get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    import modeling_uhop as uhop
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    BertForSequenceClassification(BertConfig(**sizes, vocab_size=50, initializer_range=0.3)).push_to_hub("you/bert")
+
+    def attached() -> Any:
+        base = BertForSequenceClassification.from_pretrained("you/bert")
+        return get_peft_model(base, uhop.UHopAdapterConfig(alpha=1.5, modules_to_save=["classifier"]))
+
+    model = attached()
+    uhop.StageOne(model, parameters="feature_maps", lr=0.5, steps=3).run([adapter_inputs()])
+    model.push_to_hub("you/adapter")
+    model.save_pretrained(folder / "adapter")
+    HfApi().create_repo("you/adapter-folder")
+    HfApi().upload_folder(repo_id="you/adapter-folder", folder_path=folder / "adapter")
+    examples = [{"input_ids": row, "labels": index % 2} for index, row in enumerate(adapter_inputs()["input_ids"])]
+    arguments = TrainingArguments(
+        str(folder / "trained-adapter"),
+        max_steps=2,
+        learning_rate=0.05,
+        push_to_hub=True,
+        hub_model_id="you/trained-adapter",
+        hub_strategy="checkpoint",
+        save_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    callback = uhop.SeparationCallback(steps=2, parameters="feature_maps")
+    trainer = Trainer(attached(), arguments, train_dataset=examples, callbacks=[callback])
+    trainer.train()
+    trainer.push_to_hub()
+    with torch.no_grad():
+        models = {"adapter": model, "adapter-folder": model, "trained-adapter": trainer.model}
+        answers = {name: each.eval()(**adapter_inputs()).logits for name, each in models.items()}
+        merged = model.merge_and_unload()
+        answers["merged"] = merged(**adapter_inputs()).logits
+    merged.push_to_hub("you/merged")
+    torch.save(answers, folder / "answers.pt")
+
+
+def load_adapter(folder: Path) -> None:
+    """Load the pushed adapters by their ids, and the merged model, and check that all logits are equal."""
+    from peft import AutoPeftModelForSequenceClassification, PeftModel
+    from transformers import BertForSequenceClassification
+
+    import modeling_uhop  # noqa: F401, without it PEFT does not know the adapter
+
+    answers = torch.load(folder / "answers.pt", weights_only=True)
+    for name in ("adapter", "adapter-folder", "trained-adapter"):
+        base = BertForSequenceClassification.from_pretrained("you/bert")
+        by_id, alone = PeftModel.from_pretrained(base, f"you/{name}"), AutoPeftModelForSequenceClassification.from_pretrained(f"you/{name}")
+        for model in (by_id, alone):
+            with torch.no_grad():
+                assert torch.equal(model.eval()(**adapter_inputs()).logits, answers[name]), name
+    merged = BertForSequenceClassification.from_pretrained("you/merged", attn_implementation="hopfield")
+    assert merged.config.hopfield_alpha == 1.5
+    with torch.no_grad():
+        assert torch.equal(merged(**adapter_inputs()).logits, answers["merged"])
+
+
 def interrupted_upload(folder: Path) -> None:
     """Push while uploads fail; print the error of the client, if there is one."""
     from huggingface_hub import HfApi

@@ -508,6 +508,15 @@ def test_alpha_of_the_model_itself_comes_back():
     assert len(_maps(_attach(learnable))) == 3
 
 
+def test_a_model_has_our_tags_while_it_has_the_adapter():
+    base = _bert()
+    base.add_model_tags(["mine"])
+    model = _attach(base)
+    assert base.model_tags == ["mine", "hopfield", "u-hop"]
+    assert _attach(_bert()).merge_and_unload().model_tags == ["hopfield", "u-hop"]
+    assert model.unload().model_tags == ["mine"]
+
+
 def test_a_copy_of_the_model_is_independent():
     inputs = _ids()
     model = _attach(_bert(), alpha=1.5)

@@ -1,13 +1,13 @@
 """The notebooks run at a reduced size and say what their texts say; examples/minimal.py equals the package."""
 
 import importlib.util
-import json
 import re
 import runpy
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import matplotlib
 
 
@@ -20,6 +20,9 @@ from transformers.utils import logging
 
 from modeling_uhop import FeatureMap, Separation, denoising_loss, energy, maximize_separation, retrieve, separation_loss, simplex_map
 from tests.conftest import assert_close
+from tests.hub_server import Hub, environment, serving
+from tests.support.forks import run_forked
+from tests.support.notebooks import cells_of, run_cells, source_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -124,16 +127,10 @@ REDUCED: dict[str, dict[str, Any]] = {
     "memory": {"num_memories": 30, "denoising_steps": 40, "uhop_steps": 10, "num_seeds": 2},
     "vision": {"num_pretrain": 96, "num_finetune": 64, "pretrain_steps": 6, "finetune_steps": 4, "separation_steps": 2, "seeds": [0, 1]},
     "bags": {"num_train_bags": 40, "num_test_bags": 20, "num_epochs": 2, "separation_steps": 2},
+    "attach": {"num_sentences": 64, "num_long_sentences": 32, "bert_steps": 4, "finetune_steps": 3, "separation_steps": 2, "seeds": [0, 1]}
+    | {"num_images": 64, "num_turned_images": 64, "vit_steps": 4},
     "forecasts": {"num_hours": 800, "context_length": 48, "train_steps": 3, "separation_steps": 2},
 }
-
-
-def cells_of(path):
-    return json.loads(path.read_text())["cells"]
-
-
-def source_of(cell):
-    return "".join(cell["source"])
 
 
 def printed(path):
@@ -148,7 +145,7 @@ def numbers_after(text, start):
     return [float(number) for number in re.findall(r"[-+]?\d+\.?\d*", line.strip()[len(start) :])]
 
 
-def test_there_are_four_notebooks():
+def test_there_are_five_notebooks():
     assert [path.stem for path in NOTEBOOKS] == sorted(REDUCED)
 
 
@@ -157,16 +154,12 @@ def test_there_are_four_notebooks():
 def test_a_notebook_runs_at_a_reduced_size(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    names: dict[str, Any] = {}
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     own_level = logging.get_logger("modeling_uhop").level
     try:
         with matplotlib.rc_context():
-            for index, cell in enumerate(cell for cell in cells_of(path) if cell["cell_type"] == "code"):
-                exec(compile(source_of(cell), f"{path.name}, code cell {index + 1}", "exec"), names)
-                if index == 0:
-                    assert names.keys() >= REDUCED[path.stem].keys()
-                    names |= REDUCED[path.stem]
+            run_cells(path, REDUCED[path.stem])
         assert plt.get_fignums()
     finally:
         plt.close("all")
@@ -175,6 +168,18 @@ def test_a_notebook_runs_at_a_reduced_size(path, tmp_path, monkeypatch, capsys):
         if has_bars:
             logging.enable_progress_bar()
     assert "nan" not in capsys.readouterr().out
+
+
+@pytest.mark.process
+def test_the_attach_notebook_pushes_its_adapter_to_the_hub(tmp_path):
+    hub, (path,) = Hub(), [path for path in NOTEBOOKS if path.stem == "attach"]
+    code = f"from pathlib import Path; from tests.support.notebooks import run_cells; run_cells(Path({str(path)!r}), {REDUCED['attach']!r})"
+    with serving(hub) as port:
+        done = run_forked(code, MPLBACKEND="Agg", TMPDIR=str(tmp_path), **environment(port, str(tmp_path / "hub_home")))
+    assert done.returncode == 0, done.stderr
+    assert "you/bert-uhop: .gitattributes, README.md, adapter_config.json, adapter_model.safetensors" in done.stdout
+    assert "equal logits after loading: True" in done.stdout
+    assert hub.repositories["you/bert-uhop"].head.lfs == {"adapter_model.safetensors"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -228,3 +233,26 @@ def test_the_forecasts_notebook_shows_what_its_text_says():
         assert numbers_after(text, name)[-1] < last
     before, after = numbers_after(text, "separation loss:")[:2]
     assert after < before
+
+
+def test_the_attach_notebook_shows_what_its_text_says():
+    text = printed(next(path for path in NOTEBOOKS if path.stem == "attach"))
+    assert text.count("largest difference of the logits at the start: 0.0\n") == 2
+    assert "you/bert-uhop: .gitattributes, README.md, adapter_config.json, adapter_model.safetensors\n" in text
+    assert "equal logits after loading: True\n" in text
+    assert "adapter switched off, the stock BERT: True\n" in text
+    means = {name: numbers_after(text, f"{name} Stage I") for name in ("without", "with")}
+    assert abs(means["with"][0] - means["without"][0]) < max(means["with"][1], means["without"][1])
+    (stock,) = numbers_after(text, "long sentences, test accuracy:")
+    assert min(mean for mean, *_ in means.values()) > stock + 0.05
+    for line in ("separation loss, mean over layers and seeds:", "separation loss, mean over layers:"):
+        before, after = numbers_after(text, line)
+        assert after < before - 1
+    separated, tuned = numbers_after(text, "turned digits, test accuracy:")
+    (start,) = numbers_after(text, "at alpha = 1.5: test accuracy")
+    assert separated < start < tuned
+    upright, _ = numbers_after(text, "stock ViT: test accuracy")
+    assert numbers_after(text, "adapter switched off: test accuracy") == [upright]
+    merged = re.findall(r"largest difference of the logits (\d)e-0(\d)", text)
+    assert len(merged) == 2
+    assert all(int(power) >= 5 for _, power in merged)

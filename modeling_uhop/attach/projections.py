@@ -1,6 +1,8 @@
 """Where the attention layers of a model compute their queries and keys."""
 
+import inspect
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,8 +135,9 @@ def find_projections(model: nn.Module, config: Any) -> list[Projections]:
 
     Raises:
         ValueError: If there are none; if the model is one of this package; if an attention module
-            has unknown projections, a fused projection whose rows are in an unknown order, or a
-            query and a key projection that read different widths. A pooling head causes only a
+            has unknown projections, a fused projection whose rows are in an unknown order, weights
+            that it reads without calling the projection, or a query and a key projection that read
+            different widths. A pooling head causes only a
             warning. A module that `layers` or `target_modules` leaves out is not checked.
     """
     if any(hasattr(part, "memory_sets") for part in model.modules()):
@@ -213,9 +216,23 @@ def _check(projections: Projections) -> None:
             f"{what} computes keys and values by one projection, {projections.key}, and the order of its outputs is not known; "
             "select other layers with target_modules"
         )
+    if _reads_weights(type(projections.attention)):
+        raise ValueError(
+            f"{what} reads the weights of its projections and does not call them, so Phi would have no effect; "
+            "select other layers with target_modules"
+        )
     width = in_features(getattr(projections.attention, projections.key))
     if width != projections.width:
         raise ValueError(
             f"{what} reads queries of width {projections.width} and keys of width {width}, which one Phi cannot map; "
             "select other layers with target_modules"
         )
+
+
+def _reads_weights(kind: type[nn.Module]) -> bool:
+    """Return whether a class of attention gives the weights of its projections to a function of torch, as WavLM does."""
+    for base in kind.__mro__:
+        if "forward" in vars(base):
+            with suppress(OSError, TypeError):
+                return "multi_head_attention_forward(" in inspect.getsource(base)
+    return False

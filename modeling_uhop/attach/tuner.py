@@ -5,10 +5,15 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..distributed import reshard
 from .adapter_config import UHopAdapterConfig
 from .alpha import AttentionSwitch
 from .layer import UHopKeyProjection, UHopProjection
 from .projections import Projections, find_projections
+
+
+# What a card of the Hub says of a model with an adapter, as our own cards do.
+TAGS = ("hopfield", "u-hop")
 
 
 class UHopModel(BaseTuner):
@@ -26,15 +31,29 @@ class UHopModel(BaseTuner):
     _enabled = True
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to the model; nothing has changed if this raises an error."""
+        """Add an adapter to the model; nothing has changed if this raises an error.
+
+        Raises:
+            ValueError: If FSDP2 shards the model and the adapter is to be trained; as
+                `find_projections` and `use_hopfield_attention`.
+        """
+        config: Any = self.peft_config[adapter_name]
+        if config.feature_map and not config.inference_mode and reshard(model):
+            raise ValueError(
+                f"FSDP2 shards {type(model).__name__} already, and would not average the gradients of Phi over processes; "
+                "attach the adapter before the model is sharded"
+            )
         if not hasattr(self, "_switch"):
             self._switch = AttentionSwitch(model)
-        self._found = {each.query_name: each for each in find_projections(model, self.peft_config[adapter_name])}
+        self._found = {each.query_name: each for each in find_projections(model, config)}
         self._switch.set(model, self._alpha([adapter_name]))
         # Because the file of an adapter has no entry for a key projection, which shares its Phi, the
         # layers are found by the configuration and not by the state dict.
         super().inject_adapter(model, adapter_name, *args, **{**kwargs, "state_dict": None})
         self._set_alpha()
+        add_tags: Any = getattr(model, "add_model_tags", None)
+        if add_tags is not None:
+            add_tags(list(TAGS))
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
@@ -106,4 +125,6 @@ class UHopModel(BaseTuner):
         alpha = self._alpha(self.active_adapters if adapter_names is None else adapter_names) if merge else None
         model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         self._switch.set(self.model, alpha)
+        if not merge and getattr(model, "model_tags", None):
+            model.model_tags = [tag for tag in model.model_tags if tag not in TAGS]
         return model
