@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from .simplex import simplex_conjugate, simplex_map
     from .spherical import spherical_code
     from .trainer.callback import SeparationCallback
+    from .view_losses import koleo_loss, sigreg_loss, supervised_loss, vicreg_loss
+    from .views import BagViews, ImageViews, WindowViews
 
 # The file of each public name. As in transformers, a file is loaded when one of its names is first used.
 _FILES = {
@@ -69,15 +71,19 @@ _FILES = {
     "simplex": ["simplex_conjugate", "simplex_map"],
     "spherical": ["spherical_code"],
     "trainer.callback": ["SeparationCallback"],
+    "view_losses": ["koleo_loss", "sigreg_loss", "supervised_loss", "vicreg_loss"],
+    "views": ["BagViews", "ImageViews", "WindowViews"],
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names}
 
 # Because `from modeling_uhop import *` must work without PEFT, `UHopAdapterConfig` is not in this list.
 __all__ = [
+    "BagViews",
     "DataCollatorForBags",
     "FeatureMap",
     "HopfieldAttention",
     "HopfieldPooling",
+    "ImageViews",
     "MemoryReport",
     "MemorySet",
     "MultipleInstanceClassificationPipeline",
@@ -97,23 +103,28 @@ __all__ = [
     "UHopViTConfig",
     "UHopViTForImageClassification",
     "UHopViTModel",
+    "WindowViews",
     "__version__",
     "add_noise",
     "association",
     "denoising_loss",
     "energy",
     "hopfield_attention",
+    "koleo_loss",
     "mask_patterns",
     "maximize_separation",
     "metastable_sizes",
     "plain_hopfield_attention",
     "retrieve",
     "separation_loss",
+    "sigreg_loss",
     "similarity_scores",
     "simplex_conjugate",
     "simplex_map",
     "spherical_code",
+    "supervised_loss",
     "use_hopfield_attention",
+    "vicreg_loss",
 ]
 
 

@@ -31,11 +31,17 @@ from .memories import MemorySet, SharedMemorySet, has_memories, memory_sets_of
 from .precision import is_readable
 from .separation_loss import SEPARATION_KINDS, denoising_loss, separation_loss, subsample
 from .separation_optimizer import OPTIMIZERS, SeparationOptimizer, is_half
+from .view_losses import koleo_loss, sigreg_loss, supervised_loss, vicreg_loss
 from .zero import has_master, master, write
 
 
-KINDS = (*SEPARATION_KINDS, "denoising")
+# The kinds that compare each memory with a copy, and those that can use one.
+WITH_COPIES = ("denoising", "vicreg", "sigreg")
+WITH_VIEWS = (*WITH_COPIES, "koleo", "supervised")
+KINDS = (*SEPARATION_KINDS, *WITH_VIEWS)
 PARAMETERS = ("feature_maps", "upstream")
+MEMORIES = ("tokens", "example")
+LAYERS = ("all", "last")
 POOLINGS = (False, True, "global")
 
 
@@ -45,16 +51,18 @@ class Separation:
 
     One value serves the Trainer (`SeparationCallback`), a loop of one's own (`StageOne`), one
     feature map (`maximize_separation`) and an associative memory (`UHopMemoryModel.separate`). The
-    presets `uhop`, `uhop_plus`, `algorithm_2` and `denoising` are the papers' methods and ours;
+    presets `uhop`, `uhop_plus`, `algorithm_2`, `denoising` and `two_views` are the papers' methods and ours;
     each takes further fields.
 
     The defaults are those of the Trainer: SGD steps on every parameter that the features depend on;
     see `SeparationCallback`.
 
     Args:
-        kind: The loss: one of the kinds of `separation_loss`, or "denoising". The latter trains the
-            model to tell each memory from the others of its set, given its corrupted copy; see
-            `denoising_loss`.
+        kind: The loss: one of the kinds of `separation_loss`, or of those that compare each memory
+            with a copy: "denoising" (`denoising_loss`), which tells each memory from the others of
+            its set, given its copy; "vicreg" (`vicreg_loss`); "sigreg" (`sigreg_loss`). Two more
+            need no copy: "koleo" (`koleo_loss`), and "supervised" (`supervised_loss`), where the
+            memories of one class are copies of each other.
         temperature: Temperature $\tau$ of the loss, positive.
         final_temperature: Temperature of the last step, positive and at most `temperature`; the
             temperature falls geometrically to it (U-Hop+). `None` keeps the temperature fixed.
@@ -70,10 +78,17 @@ class Separation:
             U-Hop+), in the feature maps that the step changed.
         normalize_rows: Whether to scale the rows of W to unit norm after the last step (U-Hop,
             Algorithm 1).
-        noise: For "denoising", the standard deviation of the noise in a copy, positive.
-        corruption: For "denoising", a function from clean values to corrupted ones, such as
+        noise: For a kind with copies, the standard deviation of the noise in a copy, positive.
+        corruption: For a kind with copies, a function from clean values to corrupted ones, such as
             `mask_patterns`; `None` adds noise. It acts on patterns, or on the main input of a model
             (pixels, instances, past values).
+        views: A function from a batch to an augmented one, such as `ImageViews()`; it is called
+            twice, and the two views are each other's copies. `None` for one view: the copy is then
+            a corrupted one. A batch is a dictionary of the model's inputs, or patterns.
+        memories: What a memory is. "tokens": each that a layer retrieves from. "example": an example
+            as a whole, the mean of the features of its tokens. The examples of a batch are then one
+            set, or those of all processes with `pool_memories="global"`.
+        layers: Whether "all" layers are separated or the "last" one.
         batch_size: Number of examples of a step of `SeparationCallback`, over all processes
             together, or of memories of a step of `maximize_separation`. `None` means 128 examples,
             and all memories. `StageOne` takes batches as they are given.
@@ -103,12 +118,16 @@ class Separation:
     normalize_rows: bool = False
     noise: float = 0.5
     corruption: Corruption | None = None
+    views: Callable[[Any], Any] | None = None
+    memories: str = "tokens"
+    layers: str = "all"
     batch_size: int | None = None
     include_class_token: bool = False
     pool_memories: bool | str = False
 
     def __post_init__(self):
         choices: dict[str, tuple] = {"kind": KINDS, "parameters": PARAMETERS, "optimizer": tuple(OPTIMIZERS), "pool_memories": POOLINGS}
+        choices |= {"memories": MEMORIES, "layers": LAYERS}
         choices |= dict.fromkeys(("project", "normalize_rows", "include_class_token"), (False, True))
         for name, accepted in choices.items():
             value = getattr(self, name)
@@ -131,6 +150,14 @@ class Separation:
                 raise ValueError(f"{name} must be {rule}, got {value!r}")
         if self.corruption is not None and not callable(self.corruption):
             raise ValueError(f"corruption must be a function of clean values, or None, got {self.corruption!r}")
+        if self.views is not None and not callable(self.views):
+            raise ValueError(f"views must be a function of a batch, or None, got {self.views!r}")
+        if self.views is not None and self.kind not in WITH_VIEWS:
+            raise ValueError(f"views need one of the kinds {WITH_VIEWS}, got kind={self.kind!r}")
+        if self.views is not None and self.corruption is not None:
+            raise ValueError("views and corruption both make the copies; give one of them")
+        if self.kind == "supervised" and self.memories != "example":
+            raise ValueError("kind='supervised' needs memories='example', because a label belongs to an example")
 
     @classmethod
     def uhop(cls, **fields) -> "Separation":
@@ -158,6 +185,21 @@ class Separation:
         """Recognise each memory from a corrupted copy, at temperature 0.1; not in the papers."""
         return cls(**{"kind": "denoising", "temperature": 0.1, **_ON_MAPS, **fields})
 
+    @classmethod
+    def two_views(cls, views: Callable[[Any], Any] | None = None, **fields) -> "Separation":
+        """Recognise each example of a batch from another view of it, by the last layer's features; not in the papers.
+
+        The loss is "denoising" in both directions at temperature 0.2, and Adam moves every parameter
+        below the features. It is contrastive learning (SimCLR, arXiv 2002.05709), of which the loss
+        of U-Hop is the half that spreads (Wang and Isola, arXiv 2005.10242).
+
+        Args:
+            views: As the field; with `None`, an example is recognised from a corrupted copy.
+            fields: Other fields.
+        """
+        whole = {"memories": "example", "layers": "last", "temperature": 0.2, "optimizer": "adam", "lr": 1e-3}
+        return cls(**{"kind": "denoising", "views": views, **whole, **fields})
+
     def replace(self, **fields) -> "Separation":
         """Return this separation with other values of some fields.
 
@@ -180,7 +222,7 @@ class Separation:
 
 
 _ON_MAPS: dict[str, Any] = {"parameters": "feature_maps", "optimizer": "adam", "lr": 1e-3}
-_PRESETS = (Separation.uhop, Separation.uhop_plus, Separation.algorithm_2, Separation.denoising)
+_PRESETS = (Separation.uhop, Separation.uhop_plus, Separation.algorithm_2, Separation.denoising, Separation.two_views)
 PRESETS: dict[str, Callable[..., Separation]] = {preset.__name__: preset for preset in _PRESETS}
 
 
@@ -298,19 +340,21 @@ class StageOne:
             batch = next(source, None)
             if batch is None:
                 raise ValueError(f"batches ended after {len(history)} of {self.separation.steps} steps: pass what can be read again")
-            history.append(mean_over_processes(self.step(batch)))
+            history.append(mean_over_processes(self.step(*self.views(batch))))
         self.finish_round()
         with torch.no_grad():
             batch = next(source, batch)
-            return [*history, mean_over_processes(self.losses(batch, self.corrupted(batch), max(0, self.steps_done - 1)))]
+            return [*history, mean_over_processes(self.losses(*self.views(batch), max(0, self.steps_done - 1)))]
 
-    def step(self, batch: Any, corrupted: Any = None) -> torch.Tensor:
+    def step(self, batch: Any, copies: Any = None) -> torch.Tensor:
         """Take one gradient step.
 
         Args:
-            batch: A dictionary of the model's inputs; labels are ignored. For a `FeatureMap`,
-                memories (..., M, d), or a pair of memories and mask as `separation_loss` takes it.
-            corrupted: For "denoising", the corrupted copy of the batch; `None` makes one.
+            batch: A dictionary of the model's inputs. For a `FeatureMap`, memories (..., M, d), or a
+                pair of memories and mask as `separation_loss` takes it. Labels are used by
+                "supervised" alone.
+            copies: For a kind with copies, the copy of the batch. If it is `None`, `views` makes
+                what the step needs.
 
         Returns:
             The loss of each layer before the step.
@@ -318,13 +362,14 @@ class StageOne:
         Raises:
             TypeError: If the batch has the wrong type.
             ValueError: If no set has room for two memories; if all parameters below the features
-                are frozen; or (on CPU) if the gradient is not finite.
+                are frozen; if "supervised" has no labels; or (on CPU) if the gradient is not finite.
             RuntimeError: If called under `torch.inference_mode()`.
         """
         if torch.is_inference_mode_enabled():
             raise RuntimeError("separation needs gradients, which torch.inference_mode() forbids; torch.no_grad() does not")
+        first, second = self.views(batch) if copies is None else (batch, copies)
         with torch.enable_grad(), whole_parameters(self.model) as leaves:
-            losses = self.losses(batch, self.corrupted(batch) if corrupted is None else corrupted, self.steps_done)
+            losses = self.losses(first, second, self.steps_done)
             if not losses.requires_grad:
                 raise ValueError(
                     "there is nothing to train: all parameters that the memories' features depend on are frozen (requires_grad=False)"
@@ -347,40 +392,90 @@ class StageOne:
         if self.separation.normalize_rows:
             self._normalize_rows()
 
-    def corrupted(self, batch: Any) -> Any:
-        """Return the corrupted copy of a batch for "denoising", and `None` for another kind.
+    def views(self, batch: Any) -> tuple[Any, Any]:
+        """Return the batch that a step sees, and its copy; the latter is `None` for a kind without copies.
 
-        Noise is drawn from torch's global random state.
+        Random numbers are drawn from torch's global random state.
         """
-        if self.separation.kind != "denoising":
-            return None
         self._check(batch)
+        if self.separation.views is not None:
+            return self.separation.views(batch), self.separation.views(batch)
+        return batch, self._corrupted(batch) if self.separation.kind in WITH_COPIES else None
+
+    def _corrupted(self, batch: Any) -> Any:
+        """The corrupted copy of a batch."""
         name = None if _is_map(self.model) else self.model.main_input_name
         if name is not None and name not in batch:
             raise ValueError(f"a batch must have {name}, the main input of the model, got {list(batch)}")
         clean = _pair(batch)[0] if name is None else batch[name]
         if name == "input_ids" and self.separation.corruption is None:
-            raise ValueError("noise cannot be added to input_ids: 'denoising' needs a corruption, a function from ids to ids")
+            raise ValueError(
+                f"noise cannot be added to input_ids: {self.separation.kind!r} needs a corruption, a function from ids to ids, or views"
+            )
         clean = clean if clean.is_floating_point() or name == "input_ids" else clean.float()
         corrupt = self.separation.corruption or (lambda values: values + self.separation.noise * torch.randn_like(values))
         return (corrupt(clean), _pair(batch)[1]) if name is None else {**batch, name: corrupt(clean)}
 
-    def losses(self, batch: Any, corrupted: Any, step: int) -> torch.Tensor:
-        """Return the loss of each layer on a batch (and its corrupted copy), at a step's temperature."""
-        temperature = self.separation.temperature_of(step, self.total_steps)
+    def losses(self, batch: Any, copies: Any, step: int) -> torch.Tensor:
+        """Return the loss of each layer on a batch (and its copy), at a step's temperature."""
         with self.autocast(), whole_parameters(self.model):
-            stored = self._memory_sets(batch)
-            if corrupted is not None:
-                copies = self._memory_sets(corrupted)
-                losses = [
-                    denoising_loss(copy.features(), each.features(), temperature=temperature, mask=each.mask)
-                    for copy, each in zip(copies, stored, strict=True)
-                ]
-            else:
-                losses = [
-                    separation_loss(each.features(), kind=self.separation.kind, temperature=temperature, mask=each.mask) for each in stored
-                ]
+            seen = self._features(batch)
+            others: list[Any] = [(None, None)] * len(seen) if copies is None else self._features(copies)
+            labels = self._labels(batch) if self.separation.kind == "supervised" else None
+            losses = [
+                self._loss(features, both(mask, other_mask), other, labels, step)
+                for (features, mask), (other, other_mask) in zip(seen, others, strict=True)
+            ]
         return torch.stack(losses)
+
+    def _loss(self, features: torch.Tensor, mask: torch.Tensor | None, copies: Any, labels: Any, step: int) -> torch.Tensor:
+        """The loss of one layer."""
+        kind, temperature = self.separation.kind, self.separation.temperature_of(step, self.total_steps)
+        if kind in SEPARATION_KINDS:
+            return separation_loss(features, kind=kind, temperature=temperature, mask=mask)
+        if kind == "supervised":
+            return supervised_loss(features, labels, copies, temperature=temperature, mask=mask)
+        if kind == "koleo":
+            return torch.stack([koleo_loss(each, mask=mask) for each in (features, copies) if each is not None]).mean()
+        if kind == "vicreg":
+            return vicreg_loss(features, copies, mask=mask)
+        if kind == "sigreg":
+            return sigreg_loss(features, copies, mask=mask, seed=step)
+        loss = denoising_loss(copies, features, temperature=temperature, mask=mask)
+        if self.separation.views is None:
+            return loss
+        # Because both are views, each is recognised from the other.
+        return (loss + denoising_loss(features, copies, temperature=temperature, mask=mask)) / 2
+
+    def _features(self, batch: Any) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """The features of each layer that is separated (B, M, D), and which of them are present (B, M)."""
+        sets = self._memory_sets(batch)
+        if self.separation.layers == "last":
+            sets = sets[-1:]
+        if self.separation.memories == "tokens":
+            return [(each.features(), each.mask) for each in sets]
+        return [self._of_examples(each.features(), each.mask) for each in sets]
+
+    def _of_examples(self, features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean feature of each example as one set (1, B, D), and which examples have a memory (1, B)."""
+        mask = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device) if mask is None else mask
+        counts = mask.sum(-1)
+        means = features.masked_fill(~mask.unsqueeze(-1), 0.0).sum(-2) / counts.clamp(min=1).unsqueeze(-1)
+        present = counts > 0
+        if self.separation.pool_memories == "global":
+            means, present = gather_rows(means), gather_rows(present.unsqueeze(-1).float()).squeeze(-1) > 0
+        if len(means) < 2:
+            raise ValueError("memories='example' separates the examples of a batch, which must be at least two")
+        return means.unsqueeze(0), present.unsqueeze(0)
+
+    def _labels(self, batch: Any) -> torch.Tensor:
+        """The classes of the examples (1, B)."""
+        labels = None if _is_map(self.model) else batch.get("labels")
+        if not isinstance(labels, torch.Tensor) or labels.dim() != 1 or labels.is_floating_point():
+            raise ValueError("kind='supervised' needs labels in the batch, one class (an integer) for each example")
+        if self.separation.pool_memories == "global":
+            labels = gather_rows(labels.unsqueeze(-1).double()).squeeze(-1)
+        return labels.unsqueeze(0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact resume needs, in any number of processes: it holds whole tensors."""
@@ -409,7 +504,7 @@ class StageOne:
 
     def _settings(self) -> dict[str, Any]:
         # A resume may take another number of steps or examples.
-        return {name: value for name, value in vars(self.separation).items() if name not in ("corruption", "steps", "batch_size")}
+        return {name: value for name, value in vars(self.separation).items() if name not in ("corruption", "views", "steps", "batch_size")}
 
     def _fingerprint(self) -> str:
         """Hash of the parameters that the steps change."""
@@ -426,6 +521,8 @@ class StageOne:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.separation.parameters == "upstream"):
             sets = memory_sets_of(self.model, batch, include_class_token=self.separation.include_class_token)
         sets = [_own_kind(memory_set) for memory_set in sets]
+        if self.separation.memories == "example":
+            return sets
         if self.separation.pool_memories:
             sets = [self._pooled(each) for each in sets]
         return _separable(sets)
@@ -476,6 +573,12 @@ def _separable(sets: list[MemorySet]) -> list[MemorySet]:
             "(for images, include_class_token=True adds one)"
         )
     return separable
+
+
+def both(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a mask that is True where both are; `None` stands for all."""
+    masks = [mask for mask in (first, second) if mask is not None]
+    return None if not masks else torch.stack(masks).all(0)
 
 
 def check_settings(saved: dict[str, Any], now: dict[str, Any], name: str) -> None:

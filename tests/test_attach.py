@@ -703,7 +703,7 @@ def test_noise_is_not_added_to_ids():
     with pytest.raises(ValueError, match="noise cannot be added to input_ids"):
         StageOne(model, Separation.denoising()).step(inputs)
     stage = StageOne(model, Separation.denoising(), corruption=lambda ids: ids.roll(1, 1))
-    assert torch.equal(stage.corrupted(inputs)["input_ids"], inputs["input_ids"].roll(1, 1))
+    assert torch.equal(stage.views(inputs)[1]["input_ids"], inputs["input_ids"].roll(1, 1))
     stage.step(inputs)
 
 

@@ -222,14 +222,15 @@ def test_corrupted_copies_are_made_of_the_main_input():
     model = UHopMILForBagClassification(UHopMILConfig(instance_dim=5, hidden_size=8, num_attention_heads=2)).eval()
     batch = {"instances": torch.randn(2, 4, 5), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
     stage = StageOne(model, Separation.denoising(corruption=mask_patterns), lr=0.0)
-    copy = stage.corrupted(batch)
+    clean, copy = stage.views(batch)
+    assert clean is batch
     assert set(copy) == set(batch)
     assert ((copy["instances"] == 0) | (copy["instances"] == batch["instances"])).all()
     assert (copy["instances"] == 0).any()
     ((memories,), (corrupted,)) = (model.memory_sets(**each) for each in (batch, copy))
     expected = denoising_loss(corrupted.features(), memories.features(), mask=memories.mask)
     assert_close(stage.step(batch, copy), expected.unsqueeze(0))
-    assert StageOne(model).corrupted(batch) is None
+    assert StageOne(model).views(batch) == (batch, None)
 
 
 def test_a_gradient_that_is_not_finite_is_refused_before_it_changes_a_weight():

@@ -29,6 +29,8 @@ class Examples:
         processor: The processor that is saved with the model, or `None`.
         collator: The data collator, or `None` for that of the Trainer.
         metrics: `compute_metrics` of the Trainer, or `None`.
+        views: The augmented views of `separation.views`, a function of their fields; `None` for a
+            task without views.
     """
 
     train: Any
@@ -37,6 +39,7 @@ class Examples:
     processor: Any = None
     collator: Any = None
     metrics: Callable[..., dict[str, float]] | None = None
+    views: Callable[..., Callable[[Any], Any]] | None = None
 
 
 class Task(ABC):

@@ -64,7 +64,7 @@ def new_trainer(task: Task, examples: Examples, seed: int, folder: RunFolder | N
     if folder is not None:
         folder.load_weights(model)
         overrides = {"output_dir": str(folder.path), **overrides}
-    separation = separation_callback(recipe.separation, examples.unlabelled)
+    separation = separation_callback(recipe.separation, examples.unlabelled, examples.views)
     arguments: dict[str, Any] = {**DEFAULTS, **task.defaults}
     callbacks: list[Any] = [] if separation is None else [separation]
     if recipe.patience is not None:

@@ -268,14 +268,14 @@ class SeparationCallback(TrainerCallback):
                 index = self.stage.steps_done
                 with isolated_rng(combined_seed(seed, index, PartialState().process_index), args.device):
                     batch = send_to_device(self._sample(seed, index), args.device)
-                    corrupted = self.stage.corrupted(batch)
-                    losses = self.stage.step(batch, corrupted)
+                    batch, copies = self.stage.views(batch)
+                    losses = self.stage.step(batch, copies)
                 if measure:
                     value = mean_over_processes(losses)
                     self.history.append({"step": state.global_step, "inner_step": inner, "separation_loss": value})
                     bar.set_postfix(loss=f"{value:.4f}")
                     if first is None:
-                        first, before = (batch, corrupted, index), value
+                        first, before = (batch, copies, index), value
             self.stage.finish_round()
             # Because a round that failed must be repeated, only a completed round is recorded.
             self._separated_model = model

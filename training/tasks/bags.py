@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
-from modeling_uhop import DataCollatorForBags, UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
+from modeling_uhop import BagViews, DataCollatorForBags, UHopMILConfig, UHopMILFeatureExtractor, UHopMILForBagClassification
 
 from ..baselines.bags import BASELINES
 from ..data.bags import BagData, load_bags, load_instances
@@ -115,6 +115,7 @@ class BagClassification(Task):
             train=self._labelled(extractor, indices),
             evaluated=None if held_out is None else self._labelled(extractor, held_out),
             unlabelled=lambda *where: _unlabelled(data, extractor, instances, *where),
+            views=BagViews,
             processor=extractor,
             collator=DataCollatorForBags(max_instances=data.max_instances),
         )

@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -20,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
+from modeling_uhop import ImageViews, SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.feature_map import unit_norm
 from modeling_uhop.images import as_rgb
 
@@ -81,6 +82,7 @@ class Images(Task):
             train=with_pixels(self.images["train"], self.processor, data),
             evaluated={split: with_pixels(self.evaluated_part(split), self.processor) for split in ("validation", "train")},
             unlabelled=lambda *where: with_pixels(unlabelled_images(data, *where), self.processor, augment=data),
+            views=partial(ImageViews, mean=data.image_mean, std=data.image_std),
             processor=self.processor,
             metrics=classification_metrics,
         )

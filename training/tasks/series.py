@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
-from modeling_uhop import STanHopConfig, STanHopForPrediction
+from modeling_uhop import STanHopConfig, STanHopForPrediction, WindowViews
 
 from ..baselines.series import LinearMap, WindowMemory, baselines, errors_of, linear_map
 from ..data.series import SeriesData, load_series, unlabelled_windows
@@ -89,6 +89,7 @@ class Forecasts(Task):
             train=self.windows,
             evaluated=self.validation,
             unlabelled=lambda *where: unlabelled_windows(data, self.series, self.lengths, *where),
+            views=WindowViews,
         )
 
     def model(self, examples: Examples) -> PreTrainedModel:
