@@ -130,7 +130,7 @@ def sigreg_loss(
     for view in views:
         with torch.autocast(view.device.type, enabled=False):
             angles = (view @ directions).unsqueeze(-1) * points
-        present = mask[..., None, None] / counts.clamp(min=1)[..., None, None, None]
+        present = mask[..., None, None].to(view.dtype) / counts.clamp(min=1)[..., None, None, None]
         real, imaginary = ((part * present).sum(-3) for part in (angles.cos(), angles.sin()))
         gaps = ((real - normal).square() + imaginary.square()) * normal
         losses = losses + weight * counts * torch.trapezoid(gaps, points, dim=-1).mean(-1) / len(views)

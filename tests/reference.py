@@ -1,6 +1,7 @@
 """The equations of the papers as plain loops over Python floats (float64), without an import of the
 package."""
 
+import itertools
 import math
 
 import numpy as np
@@ -159,3 +160,75 @@ def attend(states, memories, linears, heads, beta, alpha, phi=None):
             found.append(sum(p * value for p, value in zip(weights, values, strict=True)))
         outputs.append(wo @ np.concatenate(found) + bo)
     return np.stack(outputs)
+
+
+def _unit(vector):
+    size = math.sqrt(sum(x * x for x in vector))
+    return [x / size for x in vector]
+
+
+def _dot(u, v):
+    return sum(x * y for x, y in zip(u, v, strict=True))
+
+
+def koleo_losses(features):
+    """-log |Phi_mu - Phi_nu| of the nearest neighbour nu, for each memory (arXiv 1806.03198,
+    equation 4), with 1e-8 added to the square."""
+    normed = [_unit(each) for each in features]
+    losses = []
+    for mu, one in enumerate(normed):
+        squares = [sum((x - y) ** 2 for x, y in zip(one, other, strict=True)) for nu, other in enumerate(normed) if nu != mu]
+        losses.append(-0.5 * math.log(min(squares) + 1e-8))
+    return losses
+
+
+def vicreg_loss(features, copies):
+    """25 s(Z, Z') + 25 [v(Z) + v(Z')] + [c(Z) + c(Z')] (arXiv 2105.04906, equations 1 to 6)."""
+    count, width = len(features), len(features[0])
+    loss = 25.0 * sum((x - y) ** 2 for z, w in zip(features, copies, strict=True) for x, y in zip(z, w, strict=True)) / count
+    for view in (features, copies):
+        means = [sum(row[j] for row in view) / count for j in range(width)]
+        for i in range(width):
+            for j in range(width):
+                covariance = sum((row[i] - means[i]) * (row[j] - means[j]) for row in view) / (count - 1)
+                loss += 25.0 * max(0.0, 1.0 - math.sqrt(covariance + 1e-4)) / width if i == j else covariance**2 / width
+    return loss
+
+
+def sigreg_loss(features, copies, directions, weight=0.05):
+    """(1 - weight) mean (Z - mean of views)^2 + weight SIGReg (arXiv 2511.08544, algorithm 1), for
+    given directions."""
+    views, count = [features] if copies is None else [features, copies], len(features)
+    points = [-5.0 + 10.0 * k / 16 for k in range(17)]
+    total = 0.0
+    for view in views:
+        for direction in directions:
+            projected = [_dot(row, direction) for row in view]
+            gaps = []
+            for t in points:
+                real = sum(math.cos(t * x) for x in projected) / count
+                imaginary = sum(math.sin(t * x) for x in projected) / count
+                normal = math.exp(-t * t / 2)
+                gaps.append(((real - normal) ** 2 + imaginary**2) * normal)
+            area = sum((a + b) / 2 * 10.0 / 16 for a, b in itertools.pairwise(gaps))
+            total += weight * count * area / len(directions) / len(views)
+    if copies is not None:
+        for z, w in zip(features, copies, strict=True):
+            for x, y in zip(z, w, strict=True):
+                middle = (x + y) / 2
+                total += (1 - weight) * ((x - middle) ** 2 + (y - middle) ** 2) / (2 * count * len(z))
+    return total
+
+
+def supervised_losses(features, labels, temperature):
+    """The supervised contrastive loss of each memory that has another one of its class (arXiv
+    2004.11362, equation 2)."""
+    normed = [_unit(each) for each in features]
+    losses = []
+    for mu, one in enumerate(normed):
+        others = [nu for nu in range(len(normed)) if nu != mu]
+        alike = [nu for nu in others if labels[nu] == labels[mu]]
+        if alike:
+            total = sum(math.exp(_dot(one, normed[nu]) / temperature) for nu in others)
+            losses.append(-sum(math.log(math.exp(_dot(one, normed[nu]) / temperature) / total) for nu in alike) / len(alike))
+    return losses
