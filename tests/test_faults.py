@@ -32,7 +32,7 @@ def runs(tmp_path_factory):
     """A folder of runs, one complete and the others interrupted and resumed, and the outcome of
     each."""
     folder = tmp_path_factory.mktemp("faults")
-    finished = run_command(str(TESTS / "fault_worker.py"), str(folder), PYTHONPATH=str(TESTS.parent))
+    finished = run_command(str(TESTS / "fault_worker.py"), str(folder))
     assert finished.returncode == 0, finished.stderr
     return folder, json.loads((folder / "statuses.json").read_text())
 

@@ -438,10 +438,19 @@ def _early() -> SeriesRecipe:
     )
 
 
+@pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    """A finished run of this recipe: its folder and its metrics."""
+    folder = tmp_path_factory.mktemp("early") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        no_reload(patch)
+        return folder, run(_early(), folder)
+
+
 @pytest.mark.trains
-def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
-    metrics = run(_early(), tmp_path / "run")
-    log = json.loads((tmp_path / "run" / "results.json").read_text())["log_history"]
+def test_training_ends_early_and_keeps_the_best_checkpoint(early):
+    folder, metrics = early
+    log = json.loads((folder / "results.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert len(losses) == losses.index(min(losses)) + 1 + 3 < 30
     assert metrics["validation_loss"] == min(losses)
@@ -449,10 +458,9 @@ def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
 
 
 @pytest.mark.trains
-def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeypatch):
-    recipe, whole, folder = _early(), tmp_path / "whole", tmp_path / "broken"
+def test_a_stopped_run_resumes_and_a_finished_training_is_kept(early, tmp_path, monkeypatch):
+    recipe, (whole, expected), folder = _early(), early, tmp_path / "broken"
     no_reload(monkeypatch)
-    expected = run(recipe, whole)
     steps = []
 
     class Stopping(TrainerCallback):

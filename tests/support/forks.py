@@ -56,6 +56,8 @@ LIBRARIES = (
     "transformers.pipelines",
     "transformers.trainer",
 )
+# The first letters of variables that libraries read once, at their import.
+CONSTANTS = ("HF_", "DS_", "PYTHONPATH")
 
 
 def _set_up(cwd: str, variables: Mapping[str, str], folder: str) -> None:
@@ -105,8 +107,7 @@ def _run(words: Sequence[str], cwd: str, variables: Mapping[str, str], folder: s
     kind, *arguments = words
     code = arguments.pop(0) if kind == "-c" else ""
     sys.argv[:] = [kind, *arguments]
-    start = cwd if code else str(Path(cwd, kind).resolve().parent)
-    sys.path[:0] = [start, *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path.insert(0, cwd if code else str(Path(cwd, kind).resolve().parent))
     if code:
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
     else:
@@ -117,6 +118,7 @@ def _serve(connection: Connection, variables: dict[str, str]) -> None:
     """Import the libraries, then run each group of commands that arrives in forks of this process."""
     os.environ.clear()
     os.environ.update(variables)
+    sys.path[:0] = filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -141,8 +143,8 @@ def _serve(connection: Connection, variables: dict[str, str]) -> None:
 
 @cache
 def _second_server(**constants: str) -> Connection:
-    """The server for commands with these variables of the client of the Hub, which reads them once, at its import."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    """The server for commands with these variables, on which imports depend."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(CONSTANTS)}
     mine, its = multiprocessing.Pipe()
     fork_server().Process(target=_serve, args=(its, {**variables, **constants}), daemon=True).start()
     its.close()
@@ -158,9 +160,9 @@ def run_together(
 
     Args:
         commands: For each a script and its arguments, or `-c`, code and its arguments.
-        variables: The environment of each. Those of the client of the Hub are the same in all.
+        variables: The environment of each. The variables that `CONSTANTS` names are the same in all.
     """
-    server = _second_server(**{name: value for name, value in variables[0].items() if name.startswith("HF_") and name != "HF_TOKEN"})
+    server = _second_server(**{name: value for name, value in variables[0].items() if name.startswith(CONSTANTS) and name != "HF_TOKEN"})
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in commands]
         server.send([(command, str(cwd), dict(own), folder) for command, own, folder in zip(commands, variables, folders, strict=True)])
