@@ -127,7 +127,7 @@ def interrupted_upload(folder: Path) -> None:
 
     (folder / "model.safetensors").write_bytes(bytes(range(256)) * 2000)
     # The client waits up to eight seconds before it tries again.
-    time.sleep = lambda seconds: None  # type: ignore[assignment]
+    time.sleep = lambda seconds: None
     try:
         HfApi().upload_folder(repo_id="you/interrupted", folder_path=folder, allow_patterns="*.safetensors")
     except Exception as error:

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 
 import modeling_uhop
 from modeling_uhop import STanHopConfig, UHopMemoryConfig, UHopMILConfig, UHopViTConfig
+from modeling_uhop.training import cli
 from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.push import check_finished, files_of, recorded_recipe
 from modeling_uhop.training.recipe import ROOT
 from tests.conftest import assert_close
 from tests.hub_server import Hub, environment, serving
-from tests.support.forks import run_together
+from tests.support.forks import run_forked, run_together
+from tests.support.recipes import no_reload
 
 
 pytestmark = pytest.mark.process
@@ -161,13 +163,13 @@ def test_the_example_of_the_hub_guide_runs(hub, client, tmp_path):
     assert any(repository.head.lfs for repository in hub.repositories.values())
 
 
-def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(served, hub, client, tmp_path):
+def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(served, hub, client, tmp_path, monkeypatch):
     run = tmp_path / "run"
     options = ["--num_train_epochs=1", "--logging_steps=5", "--disable_tqdm", "--save_steps=5"]
     overrides = ["data.max_train_samples=200", "model.hidden_size=16", "model.num_hidden_layers=1", "separation.steps=3"]
-    command = [*COMMAND, "train", "vit_digits", "--output_dir", str(run), *options]
-    trained = client([*command, *(word for override in overrides for word in ("--set", override))])
-    assert trained.returncode == 0, trained.stderr
+    no_reload(monkeypatch)
+    words = [word for override in overrides for word in ("--set", override)]
+    cli.main(["train", "vit_digits", "--output_dir", str(run), *options, *words])
     pushed = _run_apart([*COMMAND, "push", str(run), "you/digits"], served[1], tmp_path / "home")
     assert pushed.returncode == 0, pushed.stderr
     assert "/you/digits, at " in pushed.stdout
@@ -204,7 +206,7 @@ def test_a_push_without_a_hub_or_a_token_is_refused(client, tmp_path):
     recipe = {"name": "my_vit", "data": {"dataset": "pictures"}, "model": {}, "separation": None, "training": {}}
     results = {"recipe": recipe, "metrics": {"test_accuracy": 0.5}, "seed": 0, "num_parameters": 9, "versions": {}, "commit": None}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    nowhere = _run_apart([*COMMAND, "push", str(tmp_path), "you/digits"], 9, tmp_path / "home")
+    nowhere = run_forked(COMMAND[1], "push", str(tmp_path), "you/digits", **environment(9, str(tmp_path / "home")))
     assert nowhere.returncode == 1
     assert "RecipeError: the Hub at http://127.0.0.1:9 cannot be reached" in nowhere.stderr
     nobody = client([*COMMAND, "push", str(tmp_path), "you/digits"], token=None)

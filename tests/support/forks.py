@@ -138,6 +138,7 @@ def _serve(connection: Connection, variables: dict[str, str]) -> None:
                 running = [process for process in processes if process.exitcode is None]
             for process in running:
                 process.kill()
+                process.join()
             connection.send([process.exitcode for process in processes])
 
 
