@@ -4,6 +4,7 @@ and record the outcome.
 Each run is a fork of this process, so that packages are imported only once.
 """
 
+import gc
 import json
 import os
 import resource
@@ -154,6 +155,8 @@ def main() -> None:
     no_reload(patch)
     no_figures(patch)
     recipes = {task: tiny(task, *OVERRIDES) for task in TASKS}
+    # The Trainer collects garbage at each start.
+    gc.freeze()
     statuses: dict[str, list[Any]] = {}
     for task, recipe in recipes.items():
         folder = root / f"{task}_whole"

@@ -149,6 +149,8 @@ def _front_matter_errors(text: str) -> list[dict[str, str]]:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Otherwise the content of an answer waits up to 40 ms for the client to acknowledge the headers.
+    disable_nagle_algorithm = True
     hub: Hub
     port: int
 

@@ -15,7 +15,7 @@ from modeling_uhop.trainer.state import STATE_FILE
 from tests.conftest import TOLERANCE, assert_close
 from tests.sharding_worker import Setting, bags, images
 from tests.support.training import Images, image_model, image_trainer
-from tests.test_distributed import TESTS, _run
+from tests.test_distributed import TESTS, run_worker
 
 
 # `make test` installs DeepSpeed into a folder of its own, because the Trainer imports it wherever it
@@ -57,15 +57,8 @@ def folder(tmp_path_factory) -> Path:
     # Because the true gradient of a key bias is 0, and Adam would turn its rounding errors into
     # steps, the model has none.
     image_model(hidden_dropout_prob=0.0, qkv_bias=False).save_pretrained(folder / "model")
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "DS_ACCELERATOR": "cpu",
-            "ACCELERATE_USE_DEEPSPEED": "true",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": str(FOLDER),
-        }.items():
-            patch.setenv(name, value)
-        _run(2, str(TESTS / "deepspeed_worker.py"), str(folder))
+    variables = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(FOLDER)}
+    run_worker(2, str(TESTS / "deepspeed_worker.py"), str(folder), **variables)
     return folder
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from modeling_uhop import UHopViTModel
 from modeling_uhop.training import cli, engine, train_command
 from tests.conftest import assert_close
+from tests.support.forks import run_processes
 from tests.support.recipes import NO_DROPOUT, no_figures, no_reload, results_of, tiny, tiny_content, without_times
 
 
@@ -29,21 +30,31 @@ pytestmark = pytest.mark.process
 TESTS = Path(__file__).parent
 
 
-def _run(processes: int, *worker: str) -> str:
-    return _started("torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *worker)
+def run_worker(processes: int, *worker: str, **variables: str) -> str:
+    """Run a worker in several processes and return what they print; the test fails with their errors."""
+    finished = run_processes(processes, *worker, **variables)
+    if any(each.returncode for each in finished):
+        pytest.fail("\n".join(f"rank {rank}, exitcode: {each.returncode}\n{each.stderr}" for rank, each in enumerate(finished)))
+    return "".join(each.stdout for each in finished)
 
 
-def _started(module: str, *arguments: str) -> str:
+def _torchrun(*arguments: str) -> str:
+    """The same by the launcher itself, in fresh processes."""
     paths = (TESTS.parent, os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    finished = subprocess.run([sys.executable, "-m", module, *arguments], env=environment, cwd=TESTS.parent, capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    finished = subprocess.run(command, env=environment, cwd=TESTS.parent, capture_output=True, text=True)
     if finished.returncode != 0:
         pytest.fail(finished.stderr)
     return finished.stdout
 
 
+def _worker(folder: Path, options: dict) -> tuple[str, ...]:
+    return str(TESTS / "distributed_worker.py"), str(folder), json.dumps(options)
+
+
 def _launch(folder: Path, processes: int, options: dict) -> list[dict]:
-    _run(processes, str(TESTS / "distributed_worker.py"), str(folder), json.dumps(options))
+    run_worker(processes, *_worker(folder, options))
     return [torch.load(folder / f"rank_{rank}_of_{processes}.pt", weights_only=True) for rank in range(processes)]
 
 
@@ -78,7 +89,7 @@ def test_a_killed_process_ends_the_others_and_the_run_resumes(tmp_path):
         folder.mkdir()
     expected = _launch(whole, 2, options)
     with pytest.raises(pytest.fail.Exception, match=r"(?s)rank *: 1.*Signal 9 \(SIGKILL\)"):
-        _launch(broken, 2, {**options, "killed": 1})
+        _torchrun("--standalone", "--nproc_per_node", "2", *_worker(broken, {**options, "killed": 1}))
     assert [path.name for path in broken.iterdir()] == ["checkpoint-4"]
     resumed = _launch(broken, 2, {**options, "resume": str(broken / "checkpoint-4")})
     for mine, known in zip(resumed, expected, strict=True):
@@ -143,7 +154,7 @@ def test_the_documented_command_in_two_processes_equals_one_process(tmp_path, mo
     assert words[4].startswith("configs/")
     assert distribution("torch").entry_points[launcher].value == "torch.distributed.run:main"
     words[4:5] = [str(tmp_path / "tiny.yaml"), "--output_dir", str(tmp_path / "two")]
-    printed = _started("torch.distributed.run", *words)
+    printed = _torchrun(*words)
     assert printed.count("tiny: ") == printed.count("answers agree") == 1
     _assert_equal_one_process("images", tmp_path / "two", tmp_path / "one", monkeypatch)
 
@@ -154,7 +165,7 @@ def test_other_tasks_in_two_processes_equal_one_process(tmp_path, monkeypatch):
         (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(tiny_content(task, *_recipe(task, 2))))
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "recipe.yaml").write_text("precious")
-    printed = _run(2, str(TESTS / "recipes_worker.py"), str(tmp_path), "bags", "series")
+    printed = run_worker(2, str(TESTS / "recipes_worker.py"), str(tmp_path), "bags", "series")
     assert printed.count("tiny: ") == 2
     for task in ("bags", "series"):
         _assert_equal_one_process(task, tmp_path / task, tmp_path / f"{task}_in_one", monkeypatch)

@@ -4,10 +4,7 @@ A run resumes to the same weights, or reports the error in one line; complete ch
 complete."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +16,7 @@ from modeling_uhop.training import checkpoints
 from modeling_uhop.training.checkpoints import SEAL, check_fits, last_checkpoint, remove_unfinished, seal
 from modeling_uhop.training.errors import RecipeError
 from tests.fault_worker import CASES
+from tests.support.forks import run_command
 from tests.support.recipes import TASKS, results_of, without_times
 
 
@@ -34,9 +32,7 @@ def runs(tmp_path_factory):
     """A folder of runs, one complete and the others interrupted and resumed, and the outcome of
     each."""
     folder = tmp_path_factory.mktemp("faults")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, str(TESTS / "fault_worker.py"), str(folder)]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    finished = run_command(str(TESTS / "fault_worker.py"), str(folder))
     assert finished.returncode == 0, finished.stderr
     return folder, json.loads((folder / "statuses.json").read_text())
 

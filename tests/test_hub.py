@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,14 @@ from safetensors.torch import load_file
 
 import modeling_uhop
 from modeling_uhop import STanHopConfig, UHopMemoryConfig, UHopMILConfig, UHopViTConfig
+from modeling_uhop.training import cli
 from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.push import check_finished, files_of, recorded_recipe
 from modeling_uhop.training.recipe import ROOT
 from tests.conftest import assert_close
 from tests.hub_server import Hub, environment, serving
+from tests.support.forks import run_forked, run_together
+from tests.support.recipes import no_reload
 
 
 pytestmark = pytest.mark.process
@@ -29,37 +33,58 @@ COMMAND = ["-c", "from modeling_uhop.training.cli import main; main()"]
 FAMILIES = ("memory", "vit", "mil", "stanhop")
 
 
-def _run(script: list[str], port: int, folder: Path, token: str | None = "hf_test", **variables: str) -> subprocess.CompletedProcess:
-    """Run a script in a process whose client uses the server on a port."""
+def _variables(port: int, home: Path, token: str | None = "hf_test") -> dict[str, str]:
+    """The environment of a process whose client uses the server on a port and keeps its cache in `home`."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    variables = {"OMP_NUM_THREADS": "1", **environment(port, str(folder / "hub_home"), token), **variables}
-    return subprocess.run([sys.executable, *script], cwd=ROOT, env={**inherited, **variables}, capture_output=True, text=True)
+    return {**inherited, "OMP_NUM_THREADS": "1", **environment(port, str(home), token)}
 
 
-def _work(job: str, port: int, folder: Path, **options) -> subprocess.CompletedProcess:
-    return _run([str(TESTS / "hub_worker.py"), job, str(folder)], port, folder, **options)
+def _run(script: list[str], port: int, home: Path, token: str | None = "hf_test") -> subprocess.CompletedProcess:
+    """Run a script with the client in a fork."""
+    (finished,) = run_together([script], [_variables(port, home, token)])
+    return finished
 
 
-def _succeed(job: str, port: int, folder: Path, **options) -> str:
-    finished = _work(job, port, folder, **options)
+def _run_apart(script: list[str], port: int, home: Path, token: str | None = "hf_test") -> subprocess.CompletedProcess:
+    """Run a script in a fresh process."""
+    return subprocess.run([sys.executable, *script], cwd=ROOT, env=_variables(port, home, token), capture_output=True, text=True)
+
+
+def _work(job: str, folder: Path) -> list[str]:
+    return [str(TESTS / "hub_worker.py"), job, str(folder)]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A hub, its port, and a folder for the client's cache."""
+    hub = Hub()
+    with serving(hub) as port:
+        yield hub, port, tmp_path_factory.mktemp("hub_home")
+
+
+@pytest.fixture
+def hub(served):
+    """The hub without repositories."""
+    vars(served[0]).update(vars(Hub()))
+    return served[0]
+
+
+@pytest.fixture
+def client(served, hub):
+    """Runs a script with the client, by default as the user `you`."""
+    _, port, home = served
+    return partial(_run, port=port, home=home)
+
+
+def _succeed(client, job: str, folder: Path) -> str:
+    finished = client(_work(job, folder))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 
 
-@pytest.fixture
-def hub():
-    return Hub()
-
-
-@pytest.fixture
-def port(hub):
-    with serving(hub) as port:
-        yield port
-
-
-def test_every_family_is_pushed_pulled_without_the_package_and_pushed_on(hub, port, tmp_path):
-    _succeed("push_families", port, tmp_path)
-    _succeed("load_families", port, tmp_path)
+def test_every_family_is_pushed_pulled_without_the_package_and_pushed_on(hub, client, tmp_path):
+    _succeed(client, "push_families", tmp_path)
+    _succeed(client, "load_families", tmp_path)
     for family in FAMILIES:
         for name in (family, f"{family}-shards", f"{family}-again"):
             files = hub.repositories[f"you/{name}"].head.files
@@ -73,40 +98,41 @@ def test_every_family_is_pushed_pulled_without_the_package_and_pushed_on(hub, po
         assert all(path.endswith(".safetensors") for path in hub.repositories[f"you/{family}"].head.lfs)
 
 
-def test_a_trainer_pushes_a_model_that_loads_and_a_card_that_is_valid(hub, port, tmp_path):
-    _succeed("train_and_push", port, tmp_path)
+def test_a_trainer_pushes_a_model_that_loads_and_a_card_that_is_valid(hub, client, tmp_path):
+    _succeed(client, "train_and_push", tmp_path)
     head = hub.repositories["you/trained"].head
     assert {"model.safetensors", "config.json", "modeling_uhop_vit.py", "README.md"} <= head.files.keys()
     front_matter = head.files["README.md"].decode().split("---\n")[1]
     assert yaml.safe_load(front_matter)["library_name"] == "transformers"
 
 
-def test_a_private_repository_is_for_its_owner(hub, port, tmp_path):
-    _succeed("make_private", port, tmp_path)
+def test_a_private_repository_is_for_its_owner(served, hub, client, tmp_path):
+    _succeed(client, "make_private", tmp_path)
     assert hub.repositories["you/secret"].private
-    assert _succeed("load_private", port, tmp_path / "owner").strip().endswith("6")
-    refused = _work("load_private", port, tmp_path / "stranger", token=None)
+    assert _succeed(client, "load_private", tmp_path).strip().endswith("6")
+    # With a cache of its own.
+    refused = _run_apart(_work("load_private", tmp_path), served[1], tmp_path / "home", token=None)
     assert refused.returncode != 0
     assert "you/secret is not a local folder and is not a valid model identifier" in refused.stderr
     assert "private repository" in refused.stderr
 
 
-def test_an_interrupted_upload_is_retried_or_fails_without_a_partial_commit(hub, port, tmp_path):
+def test_an_interrupted_upload_is_retried_or_fails_without_a_partial_commit(hub, client, tmp_path):
     hub.create({"name": "interrupted"}, "you")
     hub.broken_uploads = 1000
-    failed = _work("interrupted_upload", port, tmp_path)
+    failed = client(_work("interrupted_upload", tmp_path))
     assert failed.returncode != 0
     assert "Error" in failed.stdout
     assert len(hub.repositories["you/interrupted"].commits) == 1
     hub.broken_uploads = 1
-    _succeed("interrupted_upload", port, tmp_path)
+    _succeed(client, "interrupted_upload", tmp_path)
     assert hub.broken_uploads == 0
     assert hub.repositories["you/interrupted"].head.files["model.safetensors"] == (tmp_path / "model.safetensors").read_bytes()
     assert len(hub.repositories["you/interrupted"].commits) == 2
 
 
-def test_one_of_two_commits_with_the_same_parent_is_refused(hub, port, tmp_path):
-    outcomes = json.loads(_succeed("conflicting_commits", port, tmp_path).splitlines()[-1])
+def test_one_of_two_commits_with_the_same_parent_is_refused(hub, client, tmp_path):
+    outcomes = json.loads(_succeed(client, "conflicting_commits", tmp_path).splitlines()[-1])
     winner, loser = sorted(outcomes, key=lambda name: outcomes[name] != "committed")
     assert outcomes[winner] == "committed"
     assert "A commit has happened since" in outcomes[loser]
@@ -125,26 +151,26 @@ def test_a_commit_with_an_invalid_card_is_refused_completely(hub):
     assert len(hub.repositories["you/card"].commits) == 1
 
 
-def test_importing_twice_registers_once(port, tmp_path):
-    _succeed("registered_twice", port, tmp_path)
+def test_importing_twice_registers_once(client, tmp_path):
+    _succeed(client, "registered_twice", tmp_path)
 
 
-def test_the_example_of_the_hub_guide_runs(hub, port, tmp_path):
+def test_the_example_of_the_hub_guide_runs(hub, client, tmp_path):
     blocks = (ROOT / "docs" / "guides" / "hub.md").read_text().split("```python\n")
     (example,) = [block.partition("```")[0] for block in blocks if "push_to_hub(" in block.partition("```")[0]]
     (tmp_path / "example.py").write_text(example)
-    _succeed("run_guide", port, tmp_path)
+    _succeed(client, "run_guide", tmp_path)
     assert any(repository.head.lfs for repository in hub.repositories.values())
 
 
-def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, tmp_path):
+def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(served, hub, client, tmp_path, monkeypatch):
     run = tmp_path / "run"
     options = ["--num_train_epochs=1", "--logging_steps=5", "--disable_tqdm", "--save_steps=5"]
     overrides = ["data.max_train_samples=200", "model.hidden_size=16", "model.num_hidden_layers=1", "separation.steps=3"]
-    command = [*COMMAND, "train", "vit_digits", "--output_dir", str(run), *options]
-    trained = _run([*command, *(word for override in overrides for word in ("--set", override))], port, tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    pushed = _run([*COMMAND, "push", str(run), "you/digits"], port, tmp_path)
+    no_reload(monkeypatch)
+    words = [word for override in overrides for word in ("--set", override)]
+    cli.main(["train", "vit_digits", "--output_dir", str(run), *options, *words])
+    pushed = _run_apart([*COMMAND, "push", str(run), "you/digits"], served[1], tmp_path / "home")
     assert pushed.returncode == 0, pushed.stderr
     assert "/you/digits, at " in pushed.stdout
     repository = hub.repositories["you/digits"]
@@ -159,7 +185,7 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
     accuracy = json.loads(files["results.json"])["metrics"]["test_accuracy"]
     assert evaluation["metrics"][0]["value"] == pytest.approx(accuracy, abs=1e-4)
     assert 'model="you/digits"' in card.text
-    refused = _run([*COMMAND, "push", str(run), "somebody/digits"], port, tmp_path)
+    refused = client([*COMMAND, "push", str(run), "somebody/digits"])
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].startswith("RecipeError: the Hub refused somebody/digits: ")
     for arguments, message in (
@@ -169,21 +195,21 @@ def test_a_recipes_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, port, 
             "is not a finished run: it has no config.json, recipe.yaml, results.json, README.md, *.safetensors",
         ),
     ):
-        refused = _run([*COMMAND, "push", *arguments], port, tmp_path)
+        refused = client([*COMMAND, "push", *arguments])
         assert (refused.returncode, "Traceback" in refused.stderr) == (1, False)
         assert message in refused.stderr
 
 
-def test_a_push_without_a_hub_or_a_token_is_refused(port, tmp_path):
+def test_a_push_without_a_hub_or_a_token_is_refused(client, tmp_path):
     for name in ("config.json", "recipe.yaml", "README.md", "model.safetensors"):
         (tmp_path / name).write_text("{}")
     recipe = {"name": "my_vit", "data": {"dataset": "pictures"}, "model": {}, "separation": None, "training": {}}
     results = {"recipe": recipe, "metrics": {"test_accuracy": 0.5}, "seed": 0, "num_parameters": 9, "versions": {}, "commit": None}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    nowhere = _run([*COMMAND, "push", str(tmp_path), "you/digits"], 9, tmp_path)
+    nowhere = run_forked(COMMAND[1], "push", str(tmp_path), "you/digits", **environment(9, str(tmp_path / "home")))
     assert nowhere.returncode == 1
     assert "RecipeError: the Hub at http://127.0.0.1:9 cannot be reached" in nowhere.stderr
-    nobody = _run([*COMMAND, "push", str(tmp_path), "you/digits"], port, tmp_path, token=None)
+    nobody = client([*COMMAND, "push", str(tmp_path), "you/digits"], token=None)
     assert nobody.returncode == 1
     assert "RecipeError: the Hub needs an access token: pass --token, set HF_TOKEN or run `hf auth login`" in nobody.stderr
     assert "Traceback" not in nowhere.stderr + nobody.stderr

@@ -3,8 +3,6 @@ script."""
 
 import json
 import math
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -35,7 +33,8 @@ from modeling_uhop.training.recipe import Evaluation, load_recipe
 from modeling_uhop.training.report.figures import bag_figure
 from modeling_uhop.training.run_folder import RunFolder
 from modeling_uhop.training.tasks.bags import BagClassification, BagsRecipe, instance_auc, predict
-from tests.support.recipes import no_reload, without_times
+from tests.support.forks import run_command
+from tests.support.recipes import no_reload, reload_in_forks, without_times
 
 
 ROOT = Path(__file__).parent.parent
@@ -407,19 +406,19 @@ def test_bad_recipes_are_refused(fields, message):
 
 
 @pytest.mark.process
-def test_the_script_leaves_a_model_that_reloads(tmp_path):
+def test_the_command_leaves_a_model_that_reloads(tmp_path, monkeypatch, capsys):
     content = {"task": "bags", "data": {"dataset": "digits"}, "training": FAST, "folds": 2, "repeats": 1, "model": {"alpha": 1.5}}
     (tmp_path / "mil.yaml").write_text(yaml.safe_dump(content))
-    command = [sys.executable, "training/train.py", str(tmp_path / "mil.yaml"), "--output_dir", str(tmp_path / "out")]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "answers agree" in finished.stdout
+    reload_in_forks(monkeypatch)
+    command = [str(tmp_path / "mil.yaml"), "--output_dir", str(tmp_path / "out")]
+    cli.main(["train", *command])
+    assert "answers agree" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     of_training = {"last_step", "train_seconds"}
     assert {"auc", "accuracy", "f1", "instance_auc", "cross_validation_seconds"} | of_training == set(results["metrics"])
     assert len(results["outcomes"]) == 2
     assert (tmp_path / "out" / "bag.png").stat().st_size > 5000
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    again = run_command("training/train.py", *command)
     assert again.returncode != 0
     assert "is not empty; pass --overwrite" in again.stderr
     assert "Traceback" not in again.stderr

@@ -1,14 +1,13 @@
 """The page on new tasks and families: its files, put where it says, train a model."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.forks import run_command
 
 
 ROOT = Path(__file__).parent.parent
@@ -29,9 +28,8 @@ def project(tmp_path_factory):
         assert not (ROOT / name).exists()
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(content)
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *re.search(r"^python (training/train.py .*)$", PAGE.read_text(), re.MULTILINE)[1].split()]
-    finished = subprocess.run([*command, "--output_dir", "out"], cwd=folder, env=environment, capture_output=True, text=True)
+    command = re.search(r"^python (training/train.py .*)$", PAGE.read_text(), re.MULTILINE)[1].split()
+    finished = run_command(*command, "--output_dir", "out", cwd=folder, PYTHONPATH=str(folder))
     assert finished.returncode == 0, finished.stderr
     return folder, finished.stdout
 

@@ -32,7 +32,8 @@ from modeling_uhop.training.results import commit, write_results
 from modeling_uhop.training.run_folder import RunFolder
 from modeling_uhop.training.tasks.bags import BagsRecipe
 from modeling_uhop.training.tasks.images import Images
-from tests.support.recipes import loaded, no_reload, without_times
+from tests.support.forks import run_command
+from tests.support.recipes import loaded, no_reload, reload_in_forks, without_times
 
 
 ROOT = Path(__file__).parent.parent
@@ -50,8 +51,9 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def _quiet():
+def _quick(monkeypatch):
     datasets.disable_progress_bars()
+    reload_in_forks(monkeypatch)
 
 
 def _recipe(*overrides: str, path: Path = ROOT / "configs" / "vit_digits.yaml"):
@@ -493,26 +495,22 @@ def test_the_baseline_is_the_vit_of_transformers_at_equal_size(tmp_path):
 
 @pytest.mark.process
 def test_the_script_refuses_in_one_line_and_resumes(tmp_path):
+    """The first run is in fresh processes, as for users; the other commands run in forks."""
     folder = tmp_path / "run"
-
-    def script(*arguments: str) -> subprocess.CompletedProcess:
-        overrides = [word for override in (*TINY, "training.save_strategy=epoch") for word in ("--set", override)]
-        command = [sys.executable, "training/train.py", "configs/vit_digits.yaml", "--output_dir", str(folder), *overrides, *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-    bad = script("--set", "model.alpha=3")
+    overrides = [word for override in (*TINY, "training.save_strategy=epoch") for word in ("--set", override)]
+    command = ["training/train.py", "configs/vit_digits.yaml", "--output_dir", str(folder), *overrides]
+    bad = run_command(*command, "--set", "model.alpha=3")
     assert bad.returncode == 1
     assert bad.stderr.strip().splitlines()[-1] == "ValueError: alpha must lie in [1, 2], got 3"
-    first = script("--overwrite")
+    first = subprocess.run([sys.executable, *command, "--overwrite"], cwd=ROOT, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     whole = json.loads((folder / "results.json").read_text())["metrics"]
-    again = script()
+    again = run_command(*command)
     assert again.returncode == 1
     assert "is not empty" in again.stderr
     (folder / "checkpoint-8").rename(tmp_path / "last")
     (folder / "stages" / "training.json").unlink()
-    resumed = script("--resume")
-    assert resumed.returncode == 0, resumed.stderr
+    cli.main(["train", *command[1:], "--resume"])
     metrics = json.loads((folder / "results.json").read_text())["metrics"]
     assert {k: v for k, v in metrics.items() if k != "train_seconds"} == {k: v for k, v in whole.items() if k != "train_seconds"}
 

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,8 @@ from modeling_uhop.training.errors import RecipeError
 from modeling_uhop.training.recipe import Evaluation, load_recipe
 from modeling_uhop.training.tasks.series import SeriesRecipe, check_skip_start, init_as_linear_map, weights_of
 from tests.conftest import assert_close
-from tests.support.recipes import no_reload
+from tests.support.forks import run_command
+from tests.support.recipes import no_reload, reload_in_forks
 
 
 ROOT = Path(__file__).parent.parent
@@ -362,7 +361,7 @@ def test_errors_after_training_are_found_before_it(tmp_path, split, model, field
 
 
 @pytest.mark.process
-def test_the_script_leaves_a_model_that_reloads(tmp_path):
+def test_the_command_leaves_a_model_that_reloads(tmp_path, monkeypatch, capsys):
     content = {
         "task": "series",
         "data": {"dataset": "synthetic", "split": [400, 150, 150]},
@@ -372,10 +371,10 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
         "baseline_lengths": [24, 48],
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
-    command = [sys.executable, "training/train.py", str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")]
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert "answers agree" in finished.stdout
+    reload_in_forks(monkeypatch)
+    command = [str(tmp_path / "small.yaml"), "--output_dir", str(tmp_path / "out")]
+    cli.main(["train", *command])
+    assert "answers agree" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     validation = {"validation_loss", "validation_mse", "validation_mae", "train_seconds", "baselines"}
     validation |= {"last_step", "best_step", "separation_loss_before", "separation_loss"}
@@ -387,20 +386,18 @@ def test_the_script_leaves_a_model_that_reloads(tmp_path):
     for name in ("forecast.png", "weights.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
     again = ["--overwrite", "--set", "evaluation.split=validation"]
-    evaluated = subprocess.run([*command, *again], cwd=ROOT, capture_output=True, text=True)
-    assert evaluated.returncode == 0, evaluated.stderr
+    cli.main(["train", *command, *again])
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert set(metrics) == validation
     assert metrics["validation_mse"] == results["metrics"]["validation_mse"]
     assert set(metrics["baselines"]["repeat last"]) == {"validation_mse", "validation_mae"}
-    assert "Validation errors" in evaluated.stdout
+    assert "Validation errors" in capsys.readouterr().out
     ridge = [word for each in ("skip_start=ridge", "model.use_linear_skip=true", "model.scaling=null") for word in ("--set", each)]
-    started = subprocess.run([*command, *again, *ridge, "--set", "training.learning_rate=0.0"], cwd=ROOT, capture_output=True, text=True)
-    assert started.returncode == 0, started.stderr
+    cli.main(["train", *command, *again, *ridge, "--set", "training.learning_rate=0.0"])
     metrics = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
     assert metrics["validation_mse"] == pytest.approx(metrics["baselines"]["linear, 48"]["validation_mse"], rel=1e-5)
     (tmp_path / "a.csv").write_text(pd.DataFrame({"date": ["2024-01-02", "2024-01-01"], "x": [1.0, 2.0]}).to_csv(index=False))
-    refused = subprocess.run([*command, "--dataset", str(tmp_path / "a.csv"), "--overwrite"], cwd=ROOT, capture_output=True, text=True)
+    refused = run_command("training/train.py", *command, "--dataset", str(tmp_path / "a.csv"), "--overwrite")
     assert refused.returncode != 0
     assert "time stamps must increase" in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -441,10 +438,19 @@ def _early() -> SeriesRecipe:
     )
 
 
+@pytest.fixture(scope="module")
+def early(tmp_path_factory):
+    """A finished run of this recipe: its folder and its metrics."""
+    folder = tmp_path_factory.mktemp("early") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        no_reload(patch)
+        return folder, run(_early(), folder)
+
+
 @pytest.mark.trains
-def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
-    metrics = run(_early(), tmp_path / "run")
-    log = json.loads((tmp_path / "run" / "results.json").read_text())["log_history"]
+def test_training_ends_early_and_keeps_the_best_checkpoint(early):
+    folder, metrics = early
+    log = json.loads((folder / "results.json").read_text())["log_history"]
     losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
     assert len(losses) == losses.index(min(losses)) + 1 + 3 < 30
     assert metrics["validation_loss"] == min(losses)
@@ -452,10 +458,9 @@ def test_training_ends_early_and_keeps_the_best_checkpoint(tmp_path):
 
 
 @pytest.mark.trains
-def test_a_stopped_run_resumes_and_a_finished_training_is_kept(tmp_path, monkeypatch):
-    recipe, whole, folder = _early(), tmp_path / "whole", tmp_path / "broken"
+def test_a_stopped_run_resumes_and_a_finished_training_is_kept(early, tmp_path, monkeypatch):
+    recipe, (whole, expected), folder = _early(), early, tmp_path / "broken"
     no_reload(monkeypatch)
-    expected = run(recipe, whole)
     steps = []
 
     class Stopping(TrainerCallback):

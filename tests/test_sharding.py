@@ -12,7 +12,7 @@ from modeling_uhop.trainer.state import STATE_FILE
 from tests.conftest import TOLERANCE, assert_close
 from tests.sharding_worker import CASES, TRAINING
 from tests.support.training import Images, image_model, image_trainer
-from tests.test_distributed import TESTS, _run
+from tests.test_distributed import TESTS, run_worker
 
 
 pytestmark = pytest.mark.process
@@ -25,13 +25,13 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharding")
     image_model(hidden_dropout_prob=0.0).save_pretrained(folder / "model")
     try:
-        _run(2, str(TESTS / "sharding_worker.py"), str(folder), json.dumps(SEPARATION))
+        run_worker(2, str(TESTS / "sharding_worker.py"), str(folder), json.dumps(SEPARATION))
     except pytest.fail.Exception as error:
         # Because gloo crashed inside torch in one of some twenty launches, a launch that ended by a
         # segmentation fault is repeated.
         if "exitcode: -11" not in str(error):
             raise
-        _run(2, str(TESTS / "sharding_worker.py"), str(folder), json.dumps(SEPARATION))
+        run_worker(2, str(TESTS / "sharding_worker.py"), str(folder), json.dumps(SEPARATION))
     return folder
 
 

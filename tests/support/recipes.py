@@ -3,19 +3,23 @@
 import atexit
 import copy
 import json
+import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from modeling_uhop.training import engine
+from modeling_uhop.training import engine, reload
 from modeling_uhop.training.recipe import Recipe, build_recipe
 from modeling_uhop.training.recipe_file import apply_override
 from modeling_uhop.training.tasks import task_class_of
+from tests.support.forks import run_command
 
 
 TASKS = ("images", "bags", "series")
@@ -131,6 +135,18 @@ def no_reload(monkeypatch: Any) -> list[tuple]:
     skipped: list[tuple] = []
     monkeypatch.setattr(engine, "check_reload", lambda *arguments: skipped.append(arguments))
     return skipped
+
+
+def reload_in_forks(monkeypatch: Any) -> None:
+    """Check that models reload in forks that have not imported the package, which start faster than new processes."""
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+        finished = run_command(*command[1:])
+        print(finished.stdout)
+        print(finished.stderr, file=sys.stderr)
+        return finished
+
+    monkeypatch.setattr(reload, "subprocess", SimpleNamespace(run=run))
 
 
 def no_figures(monkeypatch: Any) -> None:
