@@ -56,6 +56,7 @@ class Transfer(ABC):
         larger_is_better: Whether a larger score is better.
         label_names: `TrainingArguments.label_names`.
         lora: Names of the query and key projections.
+        corruption: What makes the copies of a separation step with copies; `None` for noise.
     """
 
     head: ClassVar[str]
@@ -63,6 +64,7 @@ class Transfer(ABC):
     larger_is_better: ClassVar[bool] = False
     label_names: ClassVar[list[str]] = ["labels"]
     lora: ClassVar[list[str]] = ["q_proj", "k_proj"]
+    corruption: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __init__(self, source: str, target: str, count: int):
         self.source, self.target, self.count = source, target, count
@@ -166,6 +168,11 @@ class Text(Transfer):
 
     head, score = "lm_head", "test_bits_per_byte"
     LENGTH, HELD_OUT = 128, 1000
+
+    @staticmethod
+    def corruption(ids: torch.Tensor) -> torch.Tensor:
+        """Replace 15 % of the bytes by random ones."""
+        return torch.where(torch.rand(ids.shape, device=ids.device) < 0.15, torch.randint_like(ids, 256), ids)
 
     def source_examples(self) -> Dataset:
         return self._windows(_docstrings(self.source))

@@ -9,6 +9,7 @@ with a separation step train as many steps fewer as it has.
 
 import argparse
 import copy
+import json
 import sys
 from dataclasses import asdict, dataclass, field
 from operator import itemgetter
@@ -22,12 +23,13 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from transformers.utils import logging
 
 from modeling_uhop import Separation, SeparationCallback, UHopAdapterConfig
+from modeling_uhop.separation import WITH_COPIES
 
 from ..errors import RecipeError, errors_in_one_line
 from ..intervals import paired_over_seeds, spread
 from ..processes import refuse_several_processes
 from ..recipe_file import read_yaml, with_known_keys
-from ..results import write_result
+from ..results import write_atomically, write_result
 from ..sweep import difference
 from ..transfers import TRANSFERS, Transfer
 
@@ -127,7 +129,7 @@ def load(path: Path) -> AttachRecipe:
     for name in {name for pair in recipe.pairs for name in pair} - variants.keys():
         raise RecipeError(f"pairs must consist of variants, {list(variants)}, got {name!r}")
     for name, variant in variants.items():
-        steps = 0 if variant.separation is None else separation_of(variant).steps
+        steps = (variant.separation or {}).get("steps", Separation.steps) if variant.separation is not None else 0
         if steps >= recipe.steps:
             raise RecipeError(f"variant {name!r} has {steps} steps of separation, which must be fewer than steps={recipe.steps}")
     return recipe
@@ -139,13 +141,15 @@ class Comparison:
     Args:
         recipe: The recipe.
         transfer: Its transfer.
-        folder: Folder of the model trained on the source, which a later run uses again.
+        folder: Folder of the model trained on the source, and of the scores of finished runs. A
+            later run with the same settings uses both again.
     """
 
     def __init__(self, recipe: AttachRecipe, transfer: Transfer, folder: Path):
         self.recipe, self.transfer, self.folder = recipe, transfer, folder
         self.base = self.source_model()
         self.sizes: dict[str, int] = {}
+        self.finished = _read_json(folder / "scores.json")
 
     def source_model(self) -> PreTrainedModel:
         """The model trained on the source, with a new head."""
@@ -193,7 +197,17 @@ class Comparison:
         return [{**rates, "separation": own} for rates in training for own in self.recipe.separation_rates]
 
     def run(self, name: str, rates: dict[str, float], seed: int, split: str) -> float:
-        """Train a variant on the target; its score on a split."""
+        """Train a variant on the target, unless an earlier run has done so; its score on a split."""
+        recipe = self.recipe
+        settings = [recipe.source_steps, recipe.source_batch, recipe.source_rate, recipe.count, recipe.steps, recipe.batch]
+        key = json.dumps([asdict(recipe.variants[name]), rates, seed, split, *settings])
+        if key not in self.finished:
+            self.finished[key] = [self._run(name, rates, seed, split), self.sizes[name]]
+            write_atomically(self.folder / "scores.json", json.dumps(self.finished))
+        score, self.sizes[name] = self.finished[key]
+        return score
+
+    def _run(self, name: str, rates: dict[str, float], seed: int, split: str) -> float:
         variant, steps = self.recipe.variants[name], self.recipe.steps
         set_seed(seed)
         examples = self.transfer.examples(seed)
@@ -201,7 +215,7 @@ class Comparison:
         self.sizes[name] = sum(each.numel() for each in model.parameters() if each.requires_grad)
         callbacks = []
         if variant.separation is not None:
-            separation = separation_of(variant, lr=rates["separation"])
+            separation = separation_of(variant, self.transfer, lr=rates["separation"])
             callbacks, steps = [SeparationCallback(separation=separation)], steps - separation.steps
         trainer = self.new_trainer(model, examples.train, seed, variant.steps or steps, self.recipe.batch, rates["training"])
         for callback in callbacks:
@@ -235,9 +249,15 @@ class Comparison:
         return trainer
 
 
-def separation_of(variant: Variant, **fields: Any) -> Separation:
+def separation_of(variant: Variant, transfer: Transfer, **fields: Any) -> Separation:
     """The separation step of a variant, on its feature maps alone."""
-    return Separation(**{"parameters": "feature_maps", **(variant.separation or {}), **fields})
+    given = variant.separation or {}
+    corruption = transfer.corruption if given.get("kind") in WITH_COPIES else None
+    return Separation(**{"parameters": "feature_maps", "corruption": corruption, **given, **fields})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def adapted(model: PreTrainedModel, variant: Variant, transfer: Transfer) -> nn.Module:
