@@ -32,7 +32,7 @@ from modeling_uhop import (
     separation_loss,
 )
 from tests.conftest import CHECKPOINTING, assert_close
-from tests.support.models import BAGS, IMAGES
+from tests.support.models import BAGS, COMPACT, IMAGES
 
 
 FAMILIES = ("vit", "mil", "stanhop")
@@ -120,8 +120,19 @@ OUTPUT_NAMES["memory"] = ["retrieved", "association", "energy", "steps"]
 # exported only with alpha = 1. The vision transformer with alpha = 1 is exported in the test of
 # folding below.
 EXPORTED: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in ("mil", "mil_images", "stanhop", "memory")]
-EXPORTED += [("vit", {"num_hidden_layers": 1, "alpha": 1.5}), ("mil", {"alpha": 2.0}), ("mil", {"alpha": 1.6, "learnable_alpha": True})]
-TRACED: list[tuple[str, dict[str, Any]]] = [("vit", {}), ("mil", {}), ("mil", {"pooling": "max"}), ("mil", {"alpha": 1.3})]
+EXPORTED += [
+    ("vit", COMPACT),
+    ("vit", {"num_hidden_layers": 1, "alpha": 1.5}),
+    ("mil", {"alpha": 2.0}),
+    ("mil", {"alpha": 1.6, "learnable_alpha": True}),
+]
+TRACED: list[tuple[str, dict[str, Any]]] = [
+    ("vit", {}),
+    ("vit", {**COMPACT, "alpha": 1.5}),
+    ("mil", {}),
+    ("mil", {"pooling": "max"}),
+    ("mil", {"alpha": 1.3}),
+]
 TRACED += [("vit", {"num_hidden_layers": 1, "alpha": 2.0, "encoder_type": "class_query"}), ("stanhop", {"alpha": 1.5})]
 TRACED += [("memory", {"alpha": 1.5, "update_steps": 3}), ("memory", {"alpha": 2.0, "similarity": "l2"})]
 
