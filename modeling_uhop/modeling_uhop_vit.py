@@ -208,7 +208,7 @@ class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
     }
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["UHopViTEmbeddings", "UHopViTLayer", "UHopViTClassQueryLayer"]
+    _no_split_modules = ["UHopViTEmbeddings", "UHopViTLayer", "UHopViTClassQueryLayer", "HopfieldPooling"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
