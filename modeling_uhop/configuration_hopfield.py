@@ -69,6 +69,8 @@ class HopfieldLayersConfig(HopfieldConfig):
         learnable_alpha (`bool`, defaults to `False`): Whether each head learns its own exponent in
             (1, 2). The exponents start at `alpha`, which must then lie strictly between 1 and 2,
             for example 1.5.
+        learnable_beta (`bool`, defaults to `False`): Whether each head learns its own inverse
+            temperature, which begins at `beta` (arXiv 2112.13492).
         use_feature_map (`bool`, defaults to `True`): Whether queries and keys pass through a
             feature map $\Phi$. Without it the layers are plain Hopfield layers, and the model has
             no feature map to separate.
@@ -82,6 +84,7 @@ class HopfieldLayersConfig(HopfieldConfig):
 
     beta: float | int | None = None
     learnable_alpha: bool = False
+    learnable_beta: bool = False
     use_feature_map: bool = True
     value_source: Literal["memory", "projected_memory"] = "memory"
     qkv_bias: bool = True

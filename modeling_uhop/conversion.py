@@ -52,6 +52,9 @@ def from_vit(cls, source, *, alpha: float = 1.0, **fields):
         "feature_init": "identity",
         "value_source": "memory",
         "encoder_type": "transformer",
+        "patch_embedding": "linear",
+        "pooling": "cls",
+        "attention_init": "normal",
         "use_distillation_token": source_config.model_type == "deit",
     }
     for name in fields:
@@ -80,7 +83,7 @@ def _copy_weights(source: PreTrainedModel, converted: PreTrainedModel) -> None:
         )
     missing, unexpected = converted.base_model.load_state_dict(source.base_model.state_dict(), strict=False)
     unexpected_keys = [key for key in unexpected if not key.startswith("pooler.") and key != "embeddings.mask_token"]
-    new_keys = [key for key in missing if not key.endswith(("feature_map.weight", "alpha_logit"))]
+    new_keys = [key for key in missing if not key.endswith(("feature_map.weight", "alpha_logit", "log_beta"))]
     if unexpected_keys or any(not key.startswith("pooler.") for key in new_keys):
         raise ValueError(f"the weights of {name} do not fit: unexpected {unexpected_keys}, missing {new_keys}")
     old, new = getattr(source, "classifier", None), getattr(converted, "classifier", None)
@@ -104,14 +107,20 @@ def to_vit(model: Any) -> PreTrainedModel:
             f"to_vit needs encoder_type='transformer' and update_steps=1, "
             f"got {config.encoder_type!r} and update_steps={config.update_steps}"
         )
+    if config.patch_embedding != "linear" or config.pooling != "cls" or config.mask_diagonal:
+        raise ValueError(
+            "to_vit needs patch_embedding='linear', pooling='cls' and mask_diagonal=False, "
+            f"got {config.patch_embedding!r}, {config.pooling!r} and {config.mask_diagonal}"
+        )
     if config.value_source != "memory" and not config.use_feature_map:
         raise ValueError(f"to_vit without a feature map needs value_source='memory', got {config.value_source!r}")
     folded = model.fold_feature_maps()
     for layer in folded.base_model.layers:
         attention = layer.attention
-        relative = attention.scaling * attention.head_dim**0.5
+        relative = attention.beta * attention.head_dim**0.5
+        attention.log_beta = None
         for parameter in attention.q_proj.parameters():
-            parameter.mul_(relative)
+            parameter.view(attention.num_attention_heads, attention.head_dim, -1).mul_(relative)
     # Because transformers reads `architectures` where a type has several classes, it must be a list.
     fields = {**_shared(config, (*SIZES, *SETTINGS)), "architectures": []}
     vit_config = AutoConfig.for_model("deit" if config.use_distillation_token else "vit", **fields)

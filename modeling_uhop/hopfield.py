@@ -1,5 +1,6 @@
 """Hopfield layers: attention as one update step that retrieves from a memory of tokens; and an MLP."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from .checks import check_tensor, check_tensors
 from .feature_map import FeatureMap
 from .folding import fold_layer
 from .memories import MemorySet, present_memories
+from .precision import at_least_fp32
 from .simplex import alpha_logit, learned_alpha
 
 
@@ -32,7 +34,7 @@ class HopfieldAttention(nn.Module):
 
     The layer reads these fields of `config`: hidden_size, num_attention_heads, head_dim
     (if it has one), attention_probs_dropout_prob, qkv_bias, alpha, learnable_alpha, beta,
-    use_feature_map, feature_dim, feature_init, update_steps, value_source, and the attention
+    learnable_beta, use_feature_map, feature_dim, feature_init, update_steps, value_source, and the attention
     implementation.
 
     Raises:
@@ -63,6 +65,7 @@ class HopfieldAttention(nn.Module):
         self.v_proj = nn.Linear(value_dim, inner_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(inner_dim, config.hidden_size, bias=True)
         self.alpha_logit = nn.Parameter(torch.empty(self.num_attention_heads)) if config.learnable_alpha else None
+        self.log_beta = nn.Parameter(torch.empty(self.num_attention_heads)) if config.learnable_beta else None
         self.reset_parameters()
 
     @property
@@ -73,15 +76,28 @@ class HopfieldAttention(nn.Module):
         return learned_alpha(self.alpha_logit)
 
     @property
+    def beta(self) -> float | torch.Tensor:
+        """The inverse temperature: the fixed number, or the learned ones (H, 1, 1) in fp32 or better."""
+        if self.log_beta is None:
+            return self._initial_beta
+        return at_least_fp32(self.log_beta).exp().view(-1, 1, 1)
+
+    @property
     def scaling(self) -> float:
-        """The inverse temperature beta: that of the configuration, or 1 / sqrt(head width)."""
+        """What the attention function multiplies scores with: a fixed beta. Queries carry a learned one."""
+        return self._initial_beta if self.log_beta is None else 1.0
+
+    @property
+    def _initial_beta(self) -> float:
         return self.head_dim**-0.5 if self.config.beta is None else self.config.beta
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set a learnable alpha to `config.alpha`."""
+        """Set a learnable alpha to `config.alpha`, and a learnable beta to `config.beta` or its default."""
         if self.alpha_logit is not None:
             init.constant_(self.alpha_logit, alpha_logit(self.config.alpha))
+        if self.log_beta is not None:
+            init.constant_(self.log_beta, math.log(self._initial_beta))
 
     def forward(
         self,
@@ -135,9 +151,9 @@ class HopfieldAttention(nn.Module):
         if self.alpha_logit is not None or self.config.alpha != 1.0:
             kwargs["alpha"] = self.alpha
         for _ in range(self.config.update_steps - 1):
-            query = attend(self, query, key, key, attention_mask, scaling=self.scaling, **kwargs)[0].transpose(1, 2)
+            query = attend(self, self._scaled(query), key, key, attention_mask, scaling=self.scaling, **kwargs)[0].transpose(1, 2)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        output, weights = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        output, weights = attend(self, self._scaled(query), key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
     def memory_set(
@@ -150,6 +166,10 @@ class HopfieldAttention(nn.Module):
     def fold_feature_map(self) -> None:
         """Fold Phi into W_Q and W_K; see `fold_layer`."""
         fold_layer(self)
+
+    def _scaled(self, query: torch.Tensor) -> torch.Tensor:
+        """Multiply queries (B, H, Q, width) by a learned beta; every kernel takes such queries."""
+        return query if self.log_beta is None else query * torch.as_tensor(self.beta).to(query.dtype)
 
     def _split_heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.view(*tokens.shape[:-1], self.num_attention_heads, self.head_dim).transpose(1, 2)
@@ -169,14 +189,17 @@ class HopfieldPooling(nn.Module):
     in `HopfieldAttention`. Without Phi and at alpha = 1 it is the published layer. A set without
     any item gives the bias of the output projection.
 
-    The layer reads the fields of `config` that `HopfieldAttention` reads, and num_queries,
-    layer_norm_eps and initializer_range.
+    With one query, one head, identities as projections and no Phi, it is the sequence pooling of
+    compact transformers (arXiv 2104.05704), whose score of a token x is $\langle Q, x \rangle$.
+
+    The layer reads the fields of `config` that `HopfieldAttention` reads, layer_norm_eps,
+    initializer_range, and num_queries (1 if it has none).
     """
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.queries = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
+        self.queries = nn.Parameter(torch.empty(1, getattr(config, "num_queries", 1), config.hidden_size))
         self.layernorm_query = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_memory = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_content = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -20,7 +20,7 @@ from .precision import is_traced
 
 
 # Fields that are used only to initialise weights.
-_INITIALIZATION_FIELDS = {"initializer_range", "init_std", "position_init_std", "feature_init"}
+_INITIALIZATION_FIELDS = {"initializer_range", "init_std", "position_init_std", "feature_init", "attention_init"}
 
 
 class HopfieldPreTrainedModel(PreTrainedModel):

@@ -1,5 +1,6 @@
 """U-Hop vision transformer: a PyTorch model with kernelized Hopfield layers as attention."""
 
+import itertools
 import math
 from typing import Any
 
@@ -14,10 +15,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .checks import LARGE, MAX_STATE, as_mask, check_no_overflow, check_tensor, label_loss, required_input
+from .attention_interface import KERNELS
+from .checks import LARGE, MAX_STATE, as_mask, check_no_overflow, label_loss, required_input
 from .configuration_uhop_vit import UHopViTConfig
 from .conversion import from_vit, to_vit
-from .hopfield import MLP, HopfieldAttention
+from .hopfield import MLP, HopfieldAttention, HopfieldPooling
+from .memories import present_memories
+from .mimetic import mimetic_
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import largest
 
@@ -26,7 +30,8 @@ class UHopViTPatchEmbeddings(nn.Module):
     """Embed the patches of images.
 
     Pixel values (batch_size, num_channels, height, width) become (batch_size, num_patches,
-    hidden_size).
+    hidden_size). Pixels after the last whole patch of a row or column have no influence. With
+    `patch_embedding="conv"`, a token also depends on pixels around its patch.
     """
 
     def __init__(self, config: UHopViTConfig):
@@ -36,25 +41,51 @@ class UHopViTPatchEmbeddings(nn.Module):
         self.num_channels = config.num_channels
         self.grid_size = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size)
+        self.projection: nn.Conv2d | nn.Sequential
+        if config.patch_embedding == "conv":
+            self.projection = conv_blocks(config.num_channels, config.hidden_size, self.patch_size[0].bit_length() - 1)
+        else:
+            self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
-            raise ValueError(
-                f"pixel_values must have shape (batch_size, {self.num_channels}, height, width), got {tuple(pixel_values.shape)}"
-            )
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return next(self.projection.parameters()).dtype
+
+    @property
+    def mixes_patches(self) -> bool:
+        """Whether a token depends on more than its patch."""
+        return isinstance(self.projection, nn.Sequential)
+
+    def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """Number of patches in a column and in a row of these images."""
+        return pixel_values.shape[-2] // self.patch_size[0], pixel_values.shape[-1] // self.patch_size[1]
+
+    def forward(self, pixel_values: torch.Tensor, unseen: torch.Tensor | None = None) -> torch.Tensor:
+        """Embed images; `unseen` (batch_size, num_patches) is True where a patch has no influence on others."""
+        if self.mixes_patches:
+            pixel_values = self._seen(pixel_values, unseen)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+    def _seen(self, pixel_values: torch.Tensor, unseen: torch.Tensor | None) -> torch.Tensor:
+        """Whole patches of images, with zeros, as beyond the border, where a patch is unseen."""
+        (rows, columns), (height, width) = self.grid_of(pixel_values), self.patch_size
+        pixel_values = pixel_values[..., : rows * height, : columns * width]
+        if unseen is None:
+            return pixel_values
+        pixels = unseen.view(-1, 1, rows, columns).repeat_interleave(height, 2).repeat_interleave(width, 3)
+        return pixel_values.masked_fill(pixels, 0.0)
 
 
 class UHopViTEmbeddings(nn.Module):
-    """Input tokens of the encoder: CLS, optional distillation token, patches; with positions.
+    """Input tokens of the encoder: CLS and distillation token if there are any, patches; with positions.
 
     With `use_mask_token`, a learned mask token can replace patches.
     """
 
     def __init__(self, config: UHopViTConfig, use_mask_token: bool = False):
         super().__init__()
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.pooling == "cls" else None
         self.distillation_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_distillation_token else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
         self.patch_embeddings = UHopViTPatchEmbeddings(config)
@@ -76,21 +107,37 @@ class UHopViTEmbeddings(nn.Module):
         return torch.cat((prefix_positions, patch_positions.flatten(2).transpose(1, 2)), dim=1)
 
     def forward(
-        self, pixel_values: torch.Tensor, bool_masked_pos: torch.Tensor | None = None, interpolate_pos_encoding: bool | None = None
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        height, width = pixel_values.shape[-2:]
-        tokens = self.patch_embeddings(pixel_values)
-        if not interpolate_pos_encoding and (height, width) != self.patch_embeddings.image_size:
+        patches = self.patch_embeddings
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != patches.num_channels:
             raise ValueError(
-                f"pixel_values must be {self.patch_embeddings.image_size} (height, width), got {(height, width)}; "
+                f"pixel_values must have shape (batch_size, {patches.num_channels}, height, width), got {tuple(pixel_values.shape)}"
+            )
+        height, width = pixel_values.shape[-2:]
+        if not interpolate_pos_encoding and (height, width) != patches.image_size:
+            raise ValueError(
+                f"pixel_values must be {patches.image_size} (height, width), got {(height, width)}; "
                 "pass interpolate_pos_encoding=True to use another size"
             )
+        shape = (pixel_values.shape[0], math.prod(patches.grid_of(pixel_values)))
+        masked = unseen = None
         if bool_masked_pos is not None:
             if self.mask_token is None:
                 raise ValueError("bool_masked_pos needs a model built with use_mask_token=True")
-            if bool_masked_pos.shape != tokens.shape[:2]:
-                raise ValueError(f"bool_masked_pos must have shape {tuple(tokens.shape[:2])}, got {tuple(bool_masked_pos.shape)}")
-            masked = as_mask(bool_masked_pos, "bool_masked_pos", "patches that the mask token replaces", "others")
+            if bool_masked_pos.shape != shape:
+                raise ValueError(f"bool_masked_pos must have shape {shape}, got {tuple(bool_masked_pos.shape)}")
+            masked = unseen = as_mask(bool_masked_pos, "bool_masked_pos", "patches that the mask token replaces", "others")
+        if patches.mixes_patches and attention_mask is not None and attention_mask.dim() == 2:
+            prefix_size = self.position_embeddings.shape[1] - patches.num_patches
+            absent = ~token_mask(attention_mask, (shape[0], prefix_size + shape[1]))[:, prefix_size:]
+            unseen = absent if masked is None else masked | absent
+        tokens = patches(pixel_values, unseen)
+        if masked is not None and self.mask_token is not None:
             tokens = torch.where(masked.unsqueeze(-1), self.mask_token.to(tokens.dtype), tokens)
         prefix = [token.expand(tokens.shape[0], -1, -1) for token in (self.cls_token, self.distillation_token) if token is not None]
         tokens = torch.cat((*prefix, tokens), dim=1)
@@ -137,15 +184,15 @@ class UHopViTClassQueryLayer(UHopViTEncoderLayer):
 
 
 class UHopViTPooler(nn.Module):
-    """Linear layer and activation applied to the CLS token."""
+    """Linear layer and activation applied to the pooled vector, such as the CLS token."""
 
     def __init__(self, config: UHopViTConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.pooler_output_size or config.hidden_size)
         self.activation = ACT2FN[config.pooler_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.dense(hidden_states[:, 0]))
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(pooled))
 
 
 class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
@@ -161,7 +208,7 @@ class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
     }
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["UHopViTEmbeddings", "UHopViTLayer", "UHopViTClassQueryLayer"]
+    _no_split_modules = ["UHopViTEmbeddings", "UHopViTLayer", "UHopViTClassQueryLayer", "HopfieldPooling"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -173,12 +220,27 @@ class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
+        if isinstance(module, nn.Conv2d) and self.config.patch_embedding == "conv":
+            # Because each block ends with ReLU, this scale keeps the variance of tokens.
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
         if isinstance(module, UHopViTEmbeddings):
             init.trunc_normal_(module.position_embeddings, mean=0.0, std=self.config.initializer_range)
-            init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
+            if module.cls_token is not None:
+                init.trunc_normal_(module.cls_token, mean=0.0, std=self.config.initializer_range)
             for token in (module.distillation_token, module.mask_token):
                 if token is not None:
                     init.zeros_(token)
+
+    def initialize_weights(self):
+        """Initialise all weights that no checkpoint has set; see `_init_weights` and `attention_init`."""
+        # Because transformers does not call `_init_weights` for a module without parameters of its own,
+        # what relates several projections is set here.
+        layers = [module.attention for module in self.modules() if isinstance(module, UHopViTEncoderLayer)]
+        new = [layer for layer in layers if not any(hasattr(each, "_is_hf_initialized") for each in (layer.q_proj, layer.q_proj.weight))]
+        super().initialize_weights()
+        if self.config.attention_init == "mimetic":
+            for layer in new:
+                mimetic_(layer)
 
     @property
     def num_class_tokens(self) -> int:
@@ -186,12 +248,18 @@ class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
         return 0 if self.config.encoder_type == "class_query" else num_prefix_tokens(self.config)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Choose the attention kernel; refuse kernels that cannot mask a single query."""
+        """Choose the attention kernel; refuse kernels that do not take the masks of this configuration."""
         if self.config.encoder_type == "class_query" and requested_attention not in (None, "eager", "sdpa", "hopfield"):
             raise ValueError(
                 f"encoder_type 'class_query' masks a single query, which attn_implementation={requested_attention!r} does not support; "
                 "use 'sdpa', 'hopfield' or 'eager'"
             )
+        for name, value in (("pooling", "hopfield"), ("mask_diagonal", True)):
+            if getattr(self.config, name) == value and requested_attention not in (None, "eager", "sdpa", *KERNELS):
+                raise ValueError(
+                    f"{name}={value!r} needs a mask of scores, which attn_implementation={requested_attention!r} does not support; "
+                    f"use 'sdpa', 'eager' or one of {tuple(KERNELS)}"
+                )
         return super().get_correct_attn_implementation(requested_attention, is_init_check)
 
     @classmethod
@@ -209,8 +277,9 @@ class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
             alpha: Tsallis exponent in [1, 2]. Above 1 the same weights define a different function,
                 so the model needs fine-tuning.
             fields (Any): Fields of `UHopViTConfig` that the weights do not determine: for example
-                learnable_alpha, beta, update_steps, use_feature_map, dropout, or num_labels (a
-                different number gives a newly initialized classifier).
+                learnable_alpha, beta, learnable_beta, update_steps, use_feature_map, dropout,
+                mask_diagonal (which changes the outputs), or num_labels (a different number gives a
+                newly initialized classifier).
 
         Returns:
             converted (UHopViTPreTrainedModel): The converted model, on the device, in the dtype and
@@ -235,7 +304,7 @@ class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
     def to_vit(self) -> PreTrainedModel:
         """Convert this model into a ViT of transformers that computes the same function.
 
-        The feature map is folded into the query and key projections.
+        The feature map and a learned beta are folded into the query and key projections.
 
         Returns:
             A `ViTModel` or `ViTForImageClassification`; the DeiT classes if there is a distillation
@@ -243,8 +312,8 @@ class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
 
         Raises:
             ValueError: If a ViT cannot compute this function: `alpha` other than 1, several
-                update steps, the "class_query" encoder, or values W_V W_K Xi without a feature
-                map.
+                update steps, the "class_query" encoder, convolutions as patch embedding, Hopfield
+                pooling, a masked diagonal, or values W_V W_K Xi without a feature map.
         """
         return to_vit(self)
 
@@ -252,14 +321,14 @@ class UHopViTPreTrainedModel(HopfieldPreTrainedModel):
 class UHopViTModel(UHopViTPreTrainedModel):
     r"""U-Hop vision transformer without a task head: images to tokens (batch_size, N, hidden_size).
 
-    N counts the CLS token, the distillation token if there is one, and the patches. Each layer is a
+    N counts the CLS token and the distillation token, if there are any, and the patches. Each layer is a
     Hopfield layer (U-Hop, equation 3.1), $\mathrm{Sep}_\alpha[\beta\, (W_Q \Phi(X)) (W_K
     \Phi(\Xi))^\top]\, V$; see `UHopViTConfig`.
 
     Args:
         config: The configuration.
-        add_pooling_layer: Whether to pool the CLS token through a linear layer and
-            `config.pooler_act`.
+        add_pooling_layer: Whether the pooled vector (the CLS token, or what the query of
+            `pooling="hopfield"` retrieves) passes through a linear layer and `config.pooler_act`.
         use_mask_token: Whether the model has a mask token, for masked image modelling.
     """
 
@@ -271,6 +340,7 @@ class UHopViTModel(UHopViTPreTrainedModel):
         self.embeddings = UHopViTEmbeddings(config, use_mask_token=use_mask_token)
         self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooling = HopfieldPooling(config) if config.pooling == "hopfield" else None
         self.pooler = UHopViTPooler(config) if add_pooling_layer else None
         self.post_init()
 
@@ -289,52 +359,63 @@ class UHopViTModel(UHopViTPreTrainedModel):
         Args:
             pixel_values: (batch_size, num_channels, height, width), finite.
             bool_masked_pos: (batch_size, num_patches), True where the mask token replaces a patch.
+                With `patch_embedding="conv"`, its pixels count as zeros for the tokens around it.
             interpolate_pos_encoding: Whether to accept images of another size than
                 `config.image_size`.
             attention_mask: (batch_size, N), 1 for tokens that may be retrieved from, 0 for the
-                others.
+                others. With `patch_embedding="conv"`, the pixels of the others count as zeros for
+                the tokens around them.
 
         Returns:
-            The final tokens, and the pooled CLS token if there is a pooler.
+            The final tokens, and the pooled vector if there is a pooler or `pooling="hopfield"`.
+                With `pooling="hopfield"`, the last of the attentions are those of the pooling, (B,
+                H, 1, N).
 
         Raises:
             TypeError: If an input is not a tensor.
             ValueError: If `pixel_values` is missing, has a wrong shape, or (on CPU) is not finite
                 or so large that states overflow; or if a mask has the wrong number of tokens.
         """
-        hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        hidden_states = self._embed(pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask)
         mask = self._attention_mask(hidden_states, attention_mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, mask, **kwargs)
         sequence_output = self.layernorm(hidden_states)
         check_no_overflow(sequence_output, "image")
-        pooled_output = self.pooler(sequence_output) if self.pooler is not None else None
+        pooled_output = None
+        if self.pooling is not None:
+            present = attention_mask
+            if attention_mask is not None and attention_mask.dim() > 2:
+                present = present_memories(attention_mask, sequence_output)
+            pooled_output = self.pooling(sequence_output, present, **kwargs)[0][:, 0]
+            check_no_overflow(pooled_output, "image")
+        if self.pooler is not None:
+            pooled_output = self.pooler(sequence_output[:, 0] if pooled_output is None else pooled_output)
         return BaseModelOutputWithPooling(last_hidden_state=sequence_output, pooler_output=pooled_output)
 
     def _embed(
-        self, pixel_values: torch.Tensor | None, bool_masked_pos: torch.Tensor | None, interpolate_pos_encoding: bool | None
+        self,
+        pixel_values: torch.Tensor | None,
+        bool_masked_pos: torch.Tensor | None,
+        interpolate_pos_encoding: bool | None,
+        attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.check_configuration()
-        pixel_values = required_input("pixel_values", pixel_values, bool_masked_pos=bool_masked_pos)
+        pixel_values = required_input("pixel_values", pixel_values, bool_masked_pos=bool_masked_pos, attention_mask=attention_mask)
         size = largest(pixel_values)
         if not size < math.inf:
             raise ValueError(f"pixel_values must be finite, got {int((~pixel_values.isfinite()).sum())} values that are not")
-        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        tokens = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.dtype)
+        tokens = self.embeddings(pixel_values, bool_masked_pos, interpolate_pos_encoding, attention_mask)
         if size > LARGE:
             check_no_overflow(tokens, "image", MAX_STATE)
         return tokens
 
     def _attention_mask(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None):
-        check_tensor(attention_mask, "attention_mask")
         if attention_mask is not None and attention_mask.dim() == 2:
-            if attention_mask.shape != hidden_states.shape[:2]:
-                raise ValueError(
-                    f"attention_mask must have shape {tuple(hidden_states.shape[:2])}, one entry for each patch and each token before "
-                    f"them, got {tuple(attention_mask.shape)}"
-                )
-            attention_mask = as_mask(attention_mask, "attention_mask", "tokens that may be retrieved from", "others")
-        return create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+            attention_mask = token_mask(attention_mask, hidden_states.shape[:2])
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask)
+        return without_diagonal(mask, hidden_states) if self.config.mask_diagonal else mask
 
 
 class UHopViTForImageClassification(UHopViTPreTrainedModel):
@@ -385,15 +466,50 @@ class UHopViTForImageClassification(UHopViTPreTrainedModel):
         outputs: Any = self.vit(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, attention_mask=attention_mask, return_dict=True, **kwargs
         )
-        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        logits = self.classifier(outputs.last_hidden_state[:, 0] if outputs.pooler_output is None else outputs.pooler_output)
         check_no_overflow(logits, "image")
         loss = None if labels is None else label_loss(self, labels, logits, **kwargs)
         return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions)
 
 
 def num_prefix_tokens(config: UHopViTConfig) -> int:
-    """Number of tokens before the patches: CLS, and the distillation token if there is one."""
+    """Number of tokens before the patches: CLS, and the distillation token, if there are any."""
+    if config.pooling == "hopfield":
+        return 0
     return 2 if config.use_distillation_token else 1
+
+
+def conv_blocks(num_channels: int, width: int, count: int) -> nn.Sequential:
+    """Build the tokenizer of compact transformers (arXiv 2104.05704, equation 1): x = MaxPool(ReLU(Conv2d(x))).
+
+    Each of `count` blocks halves images (B, C, height, width). The last one has `width` channels,
+    and each one before it half as many as the next.
+    """
+    widths = [num_channels, *(max(1, width >> (count - 1 - index)) for index in range(count))]
+    blocks = [
+        nn.Sequential(nn.Conv2d(one, other, 3, padding=1, bias=False), nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1))
+        for one, other in itertools.pairwise(widths)
+    ]
+    return nn.Sequential(*blocks)
+
+
+def token_mask(attention_mask: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a mask of tokens (B, N) as booleans, after a check of its shape and values."""
+    if attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask must have shape {tuple(shape)}, one entry for each patch and each token before "
+            f"them, got {tuple(attention_mask.shape)}"
+        )
+    return as_mask(attention_mask, "attention_mask", "tokens that may be retrieved from", "others")
+
+
+def without_diagonal(mask: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Add to a mask of scores (boolean, floating or `None`) that no token (B, N, d) retrieves from itself."""
+    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    itself = (positions[:, None] == positions)[None, None]
+    if mask is None:
+        return ~itself
+    return mask & ~itself if mask.dtype == torch.bool else mask.masked_fill(itself, torch.finfo(mask.dtype).min)
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -26,7 +26,8 @@ class Answer:
     Attributes:
         scores: Probability of each class.
         names: Of the classes.
-        maps: For each layer, (heads, rows, columns): the CLS token's association weights over the patches.
+        maps: For each layer, (heads, rows, columns): the CLS token's association weights over the patches. A model without a
+            CLS token has one map: that of the learned query which pools the patches.
         kept: For each layer, (heads,): the weight that stays on the CLS token itself. With the patches' it sums to 1.
         alphas: For each layer, the Tsallis exponent of each head.
     """
@@ -96,7 +97,7 @@ def as_digit(image: Image.Image, size: tuple[int, int] = (8, 8)) -> Image.Image:
 
 @torch.no_grad()
 def classify(classifier: Classifier, image: Image.Image) -> Answer:
-    """Scores of an RGB image, and the CLS token's association weights in every layer and head."""
+    """Scores of an RGB image, and the association weights of what the classifier reads, in every layer and head."""
     model = classifier.model
     pixel_values = classifier.processor([image], return_tensors="pt")["pixel_values"]
     outputs = model(pixel_values.to(model.device), output_attentions=True)
@@ -104,7 +105,9 @@ def classify(classifier: Classifier, image: Image.Image) -> Answer:
     patch = (config.patch_size, config.patch_size) if isinstance(config.patch_size, int) else config.patch_size
     grid = (pixel_values.shape[-2] // patch[0], pixel_values.shape[-1] // patch[1])
     maps, kept, alphas = [], [], []
-    for layer, attention in zip(model.vit.layers, outputs.attentions, strict=True):
+    pooling = model.vit.pooling
+    layers = [*model.vit.layers] if pooling is None else [pooling]
+    for layer, attention in zip(layers, outputs.attentions[-len(layers) :], strict=True):
         weights = attention[0, :, 0].float().cpu().numpy()
         prefix = weights.shape[-1] - grid[0] * grid[1]
         maps.append(weights[:, prefix:].reshape(-1, *grid))

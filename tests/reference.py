@@ -143,6 +143,57 @@ def hopfield_pooling(queries, items, norms, projections, heads, beta, alpha, ste
     return np.stack(outputs)
 
 
+def compact_tokens(image, kernels):
+    """The tokenizer of compact transformers (arXiv 2104.05704, equation 1): for each kernel, MaxPool(ReLU(Conv2d(x))), with 3 x 3
+    windows, zeros around the image of a convolution, and pooling in steps of two.
+
+    image: (channels, height, width). kernels: (out, in, 3, 3) each.
+    """
+    for kernel in kernels:
+        _, height, width = image.shape
+        found = np.zeros((len(kernel), height, width))
+        for out, row, column in np.ndindex(found.shape):
+            for channel, i, j in np.ndindex(kernel.shape[1:]):
+                y, x = row + i - 1, column + j - 1
+                if 0 <= y < height and 0 <= x < width:
+                    found[out, row, column] += kernel[out, channel, i, j] * image[channel, y, x]
+        found = np.maximum(found, 0.0)
+        image = np.zeros((len(kernel), height // 2, width // 2))
+        for out, row, column in np.ndindex(image.shape):
+            rows = slice(max(0, 2 * row - 1), 2 * row + 2)
+            image[out, row, column] = found[out, rows, max(0, 2 * column - 1) : 2 * column + 2].max()
+    return image.reshape(len(image), -1).T
+
+
+def locality_attention(tokens, linears, betas, alpha):
+    """Locality self-attention (arXiv 2112.13492): each head has its own inverse temperature, and no token attends to itself.
+
+    linears: (W, b) of q, k, v, output.
+    """
+    (wq, bq), (wk, bk), (wv, bv), (wo, bo) = linears
+    width = len(bq) // len(betas)
+    outputs = []
+    for i, token in enumerate(tokens):
+        others = [other for j, other in enumerate(tokens) if j != i]
+        found = []
+        for head, beta in enumerate(betas):
+            part = slice(head * width, (head + 1) * width)
+            query = (wq @ token + bq)[part]
+            weights = entmax([beta * kernel(query, (wk @ other + bk)[part]) for other in others], alpha)
+            found.append(sum(p * (wv @ other + bv)[part] for p, other in zip(weights, others, strict=True)))
+        outputs.append(wo @ np.concatenate(found) + bo)
+    return np.stack(outputs)
+
+
+def mimetic_product(random, rank, identity, noise):
+    """The matrix of a rank that is closest to M = noise Z + identity I (arXiv 2305.09828): M projected on the leading
+    eigenvectors of M M^T."""
+    matrix = noise * random + identity * np.eye(len(random))
+    _, vectors = np.linalg.eigh(matrix @ matrix.T)
+    leading = vectors[:, ::-1][:, :rank]
+    return leading @ (leading.T @ matrix)
+
+
 def attend(states, memories, linears, heads, beta, alpha, phi=None):
     """Multi-head GSH of STanHop: q = W_Q Phi(R), k = W_K Phi(Y), v = W_V (W_K Y), each with bias;
     linears: (W, b) of q, k, v, output."""

@@ -44,10 +44,12 @@ OTHERS: dict[str, Any] = {
     "similarity": "dot",
     "value_source": {"memory": "projected_memory", "projected_memory": "memory"},
     "encoder_type": "class_query",
+    "patch_embedding": "conv",
+    "attention_init": "mimetic",
     "hidden_act": "tanh",
     "pooler_act": "relu",
     "activation_function": "relu",
-    "pooling": "mean",
+    "pooling": {"hopfield": "mean", "cls": "hopfield"},
     "instance_type": "image",
     "backbone_config": ViTConfig(),
     "scaling": "mean",
@@ -101,7 +103,7 @@ def test_an_edited_field_takes_effect_everywhere_or_is_refused(family, name, tmp
     before = _answer(model, family, inputs)
     original = getattr(model.config, name)
     setattr(model.config, name, _other(name, original))
-    if name in model.read_at_each_call or name in ("initializer_range", "init_std", "position_init_std", "feature_init"):
+    if name in model.read_at_each_call or name in ("initializer_range", "init_std", "position_init_std", "feature_init", "attention_init"):
         answer = _answer(model, family, inputs)
         if name in ("alpha", "beta", "update_steps", "degree", "memory_alpha", "memory_beta") and not (
             family == "kernel" and name == "degree"

@@ -30,6 +30,7 @@ CHANGES = {
     "initializer_range": 0.1,
     "alpha": 1.2,
     "learnable_alpha": True,
+    "learnable_beta": True,
     "beta": 4.0,
     "use_feature_map": False,
     "feature_dim": 11,

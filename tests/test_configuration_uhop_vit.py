@@ -30,6 +30,7 @@ CHANGES = {
     "pooler_act": "relu",
     "alpha": 1.2,
     "learnable_alpha": True,
+    "learnable_beta": True,
     "beta": 4.0,
     "use_feature_map": False,
     "feature_dim": 11,
@@ -38,6 +39,10 @@ CHANGES = {
     "value_source": "projected_memory",
     "encoder_type": "class_query",
     "use_distillation_token": True,
+    "patch_embedding": "conv",
+    "pooling": "hopfield",
+    "mask_diagonal": True,
+    "attention_init": "mimetic",
 }
 
 
@@ -73,9 +78,14 @@ def test_num_labels_sizes_the_classifier():
     assert bare(torch.randn(2, 3, 8, 8)).logits.shape == (2, 16)
 
 
-@pytest.mark.parametrize("alone", [{"encoder_type": "transformer"}, {"use_distillation_token": False}], ids=["token", "class query"])
-def test_round_trip(tmp_path, alone):
-    changes = {**CHANGES, "use_feature_map": True, "feature_dim": 20, **alone}
+# Fields of which not all can be changed together, as they are changed together in two tests.
+TRANSFORMER = {"encoder_type": "transformer", "use_distillation_token": False, "value_source": "memory"}
+CLASS_QUERY = {"use_distillation_token": False, "pooling": "cls", "mask_diagonal": False, "attention_init": "normal"}
+
+
+@pytest.mark.parametrize("together", [TRANSFORMER, CLASS_QUERY], ids=["transformer", "class query"])
+def test_round_trip(tmp_path, together):
+    changes = {**CHANGES, "use_feature_map": True, "feature_dim": 20, **together}
     config = UHopViTConfig(**{**SMALL, **changes, "id2label": {0: "cat", 1: "dog"}})
     config.save_pretrained(tmp_path)
     for loaded in (UHopViTConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
@@ -105,6 +115,14 @@ def test_round_trip(tmp_path, alone):
         ({"patch_size": 16}, "<= image_size; got image_size=8 and patch_size=16"),
         ({"image_size": [8, 8, 8]}, r"a pair \(height, width\).* got image_size=\[8, 8, 8\] and patch_size=4"),
         ({"value_source": "projected_memory", "feature_dim": 24}, "must equal hidden_size 16, got 24"),
+        ({"patch_embedding": "conv", "patch_size": 1}, "patch_size must be a power of two, such as 2, 4 or 8, got 1"),
+        ({"patch_embedding": "conv", "patch_size": 6}, "must be a power of two, .* got 6"),
+        ({"patch_embedding": "conv", "patch_size": [4, 2]}, r"must be a power of two, .* got \[4, 2\]"),
+        ({"encoder_type": "class_query", "pooling": "hopfield"}, "pooling='hopfield' needs encoder_type='transformer', got 'class_query'"),
+        ({"encoder_type": "class_query", "mask_diagonal": True}, "mask_diagonal=True needs encoder_type='transformer', got 'class_query'"),
+        ({"use_distillation_token": True, "pooling": "hopfield"}, "use_distillation_token=True needs pooling='cls', got 'hopfield'"),
+        ({"attention_init": "mimetic", "feature_dim": 7}, "a feature_dim of at least the head width 8, got .* feature_dim=7"),
+        ({"attention_init": "mimetic", "value_source": "projected_memory"}, "needs value_source='memory' .* got .*'projected_memory'"),
     ],
 )
 def test_values_out_of_range_are_refused_in_one_line(fields, message):
@@ -115,7 +133,17 @@ def test_values_out_of_range_are_refused_in_one_line(fields, message):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("feature_init", "zeros"), ("encoder_type", "cnn"), ("value_source", "keys"), ("alpha", "1.5"), ("update_steps", 1.5)],
+    [
+        ("feature_init", "zeros"),
+        ("encoder_type", "cnn"),
+        ("value_source", "keys"),
+        ("alpha", "1.5"),
+        ("update_steps", 1.5),
+        ("patch_embedding", "patches"),
+        ("pooling", "mean"),
+        ("attention_init", "xavier"),
+        ("mask_diagonal", "yes"),
+    ],
 )
 def test_unknown_choices_and_types_are_refused(field, value):
     with pytest.raises(Exception, match=rf"(?s){field}.*{value}"):

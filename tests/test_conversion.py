@@ -113,6 +113,14 @@ def test_alpha_changes_the_function_and_not_the_weights():
     assert_close(learnable.vit.layers[0].attention.alpha, torch.full((3, 1, 1), 1.5))
 
 
+def test_a_learned_beta_begins_with_the_outputs_of_the_source_and_a_masked_diagonal_does_not():
+    theirs, images = _classifier("vit"), _images()
+    expected = theirs(images).logits
+    assert_close(UHopViTForImageClassification.from_vit(theirs, learnable_beta=True)(images).logits, expected)
+    local = UHopViTForImageClassification.from_vit(theirs, learnable_beta=True, mask_diagonal=True)
+    assert not torch.allclose(local(images).logits, expected, atol=1e-3)
+
+
 def test_settings_that_the_weights_do_not_determine_can_be_chosen():
     theirs, images = _classifier("vit"), _images()
     chosen = {"hidden_dropout_prob": 0.25, "attention_probs_dropout_prob": 0.125, "initializer_range": 0.5}
@@ -173,9 +181,22 @@ def test_a_conversion_and_its_inverse_keep_the_model(kind, start, tmp_path):
             assert torch.equal(back.get_parameter(name), parameter), name
 
 
-@pytest.mark.parametrize("fields", [{"beta": 0.9}, {"value_source": "projected_memory"}, {"feature_dim": 31}, {"qkv_bias": False}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"beta": 0.9},
+        {"value_source": "projected_memory"},
+        {"feature_dim": 31},
+        {"qkv_bias": False},
+        {"learnable_beta": True},
+        {"attention_init": "mimetic"},
+    ],
+)
 def test_any_model_of_softmax_blocks_becomes_a_vit(fields):
     ours = UHopViTForImageClassification(UHopViTConfig(**{**SMALL, **fields})).eval()
+    for name, parameter in ours.named_parameters():
+        if name.endswith(("log_beta", "_proj.bias")):
+            torch.nn.init.normal_(parameter)
     images = _images()
     assert_close(ours.to_vit()(images).logits, ours(images).logits)
     encoder = UHopViTModel(UHopViTConfig(**{**SMALL, **fields}), use_mask_token=True).eval()
@@ -192,6 +213,9 @@ def test_any_model_of_softmax_blocks_becomes_a_vit(fields):
         ({"alpha": 1.5, "learnable_alpha": True}, "learnable_alpha=True"),
         ({"update_steps": 2}, "update_steps=2"),
         ({"encoder_type": "class_query"}, "got 'class_query'"),
+        ({"patch_embedding": "conv"}, "needs patch_embedding='linear', pooling='cls' and mask_diagonal=False, got 'conv', 'cls' and False"),
+        ({"pooling": "hopfield"}, "got 'linear', 'hopfield' and False"),
+        ({"mask_diagonal": True}, "got 'linear', 'cls' and True"),
         ({"value_source": "projected_memory", "use_feature_map": False}, "value_source='memory', got 'projected_memory'"),
     ],
 )
@@ -206,7 +230,9 @@ def test_an_unsupported_vit_is_refused(tmp_path):
         UHopViTForImageClassification.from_vit(beit)
     with pytest.raises(ValueError, match="averages two classifiers"):
         UHopViTForImageClassification.from_vit(DeiTForImageClassificationWithTeacher(DeiTConfig(**SMALL)))
-    for fields in ({"feature_dim": 30}, {"hidden_size": 30}, {"value_source": "projected_memory"}, {"feature_init": "normal"}):
+    determined: list[dict] = [{"feature_dim": 30}, {"hidden_size": 30}, {"value_source": "projected_memory"}, {"feature_init": "normal"}]
+    determined += [{"patch_embedding": "conv"}, {"pooling": "hopfield"}, {"attention_init": "mimetic"}]
+    for fields in determined:
         with pytest.raises(ValueError, match=f"{next(iter(fields))} is determined by the weights"):
             UHopViTForImageClassification.from_vit(_classifier("vit"), **fields)
     with pytest.raises(ValueError, match="alpha must lie in"):

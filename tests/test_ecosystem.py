@@ -32,7 +32,7 @@ from modeling_uhop import (
     separation_loss,
 )
 from tests.conftest import CHECKPOINTING, assert_close
-from tests.support.models import BAGS, IMAGES
+from tests.support.models import BAGS, COMPACT, IMAGES
 
 
 FAMILIES = ("vit", "mil", "stanhop")
@@ -105,6 +105,7 @@ def assert_same(given: Any, expected: Any) -> None:
         assert_close(one, other, dtype=torch.float32)
 
 
+LOADED: list[tuple[str, dict[str, Any]]] = [*((family, {}) for family in (*FAMILIES, "memory")), ("vit", COMPACT)]
 DYNAMIC = torch.export.Dim.DYNAMIC
 DYNAMIC_SHAPES = {
     "vit": {"pixel_values": {0: DYNAMIC}},
@@ -120,8 +121,19 @@ OUTPUT_NAMES["memory"] = ["retrieved", "association", "energy", "steps"]
 # exported only with alpha = 1. The vision transformer with alpha = 1 is exported in the test of
 # folding below.
 EXPORTED: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in ("mil", "mil_images", "stanhop", "memory")]
-EXPORTED += [("vit", {"num_hidden_layers": 1, "alpha": 1.5}), ("mil", {"alpha": 2.0}), ("mil", {"alpha": 1.6, "learnable_alpha": True})]
-TRACED: list[tuple[str, dict[str, Any]]] = [("vit", {}), ("mil", {}), ("mil", {"pooling": "max"}), ("mil", {"alpha": 1.3})]
+EXPORTED += [
+    ("vit", COMPACT),
+    ("vit", {"num_hidden_layers": 1, "alpha": 1.5}),
+    ("mil", {"alpha": 2.0}),
+    ("mil", {"alpha": 1.6, "learnable_alpha": True}),
+]
+TRACED: list[tuple[str, dict[str, Any]]] = [
+    ("vit", {}),
+    ("vit", {**COMPACT, "alpha": 1.5}),
+    ("mil", {}),
+    ("mil", {"pooling": "max"}),
+    ("mil", {"alpha": 1.3}),
+]
 TRACED += [("vit", {"num_hidden_layers": 1, "alpha": 2.0, "encoder_type": "class_query"}), ("stanhop", {"alpha": 1.5})]
 TRACED += [("memory", {"alpha": 1.5, "update_steps": 3}), ("memory", {"alpha": 2.0, "similarity": "l2"})]
 
@@ -399,9 +411,9 @@ def test_training_of_adapters_with_separation_resumes_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("family", [*FAMILIES, "memory"])
-def test_loaded_in_another_precision_a_model_keeps_its_outputs_within_the_table(tmp_path, family, dtype):
-    model, inputs = make_model(family, alpha=1.5), make_inputs(family)
+@pytest.mark.parametrize(("family", "fields"), LOADED, ids=_name)
+def test_loaded_in_another_precision_a_model_keeps_its_outputs_within_the_table(tmp_path, family, fields, dtype):
+    model, inputs = make_model(family, alpha=1.5, **fields), make_inputs(family)
     model.save_pretrained(tmp_path / "wide")
     for place in ({}, {"device_map": "auto"}):
         loaded = type(model).from_pretrained(tmp_path / "wide", dtype=dtype, **place)
@@ -415,12 +427,12 @@ def test_loaded_in_another_precision_a_model_keeps_its_outputs_within_the_table(
     assert_close(answer(type(model).from_pretrained(tmp_path / "narrow"), inputs), given)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "memory"])
+@pytest.mark.parametrize(("family", "fields"), LOADED, ids=_name)
 # Because Accelerate also assigns devices to parameters of the model itself, and then warns that no
 # module has their name, we ignore this warning.
 @pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules:UserWarning")
-def test_a_device_map_may_leave_weights_on_the_disk(tmp_path, family):
-    model, inputs = make_model(family, alpha=1.5), make_inputs(family)
+def test_a_device_map_may_leave_weights_on_the_disk(tmp_path, family, fields):
+    model, inputs = make_model(family, alpha=1.5, **fields), make_inputs(family)
     model.save_pretrained(tmp_path / "saved")
     memory = sum(tensor.nbytes for tensor in model.state_dict().values()) // 2
     first, *others = [name for name, _ in model.named_children()] + (["memories"] if family == "memory" else [])

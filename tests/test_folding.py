@@ -17,7 +17,7 @@ from modeling_uhop import (
     UHopViTForImageClassification,
 )
 from tests.conftest import assert_close
-from tests.support.models import IMAGES, SERIES
+from tests.support.models import COMPACT, IMAGES, SERIES
 
 
 LAYER = {"feature_init": "normal", "num_attention_heads": 2}
@@ -45,6 +45,8 @@ def _stanhop(**fields):
         (_vit, {"alpha": 1.5, "feature_dim": 24}),
         (_vit, {"value_source": "projected_memory", "qkv_bias": False, "update_steps": 2}),
         (_vit, {"encoder_type": "class_query"}),
+        (_vit, COMPACT),
+        (_vit, {**COMPACT, "alpha": 1.5, "value_source": "projected_memory", "attention_init": "normal"}),
         (_mil, {"alpha": 1.5}),
         (_mil, {"value_source": "projected_memory"}),
         (_stanhop, {}),

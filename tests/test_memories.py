@@ -23,22 +23,26 @@ from modeling_uhop import (
 )
 from modeling_uhop.memories import MemorySet, observe, present_memories
 from tests.conftest import CHECKPOINTING, assert_close
+from tests.support.models import COMPACT
 
 
 def _vit_sets(model, batch, include_class_token=False):
     """Each layer's tokens after its first layer norm, computed layer by layer."""
     vit = model.vit
-    hidden_states = vit._embed(batch["pixel_values"], None, None)
     given = batch.get("attention_mask")
+    hidden_states = vit._embed(batch["pixel_values"], None, None, given)
     mask = vit._attention_mask(hidden_states, given)
     is_class_query = model.config.encoder_type == "class_query"
-    first = 1 if is_class_query or not include_class_token else 0
+    first = 0 if vit.pooling is not None else 1 if is_class_query or not include_class_token else 0
     present = None if given is None else given[:, first:].bool()
     for index, layer in enumerate(vit.layers):
         if index > 0:
             hidden_states = vit.layers[index - 1](hidden_states, mask)
         tokens = hidden_states if is_class_query else layer.layernorm_before(hidden_states)
         yield MemorySet(layer.attention.feature_map, tokens[:, first:], present)
+    if vit.pooling is not None:
+        final = vit.layernorm(vit.layers[-1](hidden_states, mask))
+        yield MemorySet(vit.pooling.attention.feature_map, vit.pooling.layernorm_memory(final), present)
 
 
 def _mil_sets(model, batch):
@@ -80,10 +84,10 @@ def _vit(**fields):
     return UHopViTForImageClassification(UHopViTConfig(**sizes, intermediate_size=24, num_hidden_layers=3, **fields))
 
 
-def _images(masked=False):
+def _images(masked=False, count=5):
     batch = {"pixel_values": torch.randn(3, 1, 8, 8), "labels": torch.tensor([0, 1, 1])}
     if masked:
-        batch["attention_mask"] = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+        batch["attention_mask"] = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])[:, -count:]
     return batch
 
 
@@ -117,6 +121,9 @@ CASES = {
     "vit masked": (_vit, lambda: _images(masked=True), _vit_sets),
     "vit masked alpha 2": (lambda: _vit(alpha=2.0), lambda: _images(masked=True), _vit_sets),
     "vit no phi": (lambda: _vit(use_feature_map=False), _images, _vit_sets),
+    "vit pooled": (lambda: _vit(pooling="hopfield"), _images, _vit_sets),
+    "vit compact": (lambda: _vit(**COMPACT), _images, _vit_sets),
+    "vit compact masked": (lambda: _vit(**COMPACT), lambda: _images(masked=True, count=4), _vit_sets),
     "vit class query": (lambda: _vit(encoder_type="class_query"), lambda: _images(masked=True), _vit_sets),
     "mil": (_mil, _bags, _mil_sets),
     "mil without a mask": (lambda: _mil(alpha=1.5), lambda: _bags(masked=False), _mil_sets),

@@ -55,6 +55,7 @@ CHANGES = {
     "qkv_bias": False,
     "alpha": 1.2,
     "learnable_alpha": False,
+    "learnable_beta": True,
     "beta": 4.0,
     "use_feature_map": False,
     "feature_dim": 11,

@@ -1,16 +1,20 @@
 """Tests of UHopViT models: values against the ViT of transformers, outputs, kernels, dtypes, saving
 and loading, errors."""
 
+from typing import Any
+
 import onnxruntime
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageClassification, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from modeling_uhop import UHopViTConfig, UHopViTForImageClassification, UHopViTModel
+from tests import reference
 from tests.conftest import CHECKPOINTING, assert_close
+from tests.support.models import COMPACT
 
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
@@ -22,7 +26,7 @@ SMALL = {
     # use a larger one.
     "initializer_range": 0.2,
 }
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {},
     "entmax": {"alpha": 1.5},
     "learnable": {"alpha": 1.4, "learnable_alpha": True},
@@ -31,11 +35,24 @@ VARIANTS = {
     "projected values": {"value_source": "projected_memory"},
     "steps": {"update_steps": 3, "beta": 0.7},
     "class query": {"encoder_type": "class_query", "hidden_act": "relu", "num_hidden_layers": 1},
+    "conv": {"patch_embedding": "conv"},
+    "pooled": {"pooling": "hopfield"},
+    "local": {"learnable_beta": True, "mask_diagonal": True},
+    "compact": {**COMPACT, "alpha": 1.5},
 }
 
 
 def _model(**fields) -> UHopViTForImageClassification:
     return UHopViTForImageClassification(UHopViTConfig(**{**SMALL, **fields})).eval()
+
+
+def _prefix(model) -> int:
+    """Number of tokens before the patches."""
+    return 0 if model.config.pooling == "hopfield" else 1
+
+
+def _arrays(module):
+    return module.weight.detach().numpy(), module.bias.detach().numpy()
 
 
 def _images(batch=3, size=12):
@@ -99,9 +116,9 @@ def test_the_kernel_follows_alpha():
 
 def test_a_masked_patch_has_no_influence(variant):
     model = _model(**variant, attn_implementation="eager")
-    images = _images()
-    mask = torch.ones(3, 10, dtype=torch.long)
-    mask[:, 4] = 0  # the fourth patch: the top row of the 3 x 3 grid has patches 1 to 3, so it starts at row 4
+    images, first = _images(), _prefix(model)
+    mask = torch.ones(3, first + 9, dtype=torch.long)
+    mask[:, first + 3] = 0  # the fourth patch: the top row of the 3 x 3 grid has three, so it starts at row 4
     changed = images.clone()
     changed[:, :, 4:8, 0:4] = 9.0
     assert torch.equal(model(images, attention_mask=mask).logits, model(changed, attention_mask=mask).logits)
@@ -112,11 +129,13 @@ def test_hidden_states_and_attentions(variant):
     model = _model(**variant, attn_implementation="eager")
     outputs = model.vit(_images(), output_hidden_states=True, output_attentions=True)
     layers = model.config.num_hidden_layers
-    queries, keys = (1, 9) if model.config.encoder_type == "class_query" else (10, 10)
-    assert [tuple(h.shape) for h in outputs.hidden_states] == [(3, 10, 24)] * (layers + 1)
-    assert [tuple(a.shape) for a in outputs.attentions] == [(3, 3, queries, keys)] * layers
+    tokens = _prefix(model) + 9
+    shape = (1, 9) if model.config.encoder_type == "class_query" else (tokens, tokens)
+    shapes = [shape] * layers + ([(1, 9)] if model.config.pooling == "hopfield" else [])
+    assert [tuple(h.shape) for h in outputs.hidden_states] == [(3, tokens, 24)] * (layers + 1)
+    assert [tuple(a.shape) for a in outputs.attentions] == [(3, 3, *each) for each in shapes]
     for weights in outputs.attentions:
-        assert_close(weights.sum(-1), torch.ones(3, 3, queries))
+        assert_close(weights.sum(-1), torch.ones(weights.shape[:3]))
     assert_close(model.vit.layernorm(outputs.hidden_states[-1]), outputs.last_hidden_state)
 
 
@@ -163,19 +182,23 @@ def test_gradient_checkpointing_changes_nothing(variant, reentrant):
 
 
 @pytest.mark.parametrize("image_size", [(12, 12), (8, 12)])
-def test_position_interpolation(image_size):
-    model = _model(image_size=list(image_size))
+@pytest.mark.parametrize("name", ["dense", "conv", "compact"])
+def test_position_interpolation(image_size, name):
+    model = _model(**VARIANTS[name], image_size=list(image_size))
+    first = _prefix(model)
     same = torch.randn(2, 3, *image_size)
     assert torch.equal(model(same, interpolate_pos_encoding=True).logits, model(same).logits)
     positions = model.vit.embeddings.position_embeddings
-    grid = positions[:, 1:].unflatten(1, (image_size[0] // 4, image_size[1] // 4)).permute(0, 3, 1, 2)
+    grid = positions[:, first:].unflatten(1, (image_size[0] // 4, image_size[1] // 4)).permute(0, 3, 1, 2)
     larger = torch.nn.functional.interpolate(grid, size=(5, 6), mode="bicubic").flatten(2).mT
-    assert_close(model.vit.embeddings.interpolate_pos_encoding(20, 24)[:, 1:], larger)
-    assert model(torch.randn(2, 3, 20, 24), interpolate_pos_encoding=True).logits.shape == (2, 5)
+    assert_close(model.vit.embeddings.interpolate_pos_encoding(20, 24)[:, first:], larger)
+    images = torch.randn(2, 3, 23, 25)
+    assert torch.equal(*(model(each, interpolate_pos_encoding=True).logits for each in (images, images[:, :, :20, :24])))
 
 
-def test_bool_masked_pos_replaces_patches():
-    model = UHopViTModel(UHopViTConfig(**SMALL), use_mask_token=True).eval()
+@pytest.mark.parametrize("name", ["dense", "conv", "pooled", "compact"])
+def test_bool_masked_pos_replaces_patches(name):
+    model = UHopViTModel(UHopViTConfig(**SMALL, **VARIANTS[name]), use_mask_token=True).eval()
     images, masked = _images(), torch.zeros(3, 9, dtype=torch.bool)
     masked[:, 0] = True
     changed = images.clone()
@@ -205,8 +228,14 @@ def test_half_precision_weights_and_autocast(variant, dtype):
 @pytest.mark.trains
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"alpha": 1.5}, {"alpha": 1.4, "learnable_alpha": True}, {"alpha": 1.5, "attn_implementation": "hopfield_triton"}],
-    ids=["dense", "entmax", "learnable", "triton"],
+    [
+        {},
+        {"alpha": 1.5},
+        {"alpha": 1.4, "learnable_alpha": True},
+        {"alpha": 1.5, "attn_implementation": "hopfield_triton"},
+        VARIANTS["compact"],
+    ],
+    ids=["dense", "entmax", "learnable", "triton", "compact"],
 )
 def test_it_compiles_as_one_graph(fields):
     if "attn_implementation" in fields:
@@ -257,14 +286,16 @@ def test_save_and_load(variant, tmp_path):
 def test_loading_initialises_parameters_that_a_checkpoint_lacks(tmp_path):
     _model(use_feature_map=False).save_pretrained(tmp_path)
     fields = {"use_feature_map": True, "feature_init": "identity", "alpha": 1.3, "learnable_alpha": True}
+    fields |= {"beta": 0.7, "learnable_beta": True, "attention_init": "mimetic"}
     loaded = UHopViTForImageClassification.from_pretrained(tmp_path, **fields)
     for layer in loaded.vit.layers:
         assert torch.equal(layer.attention.feature_map.weight, torch.eye(24))
         assert_close(layer.attention.alpha.flatten(), torch.full((3,), 1.3))
+        assert_close(layer.attention.beta.flatten(), torch.full((3,), 0.7))
 
 
 def test_loading_does_not_initialise_parameters_that_a_checkpoint_has(tmp_path):
-    model = _model(alpha=1.4, learnable_alpha=True)
+    model = _model(**{**VARIANTS["compact"], "alpha": 1.4, "learnable_alpha": True})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.3)
@@ -278,6 +309,28 @@ def test_a_bad_field_is_refused_on_load_too(tmp_path, fields):
     _model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"must"):
         UHopViTForImageClassification.from_pretrained(tmp_path, **fields)
+
+
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
+@pytest.mark.parametrize("fields", [{"pooling": "hopfield"}, {"mask_diagonal": True}])
+def test_kernels_that_cannot_mask_scores_are_refused(kernel, fields):
+    (name, value) = next(iter(fields.items()))
+    with pytest.raises(ValueError, match=rf"{name}={value!r} needs a mask of scores, .* use 'sdpa', 'eager' or one of \('hopfield', "):
+        _model(**fields, attn_implementation=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "hopfield", "hopfield_triton"])
+@pytest.mark.parametrize("name", ["pooled", "local", "compact"])
+def test_kernels_agree_on_a_compact_model(kernel, name):
+    if kernel == "hopfield_triton":
+        pytest.importorskip("triton", reason="Triton exists only for Linux")
+    fields = {**VARIANTS[name], **({"alpha": 1.0} if kernel == "sdpa" else {})}
+    plain, model = _model(**fields, attn_implementation="eager"), _model(**fields, attn_implementation=kernel)
+    model.load_state_dict(plain.state_dict())
+    images, mask = _images(), torch.rand(3, _prefix(model) + 9) < 0.7
+    mask[:, :2] = True
+    for attention_mask in (None, mask, mask[:, None, None].expand(-1, 1, mask.shape[1], -1)):
+        assert_close(model(images, attention_mask=attention_mask).logits, plain(images, attention_mask=attention_mask).logits, scale=4)
 
 
 @pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
@@ -296,8 +349,132 @@ def test_num_labels_can_change_on_load(tmp_path):
 
 def test_it_can_be_built_on_the_meta_device():
     with torch.device("meta"):
-        model = UHopViTForImageClassification(UHopViTConfig(**SMALL, alpha=1.4, learnable_alpha=True))
+        model = UHopViTForImageClassification(UHopViTConfig(**{**SMALL, **VARIANTS["compact"], "learnable_alpha": True}))
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("patch_size", "widths"), [(2, [24]), (4, [12, 24])])
+def test_conv_patches_equal_a_loop_and_plain_layers(patch_size, widths):
+    model = UHopViTModel(UHopViTConfig(**{**SMALL, "patch_size": patch_size}, patch_embedding="conv")).double().eval()
+    patches = model.embeddings.patch_embeddings
+    kernels = list(patches.parameters())
+    assert [len(kernel) for kernel in kernels] == widths
+    images = _images(2).double().requires_grad_()
+    actual = patches(images)
+    for image, tokens in zip(images, actual, strict=True):
+        assert_close(tokens, reference.compact_tokens(image.detach().numpy(), [kernel.detach().numpy() for kernel in kernels]))
+    plain = images
+    for kernel in kernels:
+        functional = torch.nn.functional
+        plain = functional.max_pool2d(functional.conv2d(plain, kernel, padding=1).relu(), 3, stride=2, padding=1)
+    weights = torch.randn_like(actual)
+    gradients = [torch.autograd.grad((each * weights).sum(), [images, *kernels]) for each in (actual, plain.flatten(2).mT)]
+    for ours, theirs in zip(*gradients, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_conv_patches_begin_with_the_scale_of_he():
+    model = UHopViTModel(UHopViTConfig(hidden_size=192, num_attention_heads=3, num_hidden_layers=1, image_size=32, patch_embedding="conv"))
+    for kernel in model.embeddings.patch_embeddings.parameters():
+        assert abs(kernel.std().item() / (2.0 / kernel[0].numel()) ** 0.5 - 1.0) < 0.1
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_hopfield_pooling_equals_a_loop(alpha, steps):
+    fields = {"pooling": "hopfield", "use_feature_map": False, "beta": 0.9, "alpha": alpha, "update_steps": steps, "layer_norm_eps": 1e-6}
+    model = _model(**fields).double()
+    with torch.no_grad():
+        for parameter in model.vit.pooling.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    images, pooling = _images().double(), model.vit.pooling
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, 4:], mask[1, 0] = 0, 0
+    outputs = model.vit(images, attention_mask=mask)
+    norms = [_arrays(norm) for norm in (pooling.layernorm_query, pooling.layernorm_memory, pooling.layernorm_content)]
+    attention = pooling.attention
+    projections = [_arrays(each) for each in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)]
+    for tokens, present, pooled in zip(outputs.last_hidden_state.detach(), mask.bool(), outputs.pooler_output, strict=True):
+        queries = pooling.queries[0].detach().numpy()
+        expected = reference.hopfield_pooling(queries, tokens[present].numpy(), norms, projections, 3, 0.9, alpha, steps, 1e-6)
+        assert_close(pooled, expected[0])
+    assert_close(model(images, attention_mask=mask).logits, model.classifier(outputs.pooler_output))
+
+
+def test_hopfield_pooling_contains_the_sequence_pooling_of_compact_transformers():
+    fields = {"pooling": "hopfield", "use_feature_map": False, "num_attention_heads": 1, "beta": 1.0, "layer_norm_eps": 1e-12}
+    model = _model(**fields).double()
+    pooling, identity = model.vit.pooling, torch.eye(24, dtype=torch.float64)
+    pooling.layernorm_query = torch.nn.Identity()
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            getattr(pooling.attention, name).weight.copy_(identity)
+    outputs = model.vit(_images().double())
+    tokens = torch.nn.functional.layer_norm(outputs.last_hidden_state, (24,), eps=1e-12)
+    weights = (tokens @ pooling.queries[0].mT).softmax(1)
+    assert_close(outputs.pooler_output, (weights * tokens).sum(1))
+
+
+def test_the_pooler_receives_the_pooled_vector():
+    encoder = UHopViTModel(UHopViTConfig(**SMALL, pooling="hopfield")).eval()
+    images, pooler = _images(), encoder.pooler
+    actual = encoder(images)
+    encoder.pooler = None
+    pooled = encoder(images).pooler_output
+    assert_close(actual.pooler_output, torch.tanh(pooler.dense(pooled)))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+@pytest.mark.parametrize("kernel", ["eager", "hopfield"])
+def test_local_attention_equals_a_loop(alpha, kernel):
+    fields = {**VARIANTS["local"], "use_feature_map": False, "alpha": alpha, "attn_implementation": kernel}
+    model = _model(**fields).double()
+    layer, tokens = model.vit.layers[0].attention, torch.randn(2, 10, 24, dtype=torch.float64)
+    with torch.no_grad():
+        layer.log_beta.copy_(torch.tensor([-1.0, 0.2, 0.9]))
+    mask = model.vit._attention_mask(tokens, None)
+    linears = [_arrays(module) for module in (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)]
+    betas = layer.beta.flatten().tolist()
+    actual = layer(tokens, attention_mask=mask)[0]
+    for example, output in zip(tokens, actual, strict=True):
+        assert_close(output, reference.locality_attention(example.numpy(), linears, betas, alpha))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_the_gradient_of_a_learned_beta_is_that_of_a_finite_difference(alpha):
+    model = _model(**VARIANTS["local"], alpha=alpha, update_steps=2).double()
+    images, labels = _images().double(), torch.tensor([1, 2, 3])
+    logit = model.vit.layers[1].attention.log_beta
+    (gradient,) = torch.autograd.grad(model(images, labels=labels).loss, logit)
+    losses = []
+    for step in (1e-5, -1e-5):
+        with torch.no_grad():
+            logit[1] += step
+            losses.append(model(images, labels=labels).loss)
+            logit[1] -= step
+    assert_close(gradient[1], (losses[0] - losses[1]) / 2e-5)
+
+
+def test_a_learned_beta_begins_as_configured():
+    images = _images()
+    for fields in ({}, {"beta": 2.5}):
+        fixed, learned = _model(**fields), _model(**fields, learnable_beta=True)
+        assert learned.load_state_dict(fixed.state_dict(), strict=False).missing_keys == [
+            f"vit.layers.{index}.attention.log_beta" for index in range(2)
+        ]
+        assert_close(learned(images).logits, fixed(images).logits)
+
+
+def test_without_a_diagonal_a_single_token_retrieves_nothing():
+    model = _model(mask_diagonal=True)
+    mask = torch.ones(3, 10, dtype=torch.long)
+    mask[0, 1:] = 0
+    outputs = model.vit(_images(), attention_mask=mask, output_attentions=True)
+    for weights in outputs.attentions:
+        assert (weights.diagonal(dim1=-2, dim2=-1) == 0).all()
+        assert (weights[0, :, 0] == 0).all()
+        assert_close(weights[1:].sum(-1), torch.ones(2, 3, 10))
+    assert outputs.last_hidden_state.isfinite().all()
 
 
 def test_initial_weights_have_the_configured_standard_deviation():
@@ -309,15 +486,16 @@ def test_initial_weights_have_the_configured_standard_deviation():
     assert_close(phi @ phi.mT, torch.eye(192))
 
 
-@pytest.mark.parametrize("name", ["dense", "class query"])
+@pytest.mark.parametrize("name", ["dense", "class query", "compact"])
 def test_a_masked_patch_is_not_a_memory(name):
     model = _model(**VARIANTS[name])
-    images, mask = _images(), torch.ones(3, 10, dtype=torch.long)
-    mask[:, 4] = 0
+    first = _prefix(model)
+    images, mask = _images(), torch.ones(3, first + 9, dtype=torch.long)
+    mask[:, first + 3] = 0
     changed = images.clone()
     changed[:, :, 4:8, 0:4] = 9.0
     for one, other in zip(model.memory_sets(images, attention_mask=mask), model.memory_sets(changed, attention_mask=mask), strict=True):
-        assert torch.equal(one.mask, mask[:, 1:].bool())
+        assert torch.equal(one.mask, mask[:, first:].bool())
         assert torch.equal(one.memories[one.mask], other.memories[other.mask])
 
 
@@ -430,8 +608,15 @@ def test_a_traced_model_takes_batches_of_every_size(variant):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"attn_implementation": "eager"}, {"alpha": 1.5}, {"alpha": 2.0, "attn_implementation": "eager"}, VARIANTS["class query"]],
-    ids=["sdpa", "eager", "entmax", "sparse", "class query"],
+    [
+        {},
+        {"attn_implementation": "eager"},
+        {"alpha": 1.5},
+        {"alpha": 2.0, "attn_implementation": "eager"},
+        VARIANTS["class query"],
+        {**VARIANTS["compact"], "alpha": 1.0},
+    ],
+    ids=["sdpa", "eager", "entmax", "sparse", "class query", "compact"],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::UserWarning")
 def test_the_torchscript_exporter_keeps_the_outputs(fields, tmp_path):
@@ -448,7 +633,7 @@ PRECISIONS = [(torch.float32, False), *((dtype, autocast) for dtype in (torch.bf
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), PRECISIONS)
-@pytest.mark.parametrize("name", ["dense", "entmax", "class query"])
+@pytest.mark.parametrize("name", ["dense", "entmax", "class query", "compact"])
 def test_images_of_large_values_keep_their_classes_or_are_named(name, dtype, autocast):
     """Position embeddings are negligible for large pixels; powers of two make images of all scales
     exact multiples."""

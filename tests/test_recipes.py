@@ -21,6 +21,7 @@ from transformers import EvalPrediction, ViTForImageClassification
 
 from modeling_uhop import SeparationCallback, UHopViTConfig, UHopViTForImageClassification
 from modeling_uhop.training import cli, info, train_command
+from modeling_uhop.training.baselines.small_resnet import SmallResNetForImageClassification, resnet_of_size
 from modeling_uhop.training.data.bags import BagData
 from modeling_uhop.training.data.images import ImageData, load_images, make_image_processor, make_transform, with_pixels
 from modeling_uhop.training.data.labels import as_classes
@@ -487,10 +488,39 @@ def test_the_baseline_is_the_vit_of_transformers_at_equal_size(tmp_path):
     run(_recipe(*plain, "architecture=vit"), tmp_path / "run")
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "vit"
     assert not (tmp_path / "run" / "README.md").exists()
-    with pytest.raises(RecipeError, match="architecture must be 'uhop_vit', or 'vit' without a separation step, got 'vit' with"):
-        Images(_recipe(*TINY, "architecture=vit")).load()
-    with pytest.raises(RecipeError, match="got 'resnet'"):
-        Images(_recipe(*plain, "architecture=resnet")).load()
+    for name in ("vit", "resnet"):
+        with pytest.raises(RecipeError, match=f"architecture must be 'uhop_vit', or 'vit' or 'resnet' without a sep.*, got '{name}' with"):
+            Images(_recipe(*TINY, f"architecture={name}")).load()
+    with pytest.raises(RecipeError, match="got 'cnn'"):
+        Images(_recipe(*plain, "architecture=cnn")).load()
+
+
+def test_a_small_resnet_is_that_of_its_paper():
+    """Parameters are 9 c_in c_out of each convolution, with two for each channel of its batch norm; Table 6 of the paper has 0.27,
+    0.46 and 0.85 million."""
+    for number, blocks in ((270_000, 3), (460_000, 5), (850_000, 9)):
+        config = resnet_of_size(number, id2label=dict(enumerate("abcdefghij")))
+        assert config.depths == [blocks] * 3
+        stages = [(2 * blocks - 1) * (9 * width * width + 2 * width) for width in (16, 32, 64)]
+        entries = [9 * one * other + 2 * other for one, other in ((3, 16), (16, 16), (16, 32), (32, 64))]
+        shortcuts = [one * other + 2 * other for one, other in ((16, 32), (32, 64))]
+        model = SmallResNetForImageClassification(config).eval()
+        assert model.num_parameters() == sum((*stages, *entries, *shortcuts)) + 650
+        assert abs(model.num_parameters() - number) < 0.03 * number
+    with torch.no_grad():
+        stages = model(torch.randn(1, 3, 32, 32), output_hidden_states=True).hidden_states
+    assert [tuple(each.shape[1:]) for each in stages] == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+@pytest.mark.trains
+def test_the_baseline_without_attention_is_a_resnet_of_equal_size(tmp_path):
+    plain = [*TINY[:-1], "model.hidden_size=128", "separation=null"]
+    task = loaded(_recipe(*plain, "architecture=resnet"))
+    theirs = task.model(task.examples())
+    assert abs(theirs.num_parameters() / UHopViTForImageClassification(task.config).num_parameters() - 1) < 0.25
+    metrics = run(_recipe(*plain, "architecture=resnet"), tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["model_type"] == "small_resnet"
+    assert task.score(tmp_path / "run")["test_accuracy"] == metrics["test_accuracy"]
 
 
 @pytest.mark.process

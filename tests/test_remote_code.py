@@ -21,7 +21,7 @@ from modeling_uhop import (
     UHopViTModel,
 )
 from tests.support.forks import run_forked
-from tests.support.models import IMAGES, SERIES
+from tests.support.models import COMPACT, IMAGES, SERIES
 
 
 FIELDS = {**IMAGES, "patch_size": 2, "num_labels": 3}
@@ -52,7 +52,7 @@ save_file({name: tensor.detach().contiguous() for name, tensor in outputs.items(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("fields", [{}, {"alpha": 1.4, "learnable_alpha": True}], ids=["dense", "learnable"])
+@pytest.mark.parametrize("fields", [{}, {"alpha": 1.4, "learnable_alpha": True}, COMPACT], ids=["dense", "learnable", "compact"])
 def test_a_classifier_loads_without_the_package(tmp_path, fields):
     model = UHopViTForImageClassification(UHopViTConfig(**FIELDS, **fields)).eval()
     folder, again = tmp_path / "model", tmp_path / "again"

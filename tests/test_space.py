@@ -49,6 +49,7 @@ from modeling_uhop.training.data.images import ImageData, load_images
 from modeling_uhop.training.recipe import load_recipe
 from modeling_uhop.training.results import as_recorded, provenance
 from tests.conftest import assert_close
+from tests.support.models import COMPACT
 
 
 app = pytest.importorskip("app", reason="the demo needs gradio")
@@ -377,10 +378,10 @@ def classifier():
     return demo_models.load_classifier(str(demo_models.SHIPPED / "digits"))
 
 
-@pytest.mark.parametrize("encoder", ["transformer", "class_query"])
-def test_heads_share_out_all_of_their_weight(classifier, encoder):
-    if encoder == "class_query":
-        config = UHopViTConfig(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, encoder_type=encoder)
+@pytest.mark.parametrize("fields", [{}, {"encoder_type": "class_query"}, COMPACT], ids=["shipped", "class query", "compact"])
+def test_heads_share_out_all_of_their_weight(classifier, fields):
+    if fields:
+        config = UHopViTConfig(image_size=8, patch_size=2, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **fields)
         model = UHopViTForImageClassification._from_config(config, attn_implementation="eager").eval()
         classifier = demo_models.Classifier(model, classifier.processor, "")
     image = demo_models.digit_image(demo_digits.load().images[5])

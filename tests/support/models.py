@@ -13,6 +13,14 @@ IMAGES: dict[str, Any] = {
     "intermediate_size": 24,
     "initializer_range": 0.2,
 }
+# A vision transformer for small data sets.
+COMPACT: dict[str, Any] = {
+    "patch_embedding": "conv",
+    "pooling": "hopfield",
+    "learnable_beta": True,
+    "mask_diagonal": True,
+    "attention_init": "mimetic",
+}
 BAGS: dict[str, Any] = {
     "instance_dim": 6,
     "hidden_size": 16,

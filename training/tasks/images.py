@@ -1,4 +1,4 @@
-"""Image classification: a Hopfield vision transformer, or the ViT of transformers as a baseline."""
+"""Image classification: a Hopfield vision transformer, or a ViT or a ResNet as a baseline."""
 
 import tempfile
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     PreTrainedModel,
     Trainer,
@@ -25,6 +26,7 @@ from modeling_uhop import ImageViews, SeparationCallback, UHopViTConfig, UHopViT
 from modeling_uhop.feature_map import unit_norm
 from modeling_uhop.images import as_rgb
 
+from ..baselines.small_resnet import SmallResNetConfig, SmallResNetForImageClassification, resnet_of_size
 from ..data.images import ImageData, load_images, make_image_processor, unlabelled_images, with_pixels
 from ..errors import RecipeError
 from ..metrics import classification_metrics
@@ -42,8 +44,9 @@ class ImagesRecipe(Recipe):
     """A vision experiment.
 
     Attributes:
-        architecture: "uhop_vit", or "vit" for the baseline: the ViT of transformers at the same
-            size, without alpha and without Phi.
+        architecture: "uhop_vit", or one of two baselines. "vit": the ViT of transformers at the
+            same size, without alpha and without Phi. "resnet": the ResNet for small images whose
+            number of parameters is closest to that of the Hopfield model.
     """
 
     config_class: ClassVar[type] = UHopViTConfig
@@ -70,9 +73,10 @@ class Images(Task):
         labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         self.config = UHopViTConfig(**recipe.model, **labels)
         self.processor = make_image_processor(recipe.data, self.config.image_size, self.images["train"])
-        if recipe.architecture not in ("uhop_vit", "vit") or (recipe.architecture == "vit" and recipe.separation is not None):
+        baselines = ("vit", "resnet")
+        if recipe.architecture not in ("uhop_vit", *baselines) or (recipe.architecture in baselines and recipe.separation is not None):
             raise RecipeError(
-                "architecture must be 'uhop_vit', or 'vit' without a separation step, "
+                "architecture must be 'uhop_vit', or 'vit' or 'resnet' without a separation step, "
                 f"got {recipe.architecture!r} with separation {recipe.separation}"
             )
 
@@ -100,6 +104,9 @@ class Images(Task):
         model = UHopViTForImageClassification(self.config)
         if self.recipe.architecture == "uhop_vit":
             return model
+        if self.recipe.architecture == "resnet":
+            labels = {name: getattr(self.config, name) for name in ("num_channels", "id2label", "label2id")}
+            return SmallResNetForImageClassification(resnet_of_size(model.num_parameters(), **labels))
         return ViTForImageClassification(cast(ViTConfig, model.to_vit().config))
 
     def callbacks(self, model: PreTrainedModel, separation: SeparationCallback | None) -> list[TrainerCallback]:
@@ -180,5 +187,9 @@ def feature_grams(model: Any, pixel_values: torch.Tensor) -> list[list[list[floa
     model.train(training)
     return [(feature @ feature.mT).mean(0).cpu().numpy().round(4).tolist() for feature in features]
 
+
+# Because a saved baseline is loaded by its auto class, transformers must know it.
+AutoConfig.register(SmallResNetConfig.model_type, SmallResNetConfig, exist_ok=True)
+AutoModelForImageClassification.register(SmallResNetConfig, SmallResNetForImageClassification, exist_ok=True)
 
 TASK = Images
