@@ -10,7 +10,7 @@ from peft import PeftModel
 
 from tests.attach_worker import CASES, SEPARATIONS, bert, logits, train
 from tests.conftest import TOLERANCE, assert_close
-from tests.test_distributed import TESTS, _run
+from tests.test_distributed import TESTS, run_worker
 
 
 pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")]
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore:`is_gradie
 def folder(tmp_path_factory) -> Path:
     """The folder in which the two processes have written what they found."""
     folder = tmp_path_factory.mktemp("attach")
-    _run(2, str(TESTS / "attach_worker.py"), str(folder))
+    run_worker(2, str(TESTS / "attach_worker.py"), str(folder))
     return folder
 
 

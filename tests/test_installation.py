@@ -244,7 +244,7 @@ def test_every_recipe_says_its_task_purpose_and_cost():
         assert each.purpose[-1] in ".?"
         assert each.purpose[0].isupper() or each.purpose.startswith("vit_")
         assert each.cost
-        assert each.task in ("images", "bags", "series", "retrieval", "geometry", "sweeps")
+        assert each.task in ("images", "bags", "series", "attach", "retrieval", "geometry", "sweeps")
 
 
 def test_a_summary_is_read_from_the_header(tmp_path):
