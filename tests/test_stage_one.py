@@ -1,6 +1,7 @@
 """Tests of Separation and StageOne: their values, their steps, and Stage I on a data set of its own."""
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from modeling_uhop import (
+    BagViews,
     FeatureMap,
     Separation,
     SeparationCallback,
@@ -340,7 +342,7 @@ def test_a_recipe_names_views_and_their_fields():
     for views, message in ((None, "this task has no views"), (BagViews, "must be true, or a mapping")):
         with pytest.raises(RecipeError, match=message):
             separation_callback({"kind": "koleo", "views": "flip"}, lambda *_: None, views)
-    with pytest.raises(RecipeError, match="separation.views: .*drop_out"):
+    with pytest.raises(RecipeError, match=r"separation\.views: .*drop_out"):
         separation_callback({"kind": "koleo", "views": {"drop_out": 0.1}}, lambda *_: None, BagViews)
 
 
@@ -349,7 +351,7 @@ def test_every_task_has_views(task, tmp_path, monkeypatch):
     no_figures(monkeypatch)
     no_reload(monkeypatch)
     views = ("separation.preset=two_views", "separation.views=true", "separation.steps=2", "separation.batch_size=8")
-    engine.run(tiny(task, *views, "training.max_steps=1"), tmp_path / "run")
+    run(tiny(task, *views, "training.max_steps=1"), tmp_path / "run")
     (entry,) = [each for each in results_of(tmp_path / "run")["log_history"] if "separation_loss" in each and "loss" not in each]
     assert math.isfinite(entry["separation_loss"])
     assert with_defaults({"lr": 0.5}) == with_defaults({"lr": 0.5, "kind": "average", "schedule": "train_begin", "batch_size": None})
@@ -405,7 +407,8 @@ def test_a_preset_on_the_command_line_replaces_the_fields_of_the_file():
 
 def test_bags_of_other_folds_are_left_out(monkeypatch, tmp_path):
     drawn: list[Any] = []
-    monkeypatch.setattr("modeling_uhop.training.trainers.separation_callback", lambda section, load, views: drawn.append(load(None, "train")))
+    replaced = "modeling_uhop.training.trainers.separation_callback"
+    monkeypatch.setattr(replaced, lambda section, load, views: drawn.append(load(None, "train")))
     task = BagClassification(tiny("bags", "training.max_steps=1"))
     task.bags = digit_bags()
     task.fit(np.arange(0, 40, 2), 0, tmp_path)
