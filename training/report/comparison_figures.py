@@ -2,6 +2,7 @@
 of `styles`."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ METRICS = {
     "accuracy": "accuracy",
     "test_mse": "mean squared error",
     "test_mae": "mean absolute error",
+    "test_bits_per_byte": "bits per byte",
 }
 
 
@@ -196,6 +198,32 @@ def _differences(path: Path, panels: list[tuple[str, str, list[dict[str, Any]]]]
         f"{title}: paired differences with 95 % confidence intervals\n"
         f"Right of 0: the first is higher. Filled: the difference exceeds its interval ({exceeding} of {total})"
     )
+    save(figure, path)
+
+
+def adapters_figure(path: Path, gathered: dict[str, dict[str, Any]]) -> None:
+    """Scores of the variants of each comparison of adapters: means with 95 % confidence intervals over seeds.
+
+    Args:
+        path: PNG file to write.
+        gathered: Results of `tasks.attach`, by the titles of their panels, with as many variants each.
+    """
+    size = (3.2 + 3.4 * len(gathered), 4.6)
+    figure, axes = plt.subplots(1, len(gathered), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for axis, (title, content) in zip(axes[0], gathered.items(), strict=True):
+        (metric,) = content["sweep"]["metrics"]
+        names = [re.sub(r"\d+ steps", "fewer steps", variant) for variant in content["variants"]]
+        for row, (name, variant) in enumerate(zip(names, content["variants"].values(), strict=True)):
+            mean, width = over_seeds(variant["metrics"][metric]["values"])
+            color = THIS_RUN if "Phi" in name else OBSERVED if name == "1.5-entmax" else BASELINE
+            axis.errorbar(mean, row, xerr=width, marker="o", capsize=3, linestyle="", color=color)
+        better = "higher" if "accuracy" in metric else "lower"
+        axis.set(title=title, xlabel=f"{METRICS[metric].removesuffix(' on test images')} ({better} is better)")
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.set_yticks(range(len(names)), names)
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)
+    seeds = len(next(iter(gathered.values()))["sweep"]["seeds"])
+    figure.suptitle(f"A trained model moved to few examples of other data: means over {seeds} seeds, 95 % confidence intervals")
     save(figure, path)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ..recipe import ROOT
 from ..results import read_result
 from .cards import released_cards
-from .comparison_figures import curves_figure, differences_figure, growth_figure, paired_figure, samples_figure
+from .comparison_figures import adapters_figure, curves_figure, differences_figure, growth_figure, paired_figure, samples_figure
 from .figures import retrieval_figure
 from .geometry_figures import FIGURES
 from .styles import save
@@ -22,6 +22,8 @@ from .tables import HEADLINE, choice_table, defaults_table, first_step_table, he
 
 
 RESULTS = ROOT / "benchmarks" / "results"
+# The comparisons of adapters, and their titles in the figure.
+ADAPTERS = {"images": "ViT: CIFAR-10 to Tiny ImageNet", "text": "Llama: to another package", "series": "PatchTST: ETTh2 to ETTh1"}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(
     r"(<!-- (?:(results|paired|instances|choice|defaults|first_step): ([\w/ ]+)|headline) -->\n).*?(<!-- end -->)", re.DOTALL
@@ -73,6 +75,7 @@ def draw_figures() -> None:
         if content["sweep"]["curves"]:
             curves_figure(path.with_name(f"{path.stem}_curves.png"), content)
             differences_figure(path.with_name(f"{path.stem}_differences.png"), content)
+    adapters_figure(RESULTS / "attach.png", {title: read(f"attach_{name}", "seeds") for name, title in ADAPTERS.items()})
     paired_figure(RESULTS / "mil_paired.png", list(by_kind["folds"].values()))
     images = [content for content in by_kind["seeds"].values() if content["recipe"]["task"] == "images"]
     for name in {content["recipe"]["name"] for content in images if any(" images: " in variant for variant in content["variants"])}:
