@@ -458,6 +458,8 @@ class StageOne:
 
     def _of_examples(self, features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean feature of each example as one set (1, B, D), and which examples have a memory (1, B)."""
+        if features.dim() != 3:
+            raise ValueError(f"memories='example' needs the memories of several examples (B, M, d), got shape {tuple(features.shape)}")
         mask = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device) if mask is None else mask
         counts = mask.sum(-1)
         means = features.masked_fill(~mask.unsqueeze(-1), 0.0).sum(-2) / counts.clamp(min=1).unsqueeze(-1)
@@ -649,7 +651,8 @@ def maximize_separation(
         memories: Patterns (..., M, d).
         separation: How to separate; `None` for `Separation.uhop()`. With `batch_size`, each step
             uses a new random sample of that many memories, at least 2.
-        mask: As in `separation_loss`; a mask of pairs is not accepted by "denoising".
+        mask: As in `separation_loss`; a mask of pairs is accepted only by the kinds of
+            `separation_loss`.
         fields: Fields of `Separation` to change.
 
     Returns:
@@ -677,8 +680,10 @@ def maximize_separation(
     separation = chosen(separation, Separation.uhop(), **fields)
     if separation.batch_size is not None and separation.batch_size < 2:
         raise ValueError(f"batch_size must be at least 2 memories, got {separation.batch_size}")
-    if separation.kind == "denoising" and mask is not None and mask.dim() == memories.dim():
-        raise ValueError(f"the mask of kind 'denoising' must be one of memories (..., M), not of pairs, got shape {tuple(mask.shape)}")
+    if separation.kind in WITH_VIEWS and mask is not None and mask.dim() == memories.dim():
+        raise ValueError(
+            f"the mask of kind {separation.kind!r} must be one of memories (..., M), not of pairs, got shape {tuple(mask.shape)}"
+        )
     memories, moving = memories.to(feature_map.weight.dtype), feature_map
     if is_half(feature_map.weight) and not has_master(feature_map.weight):
         # Because small steps would be lost in half precision, we train a copy in fp32.

@@ -20,6 +20,7 @@ from modeling_uhop import (
     WindowViews,
     denoising_loss,
     koleo_loss,
+    maximize_separation,
     separation_loss,
     sigreg_loss,
     supervised_loss,
@@ -305,3 +306,7 @@ def test_a_feature_map_has_views_of_patterns():
         denoising_loss(phi(patterns * 1.1), phi(patterns * 1.1), temperature=0.1).unsqueeze(0),
     )
     assert math.isfinite(float(StageOne(phi, kind="vicreg").step(patterns)))
+    with pytest.raises(ValueError, match=r"memories of several examples \(B, M, d\), got shape \(6, 4\)"):
+        StageOne(phi, memories="example").step(patterns)
+    with pytest.raises(ValueError, match="the mask of kind 'koleo' must be one of memories"):
+        maximize_separation(phi, patterns, Separation(kind="koleo"), mask=torch.ones(6, 6, dtype=torch.bool))
