@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train demo docs docs-serve test quick test-minimum experiments bags forecasts speed lint types suite format tables release clean
+.PHONY: train demo docs docs-serve test quick test-minimum experiments bags forecasts speed stale lint types suite format tables release clean
 
 # One thread: two would mostly wait for each other in so small a model.
 train: $(READY)
@@ -32,6 +32,10 @@ forecasts: $(READY)
 
 speed: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# The results files whose code has changed since they were made.
+stale: $(READY)
+	$(BIN)/python -m modeling_uhop.training.stale
 
 test: lint types suite
 

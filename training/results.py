@@ -1,8 +1,9 @@
 """Results files: what a command measured, and the recipe, versions, commit and machine that gave it.
 
 Every results file is a JSON mapping with `schema` (`SCHEMA`), `kind`, the keys of its kind
-(`KINDS`), and the provenance: `versions`, `commit` and `machine`. The machine is null in the oldest
-files, which did not record it. The kinds are:
+(`KINDS`), and the provenance: `versions`, `commit`, `machine` and `code`. The machine is null in the
+oldest files, which did not record it. `code` has the hash of each file of the package that was used
+(see `stale.py`); older files have none. The kinds are:
 
 - "run": one training run. `name`, `metrics` by name, `seed` and `recipe`. Further keys depend on
   the task, for example `log_history`.
@@ -166,7 +167,9 @@ def provenance() -> dict[str, Any]:
     """Versions of the packages, the commit and the machine, for a results file."""
     packages = ("modeling-uhop", "torch", "transformers", "accelerate", "datasets")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    return {"versions": versions, "commit": commit(), "machine": machine()}
+    from .stale import code
+
+    return {"versions": versions, "commit": commit(), "machine": machine(), "code": code()}
 
 
 def machine() -> str:

@@ -33,6 +33,7 @@ from .recipes import find_recipe
 from .report.tables import results_table
 from .results import read_result, write_result
 from .run_folder import can_resume
+from .stale import same_code
 
 
 REQUIRED = ("recipes", "seeds", "variants")
@@ -198,6 +199,7 @@ def gather(sweep: dict[str, Any], runs: list[Run]) -> tuple[str, dict[str, Any]]
         "recipe": first["recipe"],
         "published": sweep["published"].get(runs[0].recipe, {}),
         **{key: first[key] for key in ("versions", "machine")},
+        "code": same_code([result.get("code", {}) for result in results]),
         "commit": ", ".join(sorted({result["commit"] for result in results if result["commit"]})) or None,
     }
     if "outcomes" in first:
