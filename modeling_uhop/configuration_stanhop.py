@@ -1,5 +1,6 @@
 """Configuration of the STanHop-Net forecasting model."""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -60,6 +61,14 @@ class STanHopConfig(HopfieldLayersConfig):
             stored windows.
         loss (`str`, defaults to `"mse"`): "mse" or "mae", over the observed future values in their
             own units.
+        channel_names (`list[str]`, *optional*): Names of the C series, which are the columns that
+            `STanHopForPrediction.forecast` reads.
+        mean (`list[float]`, *optional*): Mean of each series in the user's units. `forecast`
+            subtracts it from the past, and adds it to the forecast. `None` means 0.
+        std (`list[float]`, *optional*): Standard deviation of each series in the user's units,
+            positive. `forecast` divides by it, and multiplies the forecast by it. `None` means 1.
+        frequency (`str`, *optional*): Distance of two time steps as a frequency of pandas, such as
+            "h" or "15min". `None` means that `forecast` infers it.
         alpha (`float`, defaults to 1.5): As in `HopfieldLayersConfig`.
         learnable_alpha (`bool`, defaults to `True`): As in `HopfieldLayersConfig`.
         value_source (`str`, defaults to `"projected_memory"`): As in `HopfieldLayersConfig`;
@@ -102,6 +111,10 @@ class STanHopConfig(HopfieldLayersConfig):
     memory_beta: float | int = 12.0
     memory_alpha: float | int = 1.0
     loss: Literal["mse", "mae"] = "mse"
+    channel_names: list[str] | None = None
+    mean: list[float | int] | None = None
+    std: list[float | int] | None = None
+    frequency: str | None = None
     alpha: float | int = 1.5
     learnable_alpha: bool = True
     value_source: Literal["memory", "projected_memory"] = "projected_memory"
@@ -120,6 +133,16 @@ class STanHopConfig(HopfieldLayersConfig):
             raise ValueError(f"merge_window must be at least 2 if num_hidden_layers is above 1, got {self.merge_window}")
         if not self.minimum_scale > 0:
             raise ValueError(f"minimum_scale must be positive, got {self.minimum_scale}")
+        for name in ("channel_names", "mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_input_channels:
+                raise ValueError(f"{name} must have num_input_channels={self.num_input_channels} entries, got {len(values)}")
+        if self.channel_names is not None and len(set(self.channel_names)) < len(self.channel_names):
+            raise ValueError(f"channel_names must differ from each other, got {self.channel_names}")
+        if self.mean is not None and not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+        if self.std is not None and not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"std must be positive and finite, got {self.std}")
 
 
 __all__ = ["STanHopConfig"]

@@ -20,6 +20,7 @@ from .configuration_stanhop import STanHopConfig
 from .hopfield import MLP, HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import is_finite, is_readable
+from .series_frame import FrameWindow
 from .series_memory import STanHopWindowMemory
 from .series_window import ScaledWindow, forecast_loss
 
@@ -202,7 +203,11 @@ class STanHopPreTrainedModel(HopfieldPreTrainedModel):
     config: STanHopConfig
     base_model_prefix = "model"
     main_input_name = "past_values"
-    read_at_each_call = (*HopfieldPreTrainedModel.read_at_each_call, "attention_dropout", "memory_alpha", "memory_beta", "loss")
+    read_at_each_call = (
+        *HopfieldPreTrainedModel.read_at_each_call,
+        *("attention_dropout", "memory_alpha", "memory_beta", "loss"),
+        *("channel_names", "mean", "std", "frequency"),
+    )
     _auto_classes = {
         "AutoConfig": "configuration_stanhop.STanHopConfig",
         "AutoModel": "modeling_stanhop.STanHopModel",
@@ -555,6 +560,34 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         """
         outputs = self(past_values, past_observed_mask=past_observed_mask, return_dict=True)
         return SampleTSPredictionOutput(sequences=outputs.prediction_outputs.unsqueeze(1))
+
+    def forecast(self, frame: Any) -> Any:
+        """Forecast a table of series in the user's units; this needs pandas.
+
+        The past is scaled by `mean` and `std` of the configuration, and the forecast is scaled
+        back. A recipe saves both with its model.
+
+        Args:
+            frame: A pandas DataFrame with one row per time step and at least `context_length` rows,
+                of which the last are used. It has a `DatetimeIndex`, a column "date", or one column
+                of dates. The columns of series are found by `channel_names`; other columns are
+                ignored. If `channel_names` is `None`, all columns are series. A missing value is
+                NaN.
+
+        Returns:
+            A DataFrame with the `prediction_length` time stamps that follow and a column for each
+                series, in the user's units.
+
+        Raises:
+            ImportError: If pandas is not installed.
+            TypeError: If `frame` is not a DataFrame.
+            ValueError: If the table has too few rows, no time stamps, time stamps that do not
+                increase or are not one step of `frequency` apart, a missing column, or a column
+                that is not numbers; also as `forward`.
+        """
+        self.check_configuration()
+        window = FrameWindow.of(frame, self.config)
+        return window.in_units(self.generate(window.past.to(self.device)).sequences[0, 0])
 
     def _sizes(self) -> dict[str, int]:
         return self.model._sizes() if "model" in self._modules else {}

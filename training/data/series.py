@@ -10,6 +10,8 @@ import pandas
 import torch
 from torch.utils.data import Dataset
 
+from modeling_uhop.series_frame import frequency_of
+
 from ..errors import RecipeError
 from .series_files import read_series
 
@@ -109,6 +111,8 @@ class Series:
             there, its `std` is 1.
         rows: First row (included) and last row (excluded) of the splits "train", "validation" and
             "test".
+        frequency: Distance of two rows, such as "h", as pandas names it; `None` if the time stamps
+            are not dates or have no frequency.
     """
 
     values: torch.Tensor
@@ -116,6 +120,7 @@ class Series:
     mean: np.ndarray
     std: np.ndarray
     rows: dict[str, tuple[int, int]]
+    frequency: str | None = None
 
     def windows(self, split: str, context_length: int, prediction_length: int) -> Windows:
         """The windows whose future lies in a split; for the training split, their past also lies in
@@ -134,7 +139,7 @@ def load_series(data: SeriesData) -> Series:
             the training rows, has training values too small for a standard deviation, or has a
             value farther than `FARTHEST` standard deviations from the training rows.
     """
-    frame = synthetic_series().drop(columns="date") if data.dataset == "synthetic" else read_series(data)
+    frame = synthetic_series().set_index("date") if data.dataset == "synthetic" else read_series(data)
     values = frame.to_numpy(dtype=np.float64)
     rows = split_rows(len(values), data.split)
     train = values[slice(*rows["train"])]
@@ -171,7 +176,8 @@ def load_series(data: SeriesData) -> Series:
                     f"after division by the standard deviation of the training rows, {std[index]:g}",
                     stacklevel=2,
                 )
-    return Series(torch.from_numpy(scaled), [str(name) for name in frame.columns], mean, std, rows)
+    frequency = frequency_of(frame.index) if isinstance(frame.index, pandas.DatetimeIndex) else None
+    return Series(torch.from_numpy(scaled), [str(name) for name in frame.columns], mean, std, rows, frequency)
 
 
 def unlabelled_windows(

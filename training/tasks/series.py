@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from modeling_uhop import STanHopConfig, STanHopForPrediction
 
 from ..baselines.series import LinearMap, WindowMemory, baselines, errors_of, linear_map
-from ..data.series import SeriesData, load_series, unlabelled_windows
+from ..data.series import Series, SeriesData, load_series, unlabelled_windows
 from ..errors import RecipeError
 from ..recipe import Recipe
 from ..report.figures import forecast_figure, retrieval_weights_figure
@@ -59,7 +59,7 @@ class Forecasts(Task):
     def load(self) -> None:
         recipe: SeriesRecipe = self.recipe
         self.series = load_series(recipe.data)
-        self.config = STanHopConfig(**{**recipe.model, "num_input_channels": self.series.values.shape[1]})
+        self.config = STanHopConfig(**{**recipe.model, **units(self.series)})
         self.lengths = (self.config.context_length, self.config.prediction_length)
         check_skip_start(recipe.skip_start, self.config)
         if self.config.memory_type is not None:
@@ -146,6 +146,18 @@ class Forecasts(Task):
         """Every 500th window of the evaluated split."""
         windows = self.series.windows(self.recipe.evaluation.split, *self.lengths)
         return torch.stack([windows[index][name] for index in range(0, len(windows), 500)])
+
+
+def units(series: Series) -> dict[str, Any]:
+    """The fields of a configuration that say what the series of a data set are and how they are
+    scaled."""
+    return {
+        "num_input_channels": len(series.names),
+        "channel_names": series.names,
+        "mean": series.mean.tolist(),
+        "std": series.std.tolist(),
+        "frequency": series.frequency,
+    }
 
 
 def check_skip_start(start: str, config: STanHopConfig) -> None:
