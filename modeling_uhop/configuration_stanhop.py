@@ -47,6 +47,10 @@ class STanHopConfig(HopfieldLayersConfig):
             values. A constant window is divided by it.
         use_linear_skip (`bool`, defaults to `False`): Whether a linear map from the scaled window
             to the horizon, shared by all series, is added to the forecast.
+        cycle_length (`int`, *optional*): Number W of time steps of a learned cycle, such as 24 for the
+            daily cycle of hourly values; `None` for no cycle. The cycle is subtracted from the scaled
+            window before any retrieval, and added to the forecast (CycleNet, arXiv 2409.18479). The
+            model then needs `cycle_index`. It cannot be combined with `memory_type`.
         memory_type (`str`, *optional*): How stored windows are used inside the model, in addition
             to `STanHopModel.recall`. The papers' equations for both modes are not available to us;
             these are reconstructions. "plug": the window is combined with what it retrieves,
@@ -106,6 +110,7 @@ class STanHopConfig(HopfieldLayersConfig):
     scaling: Literal["std", "mean"] | None = "std"
     minimum_scale: float | int = 1e-2
     use_linear_skip: bool = False
+    cycle_length: int | None = None
     memory_type: Literal["plug", "tune"] | None = None
     num_memories: int = 0
     memory_beta: float | int = 12.0
@@ -127,6 +132,9 @@ class STanHopConfig(HopfieldLayersConfig):
         check_fields(self, ACTIVATION, "activation_function")
         check_fields(self, "lie in [0, 1)", "attention_dropout", "ff_dropout")
         check_fields(self, "be at least 0", "num_memories")
+        check_fields(self, "be at least 1", cycle_length="no cycle")
+        if self.cycle_length is not None and self.memory_type is not None:
+            raise ValueError(f"cycle_length={self.cycle_length} needs memory_type=None, got {self.memory_type!r}")
         check_fields(self, "be positive and finite", "memory_beta")
         check_fields(self, "lie in [1, 2]", "memory_alpha")
         if self.merge_window < 2 and self.num_hidden_layers > 1:

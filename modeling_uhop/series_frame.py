@@ -1,5 +1,6 @@
 """A table of series in the user's units: from its last rows to a window, and from a forecast to a table."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ class FrameWindow(NamedTuple):
         names: Names of the C series.
         mean: (C,), the mean of each series.
         std: (C,), the standard deviation of each series.
+        cycle_index: (1,), the position of the first row in the cycle of the model; `None` without a
+            cycle.
     """
 
     past: torch.Tensor
@@ -21,6 +24,7 @@ class FrameWindow(NamedTuple):
     names: list[Any]
     mean: torch.Tensor
     std: torch.Tensor
+    cycle_index: torch.Tensor | None
 
     @classmethod
     def of(cls, frame: Any, config: Any) -> "FrameWindow":
@@ -43,7 +47,14 @@ class FrameWindow(NamedTuple):
         mean = torch.tensor(config.mean or [0.0] * len(names), dtype=torch.float64)
         std = torch.tensor(config.std or [1.0] * len(names), dtype=torch.float64)
         values = torch.from_numpy(rows.to_numpy(dtype="float64", na_value=float("nan")).copy())
-        return cls(((values - mean) / std).unsqueeze(0), stamps, names, mean, std)
+        cycle_index = None
+        if config.cycle_length is not None:
+            if config.frequency is None:
+                raise ValueError(
+                    "a model with a cycle needs config.frequency, by which the position of a row in the cycle is found, got None"
+                )
+            cycle_index = torch.from_numpy(step_numbers(rows.index[:1], config.frequency) % config.cycle_length)
+        return cls(((values - mean) / std).unsqueeze(0), stamps, names, mean, std, cycle_index)
 
     def in_units(self, forecast: torch.Tensor) -> Any:
         """Convert a forecast (H, C) to a DataFrame in the user's units."""
@@ -80,6 +91,29 @@ def frequency_of(stamps: Any) -> str | None:
     if (steps % step != pandas.Timedelta(0)).any():
         return None
     return frequency_of(pandas.DatetimeIndex([stamps[0] + number * step for number in range(3)]))
+
+
+def step_numbers(stamps: Any, frequency: str) -> Any:
+    """The number of each time stamp, in steps of a frequency since 1970.
+
+    With a cycle of W steps, the `cycle_index` of a window is the number of its first step modulo W.
+    Because it does not depend on the table, the same time has the same position in training and in
+    each forecast. Stamps with a time zone are counted in UTC.
+
+    Args:
+        stamps: A pandas `DatetimeIndex`.
+        frequency: The frequency of pandas, such as "h"; one that periods of pandas have.
+
+    Returns:
+        An integer array.
+    """
+    pandas = require_pandas()
+    with warnings.catch_warnings():
+        # Periods of business days give a warning that pandas will remove them.
+        warnings.simplefilter("ignore", FutureWarning)
+        periods = pandas.date_range("2000-01-01", periods=1, freq=frequency).to_period()
+        naive = stamps if stamps.tz is None else stamps.tz_convert(None)
+        return naive.to_period(periods.freqstr).asi8 // periods.freq.n
 
 
 def _stamped(frame: Any, pandas: Any) -> Any:

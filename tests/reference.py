@@ -159,3 +159,25 @@ def attend(states, memories, linears, heads, beta, alpha, phi=None):
             found.append(sum(p * value for p, value in zip(weights, values, strict=True)))
         outputs.append(wo @ np.concatenate(found) + bo)
     return np.stack(outputs)
+
+
+def cycle_residual(values, cycle, index, first, sign):
+    """values_t + sign Q_{(index + first + t) mod W} for a window (T, C) and a cycle Q (W, C); CycleNet
+    (arXiv 2409.18479)."""
+    rows = []
+    for step, row in enumerate(values):
+        position = (index + first + step) % len(cycle)
+        rows.append([value + sign * cycle[position][channel] for channel, value in enumerate(row)])
+    return np.array(rows)
+
+
+def cycle_gradient(past_gradients, forecast_gradients, cycle, indices):
+    """The gradient of a loss in Q: minus those in the past without the cycle, plus those in the
+    forecast, each at its position."""
+    gradient = np.zeros_like(cycle)
+    for past, forecast, index in zip(past_gradients, forecast_gradients, indices, strict=True):
+        for step, row in enumerate(past):
+            gradient[(index + step) % len(cycle)] -= row
+        for step, row in enumerate(forecast):
+            gradient[(index + len(past) + step) % len(cycle)] += row
+    return gradient

@@ -60,6 +60,7 @@ OTHERS: dict[str, Any] = {
     "mean": [1.0, 2.0],
     "std": [0.5, 2.0],
     "frequency": "h",
+    "cycle_length": 6,
 }
 
 

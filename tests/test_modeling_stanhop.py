@@ -50,6 +50,7 @@ CHANGES = {
     "scaling": "mean",
     "minimum_scale": 100.0,
     "use_linear_skip": True,
+    "cycle_length": 7,
     "memory_type": "tune",
     "loss": "mae",
     "qkv_bias": False,
@@ -81,7 +82,7 @@ def _observed(config: STanHopConfig) -> tuple[int, torch.Tensor, float]:
     past = torch.randn(2, config.context_length, config.num_input_channels, generator=generator)
     future = torch.randn(2, config.prediction_length, config.num_input_channels, generator=generator)
     torch.manual_seed(2)
-    outputs = model(past, future_values=future)
+    outputs = model(past, future_values=future, cycle_index=None if config.cycle_length is None else torch.tensor([0, 3]))
     return model.num_parameters(), outputs.prediction_outputs, outputs.loss.item()
 
 
@@ -103,7 +104,7 @@ def test_every_field_is_in_the_table_above():
 
 
 def test_round_trip(tmp_path):
-    config = STanHopConfig(**{**SMALL, **CHANGES, "learnable_alpha": True, "use_feature_map": True})
+    config = STanHopConfig(**{**SMALL, **CHANGES, "learnable_alpha": True, "use_feature_map": True, "memory_type": None})
     config.save_pretrained(tmp_path)
     for loaded in (STanHopConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert type(loaded) is STanHopConfig

@@ -526,7 +526,7 @@ def test_a_run_on_a_file_finishes(tmp_path, suffix, monkeypatch):
     assert results["metrics"]["test_mse"] == pytest.approx(errors.square().mean().item(), rel=1e-4)
     ((folder, pipeline, inputs, answers),) = reloaded
     assert (folder, pipeline) == (tmp_path / "out", None)
-    np.testing.assert_allclose(inputs[0], windows[0, :24], atol=1e-5)
+    np.testing.assert_allclose(inputs["past_values"][0], windows[0, :24], atol=1e-5)
     np.testing.assert_allclose(answers[0] - windows[0, 24:].numpy(), errors[0], atol=1e-4)
     assert (model.config.channel_names, model.config.frequency) == (results["series"]["names"], "h")
     forecast = model.forecast(frame[:294])

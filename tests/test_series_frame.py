@@ -115,7 +115,7 @@ def test_a_table_that_cannot_be_forecast_is_refused(change, message):
 
 
 def test_other_steps_than_those_of_the_training_are_refused():
-    with pytest.raises(ValueError, match="rows must be one step of 'h' apart, .* got steps of '15min'"):
+    with pytest.raises(ValueError, match=r"rows must be one step of 'h' apart, .* got steps of '15min'"):
         _model(frequency="h").forecast(_frame(freq="15min"))
     assert len(_model(frequency="60min").forecast(_frame())) == 4
 

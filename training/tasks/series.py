@@ -6,12 +6,22 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Subset, default_collate
 from transformers import PreTrainedModel
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction
+from modeling_uhop.modeling_stanhop import STanHopCycle
 
-from ..baselines.series import LinearMap, WindowMemory, baselines, errors_of, linear_map
+from ..baselines.series import (
+    CycleMap,
+    Fitted,
+    LinearMap,
+    WindowMemory,
+    cycle_map,
+    fit_baselines,
+    linear_map,
+    with_split,
+)
 from ..data.series import Series, SeriesData, load_series, unlabelled_windows
 from ..errors import RecipeError
 from ..recipe import Recipe
@@ -29,8 +39,9 @@ class SeriesRecipe(Recipe):
         baseline_lengths: Context lengths of the linear baselines. The memory baseline uses the
             smallest. An empty list means no baselines.
         skip_start: Initial weights of the linear skip: "zero", or "ridge", the ridge solution over
-            training windows. With "ridge", the heads of the decoder are initialised to zero. The
-            initial forecast is then that of the linear map, and STanHop-Net learns the residual.
+            training windows. With "ridge", the heads of the decoder are initialised to zero, and the
+            cycle, if there is one, to the mean cycle of the training rows. The initial forecast is
+            then that of the linear map, and STanHop-Net learns the residual.
     """
 
     config_class: ClassVar[type] = STanHopConfig
@@ -61,14 +72,15 @@ class Forecasts(Task):
         self.series = load_series(recipe.data)
         self.config = STanHopConfig(**{**recipe.model, **units(self.series)})
         self.lengths = (self.config.context_length, self.config.prediction_length)
+        self.cycle_length = self.config.cycle_length
         check_skip_start(recipe.skip_start, self.config)
         if self.config.memory_type is not None:
             raise RecipeError(
                 f"model.memory_type={self.config.memory_type!r} needs stored windows (`store`), but a recipe stores none; leave it out"
             )
         self.check_baselines()
-        self.windows = self.series.windows("train", *self.lengths)
-        validation = self.series.windows("validation", *self.lengths)
+        self.windows = self.series.windows("train", *self.lengths, self.cycle_length)
+        validation = self.series.windows("validation", *self.lengths, self.cycle_length)
         self.validation: Subset = Subset(validation, range(0, len(validation), recipe.data.validation_stride))
 
     def check_baselines(self) -> None:
@@ -88,13 +100,16 @@ class Forecasts(Task):
         return Examples(
             train=self.windows,
             evaluated=self.validation,
-            unlabelled=lambda *where: unlabelled_windows(data, self.series, self.lengths, *where),
+            unlabelled=lambda dataset, split: unlabelled_windows(data, self.series, self.lengths, dataset, split, self.cycle_length),
         )
 
     def model(self, examples: Examples) -> PreTrainedModel:
         model = STanHopForPrediction(self.config)
         if self.recipe.skip_start == "ridge":
-            init_as_linear_map(model, linear_map(self.series, *self.lengths, last_value=False))
+            if self.cycle_length is None:
+                init_as_linear_map(model, linear_map(self.series, *self.lengths, last_value=False))
+            else:
+                init_as_cycle_map(model, cycle_map(self.series, *self.lengths, self.cycle_length, last_value=False))
         return model
 
     def describe(self, model: PreTrainedModel) -> str:
@@ -106,22 +121,24 @@ class Forecasts(Task):
             return {}
         recipe: SeriesRecipe = self.recipe
         model.cpu()
-        metrics: dict[str, Any] = {}
-        for split in dict.fromkeys(("validation", recipe.evaluation.split)):
-            metrics |= {f"{split}_{name}": error for name, error in errors_of(forecaster(model), self.series, split, *self.lengths).items()}
-        settings = (self.config.prediction_length, recipe.season, recipe.baseline_lengths, recipe.evaluation.split)
-        return {**metrics, "validation_loss": trainer.state.best_metric, "baselines": baselines(self.series, *settings)}
+        evaluated, horizon = recipe.evaluation.split, self.config.prediction_length
+        network, metrics = fitted(model), {"validation_loss": trainer.state.best_metric}
+        for split in dict.fromkeys(("validation", evaluated)):
+            metrics |= with_split(split, network.errors(self.series, split, horizon))
+        baselines = fit_baselines(self.series, horizon, recipe.season, recipe.baseline_lengths, self.cycle_length)
+        errors = {name: with_split(evaluated, each.errors(self.series, evaluated, horizon)) for name, each in baselines.items()}
+        return {**metrics, "baselines": errors}
 
     def details(self) -> dict[str, Any]:
         return {"series": {"names": self.series.names, "mean": self.series.mean.tolist(), "std": self.series.std.tolist()}}
 
     def figures(self, folder, model, trained) -> None:
-        inputs, forecasts = self.probes(model)
-        past, future = self._evaluated("past_values")[0], self._evaluated("future_values")[0]
+        inputs = default_collate(self._evaluated()[:1])
+        future, past = inputs.pop("future_values")[0], inputs["past_values"][0]
         memories = WindowMemory(self.series, *self.lengths).closest(past)
-        arrays = (inputs[0], future.numpy(), forecasts[0], memories.numpy())
+        arrays = (past.numpy(), future.numpy(), forecaster(model)(**inputs)[0].numpy(), memories.numpy())
         forecast_figure(folder.path / "forecast.png", *arrays, self.series.names, Path(self.recipe.data.dataset).stem)
-        retrieval_weights_figure(folder.path / "weights.png", *weights_of(model, past.unsqueeze(0)), self.series.names)
+        retrieval_weights_figure(folder.path / "weights.png", *weights_of(model, **inputs), self.series.names)
 
     def summary(self, metrics: dict[str, Any]) -> str:
         split = self.recipe.evaluation.split
@@ -130,22 +147,23 @@ class Forecasts(Task):
         lines = [f"  {name:<28} {errors[f'{split}_mse']:.4f}  {errors[f'{split}_mae']:.4f}" for name, errors in rows.items()]
         return "\n".join([f"{split.capitalize()} errors on scaled values{took}:", f"  {'':<28} MSE     MAE", *lines])
 
-    def probes(self, model: PreTrainedModel) -> tuple[list[np.ndarray], np.ndarray]:
-        past = self._evaluated("past_values")
-        return list(past.numpy()), forecaster(model)(past).numpy()
+    def probes(self, model: PreTrainedModel) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        inputs = default_collate(self._evaluated())
+        del inputs["future_values"]
+        return {name: values.numpy() for name, values in inputs.items()}, forecaster(model)(**inputs).numpy()
 
     def score(self, folder: Path) -> dict[str, float]:
         model = STanHopForPrediction.from_pretrained(folder).eval()
-        split, lengths = self.recipe.evaluation.split, (model.config.context_length, model.config.prediction_length)
+        split = self.recipe.evaluation.split
         trained = read_result(folder / "results.json", "run")["series"]["names"]
         if self.series.names != trained:
             raise RecipeError(f"the model was trained on the series {trained}, but the data have {self.series.names}")
-        return {f"{split}_{name}": error for name, error in errors_of(forecaster(model), self.series, split, *lengths).items()}
+        return with_split(split, fitted(model).errors(self.series, split, model.config.prediction_length))
 
-    def _evaluated(self, name: str) -> torch.Tensor:
+    def _evaluated(self) -> list[dict[str, torch.Tensor]]:
         """Every 500th window of the evaluated split."""
-        windows = self.series.windows(self.recipe.evaluation.split, *self.lengths)
-        return torch.stack([windows[index][name] for index in range(0, len(windows), 500)])
+        windows = self.series.windows(self.recipe.evaluation.split, *self.lengths, self.cycle_length)
+        return [windows[index] for index in range(0, len(windows), 500)]
 
 
 def units(series: Series) -> dict[str, Any]:
@@ -184,24 +202,38 @@ def init_as_linear_map(model: STanHopForPrediction, start: LinearMap) -> None:
             parameter.zero_()
 
 
+def init_as_cycle_map(model: STanHopForPrediction, start: CycleMap) -> None:
+    """Initialise a model with a cycle and a linear skip so that its forecasts equal those of a linear
+    map after a cycle, in place."""
+    init_as_linear_map(model, start.remainder)
+    with torch.no_grad():
+        cast(STanHopCycle, model.model.cycle).table.copy_(start.cycle)
+
+
 def forecaster(model: Any):
-    """Wrap a model as a function from past values (B, L, C) to forecasts (B, H, C)."""
+    """Wrap a model as a function from past values (B, L, C), and further inputs, to forecasts
+    (B, H, C)."""
 
     @torch.no_grad()
-    def forecast(past: torch.Tensor) -> torch.Tensor:
-        return model(past_values=past).prediction_outputs
+    def forecast(past_values: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        return model(past_values=past_values, **inputs).prediction_outputs
 
     return forecast
 
 
+def fitted(model: Any) -> Fitted:
+    """A model as a forecaster with the windows that it takes."""
+    return Fitted(forecaster(model), model.config.context_length, model.config.cycle_length)
+
+
 @torch.no_grad()
-def weights_of(model: Any, past: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def weights_of(model: Any, past_values: torch.Tensor, **inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean association weights of the first block: (P, P) over time segments and (C, C) over
     series.
 
     The weights over series are the product of two: series to prototypes, and prototypes to series.
     """
-    over_time, pooling, over_prototypes = model(past_values=past, output_attentions=True).attentions[:3]
+    over_time, pooling, over_prototypes = model(past_values=past_values, output_attentions=True, **inputs).attentions[:3]
     return over_time.mean((0, 1)).numpy(), (over_prototypes.mean(1) @ pooling.mean(1)).mean(0).numpy()
 
 
