@@ -181,3 +181,13 @@ def cycle_gradient(past_gradients, forecast_gradients, cycle, indices):
         for step, row in enumerate(forecast):
             gradient[(index + len(past) + step) % len(cycle)] += row
     return gradient
+
+
+def conformal_quantile(errors, weights, level):
+    """The smallest error q with N / (N + 1) sum_i p_i [e_i <= q] >= level; infinite if none."""
+    count = len(errors)
+    for candidate in sorted(errors):
+        mass = sum(weight for error, weight in zip(errors, weights, strict=True) if error <= candidate)
+        if count / (count + 1) * mass >= level - 1e-9:
+            return candidate
+    return math.inf

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from modeling_uhop import STanHopConfig, STanHopForPrediction
 from modeling_uhop.modeling_stanhop import STanHopCycle
 
+from ..baselines.ensemble import Ensemble
 from ..baselines.series import (
     CycleMap,
     Fitted,
@@ -24,10 +25,15 @@ from ..baselines.series import (
 )
 from ..data.series import Series, SeriesData, load_series, unlabelled_windows
 from ..errors import RecipeError
+from ..forecast_intervals import FEWEST_WINDOWS, INTERVAL_KINDS, LEVELS, interval_metrics
 from ..recipe import Recipe
 from ..report.figures import forecast_figure, retrieval_weights_figure
 from ..results import read_result
 from ..task import Examples, Task
+
+
+# The name of the model in ensembles and in the summary.
+NETWORK = "STanHop"
 
 
 @dataclass
@@ -42,6 +48,11 @@ class SeriesRecipe(Recipe):
             training windows. With "ridge", the heads of the decoder are initialised to zero, and the
             cycle, if there is one, to the mean cycle of the training rows. The initial forecast is
             then that of the linear map, and STanHop-Net learns the residual.
+        ensemble: Whether to report a weighted mean of the network, the best linear baseline and the
+            memory baseline; and one of the two baselines alone. The best linear baseline and the
+            weights are those with the lowest squared error on validation windows.
+        intervals: Whether to report conformal prediction intervals at 80 and 95 %; see
+            `interval_metrics`.
     """
 
     config_class: ClassVar[type] = STanHopConfig
@@ -52,6 +63,8 @@ class SeriesRecipe(Recipe):
     season: int = 24
     baseline_lengths: list[int] = field(default_factory=lambda: [168, 336])
     skip_start: str = "zero"
+    ensemble: bool = False
+    intervals: bool = False
 
 
 class Forecasts(Task):
@@ -82,10 +95,19 @@ class Forecasts(Task):
         self.windows = self.series.windows("train", *self.lengths, self.cycle_length)
         validation = self.series.windows("validation", *self.lengths, self.cycle_length)
         self.validation: Subset = Subset(validation, range(0, len(validation), recipe.data.validation_stride))
+        if recipe.intervals and len(self.validation) < FEWEST_WINDOWS:
+            raise RecipeError(
+                f"intervals=true needs at least {FEWEST_WINDOWS} validation windows, got {len(self.validation)}; "
+                "use more validation rows, or a smaller data.validation_stride"
+            )
 
     def check_baselines(self) -> None:
-        """Raise a `RecipeError` if a baseline cannot be computed."""
+        """Raise a `RecipeError` if a baseline, the ensemble or the intervals cannot be computed."""
         recipe: SeriesRecipe = self.recipe
+        if recipe.ensemble and not recipe.baseline_lengths:
+            raise RecipeError("ensemble=true needs baselines to combine, but baseline_lengths is empty; give a length, or leave it out")
+        if recipe.intervals and recipe.evaluation.split == "validation":
+            raise RecipeError("intervals=true needs evaluation.split='test', because validation windows calibrate the intervals")
         if recipe.season < 1:
             raise RecipeError(f"season must be at least 1, got {recipe.season}")
         for length in recipe.baseline_lengths:
@@ -127,6 +149,15 @@ class Forecasts(Task):
             metrics |= with_split(split, network.errors(self.series, split, horizon))
         baselines = fit_baselines(self.series, horizon, recipe.season, recipe.baseline_lengths, self.cycle_length)
         errors = {name: with_split(evaluated, each.errors(self.series, evaluated, horizon)) for name, each in baselines.items()}
+        if recipe.ensemble:
+            members = ensemble_members(baselines, self.series, horizon)
+            without = Ensemble.fit(members, self.series, horizon)
+            errors["ensemble of baselines"] = with_split(evaluated, without.errors(self.series, evaluated, horizon))
+            ensemble = Ensemble.fit({NETWORK: network, **members}, self.series, horizon)
+            metrics |= with_split(f"ensemble_{evaluated}", ensemble.errors(self.series, evaluated, horizon))
+            metrics["ensemble_weights"] = dict(zip(ensemble.members, ensemble.weights.tolist(), strict=True))
+        if recipe.intervals:
+            metrics |= with_split(evaluated, interval_metrics(model, self.series, evaluated, recipe.data.validation_stride))
         return {**metrics, "baselines": errors}
 
     def details(self) -> dict[str, Any]:
@@ -143,9 +174,17 @@ class Forecasts(Task):
     def summary(self, metrics: dict[str, Any]) -> str:
         split = self.recipe.evaluation.split
         took = f" ({metrics['train_seconds']} s of training)" if "train_seconds" in metrics else ""
-        rows = {"STanHop": metrics, **metrics["baselines"]}
-        lines = [f"  {name:<28} {errors[f'{split}_mse']:.4f}  {errors[f'{split}_mae']:.4f}" for name, errors in rows.items()]
-        return "\n".join([f"{split.capitalize()} errors on scaled values{took}:", f"  {'':<28} MSE     MAE", *lines])
+        rows = {NETWORK: metrics, **metrics["baselines"]}
+        if "ensemble_weights" in metrics:
+            rows["ensemble with the network"] = {name: metrics[f"ensemble_{name}"] for name in (f"{split}_mse", f"{split}_mae")}
+        width = max(map(len, rows))
+        lines = [f"  {name:<{width}} {errors[f'{split}_mse']:.4f}  {errors[f'{split}_mae']:.4f}" for name, errors in rows.items()]
+        text = [f"{split.capitalize()} errors on scaled values{took}:", f"  {'':<{width}} MSE     MAE", *lines]
+        for kind in INTERVAL_KINDS if f"{split}_split_coverage_80" in metrics else ():
+            for level in LEVELS:
+                coverage, wide, score = (metrics[f"{split}_{kind}_{name}_{level}"] for name in ("coverage", "width", "score"))
+                text.append(f"  {kind} intervals at {level} %: coverage {coverage:.3f}, width {wide:.3f}, interval score {score:.3f}")
+        return "\n".join(text)
 
     def probes(self, model: PreTrainedModel) -> tuple[dict[str, np.ndarray], np.ndarray]:
         inputs = default_collate(self._evaluated())
@@ -224,6 +263,14 @@ def forecaster(model: Any):
 def fitted(model: Any) -> Fitted:
     """A model as a forecaster with the windows that it takes."""
     return Fitted(forecaster(model), model.config.context_length, model.config.cycle_length)
+
+
+def ensemble_members(baselines: dict[str, Fitted], series: Series, prediction_length: int) -> dict[str, Fitted]:
+    """The linear baseline with the lowest MSE on validation windows, and the memory baseline."""
+    linear = [name for name, each in baselines.items() if isinstance(each.forecaster, LinearMap | CycleMap)]
+    best = min(linear, key=lambda name: baselines[name].errors(series, "validation", prediction_length)["mse"])
+    memory = next(name for name, each in baselines.items() if isinstance(each.forecaster, WindowMemory))
+    return {name: baselines[name] for name in (best, memory)}
 
 
 @torch.no_grad()
