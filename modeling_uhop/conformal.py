@@ -30,7 +30,7 @@ class ConformalIntervals:
         alpha: Tsallis exponent of the association, in [1, 2].
 
     Raises:
-        ValueError: If `errors` or `codes` have another shape.
+        ValueError: If `errors` or `codes` have another shape, or codes are not finite.
     """
 
     def __init__(self, errors: torch.Tensor, codes: torch.Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0):
@@ -38,6 +38,7 @@ class ConformalIntervals:
             raise ValueError(f"errors must have shape (N, H, C) with at least one window, got {tuple(errors.shape)}")
         if codes is not None and (codes.dim() != 3 or codes.shape[:2] != (errors.shape[2], len(errors))):
             raise ValueError(f"codes must have shape (C={errors.shape[2]}, N={len(errors)}, D), got {tuple(codes.shape)}")
+        _check_finite(codes, "past")
         self.errors, self.codes, self.beta, self.alpha = errors.abs(), codes, beta, alpha
 
     def half_widths(self, level: float, codes: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,12 +53,14 @@ class ConformalIntervals:
                 level.
 
         Raises:
-            ValueError: If `level` is out of range, or only past or new windows have codes.
+            ValueError: If `level` is out of range, only past or new windows have codes, or codes are not
+                finite.
         """
         if not 0.0 < level < 1.0:
             raise ValueError(f"level must lie in (0, 1), got {level}")
         if (codes is None) != (self.codes is None):
             raise ValueError("new windows need codes if past windows have codes, and otherwise none")
+        _check_finite(codes, "new")
         count, horizon, channels = self.errors.shape
         if codes is None or self.codes is None:
             weights = self.errors.new_full((channels, 1, count), 1.0 / count)
@@ -68,6 +71,11 @@ class ConformalIntervals:
             for step in range(horizon)
         ]
         return torch.stack([torch.stack(series, -1) for series in steps], 1)
+
+
+def _check_finite(codes: torch.Tensor | None, which: str) -> None:
+    if codes is not None and not bool(codes.isfinite().all()):
+        raise ValueError(f"codes of {which} windows must be finite, got {int((~codes.isfinite()).sum())} values that are not")
 
 
 def weighted_quantile(errors: torch.Tensor, weights: torch.Tensor, level: float) -> torch.Tensor:

@@ -105,6 +105,14 @@ def test_errors_that_are_not_known_do_not_count():
     [
         (lambda: ConformalIntervals(torch.zeros(0, 2, 3)), r"errors must have shape \(N, H, C\) with at least one window, got \(0, 2, 3\)"),
         (lambda: ConformalIntervals(torch.zeros(4, 2, 3), torch.zeros(4, 3, 5)), r"\(C=3, N=4, D\), got \(4, 3, 5\)"),
+        (
+            lambda: ConformalIntervals(torch.zeros(4, 2, 3), torch.full((3, 4, 5), math.nan)),
+            "codes of past windows must be finite, got 60 values that are not",
+        ),
+        (
+            lambda: ConformalIntervals(torch.zeros(4, 2, 3), torch.ones(3, 4, 5)).half_widths(0.8, torch.full((3, 1, 5), math.inf)),
+            "codes of new windows must be finite, got 15 values that are not",
+        ),
         (lambda: ConformalIntervals(torch.zeros(4, 2, 3)).half_widths(1.0), r"level must lie in \(0, 1\), got 1.0"),
         (lambda: ConformalIntervals(torch.zeros(4, 2, 3)).half_widths(0.8, torch.zeros(3, 1, 5)), "new windows need codes if"),
         (lambda: ConformalIntervals(torch.zeros(4, 2, 3), torch.zeros(3, 4, 5)).half_widths(0.8), "new windows need codes if"),
@@ -138,26 +146,24 @@ def test_the_metrics_of_a_forecaster():
     half = past.errors.abs().sort(0).values[rank - 1]
     assert metrics["split_coverage_95"] == pytest.approx((new.errors.abs() <= half).double().mean().item())
     assert metrics["split_width_95"] == pytest.approx(2 * half.mean().item(), rel=1e-5)
-    assert metrics["hopfield_beta"] == best_beta(past, 3)
-    chosen = half_widths(past, new, 0.8, metrics["hopfield_beta"])
+    assert [metrics[f"hopfield_beta_{level}"] for level in (80, 95)] == [best_beta(past, level, 3) for level in (0.8, 0.95)]
+    chosen = half_widths(past, new, 0.8, metrics["hopfield_beta_80"])
     assert metrics["hopfield_coverage_80"] == pytest.approx((new.errors.abs() <= chosen).double().mean().item())
-    assert set(metrics) == {"hopfield_beta"} | {
+    assert set(metrics) == {"hopfield_beta_80", "hopfield_beta_95"} | {
         f"{kind}_{name}_{level}" for kind in ("split", "hopfield") for name in ("coverage", "width", "score") for level in (80, 95)
     }
 
 
-def test_beta_is_chosen_on_validation_windows():
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_beta_is_chosen_on_validation_windows(level):
     """It has the lowest score where the earlier half calibrates the later half, without those between."""
     series = load_series(SeriesData("synthetic", split=[600, 200, 200]))
     sizes = {"context_length": 24, "prediction_length": 6, "d_model": 16, "ffn_dim": 16}
     past = forecasts(STanHopForPrediction(STanHopConfig(**units(series), **sizes)).eval(), series, "validation", 2)
     earlier, later = past.part(0, 49 - 3), past.part(49, 98)
 
-    def score(beta):
-        return sum(measured(later.errors, half_widths(earlier, later, level, beta), level)["score"] for level in (0.8, 0.95))
-
-    scores = {beta: score(beta) for beta in BETAS}
-    assert scores[best_beta(past, 3)] == min(scores.values())
+    scores = {beta: measured(later.errors, half_widths(earlier, later, level, beta), level)["score"] for beta in BETAS}
+    assert scores[best_beta(past, level, 3)] == min(scores.values())
     assert len(set(scores.values())) > 1
 
 

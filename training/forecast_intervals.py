@@ -2,7 +2,7 @@
 
 The errors on validation windows calibrate the intervals. Split conformal intervals weight all errors
 equally. Hopfield intervals weight them by the association of the encoded windows, at the inverse
-temperature that is best on validation windows.
+temperature that is best on validation windows at each level.
 """
 
 from typing import Any, NamedTuple
@@ -41,7 +41,8 @@ class Forecasts(NamedTuple):
 
 def interval_metrics(model: Any, series: Series, split: str, stride: int) -> dict[str, float]:
     """Coverage, mean width and mean interval score of both kinds of intervals, by names such as
-    "split_coverage_80", "hopfield_width_95" and "hopfield_score_80"; and "hopfield_beta".
+    "split_coverage_80", "hopfield_width_95" and "hopfield_score_80"; and "hopfield_beta_80" and
+    "hopfield_beta_95".
 
     Values are scaled. The interval score is the width plus the distance of a value outside of the
     interval, multiplied by 2 / (1 - level); lower is better (Gneiting and Raftery, 2007).
@@ -53,32 +54,30 @@ def interval_metrics(model: Any, series: Series, split: str, stride: int) -> dic
         stride: Every `stride`-th validation window calibrates the intervals.
     """
     past, new = forecasts(model, series, "validation", stride), forecasts(model, series, split, 1)
-    beta = best_beta(past, -(-model.config.prediction_length // stride))
-    metrics = {"hopfield_beta": beta}
-    for kind, chosen in zip(INTERVAL_KINDS, (None, beta), strict=True):
-        for level in LEVELS:
+    metrics = {}
+    for level in LEVELS:
+        beta = best_beta(past, level / 100, -(-model.config.prediction_length // stride))
+        metrics[f"hopfield_beta_{level}"] = beta
+        for kind, chosen in zip(INTERVAL_KINDS, (None, beta), strict=True):
             found = measured(new.errors, half_widths(past, new, level / 100, chosen), level / 100)
             metrics |= {f"{kind}_{name}_{level}": value for name, value in found.items()}
     return metrics
 
 
-def best_beta(past: Forecasts, gap: int) -> float:
+def best_beta(past: Forecasts, level: float, gap: int) -> float:
     """The inverse temperature with the lowest interval score on the later half of the calibration
     windows, if the earlier half calibrates.
 
     Args:
         past: The calibration windows in the order of time.
+        level: The level of the intervals.
         gap: Number of windows between the halves that are left out, because their futures overlap
             with both.
     """
     half = len(past.errors) // 2
     earlier, later = past.part(0, max(half - gap, 1)), past.part(half, len(past.errors))
 
-    def score(beta: float) -> float:
-        levels = [level / 100 for level in LEVELS]
-        return sum(measured(later.errors, half_widths(earlier, later, level, beta), level)["score"] for level in levels)
-
-    return min(BETAS, key=score)
+    return min(BETAS, key=lambda beta: measured(later.errors, half_widths(earlier, later, level, beta), level)["score"])
 
 
 def half_widths(past: Forecasts, new: Forecasts, level: float, beta: float | None) -> torch.Tensor:
