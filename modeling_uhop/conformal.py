@@ -66,6 +66,8 @@ class ConformalIntervals:
             weights = self.errors.new_full((channels, 1, count), 1.0 / count)
         else:
             weights = association(codes, self.codes, beta=self.beta, alpha=self.alpha, similarity="cosine")
+        # Because `weighted_quantile` sums in double precision, the weights are converted once.
+        weights = weights.double()
         steps = [
             [weighted_quantile(self.errors[:, step, channel], weights[channel], level) for channel in range(channels)]
             for step in range(horizon)
@@ -93,8 +95,8 @@ def weighted_quantile(errors: torch.Tensor, weights: torch.Tensor, level: float)
     ordered, order = errors[known].sort()
     if len(ordered) == 0:
         return errors.new_full((len(weights),), torch.inf)
-    mass = weights[:, known][:, order].double().cumsum(-1)
+    mass = weights.double()[:, known.nonzero()[:, 0][order]].cumsum_(-1)
     # Because the mass is a sum of rounded numbers, a mass that misses the level by rounding counts.
     needed = level * (1.0 + 1.0 / len(ordered)) - 1e-9
-    index = torch.searchsorted(mass / mass[:, -1:], torch.full_like(mass[:, :1], needed)).squeeze(-1)
+    index = torch.searchsorted(mass, needed * mass[:, -1:]).squeeze(-1)
     return torch.cat([ordered, ordered.new_full((1,), torch.inf)])[index]
