@@ -1,5 +1,6 @@
 """Configuration of the STanHop-Net forecasting model."""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -46,6 +47,10 @@ class STanHopConfig(HopfieldLayersConfig):
             values. A constant window is divided by it.
         use_linear_skip (`bool`, defaults to `False`): Whether a linear map from the scaled window
             to the horizon, shared by all series, is added to the forecast.
+        cycle_length (`int`, *optional*): Number W of time steps of a learned cycle, such as 24 for the
+            daily cycle of hourly values; `None` for no cycle. The cycle is subtracted from the scaled
+            window before any retrieval, and added to the forecast (CycleNet, arXiv 2409.18479). The
+            model then needs `cycle_index`. It cannot be combined with `memory_type`.
         memory_type (`str`, *optional*): How stored windows are used inside the model, in addition
             to `STanHopModel.recall`. The papers' equations for both modes are not available to us;
             these are reconstructions. "plug": the window is combined with what it retrieves,
@@ -60,6 +65,14 @@ class STanHopConfig(HopfieldLayersConfig):
             stored windows.
         loss (`str`, defaults to `"mse"`): "mse" or "mae", over the observed future values in their
             own units.
+        channel_names (`list[str]`, *optional*): Names of the C series, which are the columns that
+            `STanHopForPrediction.forecast` reads.
+        mean (`list[float]`, *optional*): Mean of each series in the user's units. `forecast`
+            subtracts it from the past, and adds it to the forecast. `None` means 0.
+        std (`list[float]`, *optional*): Standard deviation of each series in the user's units,
+            positive. `forecast` divides by it, and multiplies the forecast by it. `None` means 1.
+        frequency (`str`, *optional*): Distance of two time steps as a frequency of pandas, such as
+            "h" or "15min". `None` means that `forecast` infers it.
         alpha (`float`, defaults to 1.5): As in `HopfieldLayersConfig`.
         learnable_alpha (`bool`, defaults to `True`): As in `HopfieldLayersConfig`.
         value_source (`str`, defaults to `"projected_memory"`): As in `HopfieldLayersConfig`;
@@ -97,11 +110,16 @@ class STanHopConfig(HopfieldLayersConfig):
     scaling: Literal["std", "mean"] | None = "std"
     minimum_scale: float | int = 1e-2
     use_linear_skip: bool = False
+    cycle_length: int | None = None
     memory_type: Literal["plug", "tune"] | None = None
     num_memories: int = 0
     memory_beta: float | int = 12.0
     memory_alpha: float | int = 1.0
     loss: Literal["mse", "mae"] = "mse"
+    channel_names: list[str] | None = None
+    mean: list[float | int] | None = None
+    std: list[float | int] | None = None
+    frequency: str | None = None
     alpha: float | int = 1.5
     learnable_alpha: bool = True
     value_source: Literal["memory", "projected_memory"] = "projected_memory"
@@ -114,12 +132,25 @@ class STanHopConfig(HopfieldLayersConfig):
         check_fields(self, ACTIVATION, "activation_function")
         check_fields(self, "lie in [0, 1)", "attention_dropout", "ff_dropout")
         check_fields(self, "be at least 0", "num_memories")
+        check_fields(self, "be at least 1", cycle_length="no cycle")
+        if self.cycle_length is not None and self.memory_type is not None:
+            raise ValueError(f"cycle_length={self.cycle_length} needs memory_type=None, got {self.memory_type!r}")
         check_fields(self, "be positive and finite", "memory_beta")
         check_fields(self, "lie in [1, 2]", "memory_alpha")
         if self.merge_window < 2 and self.num_hidden_layers > 1:
             raise ValueError(f"merge_window must be at least 2 if num_hidden_layers is above 1, got {self.merge_window}")
         if not self.minimum_scale > 0:
             raise ValueError(f"minimum_scale must be positive, got {self.minimum_scale}")
+        for name in ("channel_names", "mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.num_input_channels:
+                raise ValueError(f"{name} must have num_input_channels={self.num_input_channels} entries, got {len(values)}")
+        if self.channel_names is not None and len(set(self.channel_names)) < len(self.channel_names):
+            raise ValueError(f"channel_names must differ from each other, got {self.channel_names}")
+        if self.mean is not None and not all(map(math.isfinite, self.mean)):
+            raise ValueError(f"mean must be finite, got {self.mean}")
+        if self.std is not None and not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"std must be positive and finite, got {self.std}")
 
 
 __all__ = ["STanHopConfig"]

@@ -15,11 +15,12 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .checks import check_tensors
+from .checks import check_tensor, check_tensors
 from .configuration_stanhop import STanHopConfig
 from .hopfield import MLP, HopfieldAttention
 from .modeling_hopfield import HopfieldPreTrainedModel
 from .precision import is_finite, is_readable
+from .series_frame import FrameWindow
 from .series_memory import STanHopWindowMemory
 from .series_window import ScaledWindow, forecast_loss
 
@@ -37,7 +38,8 @@ class STanHopModelOutput(ModelOutput):
             over series (B P, H, C, num_prototypes).
         loc: (B, 1, C), the location that was subtracted from the window.
         scale: (B, 1, C), the scale that the window was divided by.
-        scaled_values: (B, L, C), the scaled window; zeros where a value was not observed.
+        scaled_values: (B, L, C), the scaled window minus its cycle, if the model has one; zeros where a
+            value was not observed.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -196,13 +198,45 @@ class STanHopSkip(nn.Linear):
     """
 
 
+class STanHopCycle(nn.Module):
+    r"""A learned cycle $Q$ of W time steps for each series (CycleNet, arXiv 2409.18479).
+
+    With the backbone $g$, the window $x$ and the position $t \bmod W$ of each step, the model computes
+
+    $$
+    x'_t = x_t - Q_{t \bmod W}, \qquad \bar{x}_t = g(x')_t + Q_{t \bmod W} .
+    $$
+
+    The cycle starts at zero.
+    """
+
+    def __init__(self, config: STanHopConfig):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(cast(int, config.cycle_length), config.num_input_channels))
+
+    def forward(self, cycle_index: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """The cycle (B, count, C) at the steps `first`, `first` + 1, ... of windows.
+
+        Args:
+            cycle_index: (B,), the position of the first step of each window, modulo W.
+            first: The first step, counted from the beginning of the window.
+            count: Number of steps.
+        """
+        steps = first + torch.arange(count, device=self.table.device)
+        return self.table[(cycle_index.to(self.table.device).unsqueeze(1) + steps) % len(self.table)]
+
+
 class STanHopPreTrainedModel(HopfieldPreTrainedModel):
     """Base class of the STanHop models: initialization, loading and saving."""
 
     config: STanHopConfig
     base_model_prefix = "model"
     main_input_name = "past_values"
-    read_at_each_call = (*HopfieldPreTrainedModel.read_at_each_call, "attention_dropout", "memory_alpha", "memory_beta", "loss")
+    read_at_each_call = (
+        *HopfieldPreTrainedModel.read_at_each_call,
+        *("attention_dropout", "memory_alpha", "memory_beta", "loss"),
+        *("channel_names", "mean", "std", "frequency"),
+    )
     _auto_classes = {
         "AutoConfig": "configuration_stanhop.STanHopConfig",
         "AutoModel": "modeling_stanhop.STanHopModel",
@@ -223,6 +257,8 @@ class STanHopPreTrainedModel(HopfieldPreTrainedModel):
             module.reset_parameters()
         elif isinstance(module, STanHopSkip):
             init.zeros_(module.weight)
+        elif isinstance(module, STanHopCycle):
+            init.zeros_(module.table)
         elif isinstance(module, nn.Linear):
             # Because the authors' code does the same, we use PyTorch's default scale.
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
@@ -252,6 +288,7 @@ class STanHopModel(STanHopPreTrainedModel):
         super().__init__(config)
         self.num_patches = math.ceil(config.context_length / config.patch_length)
         self.memory = STanHopWindowMemory(config)
+        self.cycle = STanHopCycle(config) if config.cycle_length is not None else None
         self.patch_embedding = nn.Linear(config.patch_length, config.d_model)
         self.position_embeddings = nn.Parameter(torch.empty(1, config.num_input_channels, self.num_patches, config.d_model))
         self.layernorm = nn.LayerNorm(config.d_model, eps=config.norm_eps)
@@ -284,7 +321,11 @@ class STanHopModel(STanHopPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(
-        self, past_values: torch.Tensor | None = None, past_observed_mask: torch.Tensor | None = None, **kwargs
+        self,
+        past_values: torch.Tensor | None = None,
+        past_observed_mask: torch.Tensor | None = None,
+        cycle_index: torch.Tensor | None = None,
+        **kwargs,
     ) -> STanHopModelOutput:
         """Encode windows at every scale.
 
@@ -292,6 +333,8 @@ class STanHopModel(STanHopPreTrainedModel):
             past_values: (B, context_length, num_input_channels).
             past_observed_mask: The same shape, 1 where a value was observed. The other values have
                 no influence and may be NaN. `None` means that all values except NaN were observed.
+            cycle_index: (B,), integers: the position of the first step of each window in the cycle,
+                modulo `cycle_length`. A model without a cycle takes none.
             kwargs (Any): Options of transformers, such as `output_attentions` and
                 `output_hidden_states`.
 
@@ -304,7 +347,7 @@ class STanHopModel(STanHopPreTrainedModel):
                 where it was observed; or if the scaled values are infinite in the dtype of the
                 model.
         """
-        window = self.scaled(past_values, past_observed_mask)
+        window = self.without_cycle(self.scaled(past_values, past_observed_mask), cycle_index)
         hidden_states = self.embed(window.values)
         if self.config.scaling is None and is_readable(window.values) and window.values.numel() > 0:
             # Because layer norms square their input, it must be far below the largest number of its
@@ -329,6 +372,28 @@ class STanHopModel(STanHopPreTrainedModel):
         """Check and scale windows; the arguments and errors are those of `forward`."""
         self.check_configuration()
         return ScaledWindow.of(past_values, past_observed_mask, self.config, self.dtype)
+
+    def without_cycle(self, window: ScaledWindow, cycle_index: torch.Tensor | None) -> ScaledWindow:
+        """Subtract the learned cycle, if the model has one, where values were observed.
+
+        Raises:
+            TypeError: If `cycle_index` is not a tensor.
+            ValueError: If it is missing or not needed, or not B integers.
+        """
+        if self.cycle is None:
+            if cycle_index is not None:
+                raise ValueError("cycle_index is given, but the model has no cycle (cycle_length is None)")
+            return window
+        batch, length, _ = window.values.shape
+        check_tensor(cycle_index, "cycle_index")
+        if cycle_index is None or cycle_index.shape != (batch,) or cycle_index.is_floating_point():
+            given = None if cycle_index is None else f"{cycle_index.dtype} of shape {tuple(cycle_index.shape)}"
+            raise ValueError(
+                f"cycle_index must be B={batch} integers, the position of each window's first step in the cycle of "
+                f"{self.config.cycle_length} steps, got {given}"
+            )
+        cycle = self.cycle(cycle_index, 0, length)
+        return window._replace(values=(window.values - cycle) * window.observed)
 
     @torch.no_grad()
     def store(self, past_values: torch.Tensor, future_values: torch.Tensor) -> None:
@@ -492,6 +557,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         future_values: torch.Tensor | None = None,
         future_observed_mask: torch.Tensor | None = None,
         return_loss: bool = True,
+        cycle_index: torch.Tensor | None = None,
         **kwargs,
     ) -> STanHopForPredictionOutput:
         """Forecast windows.
@@ -505,6 +571,7 @@ class STanHopForPrediction(STanHopPreTrainedModel):
                 none was observed, the loss is 0.
             return_loss: Whether to compute the loss if future values are given. The Trainer expects
                 an argument of this name.
+            cycle_index: As in `STanHopModel.forward`.
             kwargs (Any): Options of transformers, such as `output_attentions` and
                 `output_hidden_states`.
 
@@ -518,13 +585,15 @@ class STanHopForPrediction(STanHopPreTrainedModel):
                 shape, or (on CPU) if future values are infinite where they were observed.
         """
         self.check_configuration()
-        outputs: Any = self.model(past_values, past_observed_mask, return_dict=True, **kwargs)
+        outputs: Any = self.model(past_values, past_observed_mask, cycle_index, return_dict=True, **kwargs)
         decoded: Any = self.decoder(outputs.scales, return_dict=True, **kwargs)
         window, forecast = ScaledWindow(outputs.scaled_values, outputs.loc, outputs.scale), decoded.forecast
         if self.linear_skip is not None:
             forecast = forecast + self.linear_skip(window.values.transpose(1, 2)).transpose(1, 2)
         if self.memory_head is not None and self.config.num_memories > 0:
             forecast = forecast + self.memory_head(self.model.memory(window.values)[1].transpose(1, 2)).transpose(1, 2)
+        if self.model.cycle is not None:
+            forecast = forecast + self.model.cycle(cycle_index, self.config.context_length, self.config.prediction_length)
         prediction = window.in_units(forecast)
         loss = None
         if future_values is not None and return_loss:
@@ -548,13 +617,45 @@ class STanHopForPrediction(STanHopPreTrainedModel):
         return self.model.recall(past_values, past_observed_mask)
 
     @torch.no_grad()
-    def generate(self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None) -> SampleTSPredictionOutput:
+    def generate(
+        self, past_values: torch.Tensor, past_observed_mask: torch.Tensor | None = None, cycle_index: torch.Tensor | None = None
+    ) -> SampleTSPredictionOutput:
         """Forecast as `sequences` (B, 1, prediction_length, num_input_channels).
 
         The second axis has length 1, because a point forecast is a single sample.
         """
-        outputs = self(past_values, past_observed_mask=past_observed_mask, return_dict=True)
+        outputs = self(past_values, past_observed_mask=past_observed_mask, cycle_index=cycle_index, return_dict=True)
         return SampleTSPredictionOutput(sequences=outputs.prediction_outputs.unsqueeze(1))
+
+    def forecast(self, frame: Any) -> Any:
+        """Forecast a table of series in the user's units; this needs pandas.
+
+        The past is scaled by `mean` and `std` of the configuration, and the forecast is scaled
+        back. A recipe saves both with its model.
+
+        Args:
+            frame: A pandas DataFrame with one row per time step and at least `context_length` rows,
+                of which the last are used. It has a `DatetimeIndex`, a column "date", or one column
+                of dates. The columns of series are found by `channel_names`; other columns are
+                ignored. If `channel_names` is `None`, all columns are series. A missing value is
+                NaN.
+
+        Returns:
+            A DataFrame with the `prediction_length` time stamps that follow and a column for each
+                series, in the user's units.
+
+        Raises:
+            ImportError: If pandas is not installed.
+            TypeError: If `frame` is not a DataFrame.
+            ValueError: If the table has too few rows, no time stamps, time stamps that do not
+                increase or are not one step of `frequency` apart, a missing column, or a column
+                that is not numbers. If the model has a cycle and no `frequency`, which its position
+                in the cycle needs. Also as `forward`.
+        """
+        self.check_configuration()
+        window = FrameWindow.of(frame, self.config)
+        generated: Any = self.generate(window.past.to(self.device), cycle_index=window.cycle_index)
+        return window.in_units(generated.sequences[0, 0])
 
     def _sizes(self) -> dict[str, int]:
         return self.model._sizes() if "model" in self._modules else {}

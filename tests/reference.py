@@ -283,3 +283,35 @@ def supervised_losses(features, labels, temperature):
             total = sum(math.exp(_dot(one, normed[nu]) / temperature) for nu in others)
             losses.append(-sum(math.log(math.exp(_dot(one, normed[nu]) / temperature) / total) for nu in alike) / len(alike))
     return losses
+
+
+def cycle_residual(values, cycle, index, first, sign):
+    """values_t + sign Q_{(index + first + t) mod W} for a window (T, C) and a cycle Q (W, C); CycleNet
+    (arXiv 2409.18479)."""
+    rows = []
+    for step, row in enumerate(values):
+        position = (index + first + step) % len(cycle)
+        rows.append([value + sign * cycle[position][channel] for channel, value in enumerate(row)])
+    return np.array(rows)
+
+
+def cycle_gradient(past_gradients, forecast_gradients, cycle, indices):
+    """The gradient of a loss in Q: minus those in the past without the cycle, plus those in the
+    forecast, each at its position."""
+    gradient = np.zeros_like(cycle)
+    for past, forecast, index in zip(past_gradients, forecast_gradients, indices, strict=True):
+        for step, row in enumerate(past):
+            gradient[(index + step) % len(cycle)] -= row
+        for step, row in enumerate(forecast):
+            gradient[(index + len(past) + step) % len(cycle)] += row
+    return gradient
+
+
+def conformal_quantile(errors, weights, level):
+    """The smallest error q with N / (N + 1) sum_i p_i [e_i <= q] >= level; infinite if none."""
+    count = len(errors)
+    for candidate in sorted(errors):
+        mass = sum(weight for error, weight in zip(errors, weights, strict=True) if error <= candidate)
+        if count / (count + 1) * mass >= level - 1e-9:
+            return candidate
+    return math.inf

@@ -58,6 +58,11 @@ OTHERS: dict[str, Any] = {
     "feature_dim": 9,
     "head_dim": 4,
     "num_memories": 2,
+    "channel_names": ["a", "b"],
+    "mean": [1.0, 2.0],
+    "std": [0.5, 2.0],
+    "frequency": "h",
+    "cycle_length": 6,
 }
 
 

@@ -144,7 +144,7 @@ def test_a_saved_model_gives_the_answers_of_the_run(finished):
 
 
 @torch.no_grad()
-def _answers(task: str, folder: Path, inputs: list[np.ndarray]) -> np.ndarray:
+def _answers(task: str, folder: Path, inputs: Any) -> np.ndarray:
     """The first output of the saved model for inputs of `check_reload`."""
     model = MODELS[task].from_pretrained(folder).eval()
     processor = loaded(tiny(task))
@@ -154,7 +154,7 @@ def _answers(task: str, folder: Path, inputs: list[np.ndarray]) -> np.ndarray:
     elif task == "images":
         given = processor.processor(inputs, return_tensors="pt")
     else:
-        given = {"past_values": torch.from_numpy(np.stack(inputs))}
+        given = {name: torch.from_numpy(values) for name, values in inputs.items()}
     outputs = model(**given)
     return (outputs.prediction_outputs if task == "series" else outputs.logits).float().numpy()
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -113,7 +114,8 @@ save_file({"retrieved": again(load_file(folder + "/probe.safetensors")["queries"
 
 @pytest.mark.process
 def test_a_forecaster_loads_with_its_windows_without_the_package(tmp_path):
-    model = STanHopForPrediction(STanHopConfig(**SERIES, memory_type="plug", use_linear_skip=True, num_hidden_layers=2)).eval()
+    units = {"channel_names": ["a", "b", "c"], "mean": [1.0, 2.0, 3.0], "std": [3.0, 2.0, 1.0]}
+    model = STanHopForPrediction(STanHopConfig(**SERIES, **units, memory_type="plug", use_linear_skip=True, num_hidden_layers=2)).eval()
     model.store(torch.randn(5, 24, 3), torch.randn(5, 6, 3))
     model.save_pretrained(tmp_path / "model")
     past = torch.randn(2, 24, 3)
@@ -121,6 +123,8 @@ def test_a_forecaster_loads_with_its_windows_without_the_package(tmp_path):
     script = """
 import sys
 sys.modules["modeling_uhop"] = None
+import pandas
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForTimeSeriesPrediction
 
@@ -132,6 +136,8 @@ for name, then in (("model", "again"), ("again", "last")):
     assert AutoConfig.from_pretrained(folder + "/" + name, trust_remote_code=True).num_memories == 5
     outputs[name] = model(past_values=past).prediction_outputs.detach().contiguous()
     outputs[name + " recalled"] = model.recall(past).contiguous()
+    table = pandas.DataFrame(past[0].numpy(), columns=["a", "b", "c"], index=pandas.date_range("2024-01-01", periods=24, freq="h"))
+    outputs[name + " table"] = torch.from_numpy(model.forecast(table).to_numpy().copy())
     model.save_pretrained(folder + "/" + then)
 save_file(outputs, folder + "/outputs.safetensors")
 """
@@ -141,6 +147,8 @@ save_file(outputs, folder + "/outputs.safetensors")
     for name in ("model", "again"):
         assert torch.equal(outputs[name], model(past_values=past).prediction_outputs)
         assert torch.equal(outputs[f"{name} recalled"], model.recall(past))
+        table = pandas.DataFrame(past[0].numpy(), columns=["a", "b", "c"], index=pandas.date_range("2024-01-01", periods=24, freq="h"))
+        assert torch.equal(outputs[f"{name} table"], torch.tensor(model.forecast(table).to_numpy()))
 
 
 def test_the_folder_names_every_auto_class_and_has_no_pickle(tmp_path):

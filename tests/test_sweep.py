@@ -97,6 +97,9 @@ def test_results_are_collected_with_spread_and_paired_intervals(project):
         "| repeat |  | 2.0000 |",
         "| published: theirs |  | 0.9 |",
     ]
+    # A baseline has no value of a metric that only variants have.
+    gathered["baselines"] = {"repeat": {"test_mae": 2.0}}
+    assert "| repeat |  |  |" in variants_table([gathered])
     assert paired_table([gathered]).splitlines()[2:] == [f"| better one vs. plain | -0.1000 ± {(high - low) / 2:.4f} |"]
 
 

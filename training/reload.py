@@ -30,7 +30,7 @@ LOADERS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def check_reload(folder: Path, task: str | None, inputs: list[np.ndarray], answers: np.ndarray) -> None:
+def check_reload(folder: Path, task: str | None, inputs: list[np.ndarray] | dict[str, np.ndarray], answers: np.ndarray) -> None:
     """Reload a model folder in a new process and compare its outputs with those from before saving.
 
     Args:
@@ -38,7 +38,8 @@ def check_reload(folder: Path, task: str | None, inputs: list[np.ndarray], answe
         task: Key of `LOADERS`: the pipeline that is checked with the model and its processor.
             `None` for a model alone.
         inputs: What the processor takes: images (height, width, 3), uint8; bags (instances,
-            features). For a model alone, items of its main input, all of one shape.
+            features). For a model alone, items of its main input, all of one shape, or a batch of
+            each of its inputs by name.
         answers: Outputs of the model before it was saved, such as logits (inputs, labels). For a
             model alone, its first output.
 
@@ -46,7 +47,7 @@ def check_reload(folder: Path, task: str | None, inputs: list[np.ndarray], answe
         RuntimeError: If the model cannot be loaded, or its outputs differ.
     """
     probe = folder / "probe.npz"
-    arrays: dict[str, Any] = {f"input_{index}": array for index, array in enumerate(inputs)}
+    arrays: dict[str, Any] = inputs if isinstance(inputs, dict) else {f"input_{index}": array for index, array in enumerate(inputs)}
     np.savez(probe, answers=answers, **arrays)
     print(f"\nReloading {folder} in a fresh process:", flush=True)
     finished = subprocess.run([sys.executable, __file__, str(folder), str(probe), *([] if task is None else [task])])
@@ -58,17 +59,18 @@ def check_reload(folder: Path, task: str | None, inputs: list[np.ndarray], answe
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", help="model folder")
-    parser.add_argument("probe", help=".npz with `input_0`, `input_1`, ... and the `answers` from before saving")
+    parser.add_argument("probe", help=".npz with `input_0`, `input_1`, ... or inputs by name, and the `answers` from before saving")
     parser.add_argument("task", nargs="?", choices=LOADERS)
     args = parser.parse_args()
     probe = np.load(args.probe)
-    inputs = [probe[name] for name in probe.files if name != "answers"]
+    named = {name: probe[name] for name in probe.files if name != "answers"}
+    inputs = list(named.values())
     expected = torch.from_numpy(probe["answers"])
     sys.modules["modeling_uhop"] = None  # type: ignore[assignment]
-    differences = compare_outputs(args.folder, inputs, expected) if args.task is None else compare(args, inputs, expected)
+    differences = compare_outputs(args.folder, named, expected) if args.task is None else compare(args, inputs, expected)
     agree = max(differences.values()) < TOLERANCE
     for name, difference in differences.items():
-        print(f"  {name}: largest difference {difference:.1e} over {len(inputs)} inputs")
+        print(f"  {name}: largest difference {difference:.1e} over {len(expected)} inputs")
     print(f"  answers {'agree' if agree else 'DISAGREE'} (bound {TOLERANCE:g}); the package was not importable")
     sys.exit(0 if agree else 1)
 
@@ -95,13 +97,15 @@ def compare(args: argparse.Namespace, inputs: list[Any], expected: torch.Tensor)
 
 
 @torch.no_grad()
-def compare_outputs(folder: str, inputs: list[np.ndarray], expected: torch.Tensor) -> dict[str, float]:
+def compare_outputs(folder: str, inputs: dict[str, np.ndarray], expected: torch.Tensor) -> dict[str, float]:
     """The largest difference of a model's first output.
 
     The model is loaded with the last auto class that its configuration names: the one of its head."""
     auto_class = list(AutoConfig.from_pretrained(folder, trust_remote_code=True).auto_map)[-1]
     model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
-    (outputs, *_) = model(**{model.main_input_name: torch.from_numpy(np.stack(inputs))}).to_tuple()
+    if model.main_input_name not in inputs:
+        inputs = {model.main_input_name: np.stack(list(inputs.values()))}
+    (outputs, *_) = model(**{name: torch.from_numpy(values) for name, values in inputs.items()}).to_tuple()
     return {auto_class: (outputs - expected).abs().max().item()}
 
 

@@ -125,7 +125,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def probes(self, model: PreTrainedModel) -> tuple[list[np.ndarray], np.ndarray]:
+    def probes(self, model: PreTrainedModel) -> tuple[list[np.ndarray] | dict[str, np.ndarray], np.ndarray]:
         """Some inputs, and the outputs of the model for them, to compare with a reloaded model; see
         `check_reload`."""
 

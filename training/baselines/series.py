@@ -1,32 +1,66 @@
 """Baseline forecasters: repetition, linear maps, and a Hopfield memory without training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn.functional import linear, normalize
+from torch.utils.data import default_collate
 
 from modeling_uhop import simplex_map
 
 from ..data.series import Series
 
 
-# A function from windows (B, L, C) to forecasts (B, H, C).
-Forecaster = Callable[[torch.Tensor], torch.Tensor]
+# A function from windows (B, L, C), and their `cycle_index` (B,) if it has a cycle, to forecasts
+# (B, H, C).
+Forecaster = Callable[..., torch.Tensor]
 
 
-@torch.no_grad()
+class Fitted(NamedTuple):
+    """A forecaster and the windows that it takes.
+
+    Attributes:
+        forecaster: The function.
+        context_length: Length L of its windows.
+        cycle_length: Length of its cycle; `None` for a forecaster without a cycle.
+    """
+
+    forecaster: Forecaster
+    context_length: int
+    cycle_length: int | None = None
+
+    @torch.no_grad()
+    def forecasts(self, series: Series, split: str, prediction_length: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Forecasts and futures (B, H, C) of every window of a split, in batches of at most 256
+        windows."""
+        windows = series.windows(split, self.context_length, prediction_length, self.cycle_length)
+        for start in range(0, len(windows), 256):
+            batch = default_collate([windows[index] for index in range(start, min(start + 256, len(windows)))])
+            future = batch.pop("future_values")
+            yield self.forecaster(batch.pop("past_values"), **batch), future
+
+    def errors(self, series: Series, split: str, prediction_length: int) -> dict[str, float]:
+        """See `mean_errors`."""
+        return mean_errors(self.forecasts(series, split, prediction_length))
+
+
 def errors_of(forecaster: Forecaster, series: Series, split: str, context_length: int, prediction_length: int) -> dict[str, float]:
-    """Mean squared error and mean absolute error over every window of a split, on scaled values.
+    """The errors of a forecaster without a cycle over every window of a split; see `mean_errors`."""
+    return Fitted(forecaster, context_length).errors(series, split, prediction_length)
+
+
+def mean_errors(forecasts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
+    """Mean squared error and mean absolute error of batches of forecasts and futures, on scaled
+    values.
 
     Missing future values are ignored.
     """
-    windows = series.windows(split, context_length, prediction_length)
     totals = np.zeros(3)
-    for start in range(0, len(windows), 256):
-        examples = [windows[index] for index in range(start, min(start + 256, len(windows)))]
-        past, future = (torch.stack([example[name] for example in examples]) for name in ("past_values", "future_values"))
-        errors = (forecaster(past) - future)[~future.isnan()].double()
+    for forecast, future in forecasts:
+        errors = (forecast - future)[~future.isnan()].double()
         totals += [errors.square().sum().item(), errors.abs().sum().item(), errors.numel()]
     return {"mse": float(totals[0] / totals[2]), "mae": float(totals[1] / totals[2])}
 
@@ -96,6 +130,40 @@ def linear_map(series: Series, context_length: int, prediction_length: int, *, l
     return min(candidates, key=lambda candidate: errors_of(candidate, series, "validation", context_length, prediction_length)["mse"])
 
 
+def mean_cycle(series: Series, cycle_length: int) -> torch.Tensor:
+    """The mean (cycle_length, C) of the training rows at each position in the cycle; 0 at a position
+    without a value."""
+    first, last = series.rows["train"]
+    positions, values = series.steps[first:last] % cycle_length, series.values[first:last].double()
+    sums, counts = (
+        torch.zeros(cycle_length, values.shape[1], dtype=torch.float64).index_add_(0, positions, each)
+        for each in (values.nan_to_num(0.0), (~values.isnan()).double())
+    )
+    return (sums / counts.clamp(min=1)).float()
+
+
+class CycleMap:
+    """A linear map of what remains of the past without a cycle (cycle_length, C), which is added to
+    the forecast.
+
+    This is the function class of CycleNet with a linear backbone (arXiv 2409.18479)."""
+
+    def __init__(self, cycle: torch.Tensor, remainder: LinearMap):
+        self.cycle, self.remainder = cycle, remainder
+
+    def __call__(self, past: torch.Tensor, cycle_index: torch.Tensor) -> torch.Tensor:
+        horizon, length = self.remainder.weight.shape
+        cycle = self.cycle[(cycle_index.unsqueeze(1) + torch.arange(length + horizon)) % len(self.cycle)]
+        return self.remainder(past - cycle[:, :length]) + cycle[:, length:]
+
+
+def cycle_map(series: Series, context_length: int, prediction_length: int, cycle_length: int, *, last_value: bool) -> CycleMap:
+    """The mean cycle of the training rows, and the linear map (see `linear_map`) of what remains."""
+    cycle = mean_cycle(series, cycle_length)
+    remainder = replace(series, values=series.values - cycle[series.steps % cycle_length])
+    return CycleMap(cycle, linear_map(remainder, context_length, prediction_length, last_value=last_value))
+
+
 class WindowMemory:
     """A baseline without training: a Hopfield memory that retrieves similar past windows and
     forecasts their futures.
@@ -143,24 +211,27 @@ def _loc_and_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.mean(-1, keepdim=True), (values.var(-1, keepdim=True, unbiased=False) + 0.1).sqrt()
 
 
-def baselines(
-    series: Series, prediction_length: int, season: int, context_lengths: list[int], split: str = "test"
-) -> dict[str, dict[str, float]]:
-    """Errors of every baseline on a split; an empty mapping if `context_lengths` is empty.
+def fit_baselines(
+    series: Series, prediction_length: int, season: int, context_lengths: list[int], cycle_length: int | None = None
+) -> dict[str, Fitted]:
+    """Every baseline by name; an empty mapping if `context_lengths` is empty.
 
-    The beta of the memory is the one with the lowest MSE on validation windows.
+    With a `cycle_length`, there are also linear maps after the mean cycle is subtracted. The beta of
+    the memory is the one with the lowest MSE on validation windows.
     """
     if not context_lengths:
         return {}
-    longest = max(context_lengths)
-    forecasters: dict[str, tuple[Forecaster, int]] = {
-        "repeat last": (repeat_last(prediction_length), longest),
-        f"repeat last {season}": (repeat_season(prediction_length, season), max(longest, season)),
+    longest, shortest = max(context_lengths), min(context_lengths)
+    fitted = {
+        "repeat last": Fitted(repeat_last(prediction_length), longest),
+        f"repeat last {season}": Fitted(repeat_season(prediction_length, season), max(longest, season)),
     }
     for length in context_lengths:
         for name, last_value in (("linear", False), ("normalised linear", True)):
-            forecasters[f"{name}, {length}"] = (linear_map(series, length, prediction_length, last_value=last_value), length)
-    shortest = min(context_lengths)
+            fitted[f"{name}, {length}"] = Fitted(linear_map(series, length, prediction_length, last_value=last_value), length)
+            if cycle_length is not None:
+                after_cycle = cycle_map(series, length, prediction_length, cycle_length, last_value=last_value)
+                fitted[f"{name} after a cycle of {cycle_length}, {length}"] = Fitted(after_cycle, length, cycle_length)
     memory = WindowMemory(series, shortest, prediction_length)
 
     def validation_mse(beta: float) -> float:
@@ -168,6 +239,17 @@ def baselines(
         return errors_of(memory, series, "validation", shortest, prediction_length)["mse"]
 
     memory.beta = min((8.0, 12.0, 16.0, 24.0), key=validation_mse)
-    forecasters[f"memory of windows, {shortest}"] = (memory, shortest)
-    errors = {name: errors_of(forecaster, series, split, length, prediction_length) for name, (forecaster, length) in forecasters.items()}
-    return {name: {f"{split}_{metric}": error for metric, error in found.items()} for name, found in errors.items()}
+    return {**fitted, f"memory of windows, {shortest}": Fitted(memory, shortest)}
+
+
+def baselines(
+    series: Series, prediction_length: int, season: int, context_lengths: list[int], split: str = "test"
+) -> dict[str, dict[str, float]]:
+    """Errors of every baseline on a split; see `fit_baselines`."""
+    fitted = fit_baselines(series, prediction_length, season, context_lengths)
+    return {name: with_split(split, each.errors(series, split, prediction_length)) for name, each in fitted.items()}
+
+
+def with_split(split: str, errors: dict[str, float]) -> dict[str, float]:
+    """Errors by names such as "test_mse"."""
+    return {f"{split}_{name}": error for name, error in errors.items()}

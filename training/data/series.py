@@ -10,6 +10,8 @@ import pandas
 import torch
 from torch.utils.data import Dataset
 
+from modeling_uhop.series_frame import frequency_of, step_numbers
+
 from ..errors import RecipeError
 from .series_files import read_series
 
@@ -72,10 +74,20 @@ class Windows(Dataset):
         first, last: The rows [first, last) are predicted. The past of a window may begin before
             `first`.
         context_length, prediction_length: The lengths L of the past and H of the future.
+        positions: (T,), the position of each row in a cycle, of which windows have that of their
+            first row as `cycle_index`; `None` for windows without it.
     """
 
-    def __init__(self, values: torch.Tensor, first: int, last: int, context_length: int, prediction_length: int):
-        self.values, self.first = values, first
+    def __init__(
+        self,
+        values: torch.Tensor,
+        first: int,
+        last: int,
+        context_length: int,
+        prediction_length: int,
+        positions: torch.Tensor | None = None,
+    ):
+        self.values, self.first, self.positions = values, first, positions
         self.context_length, self.prediction_length = context_length, prediction_length
         self.count = last - first - prediction_length + 1
         if first < context_length:
@@ -92,10 +104,9 @@ class Windows(Dataset):
         if not 0 <= index < self.count:
             raise IndexError(f"window {index} does not exist; the index must lie in [0, {self.count})")
         now = self.first + index
-        return {
-            "past_values": self.values[now - self.context_length : now],
-            "future_values": self.values[now : now + self.prediction_length],
-        }
+        start = now - self.context_length
+        position = {} if self.positions is None else {"cycle_index": self.positions[start]}
+        return {"past_values": self.values[start:now], "future_values": self.values[now : now + self.prediction_length], **position}
 
 
 @dataclass
@@ -109,6 +120,10 @@ class Series:
             there, its `std` is 1.
         rows: First row (included) and last row (excluded) of the splits "train", "validation" and
             "test".
+        frequency: Distance of two rows, such as "h", as pandas names it; `None` if the time stamps
+            are not dates or have no frequency.
+        steps: (T,), the number of each row in steps of `frequency` (see `step_numbers`), or the number
+            of the row if there is no frequency.
     """
 
     values: torch.Tensor
@@ -116,12 +131,18 @@ class Series:
     mean: np.ndarray
     std: np.ndarray
     rows: dict[str, tuple[int, int]]
+    frequency: str | None
+    steps: torch.Tensor
 
-    def windows(self, split: str, context_length: int, prediction_length: int) -> Windows:
+    def windows(self, split: str, context_length: int, prediction_length: int, cycle_length: int | None = None) -> Windows:
         """The windows whose future lies in a split; for the training split, their past also lies in
-        it."""
+        it.
+
+        With a `cycle_length`, each window has its `cycle_index`.
+        """
         first, last = self.rows[split]
-        return Windows(self.values, first + context_length if first == 0 else first, last, context_length, prediction_length)
+        positions = None if cycle_length is None else self.steps % cycle_length
+        return Windows(self.values, first + context_length if first == 0 else first, last, context_length, prediction_length, positions)
 
 
 def load_series(data: SeriesData) -> Series:
@@ -134,7 +155,7 @@ def load_series(data: SeriesData) -> Series:
             the training rows, has training values too small for a standard deviation, or has a
             value farther than `FARTHEST` standard deviations from the training rows.
     """
-    frame = synthetic_series().drop(columns="date") if data.dataset == "synthetic" else read_series(data)
+    frame = synthetic_series().set_index("date") if data.dataset == "synthetic" else read_series(data)
     values = frame.to_numpy(dtype=np.float64)
     rows = split_rows(len(values), data.split)
     train = values[slice(*rows["train"])]
@@ -171,11 +192,19 @@ def load_series(data: SeriesData) -> Series:
                     f"after division by the standard deviation of the training rows, {std[index]:g}",
                     stacklevel=2,
                 )
-    return Series(torch.from_numpy(scaled), [str(name) for name in frame.columns], mean, std, rows)
+    frequency = frequency_of(frame.index) if isinstance(frame.index, pandas.DatetimeIndex) else None
+    steps = np.arange(len(frame)) if frequency is None else step_numbers(frame.index, frequency)
+    names = [str(name) for name in frame.columns]
+    return Series(torch.from_numpy(scaled), names, mean, std, rows, frequency, torch.from_numpy(steps))
 
 
 def unlabelled_windows(
-    data: SeriesData, series: Series, lengths: tuple[int, int], dataset: str | None = None, split: str | None = None
+    data: SeriesData,
+    series: Series,
+    lengths: tuple[int, int],
+    dataset: str | None = None,
+    split: str | None = None,
+    cycle_length: int | None = None,
 ) -> Windows:
     """Load windows for the separation step: of another series with as many columns, or of a split.
 
@@ -185,6 +214,7 @@ def unlabelled_windows(
         lengths: Context length and prediction length.
         dataset: As `data.dataset`; `None` means that of the recipe.
         split: "train" (if `None`), "validation" or "test".
+        cycle_length: As in `Series.windows`.
 
     Raises:
         RecipeError: If the number of columns differs, or the split is unknown; also as
@@ -195,7 +225,7 @@ def unlabelled_windows(
         raise RecipeError(f"separation.dataset must have {len(series.names)} series, as data.dataset has, got {len(other.names)}")
     if split is not None and split not in other.rows:
         raise RecipeError(f"separation.split must be one of {[*other.rows]}, got {split!r}")
-    return other.windows(split or "train", *lengths)
+    return other.windows(split or "train", *lengths, cycle_length)
 
 
 def _scaled(values: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

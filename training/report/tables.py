@@ -39,7 +39,8 @@ def variants_table(gathered: list[dict[str, Any]]) -> str:
         spreads = ["" if len(cell["values"]) == 1 else f" ± {cell['std']:.4f}" for cell in cells]
         rows.append([variant, " / ".join(sizes), *(f"{cell['mean']:.4f}{spread}" for cell, spread in zip(cells, spreads, strict=True))])
     for baseline in gathered[0]["baselines"]:
-        rows.append([baseline, "", *(f"{r['baselines'][baseline][metric]:.4f}" for r, metric in columns)])
+        errors = [r["baselines"][baseline].get(metric) for r, metric in columns]
+        rows.append([baseline, "", *("" if error is None else f"{error:.4f}" for error in errors)])
     for source in dict.fromkeys(source for result in gathered for source in result["published"]):
         rows.append([f"published: {source}", "", *(str(r["published"].get(source, {}).get(metric, "")) for r, metric in columns)])
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))

@@ -6,18 +6,34 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Subset, default_collate
 from transformers import PreTrainedModel
 
 from modeling_uhop import STanHopConfig, STanHopForPrediction, WindowViews
+from modeling_uhop.modeling_stanhop import STanHopCycle
 
-from ..baselines.series import LinearMap, WindowMemory, baselines, errors_of, linear_map
-from ..data.series import SeriesData, load_series, unlabelled_windows
+from ..baselines.ensemble import Ensemble
+from ..baselines.series import (
+    CycleMap,
+    Fitted,
+    LinearMap,
+    WindowMemory,
+    cycle_map,
+    fit_baselines,
+    linear_map,
+    with_split,
+)
+from ..data.series import Series, SeriesData, load_series, unlabelled_windows
 from ..errors import RecipeError
+from ..forecast_intervals import FEWEST_WINDOWS, INTERVAL_KINDS, LEVELS, interval_metrics
 from ..recipe import Recipe
 from ..report.figures import forecast_figure, retrieval_weights_figure
 from ..results import read_result
 from ..task import Examples, Task
+
+
+# The name of the model in ensembles and in the summary.
+NETWORK = "STanHop"
 
 
 @dataclass
@@ -29,8 +45,14 @@ class SeriesRecipe(Recipe):
         baseline_lengths: Context lengths of the linear baselines. The memory baseline uses the
             smallest. An empty list means no baselines.
         skip_start: Initial weights of the linear skip: "zero", or "ridge", the ridge solution over
-            training windows. With "ridge", the heads of the decoder are initialised to zero. The
-            initial forecast is then that of the linear map, and STanHop-Net learns the residual.
+            training windows. With "ridge", the heads of the decoder are initialised to zero, and the
+            cycle, if there is one, to the mean cycle of the training rows. The initial forecast is
+            then that of the linear map, and STanHop-Net learns the residual.
+        ensemble: Whether to report a weighted mean of the network, the best linear baseline and the
+            memory baseline; and one of the two baselines alone. The best linear baseline and the
+            weights are those with the lowest squared error on validation windows.
+        intervals: Whether to report conformal prediction intervals at 80 and 95 %; see
+            `interval_metrics`.
     """
 
     config_class: ClassVar[type] = STanHopConfig
@@ -41,6 +63,8 @@ class SeriesRecipe(Recipe):
     season: int = 24
     baseline_lengths: list[int] = field(default_factory=lambda: [168, 336])
     skip_start: str = "zero"
+    ensemble: bool = False
+    intervals: bool = False
 
 
 class Forecasts(Task):
@@ -59,21 +83,31 @@ class Forecasts(Task):
     def load(self) -> None:
         recipe: SeriesRecipe = self.recipe
         self.series = load_series(recipe.data)
-        self.config = STanHopConfig(**{**recipe.model, "num_input_channels": self.series.values.shape[1]})
+        self.config = STanHopConfig(**{**recipe.model, **units(self.series)})
         self.lengths = (self.config.context_length, self.config.prediction_length)
+        self.cycle_length = self.config.cycle_length
         check_skip_start(recipe.skip_start, self.config)
         if self.config.memory_type is not None:
             raise RecipeError(
                 f"model.memory_type={self.config.memory_type!r} needs stored windows (`store`), but a recipe stores none; leave it out"
             )
         self.check_baselines()
-        self.windows = self.series.windows("train", *self.lengths)
-        validation = self.series.windows("validation", *self.lengths)
+        self.windows = self.series.windows("train", *self.lengths, self.cycle_length)
+        validation = self.series.windows("validation", *self.lengths, self.cycle_length)
         self.validation: Subset = Subset(validation, range(0, len(validation), recipe.data.validation_stride))
+        if recipe.intervals and len(self.validation) < FEWEST_WINDOWS:
+            raise RecipeError(
+                f"intervals=true needs at least {FEWEST_WINDOWS} validation windows, got {len(self.validation)}; "
+                "use more validation rows, or a smaller data.validation_stride"
+            )
 
     def check_baselines(self) -> None:
-        """Raise a `RecipeError` if a baseline cannot be computed."""
+        """Raise a `RecipeError` if a baseline, the ensemble or the intervals cannot be computed."""
         recipe: SeriesRecipe = self.recipe
+        if recipe.ensemble and not recipe.baseline_lengths:
+            raise RecipeError("ensemble=true needs baselines to combine, but baseline_lengths is empty; give a length, or leave it out")
+        if recipe.intervals and recipe.evaluation.split == "validation":
+            raise RecipeError("intervals=true needs evaluation.split='test', because validation windows calibrate the intervals")
         if recipe.season < 1:
             raise RecipeError(f"season must be at least 1, got {recipe.season}")
         for length in recipe.baseline_lengths:
@@ -88,14 +122,17 @@ class Forecasts(Task):
         return Examples(
             train=self.windows,
             evaluated=self.validation,
-            unlabelled=lambda *where: unlabelled_windows(data, self.series, self.lengths, *where),
+            unlabelled=lambda dataset, split: unlabelled_windows(data, self.series, self.lengths, dataset, split, self.cycle_length),
             views=WindowViews,
         )
 
     def model(self, examples: Examples) -> PreTrainedModel:
         model = STanHopForPrediction(self.config)
         if self.recipe.skip_start == "ridge":
-            init_as_linear_map(model, linear_map(self.series, *self.lengths, last_value=False))
+            if self.cycle_length is None:
+                init_as_linear_map(model, linear_map(self.series, *self.lengths, last_value=False))
+            else:
+                init_as_cycle_map(model, cycle_map(self.series, *self.lengths, self.cycle_length, last_value=False))
         return model
 
     def describe(self, model: PreTrainedModel) -> str:
@@ -107,46 +144,78 @@ class Forecasts(Task):
             return {}
         recipe: SeriesRecipe = self.recipe
         model.cpu()
-        metrics: dict[str, Any] = {}
-        for split in dict.fromkeys(("validation", recipe.evaluation.split)):
-            metrics |= {f"{split}_{name}": error for name, error in errors_of(forecaster(model), self.series, split, *self.lengths).items()}
-        settings = (self.config.prediction_length, recipe.season, recipe.baseline_lengths, recipe.evaluation.split)
-        return {**metrics, "validation_loss": trainer.state.best_metric, "baselines": baselines(self.series, *settings)}
+        evaluated, horizon = recipe.evaluation.split, self.config.prediction_length
+        network, metrics = fitted(model), {"validation_loss": trainer.state.best_metric}
+        for split in dict.fromkeys(("validation", evaluated)):
+            metrics |= with_split(split, network.errors(self.series, split, horizon))
+        baselines = fit_baselines(self.series, horizon, recipe.season, recipe.baseline_lengths, self.cycle_length)
+        errors = {name: with_split(evaluated, each.errors(self.series, evaluated, horizon)) for name, each in baselines.items()}
+        if recipe.ensemble:
+            members = ensemble_members(baselines, self.series, horizon)
+            without = Ensemble.fit(members, self.series, horizon)
+            errors["ensemble of baselines"] = with_split(evaluated, without.errors(self.series, evaluated, horizon))
+            ensemble = Ensemble.fit({NETWORK: network, **members}, self.series, horizon)
+            metrics |= with_split(f"ensemble_{evaluated}", ensemble.errors(self.series, evaluated, horizon))
+            metrics["ensemble_weights"] = dict(zip(ensemble.members, ensemble.weights.tolist(), strict=True))
+        if recipe.intervals:
+            metrics |= with_split(evaluated, interval_metrics(model, self.series, evaluated, recipe.data.validation_stride))
+        return {**metrics, "baselines": errors}
 
     def details(self) -> dict[str, Any]:
         return {"series": {"names": self.series.names, "mean": self.series.mean.tolist(), "std": self.series.std.tolist()}}
 
     def figures(self, folder, model, trained) -> None:
-        inputs, forecasts = self.probes(model)
-        past, future = self._evaluated("past_values")[0], self._evaluated("future_values")[0]
+        inputs = default_collate(self._evaluated()[:1])
+        future, past = inputs.pop("future_values")[0], inputs["past_values"][0]
         memories = WindowMemory(self.series, *self.lengths).closest(past)
-        arrays = (inputs[0], future.numpy(), forecasts[0], memories.numpy())
+        arrays = (past.numpy(), future.numpy(), forecaster(model)(**inputs)[0].numpy(), memories.numpy())
         forecast_figure(folder.path / "forecast.png", *arrays, self.series.names, Path(self.recipe.data.dataset).stem)
-        retrieval_weights_figure(folder.path / "weights.png", *weights_of(model, past.unsqueeze(0)), self.series.names)
+        retrieval_weights_figure(folder.path / "weights.png", *weights_of(model, **inputs), self.series.names)
 
     def summary(self, metrics: dict[str, Any]) -> str:
         split = self.recipe.evaluation.split
         took = f" ({metrics['train_seconds']} s of training)" if "train_seconds" in metrics else ""
-        rows = {"STanHop": metrics, **metrics["baselines"]}
-        lines = [f"  {name:<28} {errors[f'{split}_mse']:.4f}  {errors[f'{split}_mae']:.4f}" for name, errors in rows.items()]
-        return "\n".join([f"{split.capitalize()} errors on scaled values{took}:", f"  {'':<28} MSE     MAE", *lines])
+        rows = {NETWORK: metrics, **metrics["baselines"]}
+        if "ensemble_weights" in metrics:
+            rows["ensemble with the network"] = {name: metrics[f"ensemble_{name}"] for name in (f"{split}_mse", f"{split}_mae")}
+        width = max(map(len, rows))
+        lines = [f"  {name:<{width}} {errors[f'{split}_mse']:.4f}  {errors[f'{split}_mae']:.4f}" for name, errors in rows.items()]
+        text = [f"{split.capitalize()} errors on scaled values{took}:", f"  {'':<{width}} MSE     MAE", *lines]
+        for kind in INTERVAL_KINDS if f"{split}_split_coverage_80" in metrics else ():
+            for level in LEVELS:
+                coverage, wide, score = (metrics[f"{split}_{kind}_{name}_{level}"] for name in ("coverage", "width", "score"))
+                text.append(f"  {kind} intervals at {level} %: coverage {coverage:.3f}, width {wide:.3f}, interval score {score:.3f}")
+        return "\n".join(text)
 
-    def probes(self, model: PreTrainedModel) -> tuple[list[np.ndarray], np.ndarray]:
-        past = self._evaluated("past_values")
-        return list(past.numpy()), forecaster(model)(past).numpy()
+    def probes(self, model: PreTrainedModel) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        inputs = default_collate(self._evaluated())
+        del inputs["future_values"]
+        return {name: values.numpy() for name, values in inputs.items()}, forecaster(model)(**inputs).numpy()
 
     def score(self, folder: Path) -> dict[str, float]:
         model = STanHopForPrediction.from_pretrained(folder).eval()
-        split, lengths = self.recipe.evaluation.split, (model.config.context_length, model.config.prediction_length)
+        split = self.recipe.evaluation.split
         trained = read_result(folder / "results.json", "run")["series"]["names"]
         if self.series.names != trained:
             raise RecipeError(f"the model was trained on the series {trained}, but the data have {self.series.names}")
-        return {f"{split}_{name}": error for name, error in errors_of(forecaster(model), self.series, split, *lengths).items()}
+        return with_split(split, fitted(model).errors(self.series, split, model.config.prediction_length))
 
-    def _evaluated(self, name: str) -> torch.Tensor:
+    def _evaluated(self) -> list[dict[str, torch.Tensor]]:
         """Every 500th window of the evaluated split."""
-        windows = self.series.windows(self.recipe.evaluation.split, *self.lengths)
-        return torch.stack([windows[index][name] for index in range(0, len(windows), 500)])
+        windows = self.series.windows(self.recipe.evaluation.split, *self.lengths, self.cycle_length)
+        return [windows[index] for index in range(0, len(windows), 500)]
+
+
+def units(series: Series) -> dict[str, Any]:
+    """The fields of a configuration that say what the series of a data set are and how they are
+    scaled."""
+    return {
+        "num_input_channels": len(series.names),
+        "channel_names": series.names,
+        "mean": series.mean.tolist(),
+        "std": series.std.tolist(),
+        "frequency": series.frequency,
+    }
 
 
 def check_skip_start(start: str, config: STanHopConfig) -> None:
@@ -173,24 +242,46 @@ def init_as_linear_map(model: STanHopForPrediction, start: LinearMap) -> None:
             parameter.zero_()
 
 
+def init_as_cycle_map(model: STanHopForPrediction, start: CycleMap) -> None:
+    """Initialise a model with a cycle and a linear skip so that its forecasts equal those of a linear
+    map after a cycle, in place."""
+    init_as_linear_map(model, start.remainder)
+    with torch.no_grad():
+        cast(STanHopCycle, model.model.cycle).table.copy_(start.cycle)
+
+
 def forecaster(model: Any):
-    """Wrap a model as a function from past values (B, L, C) to forecasts (B, H, C)."""
+    """Wrap a model as a function from past values (B, L, C), and further inputs, to forecasts
+    (B, H, C)."""
 
     @torch.no_grad()
-    def forecast(past: torch.Tensor) -> torch.Tensor:
-        return model(past_values=past).prediction_outputs
+    def forecast(past_values: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        return model(past_values=past_values, **inputs).prediction_outputs
 
     return forecast
 
 
+def fitted(model: Any) -> Fitted:
+    """A model as a forecaster with the windows that it takes."""
+    return Fitted(forecaster(model), model.config.context_length, model.config.cycle_length)
+
+
+def ensemble_members(baselines: dict[str, Fitted], series: Series, prediction_length: int) -> dict[str, Fitted]:
+    """The linear baseline with the lowest MSE on validation windows, and the memory baseline."""
+    linear = [name for name, each in baselines.items() if isinstance(each.forecaster, LinearMap | CycleMap)]
+    best = min(linear, key=lambda name: baselines[name].errors(series, "validation", prediction_length)["mse"])
+    memory = next(name for name, each in baselines.items() if isinstance(each.forecaster, WindowMemory))
+    return {name: baselines[name] for name in (best, memory)}
+
+
 @torch.no_grad()
-def weights_of(model: Any, past: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def weights_of(model: Any, past_values: torch.Tensor, **inputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean association weights of the first block: (P, P) over time segments and (C, C) over
     series.
 
     The weights over series are the product of two: series to prototypes, and prototypes to series.
     """
-    over_time, pooling, over_prototypes = model(past_values=past, output_attentions=True).attentions[:3]
+    over_time, pooling, over_prototypes = model(past_values=past_values, output_attentions=True, **inputs).attentions[:3]
     return over_time.mean((0, 1)).numpy(), (over_prototypes.mean(1) @ pooling.mean(1)).mean(0).numpy()
 
 
