@@ -42,7 +42,7 @@ def test_a_result_is_stale_once_its_code_has_changed(package, tmp_path, capsys, 
     results = tmp_path / "results"
     write_result(results / "fresh.json", "speed", {"cases": []})
     assert list(read_result(results / "fresh.json")["code"]) == ["toy.sums"]
-    old = {"cases": [], "versions": {}, "commit": None, "machine": None}
+    old: dict = {"cases": [], "versions": {}, "commit": None, "machine": None}
     write_result(results / "old.json", "speed", old)
     source = package / "sums.py"
     source.unlink() if text is None else source.write_text(text)
