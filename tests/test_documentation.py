@@ -196,6 +196,19 @@ def test_the_readmes_summary_says_where_separation_does_not_help():
         "vit_cifar10_small": images,
         "vit_cifar10_small_10k": many,
     }
+    for name, metric, difference in (
+        ("images", "test_accuracy", -0.02),
+        ("text", "test_bits_per_byte", -0.02),
+        ("series", "test_mse", 0.001),
+    ):
+        pair = {
+            "first": "Phi, separation",
+            "second": "Phi without separation",
+            "metric": metric,
+            "difference": difference,
+            "half_width": 0.01,
+        }
+        files[f"attach_{name}"] = {"sweep": {"metrics": [metric]}, "paired": [pair]}
     files |= {"stanhop_etth1_96": forecasts, "retrieval_memory_size_cifar10": {"rows": rows}}
     assert files.keys() == HEADLINE.keys()
     lines = headline_table(files).splitlines()[2:]
@@ -207,9 +220,13 @@ def test_the_readmes_summary_says_where_separation_does_not_help():
         "-2.0 ± 1.0 points",
         "+0.001 to +0.001",
         "+0.0005 ± 0.0010",
+        "-0.0200 ± 0.0100",
+        "-0.0200 ± 0.0100",
+        "+0.0010 ± 0.0100",
     ]
+    of_adapters = ["separation is worse", "separation helps", "no clear gain"]
     verdicts = [cell[2].partition(":")[0] for cell in cells]
-    assert verdicts == [*["separation helps"] * 3, "separation is worse", "no clear gain", "no clear gain"]
+    assert verdicts == [*["separation helps"] * 3, "separation is worse", "no clear gain", "no clear gain", *of_adapters]
     files["retrieval_memory_size_cifar10"] = {"rows": []}
     assert "not measured" in headline_table(files)
 

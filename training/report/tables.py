@@ -232,6 +232,12 @@ def choice_ranks(results: list[dict[str, Any]]) -> dict[tuple[str, float, float]
 
 BAGS = [f"mil_{name}" for name in ("tiger", "elephant", "fox", "ucsb", "musk1", "musk2", "digits")]
 # The results files of the README's summary, and their kinds.
+# The comparisons of adapters, and how the summary names their models and scores.
+ADAPTERS = {
+    "attach_images": ("a ViT", "accuracy"),
+    "attach_text": ("a language model", "bits per byte"),
+    "attach_series": ("a PatchTST", "squared error"),
+}
 HEADLINE = {
     "retrieval_memory_size_cifar10": "retrieval",
     "vit_cifar10_small_ways": "seeds",
@@ -239,11 +245,12 @@ HEADLINE = {
     "vit_cifar10_small_10k": "seeds",
     **dict.fromkeys(BAGS, "folds"),
     "stanhop_etth1_96": "seeds",
+    **dict.fromkeys(ADAPTERS, "seeds"),
 }
 
 
 def headline_table(results: dict[str, dict[str, Any]]) -> str:
-    """Six tasks, what the separation step changes in each, with its 95 % confidence interval, and what that means."""
+    """What the separation step changes in each task, with its 95 % confidence interval, and what that means."""
     separated, more_epochs = "all below before training", "untrained Phi, 3 more epochs"
     small = "10,000 images: "
     rows = [
@@ -253,6 +260,7 @@ def headline_table(results: dict[str, dict[str, Any]]) -> str:
         _images_row("10,000", results["vit_cifar10_small_10k"], small + separated, small + more_epochs),
         _bags_row([results[name] for name in BAGS]),
         _forecasts_row(results["stanhop_etth1_96"]),
+        *(_adapter_row(results[name], *said) for name, said in ADAPTERS.items()),
     ]
     header = ["task", "change with separation (95 % interval)", "what it means", "more"]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
@@ -295,6 +303,16 @@ def _forecasts_row(result: dict[str, Any]) -> list[str]:
     task = "forecasts of ETTh1, 96 steps: MSE, compared with an untrained Φ (lower is better)"
     change = _difference(pair["difference"], pair["half_width"], 4)
     return [task, change, _verdict(-pair["difference"], pair["half_width"]), "[forecasts](docs/results/forecasts.md)"]
+
+
+def _adapter_row(result: dict[str, Any], model: str, score: str) -> list[str]:
+    (metric,) = result["sweep"]["metrics"]
+    pair = _pair(result, "Phi, separation", "Phi without separation", metric)
+    sign = 1 if score == "accuracy" else -1
+    task = f"{model} moved to few examples by an adapter: {score}, compared with an untrained Φ (equal steps)"
+    task += "" if sign > 0 else " (lower is better)"
+    change = _difference(pair["difference"], pair["half_width"], 4)
+    return [task, change, _verdict(sign * pair["difference"], pair["half_width"]), "[adapters](docs/results/adapters.md)"]
 
 
 def _pair(result: dict[str, Any], first: str, second: str, metric: str) -> dict[str, Any]:
