@@ -399,8 +399,16 @@ class StageOne:
         """
         self._check(batch)
         if self.separation.views is not None:
-            return self.separation.views(batch), self.separation.views(batch)
+            return self._augmented(batch), self._augmented(batch)
         return batch, self._corrupted(batch) if self.separation.kind in WITH_COPIES else None
+
+    def _augmented(self, batch: Any) -> Any:
+        """One view of a batch; the mask of patterns stays."""
+        views: Any = self.separation.views
+        if not _is_map(self.model):
+            return views(batch)
+        memories, mask = _pair(batch)
+        return views(memories), mask
 
     def _corrupted(self, batch: Any) -> Any:
         """The corrupted copy of a batch."""
@@ -458,6 +466,8 @@ class StageOne:
 
     def _of_examples(self, features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The mean feature of each example as one set (1, B, D), and which examples have a memory (1, B)."""
+        if features.dim() != 3:
+            raise ValueError(f"memories='example' needs the memories of a batch of examples, (B, M, d), got {features.dim()} axes")
         mask = torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device) if mask is None else mask
         counts = mask.sum(-1)
         means = features.masked_fill(~mask.unsqueeze(-1), 0.0).sum(-2) / counts.clamp(min=1).unsqueeze(-1)

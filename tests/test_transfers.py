@@ -224,3 +224,9 @@ def test_options_of_a_measurement_reach_it(capsys):
     assert "unrecognized arguments: --sauce x" in capsys.readouterr().err
     with pytest.raises(RecipeError, match="and its options after it"):
         train_command.main(["--seed", "1", "configs/attach/text.yaml"])
+
+
+def test_a_damaged_file_of_scores_is_named(tmp_path):
+    (tmp_path / "scores.json").write_text('{"half": ')
+    with pytest.raises(RecipeError, match=r"scores\.json is damaged"):
+        attach._read_json(tmp_path / "scores.json")

@@ -20,6 +20,7 @@ from modeling_uhop import (
     WindowViews,
     denoising_loss,
     koleo_loss,
+    maximize_separation,
     separation_loss,
     sigreg_loss,
     supervised_loss,
@@ -305,3 +306,28 @@ def test_a_feature_map_has_views_of_patterns():
         denoising_loss(phi(patterns * 1.1), phi(patterns * 1.1), temperature=0.1).unsqueeze(0),
     )
     assert math.isfinite(float(StageOne(phi, kind="vicreg").step(patterns)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_views_that_change_nothing_return_half_precision_values_exactly(dtype):
+    windows = torch.arange(512.0).view(1, -1, 1).to(dtype)
+    view = WindowViews(shortest=1.0, scale=0.0, jitter=0.0)({"past_values": windows})["past_values"]
+    assert view.dtype == dtype
+    assert torch.equal(view, windows)
+    images = torch.rand(1, 1, 64, 64).to(dtype)
+    view = ImageViews(smallest_area=1.0, flip=0.0, jitter=0.0, grey=0.0)({"pixel_values": images})["pixel_values"]
+    assert view.dtype == dtype
+    torch.testing.assert_close(view, images)
+
+
+def test_a_mean_with_another_number_of_channels_is_refused():
+    with pytest.raises(ValueError, match="mean must have one number for each of the 1 channels"):
+        ImageViews(mean=[0.5, 0.5, 0.5])({"pixel_values": torch.rand(2, 1, 8, 8)})
+
+
+def test_views_of_patterns_are_given_patterns_and_examples_need_a_batch():
+    phi, patterns = FeatureMap(8), torch.randn(3, 6, 8)
+    separation = Separation.two_views(lambda values: values + 0.1 * torch.randn_like(values), steps=2)
+    assert len(maximize_separation(phi, patterns, separation)) == 3
+    with pytest.raises(ValueError, match="a batch of examples"):
+        maximize_separation(phi, patterns[0], separation)

@@ -91,8 +91,10 @@ class UHopProjection(nn.Module, BaseTunerLayer):
         owner = self if self._query is None else self._query
         shares = self.training and self.value_rows is None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         versions = [each._version for each in (x, *(parameter for phi in maps for parameter in phi.parameters()))] if shares else []
-        if shares and owner in _SHARED:
-            computed_by, read, before, features = _SHARED.pop(owner)
+        # Because another thread may take the entry, it is looked up and removed in one call.
+        shared = _SHARED.pop(owner, None) if shares else None
+        if shared is not None:
+            computed_by, read, before, features = shared
             if computed_by is not self and read is x and before == versions:
                 return features
         features = x

@@ -257,7 +257,10 @@ def separation_of(variant: Variant, transfer: Transfer, **fields: Any) -> Separa
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise RecipeError(f"{path} is damaged ({error}); delete it to run everything again") from error
 
 
 def adapted(model: PreTrainedModel, variant: Variant, transfer: Transfer) -> nn.Module:
