@@ -87,7 +87,8 @@ class Separation:
             a corrupted one. A batch is a dictionary of the model's inputs, or patterns.
         memories: What a memory is. "tokens": each that a layer retrieves from. "example": an example
             as a whole, the mean of the features of its tokens. The examples of a batch are then one
-            set, or those of all processes with `pool_memories="global"`.
+            set, or those of all processes with `pool_memories="global"`. Layers with learned
+            memories take no part.
         layers: Whether "all" layers are separated or the "last" one.
         batch_size: Number of examples of a step of `SeparationCallback`, over all processes
             together, or of memories of a step of `maximize_separation`. `None` means 128 examples,
@@ -399,8 +400,16 @@ class StageOne:
         """
         self._check(batch)
         if self.separation.views is not None:
-            return self.separation.views(batch), self.separation.views(batch)
+            return self._augmented(batch), self._augmented(batch)
         return batch, self._corrupted(batch) if self.separation.kind in WITH_COPIES else None
+
+    def _augmented(self, batch: Any) -> Any:
+        """One view of a batch; the mask of patterns stays."""
+        views: Any = self.separation.views
+        if not _is_map(self.model):
+            return views(batch)
+        memories, mask = _pair(batch)
+        return views(memories), mask
 
     def _corrupted(self, batch: Any) -> Any:
         """The corrupted copy of a batch."""
@@ -465,7 +474,7 @@ class StageOne:
         means = features.masked_fill(~mask.unsqueeze(-1), 0.0).sum(-2) / counts.clamp(min=1).unsqueeze(-1)
         present = counts > 0
         if self.separation.pool_memories == "global":
-            means, present = gather_rows(means), gather_rows(present.unsqueeze(-1).float()).squeeze(-1) > 0
+            means, present = gather_rows(means), _gathered(present)
         if len(means) < 2:
             raise ValueError("memories='example' separates the examples of a batch, which must be at least two")
         return means.unsqueeze(0), present.unsqueeze(0)
@@ -524,6 +533,9 @@ class StageOne:
             sets = memory_sets_of(self.model, batch, include_class_token=self.separation.include_class_token)
         sets = [_own_kind(memory_set) for memory_set in sets]
         if self.separation.memories == "example":
+            sets = [each for each in sets if not each.shared]
+            if not sets:
+                raise ValueError("memories='example' needs memories that depend on the example; all memories of this model are learned")
             return sets
         if self.separation.pool_memories:
             sets = [self._pooled(each) for each in sets]
@@ -544,8 +556,12 @@ class StageOne:
         """Return the memories of all examples as one set: of this process, or of all."""
         memories, mask = memory_set.memories.flatten(0, 1), None if memory_set.mask is None else memory_set.mask.flatten()
         if self.separation.pool_memories == "global" and process_count() > 1 and not memory_set.shared:
-            memories = gather_rows(memories if mask is None else memories[mask])
-            mask = None if mask is None else mask.new_ones(len(memories))
+            if self.separation.views is not None and mask is not None:
+                # Because two views may have different masks, their memories keep their places.
+                memories, mask = gather_rows(memories.masked_fill(~mask.unsqueeze(-1), 0.0)), _gathered(mask)
+            else:
+                memories = gather_rows(memories if mask is None else memories[mask])
+                mask = None if mask is None else mask.new_ones(len(memories))
         return memory_set._replace(memories=memories, mask=mask)
 
     def _gradients(self, loss: torch.Tensor, leaves: dict[int, torch.Tensor]) -> list[torch.Tensor | None]:
@@ -575,6 +591,11 @@ def _separable(sets: list[MemorySet]) -> list[MemorySet]:
             "(for images, include_class_token=True adds one)"
         )
     return separable
+
+
+def _gathered(mask: torch.Tensor) -> torch.Tensor:
+    """The masks (n,) of all processes."""
+    return gather_rows(mask.unsqueeze(-1).float()).squeeze(-1) > 0
 
 
 def both(first: torch.Tensor | None, second: torch.Tensor | None) -> torch.Tensor | None:

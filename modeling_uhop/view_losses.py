@@ -162,7 +162,7 @@ def supervised_loss(
 
     Args:
         features: Features (..., M, D) of any norm. Leading axes hold independent sets.
-        labels: Classes (..., M), integers.
+        labels: Classes (..., M), integers. A memory of class -100 counts as absent.
         copies: Features (..., M, D) of a second view, or `None`.
         temperature: The temperature tau, positive.
         mask: Boolean (..., M), True where a memory is present; `None` if all are.
@@ -179,6 +179,7 @@ def supervised_loss(
         raise ValueError(f"temperature must be positive, got {temperature}")
     features, mask = _prepared(features, mask)
     labels = labels.expand(mask.shape)
+    mask = mask & (labels != -100)
     if copies is not None:
         features = torch.cat([features, _prepared(copies, mask)[0]], -2)
         labels, mask = torch.cat([labels, labels], -1), torch.cat([mask, mask], -1)

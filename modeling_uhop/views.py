@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.nn.functional import affine_grid, grid_sample
 
+from .precision import at_least_fp32
+
 
 def _of(batch: Mapping[str, Any], name: str, axes: int) -> torch.Tensor:
     """The input of this name; a `ValueError` if the batch has none with so many axes."""
@@ -69,11 +71,19 @@ class ImageViews:
 
     def __post_init__(self):
         _check(self, smallest_area=(1e-6, 1.0), flip=(0.0, 1.0), jitter=(0.0, 1.0), grey=(0.0, 1.0))
+        if not (torch.as_tensor(self.std, dtype=torch.float64) > 0).all():
+            raise ValueError(f"std must be positive, got {self.std!r}")
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the batch with other `pixel_values`."""
         images = _of(batch, "pixel_values", 4)
-        return {**batch, "pixel_values": self._recoloured(self._cropped(images))}
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) and len(value) not in (1, images.shape[1]):
+                raise ValueError(f"{name} must have one number for each of the {images.shape[1]} channels, got {value!r}")
+        # Because half precision cannot tell neighbouring pixels apart, we place them in fp32.
+        view = self._recoloured(self._cropped(at_least_fp32(images)))
+        return {**batch, "pixel_values": view.to(images.dtype)}
 
     def _cropped(self, images: torch.Tensor) -> torch.Tensor:
         """A random part of each image, in the size of the image, perhaps mirrored."""
@@ -116,7 +126,7 @@ class WindowViews:
     """Random views of a batch of windows of series: a resized part, another scale, noise.
 
     Each window of `past_values` (B, L, C) has a part, and scales of its own. A value that is NaN
-    makes the values next to it NaN where the part is resized.
+    makes the values next to it NaN.
 
     Args:
         shortest: The shortest part, as a fraction of the window, in (0, 1]. It is stretched to the
@@ -142,7 +152,9 @@ class WindowViews:
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return the batch with other `past_values`."""
-        windows = _of(batch, "past_values", 3)
+        given = _of(batch, "past_values", 3)
+        # Because half precision cannot tell neighbouring steps apart, we place them in fp32.
+        windows = at_least_fp32(given)
         count, length, channels = windows.shape
         part = _uniform(count, self.shortest, 1.0, windows)
         begin = (1.0 - part) * torch.rand(count, device=windows.device, dtype=windows.dtype)
@@ -155,7 +167,8 @@ class WindowViews:
         )
         values = torch.lerp(left, right, share)
         factors = 1.0 + self.scale * torch.randn(count, 1, channels, device=windows.device, dtype=windows.dtype)
-        return {**batch, "past_values": values * factors + self.jitter * torch.randn_like(values)}
+        values = values * factors + self.jitter * torch.randn_like(values)
+        return {**batch, "past_values": values.to(given.dtype)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +203,8 @@ class BagViews:
         instances = _of(batch, "instances", 3)
         given = batch.get("attention_mask")
         present = torch.ones(instances.shape[:2], dtype=torch.bool, device=instances.device) if given is None else given.bool()
+        if instances.shape[1] == 0:
+            return {**batch, "attention_mask": present}
         kept = torch.rand(present.shape, device=present.device).masked_fill(~present, -1.0)
         # The instance with the largest number stays, so that no bag becomes empty.
         stays = (kept >= self.dropout) | (kept == kept.amax(-1, keepdim=True))

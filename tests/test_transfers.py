@@ -90,6 +90,9 @@ def test_the_command_writes_a_result_of_every_variant(recipe, tmp_path, capsys):
     second = read_result(tmp_path / "attach_toy.json", "seeds")
     assert first["variants"] == second["variants"]
     assert Toy.made == ["source"]
+    recipe.write_text(recipe.read_text().replace("source_steps: 2", "source_steps: 1").replace("target: b", "target: c"))
+    attach.Comparison(attach.load(recipe), Toy("a", "c", 8), tmp_path / "work" / "toy")
+    assert Toy.made == ["source"] * 2
     width, head = 16, 16 * 2 + 2
     sizes = {name: variant["num_parameters"] for name, variant in first["variants"].items()}
     assert sizes.pop("all") == sum(each.numel() for each in Toy("a", "b", 8).source_model().parameters())
@@ -224,3 +227,9 @@ def test_options_of_a_measurement_reach_it(capsys):
     assert "unrecognized arguments: --sauce x" in capsys.readouterr().err
     with pytest.raises(RecipeError, match="and its options after it"):
         train_command.main(["--seed", "1", "configs/attach/text.yaml"])
+
+
+def test_a_damaged_file_of_scores_is_named(tmp_path):
+    (tmp_path / "scores.json").write_text('{"half": ')
+    with pytest.raises(RecipeError, match=r"scores\.json is damaged"):
+        attach._read_json(tmp_path / "scores.json")

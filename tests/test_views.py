@@ -13,6 +13,8 @@ from modeling_uhop import (
     ImageViews,
     Separation,
     StageOne,
+    STanHopConfig,
+    STanHopForPrediction,
     UHopMILConfig,
     UHopMILForBagClassification,
     UHopViTConfig,
@@ -232,6 +234,7 @@ def test_wrong_batches_are_refused():
     ("build", "message"),
     [
         (lambda: ImageViews(smallest_area=0.0), "smallest_area must be a number in"),
+        (lambda: ImageViews(std=[0.2, 0.0, 0.2]), "std must be positive"),
         (lambda: ImageViews(jitter=1.5), "jitter must be a number in"),
         (lambda: WindowViews(shortest=2.0), "shortest must be a number in"),
         (lambda: BagViews(dropout=True), "dropout must be a number in"),
@@ -310,3 +313,49 @@ def test_a_feature_map_has_views_of_patterns():
         StageOne(phi, memories="example").step(patterns)
     with pytest.raises(ValueError, match="the mask of kind 'koleo' must be one of memories"):
         maximize_separation(phi, patterns, Separation(kind="koleo"), mask=torch.ones(6, 6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_views_that_change_nothing_return_half_precision_values_exactly(dtype):
+    windows = torch.arange(512.0).view(1, -1, 1).to(dtype)
+    view = WindowViews(shortest=1.0, scale=0.0, jitter=0.0)({"past_values": windows})["past_values"]
+    assert view.dtype == dtype
+    assert torch.equal(view, windows)
+    images = torch.rand(1, 1, 64, 64).to(dtype)
+    view = ImageViews(smallest_area=1.0, flip=0.0, jitter=0.0, grey=0.0)({"pixel_values": images})["pixel_values"]
+    assert view.dtype == dtype
+    assert_close(view, images)
+
+
+def test_unlabelled_examples_belong_to_no_class():
+    features, labels = torch.randn(5, 3), torch.tensor([0, -100, 0, 1, -100])
+    kept = labels >= 0
+    assert_close(supervised_loss(features, labels), supervised_loss(features[kept], labels[kept]))
+
+
+def test_bags_without_a_place_for_an_instance_stay():
+    view = BagViews()({"instances": torch.zeros(2, 0, 3)})
+    assert view["attention_mask"].shape == (2, 0)
+
+
+def test_learned_memories_are_no_examples():
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"num_input_channels": 2, "context_length": 12, "prediction_length": 4, "d_model": 8}
+    model = STanHopForPrediction(STanHopConfig(**sizes, num_attention_heads=2, ffn_dim=8)).eval()
+    batch = {"past_values": torch.randn(4, 12, 2)}
+    sets = list(model.memory_sets(**batch))
+    losses = StageOne(model, memories="example", lr=0.0).step(batch)
+    assert len(losses) == sum(not each.shared for each in sets) < len(sets)
+
+
+def test_a_mean_with_another_number_of_channels_is_refused():
+    with pytest.raises(ValueError, match="mean must have one number for each of the 1 channels"):
+        ImageViews(mean=[0.5, 0.5, 0.5])({"pixel_values": torch.rand(2, 1, 8, 8)})
+
+
+def test_views_of_patterns_are_given_patterns_and_examples_need_a_batch():
+    phi, patterns = FeatureMap(8), torch.randn(3, 6, 8)
+    separation = Separation.two_views(lambda values: values + 0.1 * torch.randn_like(values), steps=2)
+    assert len(maximize_separation(phi, patterns, separation)) == 3
+    with pytest.raises(ValueError, match="of several examples"):
+        maximize_separation(phi, patterns[0], separation)

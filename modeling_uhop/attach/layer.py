@@ -15,8 +15,8 @@ from .low_rank import LowRankFeatureMap
 
 
 # What the projections of a layer share in a training step. The key is the query projection; the value
-# is the projection that has computed Phi(x), then x, the versions of x and Phi, and Phi(x).
-_SHARED: "WeakKeyDictionary[nn.Module, tuple[nn.Module, torch.Tensor, list[int], torch.Tensor]]" = WeakKeyDictionary()
+# is the id of the projection that has computed Phi(x), then x, the versions of x and Phi, and Phi(x).
+_SHARED: "WeakKeyDictionary[nn.Module, tuple[int, torch.Tensor, list[int], torch.Tensor]]" = WeakKeyDictionary()
 
 
 class UHopProjection(nn.Module, BaseTunerLayer):
@@ -91,16 +91,18 @@ class UHopProjection(nn.Module, BaseTunerLayer):
         owner = self if self._query is None else self._query
         shares = self.training and self.value_rows is None and torch.is_grad_enabled() and not torch.compiler.is_compiling()
         versions = [each._version for each in (x, *(parameter for phi in maps for parameter in phi.parameters()))] if shares else []
-        if shares and owner in _SHARED:
-            computed_by, read, before, features = _SHARED.pop(owner)
-            if computed_by is not self and read is x and before == versions:
+        # Because another thread may take the entry, it is looked up and removed in one call.
+        shared = _SHARED.pop(owner, None) if shares else None
+        if shared is not None:
+            computed_by, read, before, features = shared
+            if computed_by != id(self) and read is x and before == versions:
                 return features
         features = x
         for phi in maps:
             features = phi(features.to(_dtype(phi)))
         features = features.to(x.dtype)
         if shares:
-            _SHARED[owner] = (self, x, versions, features)
+            _SHARED[owner] = (id(self), x, versions, features)
         return features
 
     def _by_rows(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

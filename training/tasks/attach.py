@@ -153,7 +153,8 @@ class Comparison:
 
     def source_model(self) -> PreTrainedModel:
         """The model trained on the source, with a new head."""
-        recipe, saved = self.recipe, self.folder / "source"
+        recipe = self.recipe
+        saved = self.folder / "_".join(map(str, ("source", *self._source_settings()))).replace("/", "-")
         set_seed(0)
         model = self.transfer.source_model()
         if not (saved / "model.safetensors").is_file():
@@ -161,6 +162,10 @@ class Comparison:
             self.new_trainer(model, self.transfer.source_examples(), 0, *budget, disable_tqdm=False).train()
             model.save_pretrained(saved)
         return self.transfer.target_model(type(model).from_pretrained(saved))
+
+    def _source_settings(self) -> list[Any]:
+        """What determines the model trained on the source."""
+        return [self.recipe.transfer, self.transfer.source, self.recipe.source_steps, self.recipe.source_batch, self.recipe.source_rate]
 
     def results(self) -> dict[str, Any]:
         """Choose rates and run every variant with every seed: a results file of kind "seeds"."""
@@ -199,7 +204,7 @@ class Comparison:
     def run(self, name: str, rates: dict[str, float], seed: int, split: str) -> float:
         """Train a variant on the target, unless an earlier run has done so; its score on a split."""
         recipe = self.recipe
-        settings = [recipe.source_steps, recipe.source_batch, recipe.source_rate, recipe.count, recipe.steps, recipe.batch]
+        settings = [*self._source_settings(), self.transfer.target, recipe.count, recipe.steps, recipe.batch]
         key = json.dumps([asdict(recipe.variants[name]), rates, seed, split, *settings])
         if key not in self.finished:
             self.finished[key] = [self._run(name, rates, seed, split), self.sizes[name]]
@@ -257,7 +262,10 @@ def separation_of(variant: Variant, transfer: Transfer, **fields: Any) -> Separa
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise RecipeError(f"{path} is damaged ({error}); delete it to run everything again") from error
 
 
 def adapted(model: PreTrainedModel, variant: Variant, transfer: Transfer) -> nn.Module:
