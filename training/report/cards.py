@@ -86,7 +86,7 @@ def has_card(gathered: dict[str, Any]) -> bool:
     """Whether results are those of a released recipe: a comparison of the recipe as it stands, or a
     retrieval by the number of memories."""
     if gathered["kind"] == "seeds":
-        return not gathered["sweep"]["suffix"]
+        return gathered["recipe"]["task"] != "attach" and not gathered["sweep"]["suffix"]
     return gathered["kind"] == "folds" or (gathered["kind"] == "retrieval" and gathered["recipe"]["experiment"] == "memory_size")
 
 
