@@ -76,7 +76,7 @@ def test_a_missed_bound_ends_a_check_with_an_error(tmp_path, monkeypatch):
         benchmark.main()
     monkeypatch.setattr("sys.argv", [*command, "--check", "--only", "kept"])
     benchmark.main()
-    assert set(read_result(path, "speed")) == {"schema", "kind", "cases", "versions", "commit", "machine"}
+    assert set(read_result(path, "speed")) == {"schema", "kind", "cases", "versions", "commit", "machine", "code"}
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ METRICS = {
 }
 OF_TRAINING = {"last_step", "train_seconds", "separation_loss_before", "separation_loss"}
 DETAILS = {"images": set(), "bags": {"outcomes", "baselines"}, "series": {"series"}}
-RESULTS = {"schema", "kind", "name", "metrics", "seed", "recipe", "versions", "commit", "machine", "num_parameters", "log_history"}
+RESULTS = {"schema", "kind", "name", "metrics", "seed", "recipe", "versions", "commit", "machine", "code", "num_parameters", "log_history"}
 # Steps that the cross-validation of bags takes after the training: two folds of two epochs of two batches.
 FOLD_STEPS = {"images": 0, "bags": 8, "series": 0}
 # Training ends before its last step.

@@ -99,7 +99,7 @@ def test_the_command_writes_a_results_file_and_a_figure(tmp_path, capsys):
     recipe.write_text("task: geometry\nexperiment: bound\nmemories: [4, 6]\nfeature_dim: 3\n")
     run_command(recipe, ["--output_dir", str(tmp_path / "results")])
     result = read_result(tmp_path / "results" / "geometry_bound.json", "geometry")
-    assert set(result) == {"schema", "kind", "results", "recipe", "versions", "commit", "machine"}
+    assert set(result) == {"schema", "kind", "results", "recipe", "versions", "commit", "machine", "code"}
     assert result["recipe"] == as_recorded(load(recipe))
     assert str(tmp_path / "results" / "geometry_bound.json") in capsys.readouterr().out
     assert (tmp_path / "results" / "geometry_bound.png").stat().st_size > 10_000

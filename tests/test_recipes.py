@@ -596,7 +596,7 @@ def test_without_git_there_is_no_commit(monkeypatch):
 def test_results_name_the_commit(tmp_path):
     write_results(tmp_path / "r.json", _recipe(), {"accuracy": 1.0}, extra=[1])
     results = json.loads((tmp_path / "r.json").read_text())
-    assert set(results) == {"schema", "kind", "name", "metrics", "seed", "recipe", "versions", "commit", "machine", "extra"}
+    assert set(results) == {"schema", "kind", "name", "metrics", "seed", "recipe", "versions", "commit", "machine", "code", "extra"}
 
 
 NAN = float("nan")

@@ -34,7 +34,7 @@ def test_every_results_file_has_the_keys_of_its_kind(path):
     assert list(result)[:2] == ["schema", "kind"]
     assert {*KINDS[result["kind"]], *PROVENANCE} <= result.keys()
     family = path.stem.partition("_")[0]
-    by_name = {"vit": "seeds", "stanhop": "seeds", "mil": "folds"}
+    by_name = {"vit": "seeds", "stanhop": "seeds", "attach": "seeds", "mil": "folds"}
     assert result["kind"] == ("run" if path.stem == "vit_cifar10_one_epoch" else by_name.get(family, family))
     assert path.read_text() == as_text(result) + "\n"
 
@@ -50,7 +50,9 @@ def test_every_recorded_recipe_has_todays_form(path):
     assert not {"evaluate_on", "judge", "anchor_lengths"} & recipe.keys()
     if result["kind"] == "folds":
         assert recipe["evaluation"] == {"split": "validation" if path.parent.name == "choice" else "test"}
-    if result["kind"] == "seeds":
+    if family == "attach":
+        assert result["variants"].keys() == recipe["variants"].keys() == result["sweep"]["rates"].keys()
+    elif result["kind"] == "seeds":
         assert recipe["evaluation"] == {"split": "validation" if "evaluation.split=validation" in result["sweep"]["overrides"] else "test"}
         assert result["sweep"]["task"] == recipe["task"]
         assert "script" not in result["sweep"]

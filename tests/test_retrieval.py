@@ -191,7 +191,7 @@ def test_the_command_writes_a_results_file_and_a_figure(tmp_path, capsys):
     options = ["--output_dir", str(target.parent)]
     run_command(recipe, options)
     results = read_result(target, "retrieval")
-    assert set(results) == {"schema", "kind", "summary", "recipe", "rows", "versions", "commit", "machine"}
+    assert set(results) == {"schema", "kind", "summary", "recipe", "rows", "versions", "commit", "machine", "code"}
     assert results["recipe"] == as_recorded(load(recipe))
     assert [(row["model"], row["alpha"]) for row in results["rows"][::4]] == [
         (name, alpha) for name in ("no Phi", "U-Hop") for alpha in (1.0, 1.5, 2.0)
